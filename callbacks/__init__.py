@@ -1,0 +1,15 @@
+"""Lightning callbacks: export, predictions, samples and what TensorBoard shows."""
+
+from lightning_kd.callbacks.completion_samples import CompletionSamples
+from lightning_kd.callbacks.hf_export import HFExport
+from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
+from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
+from lightning_kd.callbacks.throughput import TokensPerSecond
+
+__all__ = [
+    "CompletionSamples",
+    "HFExport",
+    "JsonlPredictions",
+    "TensorBoardLayout",
+    "TokensPerSecond",
+]

@@ -1,0 +1,124 @@
+"""What the student writes, scored and shown."""
+
+import html
+from typing import Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_kd.generation import GenerationOptions
+from lightning_kd.metrics import ExactMatch
+from lightning_kd.modules import DistillationModule
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.types import FILLER_ROW, Batch
+
+Stage = Literal["val", "test"]
+
+
+class CompletionSamples(Callback):
+    """Complete validation prompts greedily; log the share of exact matches and a table of samples.
+
+    Logs ``val/exact_match`` (``test/exact_match``) over the first ``batches`` batches, and, to
+    TensorBoard, the text ``val/samples``. Data without prompts is passed over.
+
+    Args:
+        max_new_tokens: Longest completion.
+        batches: How many evaluation batches are completed on each rank; -1 for all.
+        samples: Rows of the table.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    def __init__(self, max_new_tokens: int = 128, batches: int = -1, samples: int = 8) -> None:
+        if batches < -1 or batches == 0:
+            raise ValueError(f"batches is {batches}; give 1 or more, or -1 for all")
+        if samples < 0:
+            raise ValueError(f"samples is {samples}; it must be 0 or more")
+        self.options = GenerationOptions(max_new_tokens=max_new_tokens)
+        self.batches = batches
+        self.samples = samples
+        self._metric = ExactMatch()
+        self._table: list[tuple[str, str, str]] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Complete the batch."""
+        self._complete(pl_module, batch, batch_idx)
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Complete the batch."""
+        self._complete(pl_module, batch, batch_idx)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the metric and the table."""
+        self._log("val", trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the metric and the table."""
+        self._log("test", trainer, pl_module)
+
+    def _complete(self, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+        beyond = self.batches != -1 and batch_idx >= self.batches
+        if beyond or "prompt_ids" not in batch or not isinstance(module, DistillationModule):
+            return
+        seed = derive_seed(run_seed(), "samples", batch_idx)
+        texts = module.complete(batch, seed=seed, options=self.options).texts(module.tokenizer)
+        rows = [
+            (prompt, text, reference)
+            for row, prompt, text, reference in zip(
+                batch["row"].tolist(), batch["prompt"], texts, batch["completion"], strict=True
+            )
+            if row != FILLER_ROW
+        ]
+        self._metric.to(module.device)
+        if rows:
+            self._metric.update([row[1] for row in rows], [row[2] for row in rows])
+        self._table += rows[: self.samples - len(self._table)]
+
+    def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._metric.update_called:
+            module.log(f"{stage}/exact_match", self._metric.compute(), prog_bar=True)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and self._table:
+                text = markdown_table(("prompt", "completion", "reference"), self._table)
+                logger.experiment.add_text(f"{stage}/samples", text, trainer.global_step)
+        self._metric.reset()
+        self._table = []
+
+
+def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A markdown table whose cells are shown as they are, never read as markup.
+
+    Example:
+        >>> print(markdown_table(("a", "b"), [("<b>|x|", "1\\n2")]))
+        | a | b |
+        | --- | --- |
+        | &lt;b&gt;&#124;x&#124; | 1<br>2 |
+    """
+    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
+    lines += ["| " + " | ".join(_cell(text) for text in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def _cell(text: str) -> str:
+    escaped = html.escape(text, quote=False)
+    for markup in "|*_`[]!\\":
+        escaped = escaped.replace(markup, f"&#{ord(markup)};")
+    return escaped.replace("\n", "<br>")

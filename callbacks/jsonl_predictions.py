@@ -1,0 +1,78 @@
+"""Completions written by ``predict``, as JSONL that can be trained on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_kd.generation import Completions
+from lightning_kd.modules import DistillationModule
+from lightning_kd.types import FILLER_ROW, Batch
+
+
+class JsonlPredictions(BasePredictionWriter):
+    """Write one JSON object per row: ``row``, ``prompt``, ``completion``, and ``reference`` if any.
+
+    Each rank writes its own part as it goes; at the end the first rank joins them in row order, so
+    the file does not depend on the number of ranks and is never half written.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: str = "predictions.jsonl") -> None:
+        super().__init__(write_interval="batch")
+        self.path = Path(path)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start an empty part."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._part(trainer.global_rank).write_text("", encoding="utf-8")
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Completions,
+        batch_indices: Sequence[int] | None,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append a batch to this rank's part."""
+        assert isinstance(pl_module, DistillationModule)
+        texts = prediction.texts(pl_module.tokenizer)
+        with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
+            for index, (row, text) in enumerate(zip(batch["row"].tolist(), texts, strict=True)):
+                if row == FILLER_ROW:
+                    continue
+                record: dict[str, Any] = {
+                    "row": row,
+                    "prompt": batch["prompt"][index],
+                    "completion": text,
+                }
+                if batch.get("completion"):
+                    record["reference"] = batch["completion"][index]
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Join the parts."""
+        trainer.strategy.barrier("predictions")
+        if not trainer.is_global_zero:
+            return
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        lines = [line for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+        lines.sort(key=lambda line: json.loads(line)["row"])
+        joined = self.path.with_name(self.path.name + ".tmp")
+        joined.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        joined.replace(self.path)
+        for part in parts:
+            part.unlink()
+        rank_zero_info(f"{len(lines)} completions are in {self.path}")
+
+    def _part(self, rank: int) -> Path:
+        return self.path.with_name(f"{self.path.name}.rank{rank}")

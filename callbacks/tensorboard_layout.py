@@ -1,0 +1,39 @@
+"""Charts that belong together, together: the custom scalars tab of TensorBoard."""
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+LAYOUT = {
+    "Loss": {
+        "loss": ["Multiline", [r"(train|val)/loss$"]],
+        "cross-entropy": ["Multiline", [r"(train|val)/cross_entropy$"]],
+        "divergence": ["Multiline", [r"(train|val)/divergence$"]],
+    },
+    "Student and teacher": {
+        "KL in both directions (validation)": ["Multiline", [r"val/(forward|reverse)_kl$"]],
+        "KL in both directions (training)": ["Multiline", [r"train/(forward|reverse)_kl$"]],
+        "same most likely token": ["Multiline", [r"(train|val)/top1_agreement$"]],
+        "entropy": ["Multiline", [r"val/(student|teacher)_entropy$"]],
+    },
+    "Text": {
+        "perplexity": ["Multiline", [r"(train|val)/perplexity$"]],
+        "exact match": ["Multiline", [r"val/exact_match$"]],
+    },
+    "Optimization": {
+        "gradient norm": ["Multiline", [r"train/grad_norm$"]],
+        "learning rate": ["Multiline", [r"train/lr$"]],
+        "scored tokens per step": ["Multiline", [r"train/tokens$"]],
+        "tokens per second": ["Multiline", [r"train/tokens_per_second$"]],
+    },
+}
+
+
+class TensorBoardLayout(Callback):
+    """Group the scalars of every method on TensorBoard's *Custom Scalars* tab."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the layout once per run."""
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                logger.experiment.add_custom_scalars(LAYOUT)

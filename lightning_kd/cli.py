@@ -1,0 +1,139 @@
+"""The ``lightning-kd`` command: LightningCLI over the modules, data and callbacks of this library."""
+
+import re
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import auto_cli, lazy_instance
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+
+import lightning_kd
+from lightning_kd.callbacks import HFExport, JsonlPredictions, TensorBoardLayout, TokensPerSecond
+from lightning_kd.data import write_tokenizer
+from lightning_kd.demo import demo
+
+EXTRA_COMMANDS = {"demo": demo, "tokenizer": write_tokenizer}
+
+DESCRIPTION = """Distill language models with PyTorch Lightning.
+
+Give a method and its data in a YAML file (configs/ has one for each method) and change any value on
+the command line, for example:
+  lightning-kd fit --config configs/supervised_kd.yaml --model.divergence GeneralizedJSD
+  lightning-kd test --config runs/version_0/config.yaml --ckpt_path last
+Two commands stand beside those of the trainer; --help after them explains them:
+  lightning-kd demo        train a teacher on arithmetic and distill it, offline
+  lightning-kd tokenizer   train a tokenizer on your own text
+"""
+
+
+class ShortErrorParser(LightningArgumentParser):
+    """Says what is wrong in a few lines and exits with 2, never with a traceback."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print the lines of ``message`` that help, and exit."""
+        sys.stderr.write(f"lightning-kd: error: {shorten(message)}\n")
+        raise SystemExit(2)
+
+
+class DistillationCLI(LightningCLI):
+    """LightningCLI in subclass mode, with the export and the predictions always at hand."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has."""
+        parser.add_lightning_class_args(HFExport, "export")
+        parser.add_lightning_class_args(JsonlPredictions, "predictions")
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.set_defaults({"weights_only": True})
+        return parser
+
+    def _parse_ckpt_path(self) -> None:
+        """Leave the configuration alone: a checkpoint never overrides what was asked for."""
+
+    def instantiate_classes(self) -> None:
+        """Build everything; a value that a constructor refuses is an error of the command line."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, MisconfigurationException) as error:
+            self.parser.error(str(error))
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        checkpoint = self._get(self.config_init, "ckpt_path")
+        if checkpoint and checkpoint not in {"last", "best", "hpc", "registry"}:
+            if not Path(checkpoint).exists():
+                self.parser.error(f"the checkpoint {checkpoint!r} does not exist")
+        try:
+            super()._run_subcommand(subcommand)
+        except MisconfigurationException as error:
+            self.parser.error(str(error))
+        except ValueError as error:
+            if not _is_ours(error):
+                raise
+            self.parser.error(str(error))
+
+
+def main() -> None:
+    """Entry point of ``lightning-kd`` and ``python -m lightning_kd``."""
+    if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
+        command = EXTRA_COMMANDS[sys.argv[1]]
+        try:
+            auto_cli(command, args=sys.argv[2:], prog=f"lightning-kd {sys.argv[1]}")
+        except ValueError as error:
+            sys.exit(f"lightning-kd {sys.argv[1]}: error: {error}")
+        return
+    DistillationCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        seed_everything_default=0,
+        save_config_kwargs={"overwrite": True},
+        parser_class=ShortErrorParser,
+        parser_kwargs={"description": DESCRIPTION, "version": lightning_kd.__version__},
+        trainer_defaults={
+            "logger": lazy_instance(
+                TensorBoardLogger, save_dir="runs", name="", default_hp_metric=False
+            ),
+            "callbacks": [TensorBoardLayout(), TokensPerSecond()],
+        },
+    )
+
+
+def shorten(message: str) -> str:
+    """The lines of a jsonargparse message that say what came and what was expected.
+
+    Example:
+        >>> print(shorten('''Parser key "model":
+        ...   Does not validate against any of the Union subtypes
+        ...   Subtypes: [<class 'JSD'>, <class 'NoneType'>]
+        ...   Errors:
+        ...     - beta is 3.0; it must lie in [0, 1]
+        ...     - Expected a <class 'NoneType'>
+        ...   Given value type: <class 'float'>'''))
+        Parser key "model":
+          beta is 3.0; it must lie in [0, 1]
+    """
+    noise = re.compile(
+        r"NoneType|Subtypes:|Given value|Does not validate|Errors:|Expected a <class 'str'>"
+    )
+    lines = [line for line in message.splitlines() if line.strip() and not noise.search(line)]
+    texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in lines))
+    return "\n  ".join(texts) or message
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Was it raised by this library, with a message for the user, or is it a defect somewhere?"""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    home = Path(lightning_kd.__file__).resolve().parent
+    return Path(last.filename).resolve().is_relative_to(home) or (
+        Path(last.filename).resolve().parent == (home / "callbacks").resolve()
+    )

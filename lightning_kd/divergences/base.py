@@ -1,0 +1,168 @@
+"""The contract of a divergence, and the registry of names."""
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+ENTRY_POINT_GROUP = "lightning_kd.divergences"
+
+
+class Divergence(ABC):
+    r"""A divergence between two categorical distributions, per position.
+
+    Student first, everywhere. Calling an instance checks the shapes, detaches the teacher and
+    evaluates :meth:`value` in float32 or wider. The result is in nats, neither masked nor reduced,
+    and zero exactly where the two distributions are equal.
+
+    A subclass writes :meth:`value`; it may also write :meth:`logit_gradient` in closed form, which
+    is faster and lighter than the automatic one. Hyper-parameters (``beta``, ``alpha``) are
+    arguments of the subclass, checked in its ``__init__``.
+
+    Example:
+        >>> import torch
+        >>> @register_divergence("chi_square")
+        ... class ChiSquare(Divergence):
+        ...     def value(self, student_log_probs, teacher_log_probs):
+        ...         ratio = teacher_log_probs - student_log_probs
+        ...         return (teacher_log_probs.exp() * ratio.exp()).sum(-1) - 1
+        >>> student = torch.log(torch.tensor([0.5, 0.5]))
+        >>> teacher = torch.log(torch.tensor([0.9, 0.1]))
+        >>> make_divergence("chi_square")(student, teacher)
+        tensor(0.6400)
+    """
+
+    name: ClassVar[str] = ""
+    """The registered name; loggers show it. Empty for an unregistered class."""
+
+    def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """Evaluate the divergence at every position.
+
+        Args:
+            student_log_probs: Log-probabilities, shape ``(..., V)``. Gradients flow here.
+            teacher_log_probs: Same shape; treated as constant.
+
+        Returns:
+            Divergence in nats, shape ``(...)``, float32 or wider.
+
+        Raises:
+            ValueError: If the shapes differ.
+        """
+        if student_log_probs.shape != teacher_log_probs.shape:
+            raise ValueError(
+                f"student_log_probs has shape {tuple(student_log_probs.shape)}, teacher_log_probs "
+                f"{tuple(teacher_log_probs.shape)}: a divergence needs the same positions and the "
+                "same vocabulary on both sides"
+            )
+        return self.value(_wide(student_log_probs), _wide(teacher_log_probs.detach()))
+
+    @abstractmethod
+    def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        """The formula, over the last axis: ``(..., V), (..., V) -> (...)``."""
+
+    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        r"""Gradient of the value with respect to the student's logits, shape ``(..., V)``.
+
+        With :math:`q = \mathrm{softmax}(z)` and :math:`g = \partial D / \partial \log q`, the
+        softmax gives :math:`\partial D / \partial z_i = g_i - q_i \sum_v g_v`. This default obtains
+        :math:`g` by automatic differentiation; a closed form overrides it.
+        """
+        with torch.enable_grad():
+            leaf = _wide(student_log_probs).detach().requires_grad_()
+            total = self.value(leaf, _wide(teacher_log_probs.detach())).sum()
+        (gradient,) = torch.autograd.grad(total, leaf)
+        return gradient - leaf.detach().exp() * gradient.sum(-1, keepdim=True)
+
+    def __repr__(self) -> str:
+        """Class and hyper-parameters, as one would write them."""
+        parameters = inspect.signature(type(self)).parameters
+        return (
+            f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in parameters)})"
+        )
+
+
+def _wide(log_probs: Tensor) -> Tensor:
+    """Float32 at least: in bfloat16 a log-softmax over 32,000 tokens is off by more than the KL."""
+    return log_probs if log_probs.dtype == torch.float64 else log_probs.float()
+
+
+_REGISTRY: dict[str, type[Divergence]] = {}
+
+D = TypeVar("D", bound=type[Divergence])
+
+
+def register_divergence(name: str) -> Callable[[D], D]:
+    """Class decorator: make a :class:`Divergence` available under ``name``.
+
+    Raises:
+        ValueError: If another class already has the name.
+    """
+
+    def register(cls: D) -> D:
+        known = _REGISTRY.get(name)
+        if known is not None and f"{known.__module__}.{known.__qualname__}" != (
+            f"{cls.__module__}.{cls.__qualname__}"
+        ):
+            raise ValueError(
+                f"the divergence name {name!r} is taken by {known.__module__}.{known.__qualname__}"
+            )
+        cls.name = name
+        _REGISTRY[name] = cls
+        return cls
+
+    return register
+
+
+def available_divergences() -> list[str]:
+    """Registered names, sorted, those of installed entry points included.
+
+    Example:
+        >>> {"forward_kl", "generalized_jsd", "reverse_kl"} <= set(available_divergences())
+        True
+    """
+    return sorted({*_REGISTRY, *_entry_points()})
+
+
+def make_divergence(divergence: "Divergence | str", **parameters: float | bool) -> Divergence:
+    """Build a divergence from its registered name, or hand an instance back.
+
+    Args:
+        divergence: A registered name, or a ready instance.
+        parameters: Hyper-parameters for a name; an instance has its own already.
+
+    Raises:
+        ValueError: If the name is unknown (the choices are listed), or if parameters come with an
+            instance.
+
+    Example:
+        >>> make_divergence("generalized_jsd", beta=0.1)
+        GeneralizedJSD(beta=0.1, normalized=False)
+    """
+    if isinstance(divergence, Divergence):
+        if parameters:
+            raise ValueError(f"{divergence!r} is built already: {sorted(parameters)} came too late")
+        return divergence
+    cls = _REGISTRY.get(divergence) or _load_entry_point(divergence)
+    return cls(**parameters)
+
+
+def _entry_points() -> dict[str, str]:
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
+
+
+def _load_entry_point(name: str) -> type[Divergence]:
+    for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        cls: type[Divergence] = point.load()
+        if not (inspect.isclass(cls) and issubclass(cls, Divergence)):
+            raise ValueError(
+                f"the entry point {name!r} = {point.value} is not a subclass of Divergence"
+            )
+        return register_divergence(name)(cls)
+    raise ValueError(
+        f"unknown divergence {name!r}; choose one of {', '.join(available_divergences())}, or give "
+        "the import path of a class derived from lightning_kd.Divergence"
+    )

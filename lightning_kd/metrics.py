@@ -1,0 +1,117 @@
+"""How close a student is to its teacher, and to the text."""
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_kd.divergences import ForwardKL, ReverseKL
+from lightning_kd.scoring import cross_entropy
+from lightning_kd.types import IGNORE_INDEX
+
+
+class DistributionMetrics(Metric):
+    r"""Means over scored tokens of what compares two next-token distributions.
+
+    All are at temperature 1 and on the labeled positions, whatever the method trains on, so that
+    they mean the same in every run: ``forward_kl`` :math:`KL(p\|q)`, ``reverse_kl``
+    :math:`KL(q\|p)`, ``top1_agreement`` (share of positions with the same most likely token),
+    ``student_entropy``, ``teacher_entropy``, and ``perplexity`` of the labels under the student.
+    Without a teacher only the student's are there.
+
+    Example:
+        >>> metrics = DistributionMetrics()
+        >>> metrics.update(torch.zeros(1, 4), torch.zeros(1, 4).log_softmax(-1), torch.tensor([2]))
+        >>> {name: round(value.item(), 3) for name, value in metrics.compute().items()}
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'perplexity': 4.0, 'student_entropy': 1.386, 'forward_kl': 0.0, 'reverse_kl': 0.0,
+         'top1_agreement': 1.0, 'teacher_entropy': 1.386}
+    """
+
+    full_state_update = False
+    student_names = ("cross_entropy", "student_entropy")
+    teacher_names = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_entropy")
+    sums: Tensor
+    tokens: Tensor
+    taught_tokens: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        names = len(self.student_names) + len(self.teacher_names)
+        zero = torch.zeros((), dtype=torch.float64)
+        self.add_state("sums", zero.repeat(names), dist_reduce_fx="sum")
+        self.add_state("tokens", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("taught_tokens", zero.clone(), dist_reduce_fx="sum")
+        # Sums of a whole evaluation: float32 would lose the last tokens of a large one.
+        self.set_dtype(torch.float64)
+
+    @torch.no_grad()
+    def update(
+        self, student_logits: Tensor, teacher_log_probs: Tensor | None, targets: Tensor
+    ) -> None:
+        """Add positions.
+
+        Args:
+            student_logits: ``(N, V)``.
+            teacher_log_probs: ``(N, V)`` at temperature 1, or None.
+            targets: ``(N,)``; positions with ``IGNORE_INDEX`` do not count.
+        """
+        labeled = targets != IGNORE_INDEX
+        student_logits, targets = student_logits[labeled], targets[labeled]
+        student = student_logits.log_softmax(-1)
+        values = [cross_entropy(student_logits, targets), _entropy(student)]
+        self.tokens += len(targets)
+        if teacher_log_probs is not None:
+            teacher = teacher_log_probs[labeled]
+            self.taught_tokens += len(targets)
+            values += [
+                ForwardKL()(student, teacher),
+                ReverseKL()(student, teacher),
+                student.argmax(-1) == teacher.argmax(-1),
+                _entropy(teacher),
+            ]
+        self.sums[: len(values)] += torch.stack([v.sum(dtype=torch.float64) for v in values])
+
+    def compute(self) -> dict[str, Tensor]:
+        """The means, by name."""
+        tokens, taught = self.tokens.clamp(min=1), self.taught_tokens.clamp(min=1)
+        of_student = self.sums[: len(self.student_names)] / tokens
+        result = {"perplexity": of_student[0].exp(), "student_entropy": of_student[1]}
+        if self.taught_tokens > 0:
+            of_teacher = self.sums[len(self.student_names) :] / taught
+            result |= dict(zip(self.teacher_names, of_teacher.unbind(), strict=True))
+        return result
+
+
+class ExactMatch(Metric):
+    """Share of completions that equal their reference, white space at the ends aside.
+
+    Example:
+        >>> metric = ExactMatch()
+        >>> metric.update(["975", "12 "], ["975", "13"])
+        >>> metric.compute().item()
+        0.5
+    """
+
+    full_state_update = False
+    matches: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("matches", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, completions: list[str], references: list[str]) -> None:
+        """Add completions and what they should have been."""
+        pairs = zip(completions, references, strict=True)
+        self.matches += sum(a.strip() == b.strip() for a, b in pairs)
+        self.total += len(references)
+
+    def compute(self) -> Tensor:
+        """Matches over completions; 0 without any."""
+        return self.matches / self.total.clamp(min=1)
+
+
+def _entropy(log_probs: Tensor) -> Tensor:
+    probabilities = log_probs.exp()
+    return -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)

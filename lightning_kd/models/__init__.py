@@ -1,0 +1,24 @@
+"""Students and teachers: where their weights come from, and how a teacher speaks."""
+
+from lightning_kd.models.source import ModelSource
+from lightning_kd.models.student import LoRA, Student
+from lightning_kd.models.teachers import SingleTeacher, Teacher, TeacherEnsemble
+from lightning_kd.models.vocabulary import (
+    VocabularyPolicy,
+    load_tokenizer,
+    shared_vocabulary,
+    vocabulary_size,
+)
+
+__all__ = [
+    "LoRA",
+    "ModelSource",
+    "SingleTeacher",
+    "Student",
+    "Teacher",
+    "TeacherEnsemble",
+    "VocabularyPolicy",
+    "load_tokenizer",
+    "shared_vocabulary",
+    "vocabulary_size",
+]

@@ -1,0 +1,89 @@
+"""The model that trains."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.models.source import ModelSource
+from lightning_kd.models.vocabulary import check_ids
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters through peft; the weights they adapt stay frozen.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; the update is multiplied by ``alpha / r``.
+        dropout: Dropout before the adapter.
+        target_modules: Which layers get one: peft's ``all-linear`` or a list of names.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Freeze ``model`` and put adapters around its layers.
+
+        Raises:
+            ValueError: If peft is not installed.
+        """
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ValueError(
+                "lora needs the peft package: pip install 'lightning-kd[lora]'"
+            ) from error
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+        return get_peft_model(model, config)
+
+
+class Student(ModelSource):
+    """The model that trains.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or a name on the Hugging Face hub.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
+            third more time.
+        lora: Train low-rank adapters instead of the weights.
+        source: The options of :class:`~lightning_kd.models.ModelSource`.
+    """
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        *,
+        gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        **source: Any,
+    ) -> None:
+        super().__init__(name_or_path, **source)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora = lora
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model in training mode, checked against the tokenizer.
+
+        Raises:
+            ValueError: If the model cannot be had, or is too small for the tokenizer.
+        """
+        model = self.load(tokenizer, "student")
+        check_ids(tokenizer, model, "student")
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.lora is not None:
+            if self.gradient_checkpointing:
+                # The frozen embedding's output must require a gradient, or no layer is recomputed.
+                model.enable_input_require_grads()
+            model = self.lora.adapt(model)
+        model.train()
+        return model

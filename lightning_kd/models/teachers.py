@@ -1,0 +1,183 @@
+"""Frozen models that say how likely each next token is."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from math import isfinite, log
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.models.source import ModelSource
+from lightning_kd.models.vocabulary import (
+    VocabularyPolicy,
+    check_ids,
+    check_tokenizers,
+    vocabulary_size,
+)
+from lightning_kd.scoring import ScoredPositions
+
+Combination = Literal["logits", "probabilities", "log_probs"]
+
+
+class Teacher(ABC):
+    """Gives logits at the scored positions, and log-probabilities from them at any temperature.
+
+    A teacher is no ``nn.Module``: a module that holds one does not register its weights, so they are
+    in no checkpoint, optimizer or gradient bucket.
+    """
+
+    models: list[PreTrainedModel]
+    """The frozen models, empty until :meth:`prepare`."""
+
+    @abstractmethod
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
+    ) -> None:
+        """Load, check, freeze and place the models; a second call only places them.
+
+        Raises:
+            ValueError: If a model cannot be had or does not fit the tokenizer.
+        """
+
+    @abstractmethod
+    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of the next token: one ``(N, V)`` per model ``-> (N, V)``."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the narrowest model's logits."""
+        return min(vocabulary_size(model) for model in self.models)
+
+    @torch.no_grad()
+    def logits(
+        self, input_ids: Tensor, attention_mask: Tensor, scored: ScoredPositions
+    ) -> tuple[Tensor, ...]:
+        """Each model's logits at the scored positions, ``(N, V)``, float32 or wider."""
+        return tuple(
+            scored.select(model(input_ids=input_ids, attention_mask=attention_mask).logits)
+            for model in self.models
+        )
+
+
+class SingleTeacher(ModelSource, Teacher):
+    """One frozen model.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or a name on the Hugging Face hub.
+        source: The options of :class:`~lightning_kd.models.ModelSource`.
+    """
+
+    def __init__(self, name_or_path: str | None = None, **source: Any) -> None:
+        super().__init__(name_or_path, **source)
+        self.models = []
+
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
+    ) -> None:
+        """Load, check, freeze and place the model; a second call only places it."""
+        if not self.models:
+            self.models = [frozen(self, tokenizer, "teacher", policy)]
+        self.models[0].to(device)
+
+    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Log-softmax at ``temperature``."""
+        (only,) = logits
+        return F.log_softmax(only / temperature, -1)
+
+
+class TeacherEnsemble(Teacher):
+    r"""Several frozen models whose predictions are averaged with weights :math:`w_k`.
+
+    ===============  ====================================================================
+    ``combine``      teacher distribution at temperature :math:`\tau`
+    ===============  ====================================================================
+    `logits`         :math:`\mathrm{softmax}(\sum_k w_k u_k / \tau)` (BabyLlama)
+    `probabilities`  :math:`\sum_k w_k\, \mathrm{softmax}(u_k / \tau)`
+    `log_probs`      :math:`\propto \exp \sum_k w_k \log \mathrm{softmax}(u_k / \tau)`
+    ===============  ====================================================================
+
+    The first and the last are the same distribution: a log-softmax only shifts the logits, and a
+    shift does not survive the softmax. Both names are in use. The three agree where all models do.
+
+    Args:
+        members: Two or more models.
+        combine: What is averaged.
+        weights: One weight for each member, divided by their sum; equal when not given.
+
+    Raises:
+        ValueError: If there are no members, or the weights do not fit them.
+
+    References:
+        Timiryasov and Tastet, *Baby Llama*, 2023, section 3. https://arxiv.org/abs/2308.02019
+    """
+
+    def __init__(
+        self,
+        members: list[ModelSource],
+        *,
+        combine: Combination = "logits",
+        weights: list[float] | None = None,
+    ) -> None:
+        if not members:
+            raise ValueError("an ensemble needs at least one member; got an empty list")
+        if combine not in get_args(Combination):
+            raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Combination)}")
+        weights = [1.0] * len(members) if weights is None else weights
+        if len(weights) != len(members):
+            raise ValueError(
+                f"{len(weights)} weights came for {len(members)} members; give one each"
+            )
+        if not all(isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
+            raise ValueError(f"weights must be 0 or more and not all 0; got {weights}")
+        self.members = members
+        self.combine: Combination = combine
+        self.weights = [w / sum(weights) for w in weights]
+        self.models = []
+
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
+    ) -> None:
+        """Load, check, freeze and place the members; a second call only places them."""
+        if not self.models:
+            self.models = [
+                frozen(member, tokenizer, f"teacher {k}", policy)
+                for k, member in enumerate(self.members)
+            ]
+        for model in self.models:
+            model.to(device)
+
+    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """The combined log-probabilities at ``temperature``."""
+        if self.combine == "probabilities":
+            weighted = [
+                F.log_softmax(u / temperature, -1) + log(w)
+                for u, w in zip(logits, self.weights, strict=True)
+                if w > 0
+            ]
+            return torch.stack(weighted).logsumexp(0)
+        scores = [
+            w
+            * (u if self.combine == "logits" else F.log_softmax(u / temperature, -1) * temperature)
+            for u, w in zip(logits, self.weights, strict=True)
+        ]
+        return F.log_softmax(torch.stack(scores).sum(0) / temperature, -1)
+
+
+def frozen(
+    source: ModelSource, tokenizer: PreTrainedTokenizerBase, role: str, policy: VocabularyPolicy
+) -> PreTrainedModel:
+    """Load a model that never trains, checked against the data's tokenizer.
+
+    Raises:
+        ValueError: If the model cannot be had or does not fit the tokenizer.
+    """
+    model = source.load(tokenizer, role)
+    if source.name_or_path is not None:
+        check_tokenizers(tokenizer, source.name_or_path, role, policy)
+    check_ids(tokenizer, model, role)
+    model.requires_grad_(False)
+    model.eval()
+    return model

@@ -1,0 +1,95 @@
+"""Do student, teacher and data speak the same tokens? Checked before the first step."""
+
+from pathlib import Path
+from typing import Literal
+
+from lightning_kd.models.source import check_path
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+VocabularyPolicy = Literal["equal", "shared"]
+"""``equal``: logits of one width, or an error. ``shared``: both are cut to the narrower width before
+the softmax, which is right where the ids agree and the surplus is padding (Qwen's 151,936 against
+152,064). Nothing is ever resized or filled up."""
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Width of the model's logits."""
+    head = model.get_output_embeddings()
+    return int(model.config.vocab_size if head is None else head.weight.shape[0])
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a hub name; no code that comes with it runs.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    check_path(name_or_path, "tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer {name_or_path!r}: {error}") from error
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, role: str) -> None:
+    """Every id that the tokenizer can give must have a row in the model.
+
+    Raises:
+        ValueError: If the tokenizer knows more ids than the model.
+    """
+    largest, size = max(tokenizer.get_vocab().values()), vocabulary_size(model)
+    if largest >= size:
+        raise ValueError(
+            f"the tokenizer gives ids up to {largest}, but the {role} has {size} logits: use the "
+            f"tokenizer that belongs to the {role}"
+        )
+
+
+def check_tokenizers(
+    tokenizer: PreTrainedTokenizerBase, directory: str, role: str, policy: VocabularyPolicy
+) -> None:
+    """Compare the data's tokenizer with the one saved beside a model, where there is one.
+
+    Raises:
+        ValueError: If the same id stands for different tokens, or if one side lacks tokens and the
+            policy is ``equal``.
+    """
+    if Path(directory).is_dir() and not (Path(directory) / "tokenizer_config.json").exists():
+        return  # A directory of weights alone is common; the sizes are still compared.
+    other = load_tokenizer(directory)
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    different = [t for t in sorted(ours.keys() & theirs.keys()) if ours[t] != theirs[t]]
+    surplus = len(ours.keys() ^ theirs.keys())
+    if different or (surplus and policy == "equal"):
+        example = (
+            f"{different[0]!r} is {ours[different[0]]} in the data and {theirs[different[0]]} in "
+            f"the {role}"
+            if different
+            else f"{surplus} tokens are in one of them only ({len(ours)} and {len(theirs)} tokens)"
+        )
+        raise ValueError(
+            f"tokenizer mismatch: the data and the {role} {directory!r} give different ids: "
+            f"{example}. Distillation compares distributions over the same tokens: use the "
+            f"{role}'s tokenizer for the data, or a {role} that was trained with it"
+        )
+
+
+def shared_vocabulary(student_size: int, teacher_size: int, policy: VocabularyPolicy) -> int:
+    """Width at which the two distributions are compared.
+
+    Raises:
+        ValueError: If the sizes differ and the policy is ``equal``.
+
+    Example:
+        >>> shared_vocabulary(151_936, 152_064, "shared")
+        151936
+    """
+    if student_size != teacher_size and policy == "equal":
+        raise ValueError(
+            f"vocabulary mismatch: the student has {student_size} logits, the teacher "
+            f"{teacher_size}. If their ids agree and the surplus is padding, set "
+            "vocabulary: shared, which compares the first "
+            f"{min(student_size, teacher_size)} and logs the mass it leaves out; otherwise choose "
+            "models with one vocabulary"
+        )
+    return min(student_size, teacher_size)

@@ -1,0 +1,300 @@
+"""What every method shares: the steps, the division, the optimizer, the logs."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.metrics import DistributionMetrics
+from lightning_kd.models import Student, load_tokenizer
+from lightning_kd.modules.loss import LossSums, LossTerm, weigh
+from lightning_kd.modules.schedules import WarmupCosine
+from lightning_kd.normalization import Normalization, make_normalization
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.types import Batch
+
+CHECKPOINT_KEY = "lightning_kd"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Student and teacher at the scored positions of a micro-batch."""
+
+    positions: ScoredPositions
+    student_logits: Tensor
+    """``(N, V)``, float32 or wider; gradients flow here."""
+    teacher_log_probs: Tensor | None = None
+    """``(N, V)`` at temperature 1."""
+    tempered_teacher_log_probs: Tensor | None = None
+    """``(N, V)`` at the method's temperature."""
+
+
+class DistillationModule(L.LightningModule):
+    """A student, its optimizer, and a loss that is divided once per optimizer step.
+
+    A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and turns
+    a batch into per-token values in :meth:`loss_terms`. Nothing else of a step is its business.
+
+    Args:
+        student: The model that trains.
+        tokenizer: Directory or hub name; the data module's when not given.
+        normalization: What the loss is divided by: ``token``, ``sequence``, ``batch``, or an
+            instance of a :class:`~lightning_kd.normalization.Normalization`.
+        optimizer: Built from the student's trainable weights; vectors (biases, norms) get no weight
+            decay.
+        lr_scheduler: Stepped once per optimizer step.
+        generation: How completions are written in ``predict`` and for samples.
+
+    Raises:
+        ValueError: If a value is out of its range, before any model is loaded.
+    """
+
+    terms: ClassVar[tuple[str, ...]]
+    """Names of the loss's terms, as :meth:`loss_terms` returns them and as loggers show them."""
+
+    student: PreTrainedModel
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        generation: GenerationOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.student_source = student
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.normalization = make_normalization(normalization)
+        self.generation = generation or GenerationOptions()
+        self._tokenizer_name = tokenizer
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._window = LossSums(self.terms)
+        self._evaluation = LossSums(self.terms)
+        self.train_distribution = DistributionMetrics()
+        self.eval_distribution = DistributionMetrics()
+
+    # What a method writes.
+
+    @abstractmethod
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``."""
+
+    def positions(self, batch: Batch) -> ScoredPositions:
+        """Which logits are scored: those that predict a label."""
+        return ScoredPositions.from_labels(batch["labels"])
+
+    def score(self, batch: Batch) -> Scores:
+        """Run the models on a micro-batch."""
+        positions = self.positions(batch)
+        return Scores(positions, self._student_logits(batch, positions))
+
+    # Models.
+
+    def configure_model(self) -> None:
+        """Build the student; a second call does nothing."""
+        if not hasattr(self, "student"):
+            self.student = self.student_source.build(self.tokenizer)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was named, or else the data module's.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        if self._tokenizer is None:
+            if self._tokenizer_name is not None:
+                self._tokenizer = load_tokenizer(self._tokenizer_name)
+            else:
+                data = None if self._trainer is None else self._trainer.datamodule
+                self._tokenizer = getattr(data, "tokenizer", None)
+        if self._tokenizer is None:
+            raise ValueError(
+                "no tokenizer: give the module tokenizer=... (a directory or hub name), or train "
+                "it with a data module that has one"
+            )
+        return self._tokenizer
+
+    def _student_logits(self, batch: Batch, positions: ScoredPositions) -> Tensor:
+        output = self.student(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        )
+        return positions.select(output.logits)
+
+    # Steps.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted sum of the micro-batch; its division waits for the optimizer step."""
+        # Dropout comes from counters, so that a resumed run repeats it.
+        torch.manual_seed(
+            derive_seed(run_seed(), "step", self.current_epoch, batch_idx, self.global_rank)
+        )
+        scores = self.score(batch)
+        loss = weigh(self.loss_terms(batch, scores), scores.positions, self.normalization)
+        self._window.add(loss)
+        if self._logs_this_step():
+            self._compare(self.train_distribution, scores)
+        return loss.total
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the count of the whole step: once, unscaled, before clipping.
+
+        Lightning has divided the sum by the number of micro-batches, and the strategy by the number
+        of ranks; both are taken back here.
+        """
+        reduced = self._window.close(self._sum_over_ranks)
+        cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, cut_into / reduced.divisor)
+        self.log("train/loss", reduced.means["loss"], prog_bar=True)
+        self.log_dict({f"train/{name}": reduced.means[name] for name in self.terms})
+        self.log("train/tokens", float(reduced.tokens))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        if self._logs_this_step():
+            self._log_distribution("train", self.train_distribution)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
+        if self._logs_this_step():
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+        self.clip_gradients(
+            optimizer,
+            gradient_clip_val=gradient_clip_val,
+            gradient_clip_algorithm=gradient_clip_algorithm,
+        )
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the micro-batch to the sums of the evaluation."""
+        self._evaluate(batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the micro-batch to the sums of the evaluation."""
+        self._evaluate(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the whole validation set."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the whole test set."""
+        self._log_evaluation("test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Completions:
+        """Complete the prompts of a batch."""
+        return self.complete(batch, seed=derive_seed(run_seed(), "predict", batch_idx))
+
+    def complete(
+        self, batch: Batch, *, seed: int, options: GenerationOptions | None = None
+    ) -> Completions:
+        """Let :attr:`writer` complete the prompts of a batch.
+
+        Raises:
+            ValueError: If the batch has no prompts.
+        """
+        if "prompt_ids" not in batch:
+            raise ValueError(
+                "the data has no prompts to complete (packed text has none); use a data module "
+                "with prompts and completions"
+            )
+        return generate(
+            self.writer,
+            self.tokenizer,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            options or self.generation,
+            seed=seed,
+        )
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        """The model that writes completions."""
+        return self.student
+
+    # Optimizer.
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer and, per step, the schedule; a cosine without an end gets the trainer's."""
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in trainable if p.ndim > 1]},
+            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = self._optimizer([group for group in groups if group["params"]])
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
+            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which method this is."""
+        checkpoint[CHECKPOINT_KEY] = {"method": type(self).__name__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another method.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        method = checkpoint.get(CHECKPOINT_KEY, {}).get("method", "something else")
+        if method != type(self).__name__:
+            raise ValueError(
+                f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
+                "from its weights, give the directory that the run exported as "
+                "model.student.name_or_path"
+            )
+
+    # Helpers.
+
+    def _logs_this_step(self) -> bool:
+        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    def _compare(self, metrics: DistributionMetrics, scores: Scores) -> None:
+        metrics.update(
+            scores.student_logits.detach(), scores.teacher_log_probs, scores.positions.targets
+        )
+
+    def _evaluate(self, batch: Batch) -> None:
+        scores = self.score(batch)
+        self._evaluation.add(
+            weigh(self.loss_terms(batch, scores), scores.positions, self.normalization)
+        )
+        self._compare(self.eval_distribution, scores)
+
+    def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+        reduced = self._evaluation.close(self._sum_over_ranks)
+        self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True)
+        self.log_dict({f"{stage}/{name}": reduced.means[name] for name in self.terms})
+        self._log_distribution(stage, self.eval_distribution)
+
+    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> None:
+        self.log_dict({f"{stage}/{name}": value for name, value in metrics.compute().items()})
+        metrics.reset()

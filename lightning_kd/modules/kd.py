@@ -1,0 +1,71 @@
+"""Supervised knowledge distillation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_kd.divergences import Divergence, make_divergence
+from lightning_kd.modules.base import Scores
+from lightning_kd.modules.loss import LossTerm
+from lightning_kd.modules.teacher import TeacherModule
+from lightning_kd.scoring import ScoredPositions, cross_entropy
+from lightning_kd.types import Batch
+
+
+class SupervisedKD(TeacherModule):
+    r"""Match the teacher's distribution at every token of the data's completions.
+
+    With student :math:`q`, teacher :math:`p`, both at temperature :math:`\tau` inside the divergence:
+
+    .. math:: \ell_t = \alpha\,(-\log q(y_t)) + (1 - \alpha)\,\tau^2 D(p^\tau_t, q^\tau_t)
+
+    The gradient of a softened divergence shrinks as :math:`1/\tau^2`; the factor keeps its size
+    against the cross-entropy.
+
+    Args:
+        divergence: A registered name (``forward_kl``, ``generalized_jsd``, ...) or a
+            :class:`~lightning_kd.divergences.Divergence`.
+        alpha: Weight of cross-entropy against the divergence, in [0, 1].
+        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
+
+    Raises:
+        ValueError: If ``alpha`` lies outside [0, 1] or the divergence is unknown.
+
+    References:
+        Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015.
+        https://arxiv.org/abs/1503.02531
+    """
+
+    terms = ("cross_entropy", "divergence")
+
+    def __init__(
+        self, *, divergence: Divergence | str = "forward_kl", alpha: float = 0.5, **base: Any
+    ) -> None:
+        super().__init__(**base)
+        self.divergence = make_divergence(divergence)
+        if not 0 <= alpha <= 1:
+            raise ValueError(
+                f"alpha is {alpha}; it weighs cross-entropy against the divergence, in [0, 1]"
+            )
+        self.alpha = alpha
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """Cross-entropy with the label and divergence from the teacher, at each label."""
+        divergence = self.divergence(
+            self.tempered(scores.student_logits), scores.tempered_teacher_log_probs
+        )
+        return {
+            "cross_entropy": LossTerm(
+                cross_entropy(scores.student_logits, scores.positions.targets), self.alpha
+            ),
+            "divergence": LossTerm(
+                divergence,
+                (1 - self.alpha) * self.temperature**2,
+                self.row_scale(scores.positions),
+            ),
+        }
+
+    def row_scale(self, positions: ScoredPositions) -> Tensor | None:
+        """A further weight of the divergence in each row, where a paper has one."""
+        return None

@@ -1,0 +1,103 @@
+"""A loss as named terms per token, and the sums that one optimizer step adds up."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_kd.normalization import Normalization
+from lightning_kd.scoring import ScoredPositions
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One named part of a loss, before any reduction."""
+
+    values: Tensor
+    """Nats at each scored position, ``(N,)``."""
+    coefficient: float = 1.0
+    """Weight of the term in the loss."""
+    row_scale: Tensor | None = None
+    """A further factor for every position of a row, ``(B,)``; only where a paper weighs a term so."""
+
+
+@dataclass(frozen=True)
+class WeightedLoss:
+    """The weighted sums of a micro-batch, not yet divided."""
+
+    total: Tensor
+    """What the backward pass starts from, ``()``."""
+    sums: Tensor
+    """Loss and terms (without their coefficients), detached, ``(1 + terms,)``, float64."""
+    count: Tensor
+    """What the micro-batch adds to the divisor of the optimizer step, ``()``."""
+    tokens: Tensor
+    """Scored tokens, ``()``."""
+
+
+def weigh(
+    terms: Mapping[str, LossTerm], scored: ScoredPositions, normalization: Normalization
+) -> WeightedLoss:
+    """Sum every term over the micro-batch with the weights of ``normalization``.
+
+    The sums are float64, so that their order (which a different cut into micro-batches changes)
+    does not show. Without a scored position they are zeros that still have a gradient, so that
+    every rank has something to reduce.
+    """
+    row_weights = normalization.row_weights(scored.tokens_per_row)
+    sums = []
+    for term in terms.values():
+        scale = row_weights if term.row_scale is None else row_weights * term.row_scale
+        sums.append((term.values * scale[scored.rows]).sum())
+    coefficients = [term.coefficient for term in terms.values()]
+    total = torch.stack([c * s for c, s in zip(coefficients, sums, strict=True)]).sum()
+    return WeightedLoss(
+        total=total,
+        sums=torch.stack([total, *sums]).detach(),
+        count=normalization.count(scored.tokens_per_row),
+        tokens=scored.tokens_per_row.sum(),
+    )
+
+
+class LossSums:
+    """Sums over the micro-batches of one optimizer step, or of one evaluation.
+
+    Args:
+        terms: Names of the terms, in the order they are added.
+    """
+
+    def __init__(self, terms: tuple[str, ...]) -> None:
+        self.terms = terms
+        self._sums: Tensor | None = None
+
+    def add(self, loss: WeightedLoss) -> None:
+        """Add a micro-batch; nothing is copied off its device."""
+        row = torch.cat([torch.stack([loss.count.double(), loss.tokens.double()]), loss.sums])
+        self._sums = row if self._sums is None else self._sums + row
+
+    def close(self, all_reduce: Callable[[Tensor], Tensor]) -> "ReducedLoss":
+        """Add up over all ranks, in one call, and start again from zero.
+
+        Raises:
+            RuntimeError: If nothing was added.
+        """
+        if self._sums is None:
+            raise RuntimeError("an optimizer step without a training_step: nothing was added up")
+        count, tokens, *sums = all_reduce(self._sums).tolist()
+        self._sums = None
+        divisor = count if count > 0 else 1.0
+        means = dict(zip(("loss", *self.terms), (s / divisor for s in sums), strict=True))
+        return ReducedLoss(divisor, int(tokens), means)
+
+
+@dataclass(frozen=True)
+class ReducedLoss:
+    """What one optimizer step, or one evaluation, comes to over all ranks."""
+
+    divisor: float
+    """The count; 1 where nothing was scored, so that the loss is 0 and not 0/0."""
+    tokens: int
+    """Scored tokens."""
+    means: dict[str, float]
+    """The loss and each term, divided."""

@@ -1,0 +1,69 @@
+"""Learning-rate schedules with typed arguments, so that a configuration file can name them."""
+
+import math
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class WarmupCosine(LambdaLR):
+    r"""Linear warm-up to the optimizer's rate, then half a cosine down to ``min_ratio`` of it.
+
+    With :math:`s` steps taken, :math:`w` warm-up steps, :math:`S` steps in all and :math:`r` the
+    ``min_ratio``, the rate is multiplied by
+
+    .. math:: \min\Bigl(\tfrac{s+1}{w},\;
+        r + (1-r)\,\tfrac12\bigl(1 + \cos(\pi\, \tfrac{s-w}{S-w})\bigr)\Bigr).
+
+    Args:
+        optimizer: What is scheduled.
+        warmup_steps: Optimizer steps until the full rate.
+        total_steps: Steps in all; the trainer's when not given.
+        min_ratio: Last rate over full rate.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        >>> schedule = WarmupCosine(optimizer, warmup_steps=2, total_steps=4)
+        >>> [round(schedule.factor(step), 2) for step in range(5)]
+        [0.5, 1.0, 1.0, 0.5, 0.0]
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int = 0,
+        total_steps: int | None = None,
+        min_ratio: float = 0.0,
+    ) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {warmup_steps}; it must be 0 or more")
+        if total_steps is not None and total_steps <= warmup_steps:
+            raise ValueError(
+                f"total_steps is {total_steps}; it must be above warmup_steps, {warmup_steps}"
+            )
+        if not 0 <= min_ratio <= 1:
+            raise ValueError(f"min_ratio is {min_ratio}; it must lie in [0, 1]")
+        self.warmup_steps = warmup_steps
+        self.total_steps = total_steps
+        self.min_ratio = min_ratio
+        super().__init__(optimizer, self.factor)
+
+    def factor(self, step: int) -> float:
+        """What the rate is multiplied by after ``step`` steps."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        if self.total_steps is None:
+            return 1.0
+        done = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+        return self.min_ratio + (1 - self.min_ratio) * cosine
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume the step count; the shape of the schedule stays as it was asked for this time."""
+        shape = {"warmup_steps", "total_steps", "min_ratio"}
+        super().load_state_dict({k: v for k, v in state_dict.items() if k not in shape})

@@ -1,0 +1,42 @@
+"""Sequence-level knowledge distillation."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lightning_kd.models import SingleTeacher
+from lightning_kd.modules.sft import SFT
+
+
+class SequenceKD(SFT):
+    r"""Maximum likelihood of completions that the teacher wrote.
+
+    Two commands: ``predict`` lets the *teacher* complete the prompts and writes them as JSONL with
+    the columns ``prompt`` and ``completion``; ``fit`` on that file trains the student,
+    :math:`\ell_t = -\log q(\hat y_t \mid \hat y_{<t}, x)` with :math:`\hat y \sim p(\cdot \mid x)`.
+
+    Args:
+        teacher: Writes the completions; only ``predict`` loads it.
+        base: The options of :class:`~lightning_kd.modules.DistillationModule`; ``generation`` says
+            how the teacher writes (the paper: beam search of width 5).
+
+    References:
+        Kim and Rush, *Sequence-Level Knowledge Distillation*, EMNLP 2016, section 3.2.
+        https://arxiv.org/abs/1606.07947
+    """
+
+    def __init__(self, *, teacher: SingleTeacher, **base: Any) -> None:
+        super().__init__(**base)
+        self.teacher = teacher
+
+    def setup(self, stage: str) -> None:
+        """Load the teacher where it writes."""
+        super().setup(stage)
+        if stage == "predict":
+            device = self.trainer.strategy.root_device
+            self.teacher.prepare(self.tokenizer, device, "equal")
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        """The teacher in ``predict``, the student everywhere else."""
+        return self.teacher.models[0] if self.trainer.predicting else self.student

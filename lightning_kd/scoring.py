@@ -1,0 +1,74 @@
+"""Which positions of a batch enter a loss, and the log-probabilities there."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_kd.types import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class ScoredPositions:
+    """The positions of a batch whose logits enter the loss, flattened in row order.
+
+    Example:
+        >>> labels = torch.tensor([[-100, -100, 7, 8], [-100, 9, -100, -100]])
+        >>> scored = ScoredPositions.from_labels(labels)
+        >>> scored.targets, scored.rows, scored.tokens_per_row
+        (tensor([7, 8, 9]), tensor([0, 0, 1]), tensor([2, 1]))
+    """
+
+    mask: Tensor
+    """True where the logits are scored, ``(B, T)``."""
+    targets: Tensor
+    """The token each scored position predicts, ``(N,)``; ``IGNORE_INDEX`` where it has no label."""
+
+    @classmethod
+    def from_labels(cls, labels: Tensor) -> "ScoredPositions":
+        """Score what ``labels`` (unshifted, ``(B, T)``) do not ignore."""
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        mask = following != IGNORE_INDEX
+        return cls(mask, following[mask])
+
+    @classmethod
+    def everywhere(cls, labels: Tensor, attention_mask: Tensor) -> "ScoredPositions":
+        """Score every real token, the last one and the prompt included, labeled or not."""
+        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+        mask = attention_mask.bool()
+        return cls(mask, following[mask])
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """The row of each scored position, ``(N,)``."""
+        return self.mask.nonzero()[:, 0]
+
+    @cached_property
+    def tokens_per_row(self) -> Tensor:
+        """Number of labeled positions in each row, ``(B,)``: what the loss is divided by."""
+        labeled = torch.zeros_like(self.mask, dtype=torch.long)
+        labeled[self.mask] = (self.targets != IGNORE_INDEX).long()
+        return labeled.sum(-1)
+
+    def select(self, logits: Tensor) -> Tensor:
+        """The scored rows of ``logits``: ``(B, T, V) -> (N, V)``, float32 or wider.
+
+        The upcast comes before any softmax: rounding a log-softmax to bfloat16 costs more than
+        the divergences that are measured.
+        """
+        chosen = logits[self.mask]
+        return chosen if chosen.dtype == torch.float64 else chosen.float()
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    r"""Negative log-likelihood per position, :math:`-\log q(y_t)`: ``(N, V), (N,) -> (N,)``.
+
+    A position without a label gives 0.
+
+    Example:
+        >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([1.3863])
+    """
+    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")
