@@ -1,23 +1,24 @@
-"""Toy models, a toy tokenizer and toy batches; everything stays under ``tmp_path``."""
+"""Fixtures; everything a test writes stays under ``tmp_path``."""
 
+import os
 from pathlib import Path
+
+# Read by huggingface_hub when it is imported: without it, a wrong name waits for the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from lightning_kd.types import IGNORE_INDEX, Batch
+from tests.toys import letter_tokenizer
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-LETTERS = "abcdefghijklmnop"
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No network, no cache outside the test's own folder, a known seed."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
@@ -28,57 +29,6 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per letter; ids 0 pad, 1 eos."""
     return letter_tokenizer()
-
-
-def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:
-    vocabulary = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(letters)}}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
-    )
-
-
-def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
-    """A two-layer Llama over the letters."""
-    settings = {
-        "vocab_size": len(LETTERS) + 2,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "max_position_embeddings": 64,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "bos_token_id": None,
-    } | overrides
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    # A fresh Llama is all but uniform: larger weights make distributions that differ.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(8)
-    return model
-
-
-def ragged_batch(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 18) -> Batch:
-    """Rows of random tokens: (prompt tokens, completion tokens) each."""
-    generator = torch.Generator().manual_seed(seed)
-    total = max(p + c for p, c in lengths)
-    ids = torch.zeros(len(lengths), total, dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORE_INDEX)
-    for row, (prompt, completion) in enumerate(lengths):
-        end = prompt + completion
-        ids[row, :end] = torch.randint(2, vocabulary, (end,), generator=generator)
-        mask[row, :end] = 1
-        labels[row, prompt:end] = ids[row, prompt:end]
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "labels": labels,
-        "row": torch.arange(len(lengths)),
-    }
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from lightning_kd.normalization import (
     make_normalization,
 )
 from lightning_kd.scoring import ScoredPositions
-from tests.conftest import ragged_batch
+from tests.toys import ragged_batch
 
 LENGTHS = [(2, 5), (1, 1), (3, 0), (2, 9)]
 # Written from the definitions, with NumPy means over Python lists.

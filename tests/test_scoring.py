@@ -2,7 +2,7 @@ import torch
 
 from lightning_kd.scoring import ScoredPositions, cross_entropy
 from lightning_kd.types import IGNORE_INDEX
-from tests.conftest import ragged_batch
+from tests.toys import ragged_batch
 
 
 def test_the_logits_before_a_label_are_scored():

@@ -79,7 +79,9 @@ class Student(ModelSource):
         model = self.load(tokenizer, "student")
         check_ids(tokenizer, model, "student")
         if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # Renamed in transformers 5.23; the lower bound has the old name only.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.lora is not None:
             if self.gradient_checkpointing:
                 # The frozen embedding's output must require a gradient, or no layer is recomputed.
