@@ -1,12 +1,11 @@
 """Completions written by ``predict``, as JSONL that can be trained on."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_kd.generation import Completions
@@ -14,7 +13,7 @@ from lightning_kd.modules import DistillationModule
 from lightning_kd.types import FILLER_ROW, Batch
 
 
-class JsonlPredictions(BasePredictionWriter):
+class JsonlPredictions(Callback):
     """Write one JSON object per row: ``row``, ``prompt``, ``completion``, and ``reference`` if any.
 
     Each rank writes its own part as it goes; at the end the first rank joins them in row order, so
@@ -25,7 +24,6 @@ class JsonlPredictions(BasePredictionWriter):
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
-        super().__init__(write_interval="batch")
         self.path = Path(path)
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -33,19 +31,18 @@ class JsonlPredictions(BasePredictionWriter):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("", encoding="utf-8")
 
-    def write_on_batch_end(
+    def on_predict_batch_end(
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        prediction: Completions,
-        batch_indices: Sequence[int] | None,
+        outputs: Completions,
         batch: Batch,
         batch_idx: int,
-        dataloader_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
         """Append a batch to this rank's part."""
         assert isinstance(pl_module, DistillationModule)
-        texts = prediction.texts(pl_module.tokenizer)
+        texts = outputs.texts(pl_module.tokenizer)
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, (row, text) in enumerate(zip(batch["row"].tolist(), texts, strict=True)):
                 if row == FILLER_ROW:

@@ -53,6 +53,9 @@ class DistillationCLI(LightningCLI):
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        if subcommand == "predict":
+            # The completions go to a file as they come; memory need not hold them too.
+            parser.set_defaults({"return_predictions": False})
         return parser
 
     def _parse_ckpt_path(self) -> None:

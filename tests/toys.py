@@ -58,3 +58,32 @@ def ragged_batch(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int 
         "labels": labels,
         "row": torch.arange(len(lengths)),
     }
+
+
+def with_prompts(batch: Batch) -> Batch:
+    """The batch and, beside it, its prompts padded on the left, and the texts."""
+    tokenizer = letter_tokenizer()
+    completion = batch["labels"] != IGNORE_INDEX
+    prompts = [
+        ids[mask.bool() & ~own]
+        for ids, mask, own in zip(
+            batch["input_ids"], batch["attention_mask"], completion, strict=True
+        )
+    ]
+    longest = max(map(len, prompts))
+    return batch | {
+        "prompt_ids": torch.stack(
+            [torch.nn.functional.pad(ids, (longest - len(ids), 0)) for ids in prompts]
+        ),
+        "prompt_mask": torch.stack(
+            [
+                torch.nn.functional.pad(torch.ones_like(ids), (longest - len(ids), 0))
+                for ids in prompts
+            ]
+        ),
+        "prompt": tokenizer.batch_decode(prompts),
+        "completion": [
+            tokenizer.decode(ids[own], skip_special_tokens=True)
+            for ids, own in zip(batch["input_ids"], completion, strict=True)
+        ],
+    }

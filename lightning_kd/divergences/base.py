@@ -9,6 +9,8 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_kd.divergences.log_space import softmax_gradient
+
 ENTRY_POINT_GROUP = "lightning_kd.divergences"
 
 
@@ -37,7 +39,7 @@ class Divergence(ABC):
     """
 
     name: ClassVar[str] = ""
-    """The registered name; loggers show it. Empty for an unregistered class."""
+    """The registered name; loggers show it. Empty where no class it derives from is registered."""
 
     def __call__(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """Evaluate the divergence at every position.
@@ -75,7 +77,7 @@ class Divergence(ABC):
             leaf = _wide(student_log_probs).detach().requires_grad_()
             total = self.value(leaf, _wide(teacher_log_probs.detach())).sum()
         (gradient,) = torch.autograd.grad(total, leaf)
-        return gradient - leaf.detach().exp() * gradient.sum(-1, keepdim=True)
+        return softmax_gradient(gradient, leaf.detach())
 
     def __repr__(self) -> str:
         """Class and hyper-parameters, as one would write them."""

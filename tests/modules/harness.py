@@ -1,0 +1,85 @@
+"""A Trainer around a module, for tests that look at one optimizer step."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from lightning_kd.modules import DistillationModule
+from lightning_kd.types import Batch
+from tests.toys import letter_tokenizer
+
+
+class Listed:
+    """An iterable that Lightning takes for a loader; a list it would take for many."""
+
+    def __init__(self, batches: list[Batch]) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(self.batches)
+
+
+class BatchList(L.LightningDataModule):
+    """Ready batches, with the letters' tokenizer."""
+
+    def __init__(self, batches: Sequence[Batch], evaluate: Sequence[Batch] = ()) -> None:
+        super().__init__()
+        self.tokenizer = letter_tokenizer()
+        self.batches, self.evaluate = list(batches), list(evaluate)
+
+    def train_dataloader(self) -> Listed:
+        return Listed(self.batches)
+
+    def val_dataloader(self) -> Listed:
+        return Listed(self.evaluate)
+
+    def test_dataloader(self) -> Listed:
+        return Listed(self.evaluate)
+
+    def predict_dataloader(self) -> Listed:
+        return Listed(self.evaluate)
+
+
+def trainer(**settings: Any) -> L.Trainer:
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 0,
+        "max_epochs": 1,
+    }
+    return L.Trainer(**(defaults | settings))
+
+
+class GradientProbe(Callback):
+    """Keeps the gradient as the optimizer gets it."""
+
+    gradient: torch.Tensor
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.gradient = torch.cat(
+            [p.grad.flatten() for p in pl_module.student.parameters() if p.grad is not None]
+        ).clone()
+
+
+def fit_one_step(
+    module: DistillationModule, micro_batches: Sequence[Batch], **settings: Any
+) -> tuple[float, torch.Tensor]:
+    """The logged loss and the gradient of one optimizer step over ``micro_batches``."""
+    probe = GradientProbe()
+    fit = trainer(
+        accumulate_grad_batches=len(micro_batches), max_steps=1, callbacks=[probe], **settings
+    )
+    fit.fit(module, datamodule=BatchList(micro_batches))
+    return fit.callback_metrics["train/loss"].item(), probe.gradient

@@ -1,0 +1,147 @@
+"""Every method's loss and gradient, against the formulas written out in plain torch on logits."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.modules import SFT, BabyLlama, SupervisedKD
+from tests.modules.harness import fit_one_step
+from tests.toys import ragged_batch, tiny_llama
+
+BATCH = ragged_batch([(2, 5), (1, 3), (3, 7)])
+BLOCKS = ragged_batch([(0, 8), (0, 8), (0, 8)])
+
+
+def student_and_teachers():
+    return tiny_llama(0), tiny_llama(1), tiny_llama(2)
+
+
+def shifted(model, batch):
+    """Logits and labels, shifted the way transformers does it."""
+    logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return logits[:, :-1], batch["labels"][:, 1:]
+
+
+def expected_gradient(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def check(module, student, expected_loss, batch, **tolerance):
+    """One step through the Trainer gives the loss and the gradient that were written out."""
+    expected = expected_gradient(student, expected_loss)
+    loss, gradient = fit_one_step(module, [batch])
+    tolerance = tolerance or {"rtol": 1e-4, "atol": 1e-6}
+    torch.testing.assert_close(torch.tensor(loss), expected_loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(gradient, expected, **tolerance)
+
+
+def test_sft_is_the_loss_of_transformers():
+    student, *_ = student_and_teachers()
+    loss = student(
+        BATCH["input_ids"], attention_mask=BATCH["attention_mask"], labels=BATCH["labels"]
+    ).loss
+    check(SFT(student=Student.of(student)), student, loss, BATCH)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_supervised_kd(alpha, temperature):
+    student, teacher, _ = student_and_teachers()
+    z, labels = shifted(student, BATCH)
+    u, _ = shifted(teacher, BATCH)
+    scored = labels != -100
+    kl = F.kl_div(
+        (z[scored] / temperature).log_softmax(-1),
+        (u[scored].detach() / temperature).log_softmax(-1),
+        log_target=True,
+        reduction="none",
+    ).sum(-1)
+    ce = F.cross_entropy(z[scored], labels[scored])
+    module = SupervisedKD(
+        student=Student.of(student),
+        teacher=SingleTeacher.of(teacher),
+        alpha=alpha,
+        temperature=temperature,
+    )
+    loss = alpha * ce + (1 - alpha) * temperature**2 * kl.mean()
+    check(module, student, loss, BATCH)
+
+
+def official_baby_llama(student, teachers, batch, alpha, temperature):
+    """The loss of section 3 as its authors compute it: on all positions, KL divided by rows."""
+    output = student(batch["input_ids"], labels=batch["labels"])
+    mean = torch.stack([t(batch["input_ids"]).logits for t in teachers]).mean(0).detach()
+    kl = torch.nn.KLDivLoss(reduction="batchmean")(
+        F.log_softmax(output.logits / temperature, dim=-1), F.softmax(mean / temperature, dim=-1)
+    )
+    return alpha * output.loss + (1 - alpha) * temperature**2 * kl
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_baby_llama_reproduces_the_official_scale_on_unpadded_blocks(alpha, normalization):
+    student, *teachers = student_and_teachers()
+    loss = official_baby_llama(student, teachers, BLOCKS, alpha, 2.0)
+    module = BabyLlama(
+        student=Student.of(student),
+        teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+        alpha=alpha,
+        kl_scale="batchmean",
+        normalization=normalization,
+    )
+    check(module, student, loss, BLOCKS, rtol=1e-4, atol=1e-5)
+
+
+def test_the_official_scale_is_the_token_scale_times_the_tokens_of_a_block():
+    """Where the last position is masked too: KL summed over a row = row length times its mean."""
+    student, *teachers = student_and_teachers()
+    losses = {}
+    for scale in ("token", "batchmean"):
+        module = BabyLlama(
+            student=Student.of(tiny_llama(0)),
+            teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+            alpha=0.0,
+            kl_scale=scale,
+        )
+        losses[scale], _ = fit_one_step(module, [BLOCKS])
+    z = student(BLOCKS["input_ids"]).logits
+    mean = torch.stack([t(BLOCKS["input_ids"]).logits for t in teachers]).mean(0)
+    kl = F.kl_div(
+        (z / 2).log_softmax(-1), (mean / 2).log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    assert losses["token"] == pytest.approx(4 * kl[:, :-1].mean().item(), rel=1e-5)
+    assert losses["batchmean"] == pytest.approx(4 * kl.sum(-1).mean().item(), rel=1e-5)
+
+
+def test_identical_teachers_are_one_and_a_perfect_student_has_no_gradient():
+    student, teacher, _ = student_and_teachers()
+    ensemble = TeacherEnsemble([ModelSource.of(tiny_llama(1)), ModelSource.of(tiny_llama(1))])
+    both = BabyLlama(student=Student.of(student), teacher=ensemble)
+    one = BabyLlama(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(teacher))
+    loss_both, gradient_both = fit_one_step(both, [BATCH])
+    loss_one, gradient_one = fit_one_step(one, [BATCH])
+    assert loss_both == pytest.approx(loss_one, rel=1e-6)
+    torch.testing.assert_close(gradient_both, gradient_one, rtol=1e-4, atol=1e-6)
+    same = SupervisedKD(
+        student=Student.of(tiny_llama(1)), teacher=SingleTeacher.of(teacher), alpha=0.0
+    )
+    loss, gradient = fit_one_step(same, [BATCH])
+    assert abs(loss) < 1e-9
+    assert gradient.abs().max().item() < 1e-6
+
+
+def test_wrong_values_are_refused_before_a_model_is_loaded():
+    sources = {"student": Student("./never"), "teacher": SingleTeacher("./never")}
+    with pytest.raises(ValueError, match=r"alpha is 1\.5"):
+        SupervisedKD(alpha=1.5, **sources)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        SupervisedKD(temperature=0, **sources)
+    with pytest.raises(ValueError, match="unknown divergence 'nope'; choose one of"):
+        SupervisedKD(divergence="nope", **sources)
+    with pytest.raises(ValueError, match="unknown kl_scale 'mean'"):
+        BabyLlama(kl_scale="mean", **sources)
+    with pytest.raises(ValueError, match="unknown normalization"):
+        SFT(student=sources["student"], normalization="mean")
