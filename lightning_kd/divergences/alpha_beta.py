@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor
 
 from lightning_kd.divergences.base import Divergence, register_divergence
@@ -78,49 +79,64 @@ class AlphaBeta(Divergence):
 
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The formula, or the limit that holds at these exponents."""
+        student, teacher = _without_shared_zeros(student_log_probs, teacher_log_probs)
         alpha, beta = self._alpha, self._beta
         if alpha + beta == 0:
-            return _scale_free(student_log_probs, teacher_log_probs, alpha)
+            return _scale_free(student, teacher, alpha)
         if beta == 0:
-            return _tempered_kl(teacher_log_probs, student_log_probs, alpha)
+            return _tempered_kl(teacher, student, alpha)
         if alpha == 0:
-            return _tempered_kl(student_log_probs, teacher_log_probs, beta)
+            return _tempered_kl(student, teacher, beta)
 
-        # All three powers come from one expression, so that they agree to the bit at agreement.
-        teacher_power = (alpha * teacher_log_probs + beta * teacher_log_probs).exp()
-        student_power = (alpha * student_log_probs + beta * student_log_probs).exp()
-        cross_power = (alpha * teacher_log_probs + beta * student_log_probs).exp()
-        mean_excess = beta / (alpha + beta) * (student_power - teacher_power)
-        return (mean_excess - (cross_power - teacher_power)).sum(-1) / (alpha * beta)
+        total, log_ratio = alpha + beta, student - teacher
+        log_power = total * teacher
+        student_excess = _difference(total * student, log_power, total * log_ratio)
+        cross_excess = _difference(alpha * teacher + beta * student, log_power, beta * log_ratio)
+        return (beta / total * student_excess - cross_excess).sum(-1) / (alpha * beta)
 
     def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``q^beta (q^alpha - p^alpha) / alpha``, centered; at 0 a logarithm takes its place."""
+        student, teacher = _without_shared_zeros(student_log_probs, teacher_log_probs)
         alpha, beta = self._alpha, self._beta
+        log_ratio = student - teacher
         if alpha != 0:
-            student_power = (alpha * student_log_probs + beta * student_log_probs).exp()
-            cross_power = (alpha * teacher_log_probs + beta * student_log_probs).exp()
-            slope = (student_power - cross_power) / alpha
+            cross = alpha * teacher + beta * student
+            slope = _difference((alpha + beta) * student, cross, alpha * log_ratio) / alpha
         elif beta != 0:
-            slope = kl_terms(beta * student_log_probs, beta * teacher_log_probs) / beta
+            slope = kl_terms(beta * student, log_ratio)
         else:
-            slope = student_log_probs - teacher_log_probs
+            slope = log_ratio
         return softmax_gradient(slope, student_log_probs)
+
+
+def _without_shared_zeros(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Let both sides agree, in finite numbers, on a token that both exclude."""
+    excluded = torch.maximum(student, teacher) == -math.inf
+    return student.masked_fill(excluded, 0.0), teacher.masked_fill(excluded, 0.0)
+
+
+def _difference(log_first: Tensor, log_second: Tensor, log_ratio: Tensor) -> Tensor:
+    """Difference of two powers whose ratio is known better than the powers are.
+
+    Exactly 0 at agreement, without cancellation near it and without overflow far from it.
+    """
+    larger = torch.maximum(log_first, log_second).exp()
+    return -larger * log_ratio.sign() * (-log_ratio.abs()).expm1()
 
 
 def _tempered_kl(log_probs: Tensor, log_reference: Tensor, exponent: float) -> Tensor:
     """KL of unnormalized powers: the limit as the exponent of ``log_reference`` vanishes."""
     log_power, log_reference_power = exponent * log_probs, exponent * log_reference
-    excess = log_power.exp() - log_reference_power.exp()
-    return (kl_terms(log_power, log_reference_power) - excess).sum(-1) / exponent**2
+    log_ratio = exponent * (log_probs - log_reference)
+    excess = _difference(log_power, log_reference_power, log_ratio)
+    return (kl_terms(log_power, log_ratio) - excess).sum(-1) / exponent**2
 
 
-def _scale_free(student_log_probs: Tensor, teacher_log_probs: Tensor, alpha: float) -> Tensor:
+def _scale_free(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
     """The limits that read nothing but the ratio of the probabilities."""
-    log_ratio = teacher_log_probs - student_log_probs
-    # Two sides that exclude the same token agree on it, while -inf - -inf is NaN.
-    log_ratio = log_ratio.masked_fill(teacher_log_probs == student_log_probs, 0.0)
+    log_ratio = teacher - student
     if alpha == 0:
         return 0.5 * log_ratio.square().sum(-1)
-    power = alpha * log_ratio
+    log_power = alpha * log_ratio
     # Past 50 the subtrahend is below the round-off of exp, while inf - inf would be NaN.
-    return (power.expm1() - power.clamp_max(50.0)).sum(-1) / alpha**2
+    return (log_power.expm1() - log_power.clamp_max(50.0)).sum(-1) / alpha**2

@@ -81,10 +81,8 @@ class Divergence(ABC):
 
     def __repr__(self) -> str:
         """Class and hyper-parameters, as one would write them."""
-        parameters = inspect.signature(type(self)).parameters
-        return (
-            f"{type(self).__name__}({', '.join(f'{k}={getattr(self, k)!r}' for k in parameters)})"
-        )
+        names = [name for name in inspect.signature(type(self)).parameters if hasattr(self, name)]
+        return f"{type(self).__name__}({', '.join(f'{n}={getattr(self, n)!r}' for n in names)})"
 
 
 def _wide(log_probs: Tensor) -> Tensor:
@@ -165,6 +163,6 @@ def _load_entry_point(name: str) -> type[Divergence]:
             )
         return register_divergence(name)(cls)
     raise ValueError(
-        f"unknown divergence {name!r}; choose one of {', '.join(available_divergences())}, or give "
-        "the import path of a class derived from lightning_kd.Divergence"
+        f"unknown divergence {name!r}; choose one of {', '.join(available_divergences())}, or pass "
+        "an instance of your own subclass of lightning_kd.divergences.Divergence"
     )

@@ -34,7 +34,7 @@ class ForwardKL(Divergence):
 
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``KL(teacher || student)``."""
-        return kl_terms(teacher_log_probs, student_log_probs).sum(-1)
+        return kl_terms(teacher_log_probs, teacher_log_probs - student_log_probs).sum(-1)
 
     def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``q - p``."""

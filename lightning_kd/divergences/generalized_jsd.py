@@ -7,7 +7,7 @@ from lightning_kd.divergences.forward_kl import ForwardKL
 from lightning_kd.divergences.log_space import (
     LIMIT_WIDTH,
     kl_terms,
-    log_mixture,
+    log_ratio_to_mixture,
     softmax_gradient,
 )
 from lightning_kd.divergences.reverse_kl import ReverseKL
@@ -73,15 +73,22 @@ class GeneralizedJSD(Divergence):
         """``beta KL(p || m) + (1 - beta) KL(q || m)``, or the KL of an end."""
         if self._end is not None:
             return self._end.value(student_log_probs, teacher_log_probs)
-        mixture = log_mixture(teacher_log_probs, student_log_probs, self.beta)
-        teacher_side = kl_terms(teacher_log_probs, mixture).sum(-1)
-        student_side = kl_terms(student_log_probs, mixture).sum(-1)
-        return self._scale * (self.beta * teacher_side + (1 - self.beta) * student_side)
+        log_ratio = log_ratio_to_mixture(
+            teacher_log_probs, student_log_probs, own_share=self.beta, other_share=1 - self.beta
+        )
+        teacher_side = self.beta * kl_terms(teacher_log_probs, log_ratio).sum(-1)
+        student_side = self._student_terms(student_log_probs, teacher_log_probs).sum(-1)
+        return self._scale * (teacher_side + student_side)
 
     def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``(1 - beta) q [(log q - log m) - KL(q || m)]``, or the gradient of an end."""
         if self._end is not None:
             return self._end.logit_gradient(student_log_probs, teacher_log_probs)
-        mixture = log_mixture(teacher_log_probs, student_log_probs, self.beta)
-        slope = self._scale * (1 - self.beta) * kl_terms(student_log_probs, mixture)
+        slope = self._scale * self._student_terms(student_log_probs, teacher_log_probs)
         return softmax_gradient(slope, student_log_probs)
+
+    def _student_terms(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        log_ratio = log_ratio_to_mixture(
+            student_log_probs, teacher_log_probs, own_share=1 - self.beta, other_share=self.beta
+        )
+        return (1 - self.beta) * kl_terms(student_log_probs, log_ratio)

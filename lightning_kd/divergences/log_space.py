@@ -1,4 +1,4 @@
-"""What the divergences share: KL terms, mixtures and the softmax gradient, all in log space."""
+"""What the divergences share, evaluated in log space: KL terms, mixtures, the softmax gradient."""
 
 import math
 
@@ -8,30 +8,35 @@ from torch import Tensor
 LIMIT_WIDTH = 1e-4
 """Within this distance of a removable singularity a divergence is its own limit.
 
-Dividing by a parameter of 1e-6 costs float32 about 1 % of the value, while the limit is off by
-about the parameter itself: 1e-4 is where the two errors meet.
+The limit is off by about the distance; the quotient loses about 1e-7 of the value, in float32, over
+the distance, and is 0 / 0 in the end.
 """
 
 
-def kl_terms(log_probs: Tensor, log_reference: Tensor) -> Tensor:
-    r"""The summands :math:`a_v (\log a_v - \log b_v)` of a KL divergence, ``(..., V)``.
+def kl_terms(log_probs: Tensor, log_ratio: Tensor) -> Tensor:
+    r"""The summands :math:`a_v \log (a_v / b_v)` of a KL divergence, shape ``(..., V)``.
 
-    A token that ``log_probs`` excludes contributes 0 whatever the reference says, in the value and
-    in the gradient: the ratio is masked before the product, since ``0 * inf`` is NaN in both.
+    A token that ``log_probs`` excludes contributes 0 whatever the ratio, in the value and in the
+    gradient: the ratio is masked before the product, since ``0 * inf`` is NaN in both.
     """
     probs = log_probs.exp()
-    return probs * (log_probs - log_reference).masked_fill(probs == 0, 0.0)
+    return probs * log_ratio.masked_fill(probs == 0, 0.0)
 
 
-def log_mixture(log_first: Tensor, log_second: Tensor, share: float) -> Tensor:
-    r"""Log-probabilities of the mixture :math:`s\,a + (1 - s)\,b`, for a share ``0 < s < 1``.
+def log_ratio_to_mixture(
+    log_probs: Tensor, log_other: Tensor, *, own_share: float, other_share: float
+) -> Tensor:
+    r"""Evaluate :math:`\log (a / m)` with the mixture :math:`m = s\,a + t\,b` of two shares.
 
-    The probabilities are mixed, not their logarithms. The share stays a Python float: as a bfloat16
+    The probabilities are mixed, not their logarithms. The mixture is taken relative to
+    ``log_probs`` right away: near agreement, and with a small share, the difference of two
+    log-probabilities of -10 would be all round-off. The shares stay Python floats: as a bfloat16
     tensor 0.999 would be 1.
     """
-    # logaddexp(-inf, -inf) has a NaN gradient; one finite operand is enough to avoid it.
-    floored = (log_second + math.log1p(-share)).clamp_min(torch.finfo(log_second.dtype).min)
-    return torch.logaddexp(log_first + math.log(share), floored)
+    # -inf - -inf is NaN; one finite operand avoids it, and kl_terms drops the token anyway.
+    floored = log_probs.clamp_min(torch.finfo(log_probs.dtype).min)
+    other = log_other - floored + math.log(other_share)
+    return -torch.logaddexp(other, other.new_full((), math.log(own_share)))
 
 
 def softmax_gradient(slope: Tensor, log_probs: Tensor) -> Tensor:

@@ -31,8 +31,12 @@ class ReverseKL(Divergence):
 
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``KL(student || teacher)``."""
-        return kl_terms(student_log_probs, teacher_log_probs).sum(-1)
+        return _terms(student_log_probs, teacher_log_probs).sum(-1)
 
     def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``q [(log q - log p) - KL(q || p)]``."""
-        return softmax_gradient(kl_terms(student_log_probs, teacher_log_probs), student_log_probs)
+        return softmax_gradient(_terms(student_log_probs, teacher_log_probs), student_log_probs)
+
+
+def _terms(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+    return kl_terms(student_log_probs, student_log_probs - teacher_log_probs)

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from lightning_kd.divergences.base import Divergence, register_divergence
-from lightning_kd.divergences.log_space import kl_terms, log_mixture, softmax_gradient
+from lightning_kd.divergences.log_space import kl_terms, log_ratio_to_mixture, softmax_gradient
 
 
 @register_divergence("skew_kl")
@@ -40,13 +40,17 @@ class SkewKL(Divergence):
 
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``KL(p || m)``."""
-        mixture = log_mixture(teacher_log_probs, student_log_probs, self.alpha)
-        return kl_terms(teacher_log_probs, mixture).sum(-1)
+        log_ratio = log_ratio_to_mixture(
+            teacher_log_probs, student_log_probs, own_share=self.alpha, other_share=1 - self.alpha
+        )
+        return kl_terms(teacher_log_probs, log_ratio).sum(-1)
 
     def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``-(1 - alpha) [q p / m - q sum(q p / m)]``."""
-        mixture = log_mixture(teacher_log_probs, student_log_probs, self.alpha)
-        slope = (self.alpha - 1) * (teacher_log_probs - mixture + student_log_probs).exp()
+        log_ratio = log_ratio_to_mixture(
+            student_log_probs, teacher_log_probs, own_share=1 - self.alpha, other_share=self.alpha
+        )
+        slope = (self.alpha - 1) * (teacher_log_probs + log_ratio).exp()
         return softmax_gradient(slope, student_log_probs)
 
 
@@ -86,15 +90,20 @@ class SkewReverseKL(Divergence):
 
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``KL(q || m)``."""
-        mixture = log_mixture(student_log_probs, teacher_log_probs, self.alpha)
-        return kl_terms(student_log_probs, mixture).sum(-1)
+        log_ratio = self._log_ratio(student_log_probs, teacher_log_probs)
+        return kl_terms(student_log_probs, log_ratio).sum(-1)
 
     def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``q h - q sum(q h)`` with ``h = log q - log m - alpha q / m``."""
-        mixture = log_mixture(student_log_probs, teacher_log_probs, self.alpha)
-        through_mixture = (student_log_probs - mixture + student_log_probs).exp()
-        slope = kl_terms(student_log_probs, mixture) - self.alpha * through_mixture
+        log_ratio = self._log_ratio(student_log_probs, teacher_log_probs)
+        through_mixture = self.alpha * (student_log_probs + log_ratio).exp()
+        slope = kl_terms(student_log_probs, log_ratio) - through_mixture
         return softmax_gradient(slope, student_log_probs)
+
+    def _log_ratio(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        return log_ratio_to_mixture(
+            student_log_probs, teacher_log_probs, own_share=self.alpha, other_share=1 - self.alpha
+        )
 
 
 def _checked_share(alpha: float) -> float:

@@ -17,12 +17,22 @@ class Listed:
 
     def __init__(self, batches: list[Batch]) -> None:
         self.batches = batches
+        self.position = 0
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        return iter(self.batches)
+        for batch in self.batches[self.position :]:
+            self.position += 1
+            yield batch
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
 
 
 class BatchList(L.LightningDataModule):

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import SFT, BabyLlama, SupervisedKD, WarmupCosine
@@ -126,23 +126,26 @@ def test_the_teacher_is_in_no_checkpoint_and_does_not_train(tmp_path):
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path):
-    def run(steps, resume=None, dropout=0.3):
+    class SaveInTheMiddle(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                trainer.save_checkpoint(tmp_path / "middle.ckpt")
+
+    def run(resume=None, dropout=0.3):
         module = SFT(
             student=Student.of(tiny_llama(0, attention_dropout=dropout)),
-            lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 1, total_steps=4),
+            lr_scheduler=lambda optimizer: WarmupCosine(optimizer, 1),
         )
-        fit = trainer(max_steps=steps)
-        # One batch over and over: which rows come next is the loader's business.
-        data = BatchList([ROWS] * 4)
-        fit.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-        fit.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        trainer(max_steps=4, callbacks=[] if resume else [SaveInTheMiddle()]).fit(
+            module, datamodule=BatchList(cut(2)), ckpt_path=resume, weights_only=True
+        )
         return torch.cat([p.flatten() for p in module.student.parameters()])
 
-    whole = run(4)
-    run(2)
+    without_dropout = run(dropout=0.0)
+    whole = run()
     torch.manual_seed(12345)
-    assert torch.equal(run(4, resume=tmp_path / "2.ckpt"), whole)
-    assert not torch.equal(run(4, dropout=0.0), whole)
+    assert torch.equal(run(resume=tmp_path / "middle.ckpt"), whole)
+    assert not torch.equal(without_dropout, whole)
 
 
 def test_the_checkpoint_of_another_method_is_refused(tmp_path):
