@@ -232,7 +232,7 @@ class DistillationModule(L.LightningModule):
     # Optimizer.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer and, per step, the schedule; a cosine without an end gets the trainer's."""
+        """The optimizer, and the schedule that is stepped with it."""
         trainable = [p for p in self.parameters() if p.requires_grad]
         groups = [
             {"params": [p for p in trainable if p.ndim > 1]},
@@ -241,13 +241,20 @@ class DistillationModule(L.LightningModule):
         optimizer = self._optimizer([group for group in groups if group["params"]])
         if self._lr_scheduler is None:
             return optimizer
-        scheduler = self._lr_scheduler(optimizer)
-        if isinstance(scheduler, WarmupCosine) and scheduler.total_steps is None:
-            scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
         }
+
+    def on_train_start(self) -> None:
+        """Give a cosine without an end the trainer's.
+
+        Not in :meth:`configure_optimizers`: asking the trainer there makes it set up the loader
+        before its state is restored, and a resumed run would start over on the first rows.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
+                config.scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
 
     # Checkpoints.
 
