@@ -13,9 +13,7 @@ def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:
     vocabulary = {"<pad>": 0, "<eos>": 1, **{c: i + 2 for i, c in enumerate(letters)}}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:

@@ -121,7 +121,9 @@ def _difference(log_first: Tensor, log_second: Tensor, log_ratio: Tensor) -> Ten
     Exactly 0 at agreement, without cancellation near it and without overflow far from it.
     """
     larger = torch.maximum(log_first, log_second).exp()
-    return -larger * log_ratio.sign() * (-log_ratio.abs()).expm1()
+    # Not sign() and abs(), whose derivative at 0 is 0: agreement would lose half of its gradient.
+    direction = torch.ones_like(log_ratio).copysign(log_ratio.detach())
+    return -larger * direction * (-direction * log_ratio).expm1()
 
 
 def _tempered_kl(log_probs: Tensor, log_reference: Tensor, exponent: float) -> Tensor:

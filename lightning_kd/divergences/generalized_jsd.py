@@ -44,7 +44,7 @@ class GeneralizedJSD(Divergence):
         >>> GeneralizedJSD()(student, teacher)
         tensor(0.1017)
         >>> GeneralizedJSD(beta=0.01, normalized=True)(student, teacher)
-        tensor(0.3670)
+        tensor(0.3685)
 
     References:
         Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Eq. 1.

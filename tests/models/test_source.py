@@ -71,7 +71,9 @@ def test_lora_trains_the_adapters_alone(tokenizer, checkpointing):
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)
-    model(input_ids=torch.arange(2, 10)[None], use_cache=False).logits.logsumexp(-1).sum().backward()
+    model(input_ids=torch.arange(2, 10)[None], use_cache=False).logits.logsumexp(
+        -1
+    ).sum().backward()
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 

@@ -194,9 +194,7 @@ def test_a_window_without_a_label_gives_zero_and_leaves_the_weights_alone():
     loss, gradient = fit_one_step(module, [ragged_batch([(3, 0), (2, 0)])] * 2)
     assert loss == 0
     assert gradient.abs().max().item() == 0
-    assert all(
-        torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True)
-    )
+    assert all(torch.equal(a, b) for a, b in zip(before, module.student.parameters(), strict=True))
 
 
 def test_biases_and_norms_do_not_decay():
@@ -246,7 +244,8 @@ def test_bfloat16_mixed_precision_trains_with_float32_divergences():
     module = BabyLlama(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
     loss, gradient = fit_one_step(module, [ROWS], precision="bf16-mixed")
     exact, exact_gradient = fit_one_step(
-        BabyLlama(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1))), [ROWS]
+        BabyLlama(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1))),
+        [ROWS],
     )
     assert loss == pytest.approx(exact, rel=2e-2)
     assert torch.nn.functional.cosine_similarity(gradient, exact_gradient, dim=0) > 0.99

@@ -1,0 +1,31 @@
+"""From rows to padded micro-batches, and back to the same row after a resume."""
+
+from lightning_kd.data.arithmetic import ArithmeticData, arithmetic_tokenizer
+from lightning_kd.data.collate import Collator
+from lightning_kd.data.datamodule import DistillationData
+from lightning_kd.data.encoding import Example, LengthLimit
+from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
+from lightning_kd.data.rows import EncodedRows, PackedRows
+from lightning_kd.data.sources import load_rows
+from lightning_kd.data.text import ChatData, PackedTextData, PromptCompletionData
+from lightning_kd.data.tokenizer_training import train_tokenizer, write_tokenizer
+
+__all__ = [
+    "ArithmeticData",
+    "ChatData",
+    "Collator",
+    "DistillationData",
+    "EncodedRows",
+    "EvaluationLoader",
+    "Example",
+    "LengthLimit",
+    "PackedRows",
+    "PackedTextData",
+    "PromptCompletionData",
+    "Rows",
+    "TrainingLoader",
+    "arithmetic_tokenizer",
+    "load_rows",
+    "train_tokenizer",
+    "write_tokenizer",
+]

@@ -1,0 +1,122 @@
+"""The offline task: addition, digit by digit."""
+
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import Fuse
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lightning_kd.data.datamodule import DistillationData, Split
+from lightning_kd.data.encoding import Example
+from lightning_kd.data.loader import Rows
+
+_TASK_SEED = 0
+"""Of the split, not of the run: all runs have the same test problems."""
+
+
+class ArithmeticData(DistillationData):
+    """Sums of two numbers, generated: the data to try things on, offline.
+
+    Numbers are written with their last digit first and filled up with zeros, so that each digit of
+    the sum needs only digits that stand before it: ``123 + 989`` is the prompt ``321+989=`` with the
+    completion ``2111``. All pairs of numbers are put into one fixed order and dealt out: the first to
+    test, the next to validation, the rest to training. No problem is in two splits, and a smaller
+    ``train_size`` takes a part of what a larger one does.
+
+    Args:
+        digits: Of each number, 1 to 3.
+        train_size: Training problems; all that are left when not given.
+        validation_size: Validation problems.
+        test_size: Test problems; ``predict`` completes them too.
+        tokenizer: One that has all the signs; the task's own when not given.
+        base: The options of :class:`~lightning_kd.data.DistillationData`.
+
+    Raises:
+        ValueError: If a size is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        digits: int = 3,
+        train_size: int | None = None,
+        validation_size: int = 1000,
+        test_size: int = 1000,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(
+            tokenizer=arithmetic_tokenizer() if tokenizer is None else tokenizer, **base
+        )
+        if not 1 <= digits <= 3:
+            raise ValueError(f"digits is {digits}; it must be 1, 2 or 3")
+        problems = 10 ** (2 * digits)
+        left = problems - test_size - validation_size
+        train_size = left if train_size is None else train_size
+        if min(test_size, validation_size, train_size) < 1 or train_size > left:
+            raise ValueError(
+                f"train_size {train_size}, validation_size {validation_size} and test_size "
+                f"{test_size} must be 1 or more and together at most {problems}"
+            )
+        self.digits = digits
+        starts = (0, test_size, test_size + validation_size)
+        sizes = (test_size, validation_size, train_size)
+        test, validation, train = (slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
+        self._slices: dict[Split, slice] = {
+            "train": train,
+            "validation": validation,
+            "test": test,
+            "predict": test,
+        }
+
+    def rows(self, split: Split) -> Rows:
+        """The problems of a split."""
+        generator = torch.Generator().manual_seed(_TASK_SEED)
+        order = torch.randperm(10 ** (2 * self.digits), generator=generator)
+        return ArithmeticRows(order[self._slices[split]], self.digits, self.tokenizer)
+
+
+class ArithmeticRows:
+    """Problems, each the number ``first * 10**digits + second``."""
+
+    def __init__(self, problems: Tensor, digits: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.problems, self.digits, self.tokenizer = problems, digits, tokenizer
+
+    def __len__(self) -> int:
+        """Problems of the split."""
+        return len(self.problems)
+
+    def example(self, row: int, pass_: int) -> Example:
+        """The same problem in every pass."""
+        prompt, completion = problem_text(int(self.problems[row]), self.digits)
+        ids = self.tokenizer.convert_tokens_to_ids(list(prompt + completion))
+        return Example([*ids, self.tokenizer.eos_token_id], len(prompt), prompt, completion)
+
+
+def problem_text(problem: int, digits: int) -> tuple[str, str]:
+    """Prompt and completion of a problem.
+
+    Example:
+        >>> problem_text(123989, 3)
+        ('321+989=', '2111')
+    """
+    first, second = divmod(problem, 10**digits)
+    written = [f"{number:0{digits}}"[::-1] for number in (first, second)]
+    return f"{written[0]}+{written[1]}=", f"{first + second:0{digits + 1}}"[::-1]
+
+
+def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each sign, and padding and EOS; an ordinary Hugging Face tokenizer.
+
+    Example:
+        >>> tokenizer = arithmetic_tokenizer()
+        >>> tokenizer.decode(tokenizer("321+989=")["input_ids"])
+        '321+989='
+    """
+    signs = ["<pad>", "<eos>", *"0123456789+="]
+    backend = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, "<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")

@@ -1,0 +1,59 @@
+"""From examples to a padded batch."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_kd.data.encoding import Example
+from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
+
+
+class Collator:
+    """Pad examples: completions on the right, prompts on the left.
+
+    Masks and labels come from lengths, never from ``ids != pad``, so that the EOS is trained on also
+    where it is the padding.
+
+    Args:
+        pad_id: Fills up the rows.
+
+    Example:
+        >>> batch = Collator(0)([(3, Example([5, 6, 7], 2, "x", "y")), (4, Example([8], 0))])
+        >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
+        ([[-100, -100, 7], [8, -100, -100]], [[1, 1, 1], [1, 0, 0]])
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, rows: Sequence[tuple[int, Example]]) -> Batch:
+        """One batch of (row number, example)."""
+        examples = [example for _, example in rows]
+        ids = [example.input_ids for example in examples]
+        batch: Batch = {
+            "input_ids": _pad(ids, self.pad_id),
+            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
+            "labels": _pad([_labels(number, example) for number, example in rows], IGNORE_INDEX),
+            "row": torch.tensor([number for number, _ in rows]),
+        }
+        if all(example.prompt is not None for example in examples):
+            prompts = [example.input_ids[: example.prompt_length] for example in examples]
+            batch["prompt_ids"] = _pad(prompts, self.pad_id, left=True)
+            batch["prompt_mask"] = _pad([[1] * len(row) for row in prompts], 0, left=True)
+            batch["prompt"] = [example.prompt or "" for example in examples]
+            batch["completion"] = [example.completion for example in examples]
+        return batch
+
+
+def _labels(number: int, example: Example) -> list[int]:
+    trained = 0 if number == FILLER_ROW else len(example.input_ids) - example.prompt_length
+    ignored = len(example.input_ids) - trained
+    return [IGNORE_INDEX] * ignored + example.input_ids[ignored:]
+
+
+def _pad(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True) if left else zip(rows, fill, strict=True)
+    return torch.tensor([[*a, *b] for a, b in pairs], dtype=torch.long)

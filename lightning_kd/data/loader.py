@@ -1,0 +1,199 @@
+"""Loaders that count what was consumed, so that a run can be resumed exactly."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_kd.data.collate import Collator
+from lightning_kd.data.encoding import Example
+from lightning_kd.seeding import derive_seed
+from lightning_kd.types import FILLER_ROW, Batch
+
+Key = tuple[int, int, int]
+"""Row number as the batch shows it, row that is read, pass over the data."""
+
+
+class Rows(Protocol):
+    """A data set, one example at a time."""
+
+    def __len__(self) -> int:
+        """Number of rows; it does not change."""
+        ...
+
+    def example(self, row: int, pass_: int) -> Example:
+        """The example of a row; it may differ from pass to pass."""
+        ...
+
+
+class _Examples(Dataset[tuple[int, Example]]):
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, key: Any) -> tuple[int, Example]:
+        number, row, pass_ = key
+        return number, self.rows.example(row, pass_)
+
+
+class TrainingLoader:
+    """An endless stream of shuffled passes, cut into micro-batches.
+
+    Sample :math:`s` of the run is row :math:`\\pi_k(s \\bmod N)` of pass :math:`k = s \\div N`, with a
+    permutation :math:`\\pi_k` that only the seed and :math:`k` decide. A micro-batch takes the next
+    ``batch_size`` samples on every rank. So every pass visits every row once, no micro-batch is
+    short, and the rows of an optimizer step do not depend on how many ranks or micro-batches share
+    it. For Lightning the run is one long epoch.
+
+    Args:
+        rows: The data.
+        collate: Makes a batch.
+        batch_size: Rows of a micro-batch on one rank.
+        micro_batches: How many there are in the whole run, on each rank.
+        seed: Decides the order.
+        rank: This process.
+        world_size: All of them.
+        num_workers: Processes that prepare batches ahead; they do not change the stream.
+
+    Example:
+        >>> class Letters:
+        ...     def __len__(self):
+        ...         return 3
+        ...     def example(self, row, pass_):
+        ...         return Example([row])
+        >>> loader = TrainingLoader(Letters(), Collator(0), batch_size=2, micro_batches=3, seed=0)
+        >>> stream = [row for batch in loader for row in batch["row"].tolist()]
+        >>> sorted(stream[:3]), sorted(stream[3:])
+        ([0, 1, 2], [0, 1, 2])
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        collate: Collator,
+        *,
+        batch_size: int,
+        micro_batches: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self.rows, self.collate, self.num_workers = rows, collate, num_workers
+        self.batch_size, self.micro_batches = batch_size, micro_batches
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.position = 0
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run; Lightning takes it for the epoch's."""
+        return self.micro_batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Go on after the last batch that was handed out."""
+        for batch in _loader(self.rows, self._keys(), self.collate, self.num_workers):
+            # Counted before it is handed out: whoever has the batch sees it as consumed.
+            self.position += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """How far the run is, in samples of all ranks, and what the order depends on."""
+        samples = self.position * self.batch_size * self.world_size
+        return {"samples": samples, "rows": len(self.rows), "seed": self.seed}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where a checkpoint stopped, on any number of ranks.
+
+        Raises:
+            ValueError: If the data or the seed is another one, or the samples do not fill whole
+                micro-batches.
+        """
+        for what in ("rows", "seed"):
+            if state[what] != self.state_dict()[what]:
+                raise ValueError(
+                    f"the checkpoint was written with {what} {state[what]}, this run has "
+                    f"{self.state_dict()[what]}: resume with the same data and seed, or start "
+                    "anew from the exported student"
+                )
+        self.position, rest = divmod(state["samples"], self.batch_size * self.world_size)
+        if rest:
+            raise ValueError(
+                f"the checkpoint is at sample {state['samples']}, which batch_size "
+                f"{self.batch_size} on {self.world_size} processes does not divide"
+            )
+
+    def _keys(self) -> Iterator[list[Key]]:
+        order: dict[int, list[int]] = {}
+        for position in range(self.position, self.micro_batches):
+            first = (position * self.world_size + self.rank) * self.batch_size
+            keys = []
+            for sample in range(first, first + self.batch_size):
+                pass_, place = divmod(sample, len(self.rows))
+                if pass_ not in order:
+                    order = {k: v for k, v in order.items() if k == pass_ - 1}
+                    order[pass_] = self._permutation(pass_)
+                row = order[pass_][place]
+                keys.append((row, row, pass_))
+            yield keys
+
+    def _permutation(self, pass_: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", pass_))
+        order: list[int] = torch.randperm(len(self.rows), generator=generator).tolist()
+        return order
+
+
+class EvaluationLoader:
+    """Every row once, in order, split over ranks without duplicates.
+
+    All ranks get the same number of batches, so that collectives stay in step; where rows run out
+    there is filler, of which nothing is scored.
+
+    Args:
+        rows: The data.
+        collate: Makes a batch.
+        batch_size: Rows of a batch on one rank.
+        rank: This process.
+        world_size: All of them.
+        num_workers: Processes that prepare batches ahead.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        collate: Collator,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+    ) -> None:
+        self.rows, self.collate, self.num_workers = rows, collate, num_workers
+        self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
+
+    def __len__(self) -> int:
+        """Batches on each rank."""
+        return -(-len(self.rows) // (self.batch_size * self.world_size))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This rank's batches."""
+        yield from _loader(self.rows, self._keys(), self.collate, self.num_workers)
+
+    def _keys(self) -> Iterator[list[Key]]:
+        for batch in range(len(self)):
+            first = (batch * self.world_size + self.rank) * self.batch_size
+            numbers = range(first, first + self.batch_size)
+            real = [n for n in numbers if n < len(self.rows)]
+            # A single process has no one to keep in step with: its last batch is simply shorter.
+            fill = self.batch_size - len(real) if self.world_size > 1 else 0
+            yield [(n, n, 0) for n in real] + [(FILLER_ROW, 0, 0)] * fill
+
+
+def _loader(
+    rows: Rows, keys: Iterator[list[Key]], collate: Collator, num_workers: int
+) -> DataLoader[Batch]:
+    return DataLoader(
+        _Examples(rows),
+        batch_sampler=keys,  # type: ignore[arg-type]  # any iterable of keys will do
+        collate_fn=collate,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )

@@ -1,0 +1,146 @@
+"""Data sets as the loaders want them: one example per row and pass."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.data.encoding import Encoded, Example, LengthLimit
+from lightning_kd.data.sources import WHERE
+from lightning_kd.seeding import derive_seed
+
+log = logging.getLogger(__name__)
+
+Encode = Callable[[dict[str, list[Any]]], list[Encoded]]
+"""Columns of some rows to the tokens and texts of their prompts and completions."""
+
+
+class EncodedRows:
+    """Rows of prompt and completion, tokenized once, within a length limit.
+
+    Args:
+        raw: The rows, as :func:`~lightning_kd.data.sources.load_rows` gives them.
+        encode: Tokenizes some rows.
+        limit: What happens to long rows.
+        key: All that ``encode`` depends on beside the row; the tokenized rows are cached under it.
+
+    Raises:
+        ValueError: If a row is not to the limit's taste, or none is left.
+    """
+
+    def __init__(self, raw: datasets.Dataset, encode: Encode, limit: LengthLimit, key: str) -> None:
+        def tokenize(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            rows = [
+                _limited(encoded, limit, where)
+                for encoded, where in zip(encode(columns), columns[WHERE], strict=True)
+            ]
+            return {name: [row[name] for row in rows] for name in rows[0]}
+
+        # transformers' tokenizers do not always hash alike, so the cache's key is made here.
+        fingerprint = hashlib.blake2b(f"{raw._fingerprint} {limit} {key}".encode(), digest_size=8)
+        encoded = raw.map(
+            tokenize,
+            batched=True,
+            remove_columns=raw.column_names,
+            new_fingerprint=fingerprint.hexdigest(),
+            desc="Tokenizing",
+        )
+        keep = [row for row, dropped in enumerate(encoded["dropped"]) if not dropped]
+        self.dropped = len(encoded) - len(keep)
+        if not keep:
+            raise ValueError(
+                f"all {len(encoded)} rows are longer than max_length={limit.max_length} allows; "
+                "raise it, or choose truncation: left or right"
+            )
+        self._encoded = encoded if not self.dropped else encoded.select(keep)
+        self.cut = sum(self._encoded["cut"])
+        if self.dropped or self.cut:
+            log.warning(
+                "of %d rows, %d were dropped and %d cut (max_length=%d, truncation=%s)",
+                len(encoded),
+                self.dropped,
+                self.cut,
+                limit.max_length,
+                limit.truncation,
+            )
+
+    def __len__(self) -> int:
+        """Rows that were kept."""
+        return len(self._encoded)
+
+    def example(self, row: int, pass_: int) -> Example:
+        """The same tokens in every pass."""
+        found = self._encoded[row]
+        return Example(
+            found["input_ids"], found["prompt_length"], found["prompt"], found["completion"]
+        )
+
+
+def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]:
+    prompt, completion, prompt_text, completion_text = encoded
+    kept = limit.apply(prompt, completion, where)
+    ids = [*kept[0], *kept[1]] if kept else []
+    return {
+        "input_ids": ids,
+        "prompt_length": len(kept[0]) if kept else 0,
+        "prompt": prompt_text,
+        "completion": completion_text,
+        "dropped": kept is None,
+        "cut": kept is not None and len(ids) < len(prompt) + len(completion),
+    }
+
+
+class PackedRows:
+    """Plain text as blocks of equal length, every token trained on.
+
+    Documents are joined with an EOS after each. In training, each pass starts at a random offset, so
+    that over the passes every token sees every context length; there is one block less than fits, so
+    that the number of blocks is the same for every offset (as BabyLlama does).
+
+    Args:
+        tokens: All documents in a row, ``(tokens,)``.
+        block_length: Tokens of a block.
+        seed: Decides the offsets; None for evaluation, which starts at 0.
+
+    Raises:
+        ValueError: If the text is too short for a block.
+
+    References:
+        Timiryasov and Tastet, *Baby Llama*, 2023. https://arxiv.org/abs/2308.02019
+    """
+
+    def __init__(self, tokens: Tensor, block_length: int, seed: int | None) -> None:
+        if block_length < 2:
+            raise ValueError(f"block_length is {block_length}; it must be 2 or more")
+        blocks = len(tokens) // block_length - (seed is not None)
+        if blocks < 1:
+            raise ValueError(
+                f"the text has {len(tokens)} tokens, too few for blocks of {block_length}; "
+                "give more text or a smaller block_length"
+            )
+        self.tokens, self.block_length, self.seed, self.blocks = tokens, block_length, seed, blocks
+
+    def __len__(self) -> int:
+        """Blocks in a pass."""
+        return self.blocks
+
+    def example(self, row: int, pass_: int) -> Example:
+        """A block; where it begins depends on the pass."""
+        shift = derive_seed(self.seed, "offset", pass_) if self.seed is not None else 0
+        start = row * self.block_length + shift % self.block_length
+        return Example(self.tokens[start : start + self.block_length].tolist())
+
+
+def pack(raw: datasets.Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
+    """All documents as one row of tokens, an EOS after each."""
+    documents = [
+        torch.tensor([*tokenizer(row[column], add_special_tokens=False)["input_ids"], eos])
+        for eos in [tokenizer.eos_token_id]
+        for row in raw
+    ]
+    return torch.cat(documents)

@@ -1,0 +1,69 @@
+"""A tokenizer of one's own, from one's own text."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lightning_kd.data.sources import load_rows
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer: any text can be encoded, and comes back as it was.
+
+    Args:
+        texts: What to learn from.
+        vocab_size: Tokens in all, the 256 bytes and two special tokens included.
+
+    Raises:
+        ValueError: If ``vocab_size`` does not hold the bytes and the special tokens.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["two and two is four"] * 3, vocab_size=270)
+        >>> tokenizer.decode(tokenizer("two or five")["input_ids"])
+        'two or five'
+    """
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size is {vocab_size}; 256 bytes and 2 special tokens need 258")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def write_tokenizer(
+    files: list[str], output: str, vocab_size: int = 16_000, columns: list[str] | None = None
+) -> None:
+    """Train a byte-level BPE tokenizer on your text and save it as a Hugging Face directory.
+
+    Args:
+        files: Text files, or tables (.jsonl, .csv, .parquet).
+        output: The directory.
+        vocab_size: Tokens in all, 258 or more.
+        columns: Columns of a table; ``text`` when not given.
+    """
+    wanted = columns or ["text"]
+    texts = [
+        row[column]
+        for path in files
+        for row in load_rows(path, dict.fromkeys(wanted, str))
+        for column in wanted
+    ]
+    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer.save_pretrained(Path(output))
+    print(f"{len(tokenizer)} tokens, learned from {len(texts)} texts, are in {output}")
