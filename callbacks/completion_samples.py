@@ -104,10 +104,10 @@ class CompletionSamples(Callback):
 
 
 def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A markdown table whose cells are shown as they are, never read as markup.
+    r"""A markdown table whose cells are shown as they are, never read as markup.
 
     Example:
-        >>> print(markdown_table(("a", "b"), [("<b>|x|", "1\\n2")]))
+        >>> print(markdown_table(("a", "b"), [("<b>|x|", "1\n2")]))
         | a | b |
         | --- | --- |
         | &lt;b&gt;&#124;x&#124; | 1<br>2 |

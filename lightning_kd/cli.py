@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+import lightning
 import lightning_kd
 from lightning_kd.callbacks import HFExport, JsonlPredictions, TensorBoardLayout, TokensPerSecond
 from lightning_kd.data import write_tokenizer
@@ -70,15 +71,15 @@ class DistillationCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         checkpoint = self._get(self.config_init, "ckpt_path")
-        if checkpoint and checkpoint not in {"last", "best", "hpc", "registry"}:
-            if not Path(checkpoint).exists():
-                self.parser.error(f"the checkpoint {checkpoint!r} does not exist")
+        a_name = checkpoint in {None, "last", "best", "hpc", "registry"}
+        if not a_name and not Path(checkpoint).exists():
+            self.parser.error(f"the checkpoint {checkpoint!r} does not exist")
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             self.parser.error(str(error))
         except ValueError as error:
-            if not _is_ours(error):
+            if not _is_for_the_user(error):
                 raise
             self.parser.error(str(error))
 
@@ -88,7 +89,9 @@ def main() -> None:
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
         command = EXTRA_COMMANDS[sys.argv[1]]
         try:
-            auto_cli(command, args=sys.argv[2:], prog=f"lightning-kd {sys.argv[1]}")
+            auto_cli(
+                command, args=sys.argv[2:], as_positional=False, prog=f"lightning-kd {sys.argv[1]}"
+            )
         except ValueError as error:
             sys.exit(f"lightning-kd {sys.argv[1]}: error: {error}")
         return
@@ -101,7 +104,11 @@ def main() -> None:
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
         parser_class=ShortErrorParser,
-        parser_kwargs={"description": DESCRIPTION, "version": lightning_kd.__version__},
+        parser_kwargs={
+            "prog": "lightning-kd",
+            "description": DESCRIPTION,
+            "version": lightning_kd.__version__,
+        },
         trainer_defaults={
             "logger": lazy_instance(
                 TensorBoardLogger, save_dir="runs", name="", default_hp_metric=False
@@ -133,10 +140,9 @@ def shorten(message: str) -> str:
     return "\n  ".join(texts) or message
 
 
-def _is_ours(error: BaseException) -> bool:
-    """Was it raised by this library, with a message for the user, or is it a defect somewhere?"""
-    last = traceback.extract_tb(error.__traceback__)[-1]
+def _is_for_the_user(error: BaseException) -> bool:
+    """Is it a message from this library or Lightning, or a defect somewhere below them?"""
+    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     home = Path(lightning_kd.__file__).resolve().parent
-    return Path(last.filename).resolve().is_relative_to(home) or (
-        Path(last.filename).resolve().parent == (home / "callbacks").resolve()
-    )
+    homes = (home, (home / "callbacks").resolve(), Path(lightning.__file__).resolve().parent)
+    return any(last.is_relative_to(folder) for folder in homes)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from typing import Literal
 
 import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.collate import Collator
@@ -81,6 +82,7 @@ class DistillationData(L.LightningDataModule):
         Raises:
             ValueError: If a split that the stage needs was not given.
         """
+        stage = TrainerFn(stage).value
         for split in _SPLITS_OF[stage]:
             if split not in self._rows:
                 self._rows[split] = self.rows(split)
@@ -91,6 +93,9 @@ class DistillationData(L.LightningDataModule):
                 )
         if stage == "fit":
             self._count_steps()
+            if self._rows["validation"] is None:
+                # An empty loader in its place would make Lightning warn at every run.
+                self._attached_trainer().limit_val_batches = 0
 
     def train_dataloader(self) -> TrainingLoader:
         """The whole run as one stream."""
@@ -108,9 +113,9 @@ class DistillationData(L.LightningDataModule):
             num_workers=self.num_workers,
         )
 
-    def val_dataloader(self) -> EvaluationLoader | list[object]:
-        """Every validation row once; nothing where there is no validation data."""
-        return self._evaluation("validation") if self._rows["validation"] else []
+    def val_dataloader(self) -> EvaluationLoader:
+        """Every validation row once."""
+        return self._evaluation("validation")
 
     def test_dataloader(self) -> EvaluationLoader:
         """Every test row once."""

@@ -37,10 +37,10 @@ class _Examples(Dataset[tuple[int, Example]]):
 
 
 class TrainingLoader:
-    """An endless stream of shuffled passes, cut into micro-batches.
+    r"""An endless stream of shuffled passes, cut into micro-batches.
 
-    Sample :math:`s` of the run is row :math:`\\pi_k(s \\bmod N)` of pass :math:`k = s \\div N`, with a
-    permutation :math:`\\pi_k` that only the seed and :math:`k` decide. A micro-batch takes the next
+    Sample :math:`s` of the run is row :math:`\pi_k(s \bmod N)` of pass :math:`k = s \div N`, with a
+    permutation :math:`\pi_k` that only the seed and :math:`k` decide. A micro-batch takes the next
     ``batch_size`` samples on every rank. So every pass visits every row once, no micro-batch is
     short, and the rows of an optimizer step do not depend on how many ranks or micro-batches share
     it. For Lightning the run is one long epoch.

@@ -1,7 +1,7 @@
 """Data sets as the loaders want them: one example per row and pass."""
 
-import hashlib
 import logging
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +16,8 @@ from lightning_kd.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
+_ROWS_AT_ONCE = 1000
+
 Encode = Callable[[dict[str, list[Any]]], list[Encoded]]
 """Columns of some rows to the tokens and texts of their prompts and completions."""
 
@@ -27,42 +29,31 @@ class EncodedRows:
         raw: The rows, as :func:`~lightning_kd.data.sources.load_rows` gives them.
         encode: Tokenizes some rows.
         limit: What happens to long rows.
-        key: All that ``encode`` depends on beside the row; the tokenized rows are cached under it.
 
     Raises:
         ValueError: If a row is not to the limit's taste, or none is left.
     """
 
-    def __init__(self, raw: datasets.Dataset, encode: Encode, limit: LengthLimit, key: str) -> None:
-        def tokenize(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
-            rows = [
-                _limited(encoded, limit, where)
-                for encoded, where in zip(encode(columns), columns[WHERE], strict=True)
-            ]
-            return {name: [row[name] for row in rows] for name in rows[0]}
-
-        # transformers' tokenizers do not always hash alike, so the cache's key is made here.
-        fingerprint = hashlib.blake2b(f"{raw._fingerprint} {limit} {key}".encode(), digest_size=8)
-        encoded = raw.map(
-            tokenize,
-            batched=True,
-            remove_columns=raw.column_names,
-            new_fingerprint=fingerprint.hexdigest(),
-            desc="Tokenizing",
-        )
-        keep = [row for row, dropped in enumerate(encoded["dropped"]) if not dropped]
-        self.dropped = len(encoded) - len(keep)
+    def __init__(self, raw: datasets.Dataset, encode: Encode, limit: LengthLimit) -> None:
+        columns: dict[str, list[Any]] = defaultdict(list)
+        for rows in raw.iter(_ROWS_AT_ONCE):
+            for encoded, where in zip(encode(rows), rows[WHERE], strict=True):
+                for name, value in _limited(encoded, limit, where).items():
+                    columns[name].append(value)
+        tokenized = datasets.Dataset.from_dict(columns)
+        keep = [row for row, dropped in enumerate(tokenized["dropped"]) if not dropped]
+        self.dropped = len(tokenized) - len(keep)
         if not keep:
             raise ValueError(
-                f"all {len(encoded)} rows are longer than max_length={limit.max_length} allows; "
+                f"all {len(tokenized)} rows are longer than max_length={limit.max_length} allows; "
                 "raise it, or choose truncation: left or right"
             )
-        self._encoded = encoded if not self.dropped else encoded.select(keep)
-        self.cut = sum(self._encoded["cut"])
+        self._tokenized = tokenized if not self.dropped else tokenized.select(keep)
+        self.cut = sum(self._tokenized["cut"])
         if self.dropped or self.cut:
             log.warning(
                 "of %d rows, %d were dropped and %d cut (max_length=%d, truncation=%s)",
-                len(encoded),
+                len(tokenized),
                 self.dropped,
                 self.cut,
                 limit.max_length,
@@ -71,11 +62,11 @@ class EncodedRows:
 
     def __len__(self) -> int:
         """Rows that were kept."""
-        return len(self._encoded)
+        return len(self._tokenized)
 
     def example(self, row: int, pass_: int) -> Example:
         """The same tokens in every pass."""
-        found = self._encoded[row]
+        found = self._tokenized[row]
         return Example(
             found["input_ids"], found["prompt_length"], found["prompt"], found["completion"]
         )

@@ -14,6 +14,10 @@ WHERE = "__where__"
 """Column with the place of each row: ``train.jsonl:17``."""
 
 
+_FORMAT = 1
+"""Changes with what :func:`load_rows` makes of a file: an older cache is not used then."""
+
+
 def load_rows(
     path: str,
     required: dict[str, type],
@@ -92,7 +96,7 @@ def _from_file(
                 "path": str(path),
                 "required": required,
                 "optional": optional,
-                "stamp": [(status.st_mtime_ns, status.st_size)],
+                "stamp": [(_FORMAT, status.st_mtime_ns, status.st_size)],
             },
         )
     except DatasetGenerationError as error:
@@ -105,7 +109,7 @@ def _generate(
     path: str,
     required: dict[str, type],
     optional: tuple[str, ...],
-    stamp: list[tuple[int, int]],  # noqa: ARG001
+    stamp: list[tuple[int, int]],
 ) -> Iterator[dict[str, Any]]:
     empty = True
     for where, row in _READERS[Path(path).suffix](path):

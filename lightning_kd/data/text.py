@@ -1,9 +1,6 @@
 """Data modules for prompts and completions, chats, and plain text."""
 
-import hashlib
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import (
@@ -106,9 +103,7 @@ class PromptCompletionData(TextData):
             split=split,
             subset=self.subset,
         )
-        return EncodedRows(
-            raw, self._encode, self.limit, f"{split} {columns} {self.prompt_template}{self._key}"
-        )
+        return EncodedRows(raw, self._encode, self.limit)
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
         # replace, not format: the text of a row is never a format string.
@@ -129,10 +124,6 @@ class PromptCompletionData(TextData):
                 strict=True,
             )
         ]
-
-    @property
-    def _key(self) -> str:
-        return tokenizer_key(self.tokenizer)
 
 
 class ChatData(TextData):
@@ -174,9 +165,7 @@ class ChatData(TextData):
         def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
             return encode_chats(columns[self.messages_column], self.tokenizer, columns[WHERE])
 
-        return EncodedRows(
-            raw, encode, self.limit, f"{self.messages_column} {tokenizer_key(self.tokenizer)}"
-        )
+        return EncodedRows(raw, encode, self.limit)
 
 
 class PackedTextData(TextData):
@@ -200,11 +189,3 @@ class PackedTextData(TextData):
         raw = load_rows(path, {self.text_column: str}, split=split, subset=self.subset)
         tokens = pack(raw, self.text_column, self.tokenizer)
         return PackedRows(tokens, self.block_length, run_seed() if split == "train" else None)
-
-
-def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes whenever the tokenizer would give other ids."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = backend.to_str() if backend is not None else str(sorted(tokenizer.get_vocab().items()))
-    text = f"{state} {tokenizer.chat_template} {tokenizer.eos_token_id} {tokenizer.bos_token_id}"
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

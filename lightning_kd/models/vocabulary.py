@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from lightning_kd.models.source import check_path
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.models.source import check_path
 
 VocabularyPolicy = Literal["equal", "shared"]
 """``equal``: logits of one width, or an error. ``shared``: both are cut to the narrower width before

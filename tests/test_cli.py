@@ -1,0 +1,395 @@
+"""The command line as a user types it: in this process where possible, in its own where needed."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lightning_kd.cli import main
+from lightning_kd.data import arithmetic_tokenizer
+from tests.toys import letter_tokenizer, tiny_llama
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SMALL = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+DEBUG = ["--config", str(CONFIGS / "overlays" / "debug.yaml")]
+QUIET = [
+    *("--trainer.accelerator", "cpu", "--trainer.devices", "1"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+]
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    # What a user sees who goes on in an old folder: right, and no defect.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+]
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    """Run ``lightning-kd`` with arguments; what it prints is captured by pytest."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lightning-kd", *map(str, arguments)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def fails(cli, capsys):
+    """Run ``lightning-kd`` with arguments it must refuse; returns what it said."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli(*arguments)
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2, said
+        assert "Traceback" not in said
+        return said[said.index("error:") :]
+
+    return run
+
+
+def fit(config, *more):
+    path = CONFIGS / f"{config}.yaml"
+    return ["fit", "--config", path, *DEBUG, *QUIET, "--model.student.config", SMALL, *more]
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A directory with a random teacher of the arithmetic task."""
+    tiny_llama(1, vocab_size=14).save_pretrained(tmp_path / "teacher")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def scalars(directory):
+    (run,) = Path(directory).glob("version_*")
+    seen = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    seen.Reload()
+    return seen
+
+
+def test_fit_export_validate_test_predict_and_fit_again(cli, tmp_path, capsys):
+    callbacks = [
+        {"class_path": "CompletionSamples", "init_args": {"max_new_tokens": 6}},
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"every_n_train_steps": 2, "save_last": True, "dirpath": "checkpoints"},
+        },
+    ]
+    small = ["--data.validation_size", 20, "--data.test_size", 20]
+    cli(
+        *fit("sft", *small, "--trainer.enable_checkpointing", "true"),
+        *("--trainer.callbacks", json.dumps(callbacks), "--export.dirpath", "student"),
+    )
+    seen = scalars("runs")
+    assert {"train/loss", "val/loss", "val/exact_match", "train/tokens_per_second"} <= set(
+        seen.Tags()["scalars"]
+    )
+    model = AutoModelForCausalLM.from_pretrained("student")
+    assert model.config.vocab_size == len(AutoTokenizer.from_pretrained("student")) == 14
+    saved = "runs/version_0/config.yaml"
+    assert yaml.safe_load(Path(saved).read_text())["trainer"]["max_steps"] == 2
+    for command in ("validate", "test", "predict"):
+        cli(command, "--config", saved, "--ckpt_path", "checkpoints/last.ckpt")
+    assert "test/exact_match" in capsys.readouterr().out
+    rows = [json.loads(line) for line in Path("predictions.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in rows] == list(range(20))
+    assert all(row["prompt"].endswith("=") for row in rows)
+    # The old config.yaml and the old checkpoint are no obstacle, and a longer run goes on.
+    cli(
+        *("fit", "--config", saved, "--ckpt_path", "checkpoints/last.ckpt"),
+        *("--trainer.max_steps", 4, "--trainer.logger.init_args.version", "version_0"),
+    )
+    assert torch.load("checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+
+
+def test_the_exported_student_teaches_the_next_run_and_the_divergence_is_chosen_by_flags(
+    cli, teacher
+):
+    cli(
+        *fit("supervised_kd", "--model.teacher.name_or_path", teacher),
+        *("--model.divergence", "GeneralizedJSD", "--model.divergence.beta", 0.1),
+    )
+    saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    divergence = saved["model"]["init_args"]["divergence"]
+    assert divergence["class_path"].endswith("GeneralizedJSD")
+    assert divergence["init_args"]["beta"] == 0.1
+    names = set(scalars("runs").Tags()["scalars"])
+    assert {"train/divergence", "val/forward_kl", "val/reverse_kl", "val/top1_agreement"} <= names
+
+
+def test_print_config_and_registered_names(cli, capsys, teacher):
+    with pytest.raises(SystemExit):
+        cli(*fit("supervised_kd", "--model.divergence", "skew_kl", "--print_config"))
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["divergence"] == "skew_kl"
+    assert printed["trainer"]["max_steps"] == 2
+
+
+def test_a_divergence_of_ones_own_from_yaml(cli, teacher, tmp_path, monkeypatch):
+    (tmp_path / "my_divergences.py").write_text(
+        "import torch\n"
+        "from lightning_kd import Divergence\n"
+        "class ScaledL2(Divergence):\n"
+        "    def __init__(self, scale: float = 1.0) -> None:\n"
+        "        self.scale = scale\n"
+        "    def value(self, student_log_probs, teacher_log_probs):\n"
+        "        gap = student_log_probs.exp() - teacher_log_probs.exp()\n"
+        "        return self.scale * gap.square().sum(-1)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    cli(
+        *fit("supervised_kd", "--model.teacher.name_or_path", teacher, "--model.alpha", 0),
+        *("--model.divergence", "my_divergences.ScaledL2", "--model.divergence.scale", 0),
+    )
+    # Scaled by 0 the divergence is 0, and so is the loss: it is this class that was used.
+    assert all(event.value == 0 for event in scalars("runs").Scalars("train/loss"))
+
+
+def test_a_checkpoint_does_not_override_the_command_line(cli, teacher):
+    arguments = fit("supervised_kd", "--model.teacher.name_or_path", teacher)
+    save = [
+        *("--trainer.enable_checkpointing", "true", "--trainer.callbacks"),
+        json.dumps(
+            [
+                {
+                    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                    "init_args": {"every_n_train_steps": 2, "save_last": True, "dirpath": "c"},
+                }
+            ]
+        ),
+    ]
+    cli(*arguments, *save, "--model.alpha", 0.1)
+    cli(*arguments, "--model.alpha", 0.9, "--ckpt_path", "c/last.ckpt", "--trainer.max_steps", 3)
+    saved = yaml.safe_load(Path("runs/version_1/config.yaml").read_text())
+    assert saved["model"]["init_args"]["alpha"] == 0.9
+
+
+def test_baby_llama_on_ones_own_text(cli, tmp_path):
+    Path("corpus.txt").write_text("to be or not to be that is the question " * 200)
+    cli("tokenizer", "--files", '["corpus.txt"]', "--vocab_size", 280, "--output", "runs/tokenizer")
+    size = len(AutoTokenizer.from_pretrained("runs/tokenizer"))
+    for seed, name in enumerate(("teacher_llama", "teacher_gpt2")):
+        tiny_llama(seed, vocab_size=size, pad_token_id=0).save_pretrained(f"runs/{name}")
+    cli(
+        *fit("baby_llama", "--data.tokenizer", "runs/tokenizer", "--data.block_length", 16),
+        *("--data.validation", "corpus.txt", "--data.batch_size", 4),
+        *("--trainer.precision", "32-true"),
+    )
+    assert {"val/forward_kl", "val/perplexity"} <= set(scalars("runs").Tags()["scalars"])
+
+
+def test_sequence_kd_in_two_commands(cli, teacher, capsys):
+    prompts = [{"prompt": f"{a}21+654="} for a in range(5)]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    config = ["--config", CONFIGS / "sequence_kd.yaml", *DEBUG, *QUIET]
+    config += ["--data.tokenizer", teacher, "--model.teacher.name_or_path", teacher]
+    config += ["--model.student.config", SMALL, "--model.generation.max_new_tokens", 4]
+    cli("predict", *config, "--data.predict", "prompts.jsonl", "--predictions.path", "w.jsonl")
+    written = [json.loads(line) for line in Path("w.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in written] == [row["prompt"] for row in prompts]
+    cli("fit", *config, "--data.train", "w.jsonl")
+    assert Path("runs/version_1/student/model.safetensors").exists()
+
+
+def test_epochs_become_steps(cli):
+    cli(
+        *fit("sft", "--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--data.train_size", 10),
+        *("--data.batch_size", 4, "--trainer.val_check_interval", 1.0),
+    )
+    assert len(scalars("runs").Scalars("train/loss")) == 8
+
+
+KD = ["--model.teacher.name_or_path", "teacher"]
+JSONL = ["--data", "PromptCompletionData", "--data.tokenizer", "teacher"]
+
+
+def write(name, *rows):
+    Path(name).write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+
+
+def other_tokenizer():
+    tiny_llama(1, vocab_size=14).save_pretrained("other")
+    letter_tokenizer("9876543210+=").save_pretrained("other")
+    return "other"
+
+
+def other_vocabulary():
+    tiny_llama(1, vocab_size=21).save_pretrained("wide")
+    return "wide"
+
+
+GOOD = {"prompt": "1+1=", "completion": "2"}
+BAD_INPUT = {
+    "unknown divergence": (
+        [*KD, "--model.divergence", "jsd"],
+        ["unknown divergence 'jsd'", "generalized_jsd"],
+    ),
+    "beta outside": (
+        [*KD, "--model.divergence", "GeneralizedJSD", "--model.divergence.beta", "1.5"],
+        ["beta", "1.5", "[0, 1]"],
+    ),
+    "alpha outside": ([*KD, "--model.alpha", "2"], ["alpha is 2", "[0, 1]"]),
+    "unknown option": ([*KD, "--model.alfa", "0.5"], ["alfa"]),
+    "wrong type": ([*KD, "--model.alpha", "much"], ["alpha", "much", "float"]),
+    "unknown normalization": ([*KD, "--model.normalization", "mean"], ["'mean'", "token"]),
+    "unknown method": (["--model", "SuperKD"], ["SuperKD"]),
+    "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    "missing teacher": (
+        ["--model.teacher.name_or_path", "./nowhere"],
+        ["model directory './nowhere' does not exist"],
+    ),
+    "missing file": ([*KD, *JSONL, "--data.train", "no.jsonl"], ["'no.jsonl' does not exist"]),
+    "no data": ([*KD, *JSONL], ["fit needs data.train"]),
+    "missing column": (
+        [*KD, *JSONL, "--data.train", "question.jsonl"],
+        ["question.jsonl:1", "'prompt' is missing", "question"],
+    ),
+    "empty": ([*KD, *JSONL, "--data.train", "empty.jsonl"], ["empty.jsonl has no rows"]),
+    "invalid JSON": (
+        [*KD, *JSONL, "--data.train", "broken.jsonl"],
+        ["broken.jsonl:2", "not valid JSON"],
+    ),
+    "wrong row type": (
+        [*KD, *JSONL, "--data.train", "number.jsonl"],
+        ["number.jsonl:2", "'completion' must be text, got int 2"],
+    ),
+    "long prompt": (
+        [*KD, *JSONL, "--data.train", "good.jsonl", "--data.max_length", "4"],
+        ["good.jsonl:1", "prompt has 4 tokens", "truncation: drop"],
+    ),
+    "tokenizer mismatch": (
+        ["--model.teacher.name_or_path", other_tokenizer],
+        ["tokenizer mismatch", "'0' is"],
+    ),
+    "vocabulary mismatch": (
+        ["--model.teacher.name_or_path", other_vocabulary],
+        ["student has 14 logits", "teacher 21", "vocabulary: shared"],
+    ),
+    "missing checkpoint": ([*KD, "--ckpt_path", "no.ckpt"], ["'no.ckpt' does not exist"]),
+    "checkpoint of another method": (
+        [*KD, "--ckpt_path", "sft.ckpt"],
+        ["written by SFT, this is SupervisedKD"],
+    ),
+    "no end": (
+        [*KD, "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"],
+        ["max_steps or trainer.max_epochs"],
+    ),
+    "val_check_interval": ([*KD, "--trainer.val_check_interval", "9"], ["val_check_interval"]),
+}
+
+
+@pytest.fixture
+def bad_files(teacher):
+    write("good.jsonl", GOOD)
+    write("question.jsonl", {"question": "1+1=", "completion": "2"})
+    write("empty.jsonl")
+    write("broken.jsonl", GOOD, '{"prompt": ')
+    write("number.jsonl", GOOD, {"prompt": "1+1=", "completion": 2})
+    checkpoint = {"pytorch-lightning_version": "2.6.0", "loops": {}, "state_dict": {}}
+    torch.save(checkpoint | {"lightning_kd": {"method": "SFT"}}, "sft.ckpt")
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+@pytest.mark.usefixtures("bad_files")
+def test_bad_input_is_a_short_error_before_the_first_step(fails, case):
+    arguments, expected = BAD_INPUT[case]
+    said = fails(*fit("supervised_kd", *(a() if callable(a) else a for a in arguments)))
+    for text in expected:
+        assert text in said, said
+    assert len(said.splitlines()) <= 12, said
+    assert not list(Path().rglob("events.out*")) or "train/loss" not in scalars("runs").Tags()
+
+
+def run(*command, **environment):
+    """A process of its own, as a user starts it."""
+    return subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_the_console_script_and_the_module_are_the_same_command():
+    script = run(Path(sys.executable).with_name("lightning-kd"), "--help")
+    module = run(sys.executable, "-m", "lightning_kd", "--help")
+    assert script.returncode == module.returncode == 0
+    assert script.stdout == module.stdout
+    assert "Distill language models" in script.stdout
+    for command in ("fit", "validate", "test", "predict", "demo", "tokenizer"):
+        assert command in script.stdout
+
+
+def test_two_processes_give_the_losses_of_one(teacher, cli):
+    common = [
+        *fit("supervised_kd", "--model.teacher.name_or_path", teacher),
+        *("--data.validation_size", 21, "--trainer.log_every_n_steps", 1),
+    ]
+    two = run(
+        *(sys.executable, "-m", "lightning_kd", *common, "--data.batch_size", 4),
+        *("--trainer.strategy", "ddp", "--trainer.devices", 2, "--trainer.logger.save_dir", "two"),
+    )
+    assert two.returncode == 0, two.stderr
+    cli(*common, "--data.batch_size", 8, "--trainer.logger.save_dir", "one")
+    one, other = scalars("one"), scalars("two")
+    for name in ("train/loss", "train/grad_norm", "train/tokens", "val/loss", "val/forward_kl"):
+        expected = [event.value for event in one.Scalars(name)]
+        assert [event.value for event in other.Scalars(name)] == pytest.approx(expected, rel=1e-5)
+
+
+def test_gsm8k_end_to_end(cli, shared_data):
+    """Both models from configurations; both KLs fall; everything works from what fit wrote."""
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
+    Path("gsm8k").mkdir()
+    Path("gsm8k/train.jsonl").write_text("\n".join(lines[:400]))
+    Path("gsm8k/test.jsonl").write_text("\n".join(lines[400:420]))
+    cli(
+        *("tokenizer", "--files", '["gsm8k/train.jsonl"]', "--columns", '["question","answer"]'),
+        *("--vocab_size", 400, "--output", "runs/tokenizer"),
+    )
+    config = ["--config", CONFIGS / "supervised_kd.yaml", "--config"]
+    config += [CONFIGS / "overlays" / "gsm8k.yaml", *QUIET, "--model.student.config", SMALL]
+    teacher_config = SMALL.replace("hidden_size: 16", "hidden_size: 32, initializer_range: 0.3")
+    checkpoint = {
+        "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+        "init_args": {"every_n_train_steps": 20, "save_last": True, "dirpath": "checkpoints"},
+    }
+    cli(
+        *(
+            "fit",
+            *config,
+            "--model.teacher",
+            json.dumps({"config": yaml.safe_load(teacher_config)}),
+        ),
+        *("--model.optimizer.lr", 0.01, "--model.alpha", 0, "--trainer.max_steps", 40),
+        *("--trainer.val_check_interval", 20, "--data.test", "gsm8k/test.jsonl"),
+        *("--data.predict", "gsm8k/test.jsonl", "--trainer.callbacks", json.dumps([checkpoint])),
+        *("--model.generation.max_new_tokens", 8, "--trainer.log_every_n_steps", 5),
+    )
+    seen = scalars("runs")
+    for direction in ("forward_kl", "reverse_kl"):
+        first, last = seen.Scalars(f"val/{direction}")
+        assert last.value < first.value
+        assert seen.Scalars(f"train/{direction}")[0].value > 1.2 * last.value
+    for command in ("validate", "test", "predict"):
+        cli(
+            *(command, "--config", "runs/version_0/config.yaml"),
+            *("--ckpt_path", "checkpoints/last.ckpt"),
+        )
+    assert len(Path("predictions.jsonl").read_text().splitlines()) == 20
+    AutoModelForCausalLM.from_pretrained("runs/version_0/student")
