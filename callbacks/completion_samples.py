@@ -1,6 +1,7 @@
 """What the student writes, scored and shown."""
 
 import html
+from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
@@ -94,7 +95,8 @@ class CompletionSamples(Callback):
 
     def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self._metric.update_called:
-            module.log(f"{stage}/exact_match", self._metric.compute(), prog_bar=True)
+            share = self._metric.compute()
+            module.log(f"{stage}/exact_match", share, prog_bar=True, sync_dist=True)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and self._table:
                 text = markdown_table(("prompt", "completion", "reference"), self._table)
@@ -103,7 +105,7 @@ class CompletionSamples(Callback):
         self._table = []
 
 
-def markdown_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     r"""A markdown table whose cells are shown as they are, never read as markup.
 
     Example:

@@ -2,11 +2,11 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
@@ -29,21 +29,21 @@ class HFExport(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export; all ranks gather, the first one writes."""
-        if not isinstance(pl_module, DistillationModule) or trainer.fast_dev_run:
+        if not isinstance(pl_module, DistillationModule) or getattr(trainer, "fast_dev_run", False):
             return
         # A sharded student is gathered on the first rank; elsewhere the mapping comes out empty.
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(pl_module.student, options=options)
+        # Asked on every rank: the trainer broadcasts its answer.
+        log_dir = trainer.log_dir
         if trainer.is_global_zero:
-            directory = Path(self.dirpath or Path(trainer.log_dir or ".") / "student")
+            directory = Path(self.dirpath or Path(log_dir or ".") / "student")
             write_student(pl_module, weights, directory)
             rank_zero_info(f"The student is in {directory}")
         trainer.strategy.barrier("hf_export")
 
 
-def write_student(
-    module: DistillationModule, weights: dict[str, torch.Tensor], directory: Path
-) -> None:
+def write_student(module: DistillationModule, weights: dict[str, Any], directory: Path) -> None:
     """Save model, tokenizer and generation config under ``directory``."""
     model, tokenizer = module.student, module.tokenizer
     if module.student_source.lora is not None:

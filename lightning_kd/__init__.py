@@ -59,7 +59,6 @@ __all__ = [
     "Normalization",
     "PackedTextData",
     "PromptCompletionData",
-    "SFT",
     "SequenceKD",
     "SequenceMean",
     "SingleTeacher",

@@ -3,22 +3,22 @@
 import re
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import auto_cli, lazy_instance
+import lightning
+from jsonargparse import auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 
-import lightning
 import lightning_kd
 from lightning_kd.callbacks import HFExport, JsonlPredictions, TensorBoardLayout, TokensPerSecond
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 
-EXTRA_COMMANDS = {"demo": demo, "tokenizer": write_tokenizer}
+EXTRA_COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "tokenizer": write_tokenizer}
 
 DESCRIPTION = """Distill language models with PyTorch Lightning.
 
@@ -110,9 +110,10 @@ def main() -> None:
             "version": lightning_kd.__version__,
         },
         trainer_defaults={
-            "logger": lazy_instance(
-                TensorBoardLogger, save_dir="runs", name="", default_hp_metric=False
-            ),
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+            },
             "callbacks": [TensorBoardLayout(), TokensPerSecond()],
         },
     )

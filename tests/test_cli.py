@@ -17,7 +17,10 @@ from lightning_kd.data import arithmetic_tokenizer
 from tests.toys import letter_tokenizer, tiny_llama
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SMALL = "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}"
+SMALL = (
+    "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+    "num_attention_heads: 2}"
+)
 DEBUG = ["--config", str(CONFIGS / "overlays" / "debug.yaml")]
 QUIET = [
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1"),
@@ -364,7 +367,8 @@ def test_gsm8k_end_to_end(cli, shared_data):
     )
     config = ["--config", CONFIGS / "supervised_kd.yaml", "--config"]
     config += [CONFIGS / "overlays" / "gsm8k.yaml", *QUIET, "--model.student.config", SMALL]
-    teacher_config = SMALL.replace("hidden_size: 16", "hidden_size: 32, initializer_range: 0.3")
+    larger = SMALL.replace("hidden_size: 16", "hidden_size: 32, initializer_range: 0.3")
+    random_teacher = {"name_or_path": None, "config": yaml.safe_load(larger)}
     checkpoint = {
         "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
         "init_args": {"every_n_train_steps": 20, "save_last": True, "dirpath": "checkpoints"},
@@ -374,7 +378,7 @@ def test_gsm8k_end_to_end(cli, shared_data):
             "fit",
             *config,
             "--model.teacher",
-            json.dumps({"config": yaml.safe_load(teacher_config)}),
+            json.dumps(random_teacher),
         ),
         *("--model.optimizer.lr", 0.01, "--model.alpha", 0, "--trainer.max_steps", 40),
         *("--trainer.val_check_interval", 20, "--data.test", "gsm8k/test.jsonl"),

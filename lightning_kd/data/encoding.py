@@ -78,9 +78,12 @@ class LengthLimit:
         if self.truncation == "left":
             room = min(longest_prompt, self.max_length - len(completion))
             return None if room < 1 else (prompt[-room:], completion)
-        prompt = prompt[:longest_prompt]
-        completion = completion[: self.max_length - len(prompt)]
-        return (prompt, completion) if completion else None
+        kept = (
+            prompt[:longest_prompt],
+            completion[: max(0, self.max_length - len(prompt[:longest_prompt]))],
+        )
+        nothing_to_learn = completion and not kept[1]
+        return None if nothing_to_learn else kept
 
 
 Encoded = tuple[list[int], list[int], str, str]

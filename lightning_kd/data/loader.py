@@ -190,9 +190,10 @@ class EvaluationLoader:
 def _loader(
     rows: Rows, keys: Iterator[list[Key]], collate: Collator, num_workers: int
 ) -> DataLoader[Batch]:
+    examples: Any = _Examples(rows)  # the collator turns its items into a Batch
     return DataLoader(
-        _Examples(rows),
-        batch_sampler=keys,  # type: ignore[arg-type]  # any iterable of keys will do
+        examples,
+        batch_sampler=keys,
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),

@@ -62,7 +62,7 @@ def check_value(value: Any, expected: type, column: str, where: str) -> None:
     """
     if not isinstance(value, expected):
         got = "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
-        wanted = {str: "text", list: "a list"}[expected]
+        wanted = "text" if expected is str else "a list"
         raise ValueError(f"{where}: column {column!r} must be {wanted}, got {got}")
 
 

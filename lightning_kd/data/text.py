@@ -89,39 +89,40 @@ class PromptCompletionData(TextData):
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
 
     def rows(self, split: Split) -> Rows | None:
-        """Prompts and completions of a split."""
+        """Prompts and completions of a split; of ``predict``, only prompts have tokens."""
         path = self.paths[split]
         if path is None:
             return None
-        columns = [self.prompt_column, self.completion_column]
-        if split == "predict":
-            columns.pop()
+        predict = split == "predict"
+        columns = [self.prompt_column] if predict else [self.prompt_column, self.completion_column]
         raw = load_rows(
             path,
             dict.fromkeys(columns, str),
-            optional=(self.completion_column,) if split == "predict" else (),
+            optional=(self.completion_column,) if predict else (),
             split=split,
             subset=self.subset,
         )
-        return EncodedRows(raw, self._encode, self.limit)
+        return EncodedRows(raw, self._encode_prompts if predict else self._encode, self.limit)
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
+        completions = encode_completions(columns[self.completion_column], self.tokenizer)
+        return [
+            (prompt, completion, prompt_text, text)
+            for (prompt, _, prompt_text, text), completion in zip(
+                self._encode_prompts(columns), completions, strict=True
+            )
+        ]
+
+    def _encode_prompts(self, columns: dict[str, list[Any]]) -> list[Encoded]:
         # replace, not format: the text of a row is never a format string.
-        prompts = [
+        texts = [
             self.prompt_template.replace("{prompt}", text) for text in columns[self.prompt_column]
         ]
-        references = columns.get(self.completion_column) or [None] * len(prompts)
-        texts = [text or "" for text in references]
-        completions = encode_completions(texts, self.tokenizer)
+        references = columns.get(self.completion_column) or [""] * len(texts)
         return [
-            (prompt, [] if reference is None else completion, prompt_text, text)
-            for prompt, completion, reference, prompt_text, text in zip(
-                encode_prompts(prompts, self.tokenizer),
-                completions,
-                references,
-                prompts,
-                texts,
-                strict=True,
+            (prompt, [], text, reference or "")
+            for prompt, text, reference in zip(
+                encode_prompts(texts, self.tokenizer), texts, references, strict=True
             )
         ]
 

@@ -33,10 +33,8 @@ class Scores:
     positions: ScoredPositions
     student_logits: Tensor
     """``(N, V)``, float32 or wider; gradients flow here."""
-    teacher_log_probs: Tensor | None = None
-    """``(N, V)`` at temperature 1."""
-    tempered_teacher_log_probs: Tensor | None = None
-    """``(N, V)`` at the method's temperature."""
+    teacher_logits: tuple[Tensor, ...] | None = None
+    """One ``(N, V)`` for each model of the teacher."""
 
 
 class DistillationModule(L.LightningModule):
@@ -101,6 +99,10 @@ class DistillationModule(L.LightningModule):
         positions = self.positions(batch)
         return Scores(positions, self._student_logits(batch, positions))
 
+    def teacher_log_probs(self, scores: Scores) -> Tensor | None:
+        """What metrics compare the student with, ``(N, V)``; None without a teacher."""
+        return None
+
     # Models.
 
     def configure_model(self) -> None:
@@ -119,7 +121,7 @@ class DistillationModule(L.LightningModule):
             if self._tokenizer_name is not None:
                 self._tokenizer = load_tokenizer(self._tokenizer_name)
             else:
-                data = None if self._trainer is None else self._trainer.datamodule
+                data = getattr(self._trainer, "datamodule", None)
                 self._tokenizer = getattr(data, "tokenizer", None)
         if self._tokenizer is None:
             raise ValueError(
@@ -234,7 +236,7 @@ class DistillationModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule that is stepped with it."""
         trainable = [p for p in self.parameters() if p.requires_grad]
-        groups = [
+        groups: list[dict[str, Any]] = [
             {"params": [p for p in trainable if p.ndim > 1]},
             {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -279,14 +281,17 @@ class DistillationModule(L.LightningModule):
     # Helpers.
 
     def _logs_this_step(self) -> bool:
-        return (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return (self.global_step + 1) % every == 0
 
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _compare(self, metrics: DistributionMetrics, scores: Scores) -> None:
         metrics.update(
-            scores.student_logits.detach(), scores.teacher_log_probs, scores.positions.targets
+            scores.student_logits.detach(),
+            self.teacher_log_probs(scores),
+            scores.positions.targets,
         )
 
     def _evaluate(self, batch: Batch) -> None:
@@ -298,10 +303,13 @@ class DistillationModule(L.LightningModule):
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
         reduced = self._evaluation.close(self._sum_over_ranks)
-        self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True)
-        self.log_dict({f"{stage}/{name}": reduced.means[name] for name in self.terms})
+        # All ranks have the same means already; sync_dist tells Lightning that this is known.
+        self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
+        means = {f"{stage}/{name}": reduced.means[name] for name in self.terms}
+        self.log_dict(means, sync_dist=True)
         self._log_distribution(stage, self.eval_distribution)
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> None:
-        self.log_dict({f"{stage}/{name}": value for name, value in metrics.compute().items()})
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, sync_dist=stage != "train")
         metrics.reset()

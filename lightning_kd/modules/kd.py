@@ -52,9 +52,7 @@ class SupervisedKD(TeacherModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Cross-entropy with the label and divergence from the teacher, at each label."""
-        divergence = self.divergence(
-            self.tempered(scores.student_logits), scores.tempered_teacher_log_probs
-        )
+        divergence = self.divergence(*self.tempered(scores))
         return {
             "cross_entropy": LossTerm(
                 cross_entropy(scores.student_logits, scores.positions.targets), self.alpha

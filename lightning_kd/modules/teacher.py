@@ -64,18 +64,20 @@ class TeacherModule(DistillationModule):
         positions = self.positions(batch)
         teacher_logits = self.teacher.logits(batch["input_ids"], batch["attention_mask"], positions)
         shared = [logits[:, : self._width] for logits in teacher_logits]
-        at_one = self.teacher.log_probs(shared)
         self._log_dropped_mass(teacher_logits)
-        return Scores(
-            positions,
-            self._student_logits(batch, positions)[:, : self._width],
-            at_one,
-            at_one if self.temperature == 1 else self.teacher.log_probs(shared, self.temperature),
-        )
+        student_logits = self._student_logits(batch, positions)[:, : self._width]
+        return Scores(positions, student_logits, tuple(shared))
 
-    def tempered(self, student_logits: Tensor) -> Tensor:
-        """The student's log-probabilities at the method's temperature."""
-        return (student_logits / self.temperature).log_softmax(-1)
+    def teacher_log_probs(self, scores: Scores) -> Tensor:
+        """The teacher's log-probabilities at temperature 1."""
+        assert scores.teacher_logits is not None  # score() put them there
+        return self.teacher.log_probs(scores.teacher_logits)
+
+    def tempered(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of student and teacher at the method's temperature, ``(N, V)`` each."""
+        assert scores.teacher_logits is not None  # score() put them there
+        student = (scores.student_logits / self.temperature).log_softmax(-1)
+        return student, self.teacher.log_probs(scores.teacher_logits, self.temperature)
 
     def _log_dropped_mass(self, teacher_logits: Sequence[Tensor]) -> None:
         """What the teachers give, on average, to tokens beyond the shared vocabulary."""

@@ -1,0 +1,131 @@
+import pytest
+
+from lightning_kd.data.collate import Collator
+from lightning_kd.data.encoding import (
+    Example,
+    LengthLimit,
+    encode_chats,
+    encode_completions,
+    encode_prompts,
+)
+from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}a{% endif %}"
+)
+EOS, PAD = 1, 0
+
+
+@pytest.fixture
+def chat(tokenizer):
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def ids(tokenizer, text):
+    return tokenizer.convert_tokens_to_ids(list(text))
+
+
+def test_completions_end_with_one_eos_and_prompts_with_none(tokenizer):
+    assert encode_prompts(["ab"], tokenizer) == [ids(tokenizer, "ab")]
+    assert encode_completions(["ab", ""], tokenizer) == [[*ids(tokenizer, "ab"), EOS], [EOS]]
+    assert encode_completions(["a<eos>b"], tokenizer) == [[*ids(tokenizer, "a"), EOS]]
+
+
+def test_a_chat_is_split_before_the_last_answer(chat):
+    messages = [
+        {"role": "user", "content": "bc"},
+        {"role": "assistant", "content": "d"},
+        {"role": "user", "content": "e"},
+        {"role": "assistant", "content": "fg"},
+    ]
+    # The template of the fixture writes the role's first letter; 'u' is not among the letters.
+    messages = [m | {"role": m["role"]} for m in messages]
+    ((prompt, completion, text, reference),) = encode_chats([messages], chat, ["row"])
+    assert text == "ubc<eos>ad<eos>ue<eos>a"
+    assert completion == [*ids(chat, "fg"), EOS]
+    assert prompt[-1] == ids(chat, "a")[0]
+    assert reference == "fg"
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user", "content": "a"}], "at its end, the assistant's message"),
+        ([{"role": "assistant", "content": "a"}], "needs a prompt"),
+        ([{"role": "robot", "content": "a"}], "unknown role 'robot'"),
+        ([{"role": "user"}], "needs role and content"),
+        (["hello"], "needs role and content"),
+    ],
+)
+def test_what_is_no_chat_is_refused_with_its_place(chat, messages, message):
+    with pytest.raises(ValueError, match=f"file:3: .*{message}"):
+        encode_chats([messages], chat, ["file:3"])
+
+
+def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
+    tokenizer.chat_template = "{{ messages | length }}"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match="cannot be told apart"):
+        encode_chats([messages], tokenizer, ["row"])
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        encode_chats([messages], tokenizer, ["row"])
+
+
+PROMPT, COMPLETION = [2, 3, 4, 5], [6, 7, 1]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (LengthLimit(7), (PROMPT, COMPLETION)),
+        (LengthLimit(6, truncation="drop"), None),
+        (LengthLimit(6, truncation="left"), ([3, 4, 5], COMPLETION)),
+        (LengthLimit(9, 2, truncation="left"), ([4, 5], COMPLETION)),
+        (LengthLimit(3, truncation="left"), None),
+        (LengthLimit(6, truncation="right"), (PROMPT, [6, 7])),
+        (LengthLimit(9, 2, truncation="right"), ([2, 3], COMPLETION)),
+        (LengthLimit(4, truncation="right"), None),
+    ],
+)
+def test_truncation(limit, expected):
+    assert limit.apply(PROMPT, COMPLETION, "row") == expected
+
+
+def test_a_prompt_alone_is_within_its_own_limit():
+    assert LengthLimit(4).apply(PROMPT, [], "row") == (PROMPT, [])
+    assert LengthLimit(3, truncation="right").apply(PROMPT, [], "row") == ([2, 3, 4], [])
+
+
+def test_too_long_is_an_error_unless_something_else_is_asked_for():
+    with pytest.raises(ValueError, match=r"f:9: the prompt has 4 tokens and the completion 3"):
+        LengthLimit(6).apply(PROMPT, COMPLETION, "f:9")
+    with pytest.raises(ValueError, match="unknown truncation 'cut'"):
+        LengthLimit(6, truncation="cut")
+    with pytest.raises(ValueError, match="max_length is 0"):
+        LengthLimit(0)
+
+
+@pytest.mark.parametrize("pad", [PAD, EOS])
+def test_the_first_eos_is_trained_on_also_where_pad_is_eos(pad):
+    rows = [(4, Example([2, 3, 6, EOS], 2, "ab", "e")), (9, Example([5, EOS], 1, "d", ""))]
+    batch = Collator(pad)(rows)
+    assert batch["input_ids"].tolist() == [[2, 3, 6, EOS], [5, EOS, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert batch["labels"].tolist() == [
+        [IGNORE_INDEX, IGNORE_INDEX, 6, EOS],
+        [IGNORE_INDEX, EOS, IGNORE_INDEX, IGNORE_INDEX],
+    ]
+    assert batch["prompt_ids"].tolist() == [[2, 3], [pad, 5]]
+    assert batch["prompt_mask"].tolist() == [[1, 1], [0, 1]]
+    assert batch["row"].tolist() == [4, 9]
+    assert batch["prompt"] == ["ab", "d"]
+    assert batch["completion"] == ["e", ""]
+
+
+def test_nothing_of_filler_is_trained_on_and_packed_text_has_no_prompts():
+    batch = Collator(PAD)([(0, Example([2, 3])), (FILLER_ROW, Example([2, 3]))])
+    assert batch["labels"].tolist() == [[2, 3], [IGNORE_INDEX] * 2]
+    assert "prompt_ids" not in batch

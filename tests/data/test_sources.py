@@ -1,0 +1,114 @@
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+
+from lightning_kd.data.sources import WHERE, load_rows
+
+BOTH = {"prompt": str, "completion": str}
+ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+
+
+def write(name, text):
+    Path(name).write_text(text, encoding="utf-8")
+    return name
+
+
+def jsonl(name, *rows):
+    return write(name, "\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+
+
+def plain(rows):
+    return [{k: row[k] for k in ("prompt", "completion")} for row in rows]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "directory"])
+def test_every_kind_of_file_gives_the_same_rows(kind):
+    if kind == "jsonl":
+        path = jsonl("rows.jsonl", ROWS[0], "", ROWS[1])
+    elif kind == "json":
+        path = write("rows.json", json.dumps(ROWS))
+    elif kind == "csv":
+        path = write("rows.csv", "prompt,completion\na,b\nc,d\n")
+    elif kind == "parquet":
+        path = "rows.parquet"
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    else:
+        path = "./rows"
+        datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    assert plain(load_rows(path, BOTH)) == ROWS
+
+
+def test_a_glob_joins_files_and_each_row_knows_its_line():
+    jsonl("a.jsonl", ROWS[0])
+    jsonl("b.jsonl", "", ROWS[1])
+    rows = load_rows("[ab].jsonl", BOTH)
+    assert plain(rows) == ROWS
+    assert list(rows[WHERE]) == ["a.jsonl:1", "b.jsonl:2"]
+
+
+def test_a_text_file_is_one_document():
+    rows = load_rows(write("a.txt", "one\ntwo\n"), {"text": str})
+    assert [row["text"] for row in rows] == ["one\ntwo\n"]
+
+
+def test_a_changed_file_is_read_again():
+    path = jsonl("a.jsonl", ROWS[0])
+    assert len(load_rows(path, BOTH)) == 1
+    jsonl("a.jsonl", *ROWS)
+    assert len(load_rows(path, BOTH)) == 2
+
+
+def test_numbers_in_a_csv_stay_text():
+    rows = load_rows(write("a.csv", "prompt,completion\n1+1=,02\n"), BOTH)
+    assert plain(rows) == [{"prompt": "1+1=", "completion": "02"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt"', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", "\n[1]", r"a\.jsonl:2: expected a JSON object, got list"),
+        ("a.jsonl", '{"prompt": "a"}', r"a\.jsonl:1: column 'completion' is missing.*'prompt'"),
+        ("a.jsonl", '{"prompt": "a", "completion": null}', "must be text, got nothing"),
+        (
+            "a.jsonl",
+            '{"prompt": ["a"], "completion": ""}',
+            "column 'prompt' must be text, got list",
+        ),
+        ("a.json", '[{"prompt": "a", "completion": 7}]', r"a\.json: row 1: .* got int 7"),
+        ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv:3: column 'completion' must be text"),
+        ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv:2: more cells"),
+        ("a.csv", "question,completion\na,b\n", r"a\.csv:2: column 'prompt' is missing"),
+        ("a.jsonl", "", r"a\.jsonl has no rows"),
+        ("a.csv", "prompt,completion\n", r"a\.csv has no rows"),
+        ("a.xml", "<a/>", "cannot load the data set 'a.xml'"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(name, text, message):
+    write(name, text)
+    with pytest.raises(ValueError, match=message):
+        load_rows(name, BOTH)
+
+
+def test_parquet_names_rows():
+    datasets.Dataset.from_list([*ROWS, {"prompt": None, "completion": "x"}]).to_parquet("a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: row 3: column 'prompt' must be text"):
+        load_rows("a.parquet", BOTH)
+    with pytest.raises(ValueError, match="'text' is missing"):
+        load_rows("a.parquet", {"text": str})
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no.jsonl", "'no.jsonl' does not exist"),
+        ("*.jsonl", "does not exist"),
+        ("./nowhere", "give a file"),
+        ("nobody/nothing", "cannot load the data set 'nobody/nothing'"),
+    ],
+)
+def test_missing_data_is_named(path, message):
+    with pytest.raises(ValueError, match=message):
+        load_rows(path, BOTH)
