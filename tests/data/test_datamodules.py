@@ -41,12 +41,12 @@ class Watch(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-class SaveAt(Callback):
-    def __init__(self, step, path):
-        self.step, self.path = step, path
+class SaveAfter(Callback):
+    def __init__(self, batch_idx, path):
+        self.batch_idx, self.path = batch_idx, path
 
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == self.step:
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == self.batch_idx:
             trainer.save_checkpoint(self.path)
 
 
@@ -171,7 +171,7 @@ def test_a_resumed_run_sees_the_rest_of_the_rows(tmp_path):
     whole, rest = Watch(), Watch()
     path = tmp_path / "middle.ckpt"
     settings = {"max_steps": 6, "accumulate_grad_batches": 2}
-    trainer(**settings, callbacks=[SaveAt(2, path)]).fit(whole, datamodule=data())
+    trainer(**settings, callbacks=[SaveAfter(3, path)]).fit(whole, datamodule=data())
     trainer(**settings).fit(rest, datamodule=data(), ckpt_path=path, weights_only=True)
     assert len(whole.seen) == 12
     assert rest.seen == whole.seen[4:]
