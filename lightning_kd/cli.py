@@ -18,7 +18,7 @@ from lightning_kd.callbacks import HFExport, JsonlPredictions, TensorBoardLayout
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 
-EXTRA_COMMANDS: dict[str, Callable[..., None]] = {"demo": demo, "tokenizer": write_tokenizer}
+EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
 DESCRIPTION = """Distill language models with PyTorch Lightning.
 

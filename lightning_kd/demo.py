@@ -1,2 +1,187 @@
-def demo() -> None:
-    """Placeholder."""
+"""The offline demonstration: teachers, three students, a table and a picture."""
+
+import logging
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_kd.callbacks import (
+    CompletionSamples,
+    HFExport,
+    TensorBoardLayout,
+    TokensPerSecond,
+)
+from lightning_kd.data import ArithmeticData
+from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.modules import SFT, BabyLlama, DistillationModule, SupervisedKD, WarmupCosine
+
+TEACHER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+STUDENT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run came to."""
+
+    name: str
+    metrics: dict[str, float]
+    seconds: float
+
+
+def demo(
+    output: str = "runs/demo",
+    seed: int = 0,
+    teacher_steps: int = 400,
+    student_steps: int = 400,
+    train_size: int = 1000,
+) -> list[Result]:
+    """Train two teachers on sums of three-digit numbers and distil them into small students.
+
+    The teachers see as many problems as they like; the students, all alike and from the same start,
+    see only a few, with and without the teachers. Ends with a table (exact match on problems that
+    nobody has seen, KL to the teacher, wall time), a picture of the curves and TensorBoard logs.
+
+    Args:
+        output: Where logs, models and the picture go.
+        seed: Of weights, data order and everything else.
+        teacher_steps: Optimizer steps of each teacher.
+        student_steps: Optimizer steps of each student.
+        train_size: Problems that the students learn from.
+    """
+    root, console = Path(output), Console()
+    # Twelve short runs: what Lightning and transformers say at the start of each is no news.
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    optimizer = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    common: dict[str, Any] = {
+        "optimizer": optimizer,
+        "lr_scheduler": partial(WarmupCosine, warmup_steps=50),
+    }
+    results = []
+    for name in ("teacher_a", "teacher_b"):
+        # Each its own seed: an ensemble of equals would be a single teacher.
+        L.seed_everything(2 * seed + (name == "teacher_b"), verbose=False)
+        learner = SFT(student=_llama(TEACHER), **common)
+        data = ArithmeticData(batch_size=256, train_size=200_000, eval_batch_size=250)
+        results.append(_run(name, learner, data, teacher_steps, root, console))
+    teacher, *others = (str(root / result.name / "student") for result in results)
+    ensemble = TeacherEnsemble([ModelSource(path) for path in (teacher, *others)])
+    students: dict[str, DistillationModule] = {
+        "SFT": SFT(student=_llama(STUDENT), **common),
+        "SupervisedKD": SupervisedKD(
+            student=_llama(STUDENT), teacher=SingleTeacher(teacher), alpha=0.0, **common
+        ),
+        "BabyLlama": BabyLlama(student=_llama(STUDENT), teacher=ensemble, **common),
+    }
+    for name, module in students.items():
+        L.seed_everything(seed, verbose=False)
+        data = ArithmeticData(batch_size=128, train_size=train_size, eval_batch_size=250)
+        results.append(_run(name, module, data, student_steps, root, console))
+    results = [_test(result, teacher, root) for result in results]
+    _print_table(results, console)
+    picture = _draw(results, root)
+    console.print(f"The curves are in {picture}; tensorboard --logdir {root} shows more")
+    return results
+
+
+def _llama(config: dict[str, int]) -> Student:
+    return Student(config={"model_type": "llama", "num_attention_heads": 4, **config})
+
+
+def _run(
+    name: str,
+    module: DistillationModule,
+    data: ArithmeticData,
+    steps: int,
+    root: Path,
+    console: Console,
+) -> Result:
+    """Train one model and export it; the clock counts training and its validation."""
+    console.rule(name)
+    logger = TensorBoardLogger(root, name=name, version="", default_hp_metric=False)
+    trainer = _trainer(
+        logger=logger,
+        max_steps=steps,
+        val_check_interval=max(1, steps // 8),
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        callbacks=[
+            CompletionSamples(max_new_tokens=6, batches=1),
+            HFExport(str(root / name / "student")),
+            TensorBoardLayout(),
+            TokensPerSecond(),
+            TQDMProgressBar(refresh_rate=20),
+        ],
+    )
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    return Result(name, {}, time.perf_counter() - started)
+
+
+def _test(result: Result, teacher: str, root: Path) -> Result:
+    """Measure an exported model on the test problems, against the first teacher."""
+    module = SupervisedKD(
+        student=Student(str(root / result.name / "student")), teacher=SingleTeacher(teacher)
+    )
+    trainer = _trainer(
+        logger=False, callbacks=[CompletionSamples(max_new_tokens=6)], enable_progress_bar=False
+    )
+    (metrics,) = trainer.test(module, datamodule=ArithmeticData(batch_size=500), verbose=False)
+    return replace(result, metrics=dict(metrics))
+
+
+def _trainer(**settings: Any) -> L.Trainer:
+    return L.Trainer(devices=1, enable_checkpointing=False, enable_model_summary=False, **settings)
+
+
+def _print_table(results: list[Result], console: Console) -> None:
+    table = Table("", "exact match", "KL to teacher_a", "reverse KL", "wall time")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.metrics['test/exact_match']:.1%}",
+            f"{result.metrics['test/forward_kl']:.4f}",
+            f"{result.metrics['test/reverse_kl']:.4f}",
+            f"{result.seconds:.0f} s",
+        )
+    console.print(table)
+
+
+def _draw(results: list[Result], root: Path) -> Path:
+    """Exact match and cross-entropy on the validation problems, over steps."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ValueError(
+            "the picture needs matplotlib: pip install 'lightning-kd[plot]'"
+        ) from error
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, tag, title in (
+        (axes[0], "val/exact_match", "exact match on unseen problems"),
+        (axes[1], "val/cross_entropy", "cross-entropy on unseen problems (nats per token)"),
+    ):
+        for result in results:
+            events = EventAccumulator(str(root / result.name), size_guidance={"scalars": 0})
+            events.Reload()
+            points = [(event.step + 1, event.value) for event in events.Scalars(tag)]
+            style = "--" if result.name.startswith("teacher") else "-"
+            axis.plot(*zip(*points, strict=True), style, marker=".", label=result.name)
+        axis.set(title=title, xlabel="optimizer step")
+        axis.grid(alpha=0.3)
+    axes[1].set_yscale("log")
+    axes[0].legend()
+    path = root / "curves.png"
+    figure.savefig(path, dpi=120)
+    return path
