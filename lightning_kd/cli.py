@@ -4,6 +4,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,7 +14,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-import lightning_kd
 from lightning_kd.callbacks import HFExport, JsonlPredictions, TensorBoardLayout, TokensPerSecond
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
@@ -107,7 +107,7 @@ def main() -> None:
         parser_kwargs={
             "prog": "lightning-kd",
             "description": DESCRIPTION,
-            "version": lightning_kd.__version__,
+            "version": version("lightning-kd"),
         },
         trainer_defaults={
             "logger": {
@@ -144,6 +144,6 @@ def shorten(message: str) -> str:
 def _is_for_the_user(error: BaseException) -> bool:
     """Is it a message from this library or Lightning, or a defect somewhere below them?"""
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    home = Path(lightning_kd.__file__).resolve().parent
+    home = Path(__file__).resolve().parent
     homes = (home, (home / "callbacks").resolve(), Path(lightning.__file__).resolve().parent)
     return any(last.is_relative_to(folder) for folder in homes)

@@ -62,6 +62,17 @@ class ScoredPositions:
         return chosen if chosen.dtype == torch.float64 else chosen.float()
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Student and teacher at the scored positions of a micro-batch."""
+
+    positions: ScoredPositions
+    student_logits: Tensor
+    """``(N, V)``, float32 or wider; gradients flow here."""
+    teacher_logits: tuple[Tensor, ...] | None = None
+    """One ``(N, V)`` for each model of the teacher."""
+
+
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     r"""Negative log-likelihood per position, :math:`-\log q(y_t)`: ``(N, V), (N,) -> (N,)``.
 

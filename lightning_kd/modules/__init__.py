@@ -1,13 +1,14 @@
 """The methods, one page each, and what they share."""
 
 from lightning_kd.modules.baby_llama import BabyLlama
-from lightning_kd.modules.base import DistillationModule, Scores
+from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.kd import SupervisedKD
 from lightning_kd.modules.loss import LossTerm
-from lightning_kd.modules.schedules import WarmupCosine
+from lightning_kd.modules.optimization import WarmupCosine
 from lightning_kd.modules.sequence_kd import SequenceKD
 from lightning_kd.modules.sft import SFT
 from lightning_kd.modules.teacher import TeacherModule
+from lightning_kd.scoring import Scores
 
 __all__ = [
     "SFT",

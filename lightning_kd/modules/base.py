@@ -2,7 +2,6 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import lightning as L
@@ -17,24 +16,13 @@ from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.metrics import DistributionMetrics
 from lightning_kd.models import Student, load_tokenizer
 from lightning_kd.modules.loss import LossSums, LossTerm, weigh
-from lightning_kd.modules.schedules import WarmupCosine
+from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
 from lightning_kd.normalization import Normalization, make_normalization
-from lightning_kd.scoring import ScoredPositions
+from lightning_kd.scoring import ScoredPositions, Scores
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import Batch
 
 CHECKPOINT_KEY = "lightning_kd"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Student and teacher at the scored positions of a micro-batch."""
-
-    positions: ScoredPositions
-    student_logits: Tensor
-    """``(N, V)``, float32 or wider; gradients flow here."""
-    teacher_logits: tuple[Tensor, ...] | None = None
-    """One ``(N, V)`` for each model of the teacher."""
 
 
 class DistillationModule(L.LightningModule):
@@ -235,12 +223,7 @@ class DistillationModule(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and the schedule that is stepped with it."""
-        trainable = [p for p in self.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trainable if p.ndim > 1]},
-            {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        optimizer = self._optimizer([group for group in groups if group["params"]])
+        optimizer = self._optimizer(parameter_groups(self.parameters()))
         if self._lr_scheduler is None:
             return optimizer
         return {

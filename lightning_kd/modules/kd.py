@@ -6,10 +6,9 @@ from typing import Any
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.modules.base import Scores
 from lightning_kd.modules.loss import LossTerm
 from lightning_kd.modules.teacher import TeacherModule
-from lightning_kd.scoring import ScoredPositions, cross_entropy
+from lightning_kd.scoring import ScoredPositions, Scores, cross_entropy
 from lightning_kd.types import Batch
 
 

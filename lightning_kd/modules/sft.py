@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
-from lightning_kd.modules.base import DistillationModule, Scores
+from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.loss import LossTerm
-from lightning_kd.scoring import cross_entropy
+from lightning_kd.scoring import Scores, cross_entropy
 from lightning_kd.types import Batch
 
 

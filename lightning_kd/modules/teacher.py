@@ -12,7 +12,8 @@ from lightning_kd.models import (
     shared_vocabulary,
     vocabulary_size,
 )
-from lightning_kd.modules.base import DistillationModule, Scores
+from lightning_kd.modules.base import DistillationModule
+from lightning_kd.scoring import Scores
 from lightning_kd.types import Batch
 
 

@@ -1,10 +1,22 @@
-"""Learning-rate schedules with typed arguments, so that a configuration file can name them."""
+"""What the optimizer gets, and a schedule that a configuration file can name."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+
+def parameter_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
+    """Trainable weights in two groups: matrices, and vectors (biases, norms) without decay."""
+    trainable = [p for p in parameters if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trainable if p.ndim > 1]},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 class WarmupCosine(LambdaLR):

@@ -1,0 +1,79 @@
+"""Imports run one way, files stay short, and the README tells the truth."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+LAYERS = [
+    {"types", "seeding"},
+    {"scoring", "normalization", "divergences"},
+    {"models", "metrics"},
+    {"generation"},
+    {"data", "modules"},
+    {"callbacks"},
+    {"demo"},
+    {"cli", "__init__", "__main__"},
+]
+FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")})
+FILES = [path for path in FILES if "lightning_kd/callbacks" not in str(path)]
+
+
+def part(path):
+    relative = path.relative_to(ROOT).with_suffix("").parts
+    return relative[0] if relative[0] == "callbacks" else relative[1]
+
+
+def imported_parts(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_kd"):
+            yield [*node.module.split("."), "__init__"][1]
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("lightning_kd"):
+                    yield [*alias.name.split("."), "__init__"][1]
+
+
+def layer(name):
+    (found,) = [number for number, names in enumerate(LAYERS) if name in names]
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way(path):
+    own = part(path)
+    for other in imported_parts(path):
+        allowed = other == own or layer(other) < layer(own)
+        assert allowed or own == "__main__", f"{path.name} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_stays_short(path):
+    assert len(path.read_text().splitlines()) <= 300
+
+
+def test_no_code_of_a_model_repository_is_ever_run():
+    for path in FILES:
+        assert "trust_remote_code=True" not in path.read_text()
+
+
+def test_every_config_is_named_in_the_readme_and_run_by_a_test():
+    readme = (ROOT / "README.md").read_text()
+    tests = (ROOT / "tests" / "test_cli.py").read_text()
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert yaml.safe_load(path.read_text())
+        assert str(path.relative_to(ROOT)) in readme
+        assert path.stem in tests
+
+
+def test_the_readme_names_real_targets_configs_and_files():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    assert set(re.findall(r"^make ([a-z]+)", readme, flags=re.M)) <= targets
+    for name in re.findall(r"configs/[\w/]+\.yaml", readme):
+        assert (ROOT / name).is_file(), name
+    for name in re.findall(r"\]\(((?!http)[^)#]+)\)", readme):
+        assert (ROOT / name).exists(), name
