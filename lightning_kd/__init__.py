@@ -12,6 +12,7 @@ from lightning_kd.data import (
     DistillationData,
     PackedTextData,
     PromptCompletionData,
+    arithmetic_tokenizer,
 )
 from lightning_kd.divergences import (
     Divergence,
@@ -69,6 +70,7 @@ __all__ = [
     "TeacherModule",
     "TokenMean",
     "WarmupCosine",
+    "arithmetic_tokenizer",
     "available_divergences",
     "make_divergence",
     "register_divergence",

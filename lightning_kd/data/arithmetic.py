@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import Example
 from lightning_kd.data.loader import Rows
+from lightning_kd.seeding import derive_seed
 
 _TASK_SEED = 0
 """Of the split, not of the run: all runs have the same test problems."""
@@ -28,6 +29,8 @@ class ArithmeticData(DistillationData):
     Args:
         digits: Of each number, 1 to 3.
         train_size: Training problems; all that are left when not given.
+        label_noise: Share of the training problems whose answer has one wrong digit, always the same
+            problems and digits: data as people write it. Validation and test have none.
         validation_size: Validation problems.
         test_size: Test problems; ``predict`` completes them too.
         tokenizer: One that has all the signs; the task's own when not given.
@@ -42,6 +45,7 @@ class ArithmeticData(DistillationData):
         *,
         digits: int = 3,
         train_size: int | None = None,
+        label_noise: float = 0.0,
         validation_size: int = 1000,
         test_size: int = 1000,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
@@ -60,7 +64,9 @@ class ArithmeticData(DistillationData):
                 f"train_size {train_size}, validation_size {validation_size} and test_size "
                 f"{test_size} must be 1 or more and together at most {problems}"
             )
-        self.digits = digits
+        if not 0 <= label_noise <= 1:
+            raise ValueError(f"label_noise is {label_noise}; it is a share, in [0, 1]")
+        self.digits, self.label_noise = digits, label_noise
         starts = (0, test_size, test_size + validation_size)
         sizes = (test_size, validation_size, train_size)
         test, validation, train = (slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
@@ -75,14 +81,18 @@ class ArithmeticData(DistillationData):
         """The problems of a split."""
         generator = torch.Generator().manual_seed(_TASK_SEED)
         order = torch.randperm(10 ** (2 * self.digits), generator=generator)
-        return ArithmeticRows(order[self._slices[split]], self.digits, self.tokenizer)
+        noise = self.label_noise if split == "train" else 0.0
+        return ArithmeticRows(order[self._slices[split]], self.digits, self.tokenizer, noise)
 
 
 class ArithmeticRows:
     """Problems, each the number ``first * 10**digits + second``."""
 
-    def __init__(self, problems: Tensor, digits: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, problems: Tensor, digits: int, tokenizer: PreTrainedTokenizerBase, noise: float
+    ) -> None:
         self.problems, self.digits, self.tokenizer = problems, digits, tokenizer
+        self.noise = noise
 
     def __len__(self) -> int:
         """Problems of the split."""
@@ -90,7 +100,11 @@ class ArithmeticRows:
 
     def example(self, row: int, pass_: int) -> Example:
         """The same problem in every pass."""
-        prompt, completion = problem_text(int(self.problems[row]), self.digits)
+        problem = int(self.problems[row])
+        prompt, completion = problem_text(problem, self.digits)
+        draw = derive_seed(_TASK_SEED, "noise", problem)
+        if draw % 10_000 < self.noise * 10_000:
+            completion = with_a_wrong_digit(completion, draw // 10_000)
         ids = self.tokenizer.convert_tokens_to_ids(list(prompt + completion))
         return Example([*ids, self.tokenizer.eos_token_id], len(prompt), prompt, completion)
 
@@ -105,6 +119,18 @@ def problem_text(problem: int, digits: int) -> tuple[str, str]:
     first, second = divmod(problem, 10**digits)
     written = [f"{number:0{digits}}"[::-1] for number in (first, second)]
     return f"{written[0]}+{written[1]}=", f"{first + second:0{digits + 1}}"[::-1]
+
+
+def with_a_wrong_digit(completion: str, draw: int) -> str:
+    """The completion with one digit replaced by another; ``draw`` decides which.
+
+    Example:
+        >>> with_a_wrong_digit("2111", 6)
+        '2131'
+    """
+    draw, place = divmod(draw, len(completion))
+    digit = (int(completion[place]) + 1 + draw % 9) % 10
+    return f"{completion[:place]}{digit}{completion[place + 1 :]}"
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:

@@ -226,9 +226,25 @@ def test_arithmetic_tokens_are_those_of_its_tokenizer_saved_and_loaded(tmp_path)
     assert example.input_ids[-1] == loaded.eos_token_id
 
 
+def test_label_noise_is_one_wrong_digit_in_its_share_of_the_training_answers():
+    def answers(noise, split="train"):
+        rows = ArithmeticData(train_size=2000, label_noise=noise).rows(split)
+        return [rows.example(k, 0) for k in range(1000)]
+
+    wrong = [
+        sum(a != b for a, b in zip(clean.completion, noisy.completion, strict=True))
+        for clean, noisy in zip(answers(0.0), answers(0.3), strict=True)
+    ]
+    assert set(wrong) == {0, 1}
+    assert 250 < sum(wrong) < 350
+    assert answers(0.3) == answers(0.3)
+    assert answers(0.3, "validation") == answers(0.0, "validation")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"label_noise": 1.5}, "label_noise is 1.5"),
         ({"digits": 4}, "digits is 4"),
         ({"digits": 1, "train_size": 1}, "together at most 100"),
         ({"train_size": 0}, "must be 1 or more"),

@@ -1,0 +1,128 @@
+"""What the README and the docs show is run, on models and data small enough for a test."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+
+from lightning_kd.cli import main
+from tests.test_cli import QUIET, SMALL, pytestmark  # noqa: F401  (the same warnings are expected)
+from tests.toys import tiny_llama
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+def commands():
+    lines = "\n".join(blocks(README, "bash")).splitlines()
+    return [shlex.split(line) for line in lines if line.startswith("lightning-kd ")]
+
+
+SAVE = {
+    "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+    "init_args": {"every_n_train_steps": 1, "save_last": True},
+}
+
+
+def shrink(command):
+    """The command as it stands, and after it what makes it quick."""
+    name, text = command[1], " ".join(command)
+    if name == "tokenizer":
+        return [*command, "--vocab_size", "280"]
+    small = [*QUIET, "--trainer.limit_val_batches", "1", "--trainer.num_sanity_val_steps", "0"]
+    small += ["--trainer.limit_test_batches", "1", "--trainer.limit_predict_batches", "1"]
+    if name == "fit":
+        steps = "4" if "--ckpt_path" in text else "2"
+        small += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "2"]
+        small += ["--model.student.config", SMALL, "--data.batch_size", "2"]
+        small += ["--trainer.log_every_n_steps", "1", "--trainer.precision", "32-true"]
+        small += ["--trainer.callbacks", json.dumps([SAVE]), "--trainer.devices", "1"]
+        small += ["--trainer.enable_checkpointing", "true"]
+    if "gsm8k" in text:
+        small += ["--data.tokenizer", "runs/teacher", "--data.max_length", "4096"]
+    return [*command, *small]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with the configs and with what a reader would bring along."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    text = "to be or not to be that is the question " * 400
+    for name in ("corpus.txt", "dev.txt"):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "gsm8k").mkdir()
+    for name in ("train", "test"):
+        row = json.dumps({"question": "1+1=", "answer": "2"})
+        (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join([row] * 4))
+    for seed, name in enumerate(("teacher_llama", "teacher_gpt2")):
+        tiny_llama(seed, vocab_size=280, pad_token_id=0).save_pretrained(tmp_path / "runs" / name)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
+def test_every_command_of_the_readme_runs_in_order(workplace, monkeypatch, capsys):
+    assert len(commands()) >= 10
+    for command in commands():
+        monkeypatch.setattr(sys, "argv", shrink(command))
+        main()
+        capsys.readouterr()
+        if torch.distributed.is_initialized():
+            # A process of its own would end here; this one goes on.
+            torch.distributed.destroy_process_group()
+    assert (workplace / "written.jsonl").exists()
+    assert (workplace / "runs" / "teacher" / "model.safetensors").exists()
+    last = workplace / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] in {2, 4}
+
+
+def test_the_yaml_of_the_readme_is_a_config(tmp_path, monkeypatch, capsys):
+    (config,) = blocks(README, "yaml")
+    (tmp_path / "own.yaml").write_text(config)
+    monkeypatch.setattr(
+        sys, "argv", ["lightning-kd", "fit", "--config", "own.yaml", "--print_config"]
+    )
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert exit_.value.code in {0, None}
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["init_args"]["student"]["init_args"]["lora"]["r"] == 16
+
+
+def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
+    from lightning_kd import arithmetic_tokenizer
+
+    tiny_llama(1, vocab_size=14).save_pretrained(tmp_path / "runs" / "teacher")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "runs" / "teacher")
+    (program,) = blocks(README, "python")
+    quick = "enable_progress_bar=False, logger=False, limit_val_batches=1, num_sanity_val_steps=0"
+    program = program.replace("max_steps=100", f"max_steps=2, {quick}")
+    names = {}
+    exec(compile(program, "README.md", "exec"), names)
+    assert isinstance(names["trainer"], L.Trainer)
+    assert names["trainer"].global_step == 2
+
+
+def test_the_python_of_the_docs_runs():
+    """In a process of its own: it registers a divergence."""
+    for program in blocks((ROOT / "docs" / "divergences.md").read_text(), "python"):
+        check = (
+            'from lightning_kd import make_divergence\nprint(make_divergence("squared_difference"))'
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", f"{program}\n{check}"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert done.stdout.strip() == "SquaredDifference(scale=1.0)"
