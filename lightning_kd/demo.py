@@ -122,6 +122,7 @@ def _run(
         val_check_interval=max(1, steps // 8),
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
+        log_every_n_steps=min(10, steps),
         callbacks=[
             CompletionSamples(max_new_tokens=6, batches=1),
             HFExport(str(root / name / "student")),
