@@ -3,13 +3,14 @@
 import re
 import sys
 import traceback
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import auto_cli
+from jsonargparse import DefaultHelpFormatter, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -25,11 +26,15 @@ DESCRIPTION = """Distill language models with PyTorch Lightning.
 Give a method and its data in a YAML file (configs/ has one for each method) and change any value on
 the command line, for example:
   lightning-kd fit --config configs/supervised_kd.yaml --model.divergence GeneralizedJSD
-  lightning-kd test --config runs/version_0/config.yaml --ckpt_path last
+  lightning-kd test --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
 Two commands stand beside those of the trainer; --help after them explains them:
   lightning-kd demo        train a teacher on arithmetic and distill it, offline
   lightning-kd tokenizer   train a tokenizer on your own text
 """
+
+
+class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """jsonargparse's help, with the lines of the description as they stand."""
 
 
 class ShortErrorParser(LightningArgumentParser):
@@ -93,7 +98,8 @@ def main() -> None:
                 command, args=sys.argv[2:], as_positional=False, prog=f"lightning-kd {sys.argv[1]}"
             )
         except ValueError as error:
-            sys.exit(f"lightning-kd {sys.argv[1]}: error: {error}")
+            sys.stderr.write(f"lightning-kd {sys.argv[1]}: error: {error}\n")
+            raise SystemExit(2) from error
         return
     DistillationCLI(
         LightningModule,
@@ -107,6 +113,7 @@ def main() -> None:
         parser_kwargs={
             "prog": "lightning-kd",
             "description": DESCRIPTION,
+            "formatter_class": HelpFormatter,
             "version": version("lightning-kd"),
         },
         trainer_defaults={

@@ -42,8 +42,8 @@ class Result:
 def demo(
     output: str = "runs/demo",
     seed: int = 0,
-    teacher_steps: int = 400,
-    student_steps: int = 400,
+    teacher_steps: int = 700,
+    student_steps: int = 500,
     train_size: int = 1000,
     label_noise: float = 0.3,
 ) -> list[Result]:
@@ -67,17 +67,17 @@ def demo(
     # Ten short runs: what Lightning and transformers say at the start of each is no news.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    optimizer = partial(torch.optim.AdamW, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
     common: dict[str, Any] = {
         "optimizer": optimizer,
-        "lr_scheduler": partial(WarmupCosine, warmup_steps=50),
+        "lr_scheduler": partial(WarmupCosine, warmup_steps=100),
     }
     results = []
     for name in ("teacher_a", "teacher_b"):
         # Each its own seed: an ensemble of equals would be a single teacher.
         L.seed_everything(2 * seed + (name == "teacher_b"), verbose=False)
         learner = SFT(student=_llama(TEACHER), **common)
-        data = ArithmeticData(batch_size=256, train_size=200_000, eval_batch_size=250)
+        data = ArithmeticData(batch_size=128, train_size=200_000, eval_batch_size=250)
         results.append(_run(name, learner, data, teacher_steps, root, console))
     teacher, *others = (str(root / result.name / "student") for result in results)
     ensemble = TeacherEnsemble([ModelSource(path) for path in (teacher, *others)])
