@@ -3,6 +3,7 @@
 from lightning_kd.callbacks.completion_samples import CompletionSamples
 from lightning_kd.callbacks.hf_export import HFExport
 from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
+from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnostics
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
 
@@ -10,6 +11,7 @@ __all__ = [
     "CompletionSamples",
     "HFExport",
     "JsonlPredictions",
+    "LossNormalizationDiagnostics",
     "TensorBoardLayout",
     "TokensPerSecond",
 ]

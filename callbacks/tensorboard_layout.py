@@ -20,6 +20,19 @@ LAYOUT = {
         "perplexity": ["Multiline", [r"(train|val)/perplexity$"]],
         "exact match": ["Multiline", [r"val/exact_match$"]],
     },
+    "Normalization": {
+        "loss under each normalization": [
+            "Multiline",
+            [r"norm/loss_(token|sequence|batch|constant)$"],
+        ],
+        "sequence over token": ["Multiline", [r"norm/sequence_over_token$"]],
+        "effective weight of a token": ["Multiline", [r"norm/weight_(min|max)$"]],
+        "total weight of each term": ["Multiline", [r"norm/\w+/weight$"]],
+        "count over ranks and micro-batches": ["Multiline", [r"norm/count_(min|max)$"]],
+        "error of a mean of means": ["Multiline", [r"norm/mean_of_means_error$"]],
+        "padding": ["Multiline", [r"norm/padding_share$"]],
+        "length and loss": ["Multiline", [r"norm/length_loss_covariance$"]],
+    },
     "Optimization": {
         "gradient norm": ["Multiline", [r"train/grad_norm$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],

@@ -3,7 +3,7 @@
 from lightning_kd.modules.baby_llama import BabyLlama
 from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.kd import SupervisedKD
-from lightning_kd.modules.loss import LossTerm
+from lightning_kd.modules.loss import LossTerm, MicroBatch
 from lightning_kd.modules.optimization import WarmupCosine
 from lightning_kd.modules.sequence_kd import SequenceKD
 from lightning_kd.modules.sft import SFT
@@ -15,6 +15,7 @@ __all__ = [
     "BabyLlama",
     "DistillationModule",
     "LossTerm",
+    "MicroBatch",
     "Scores",
     "SequenceKD",
     "SupervisedKD",

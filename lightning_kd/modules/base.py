@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.metrics import DistributionMetrics
 from lightning_kd.models import Student, load_tokenizer
-from lightning_kd.modules.loss import LossSums, LossTerm, weigh
+from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatch, weigh
 from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions, Scores
@@ -49,6 +49,8 @@ class DistillationModule(L.LightningModule):
     """Names of the loss's terms, as :meth:`loss_terms` returns them and as loggers show them."""
 
     student: PreTrainedModel
+    micro_batch: MicroBatch
+    """What the last training step scored; callbacks read it."""
 
     def __init__(
         self,
@@ -133,8 +135,10 @@ class DistillationModule(L.LightningModule):
             derive_seed(run_seed(), "step", self.current_epoch, batch_idx, self.global_rank)
         )
         scores = self.score(batch)
-        loss = weigh(self.loss_terms(batch, scores), scores.positions, self.normalization)
+        terms = self.loss_terms(batch, scores)
+        loss = weigh(terms, scores.positions, self.normalization)
         self._window.add(loss)
+        self.micro_batch = MicroBatch.of(terms, scores.positions)
         if self._logs_this_step():
             self._compare(self.train_distribution, scores)
         return loss.total

@@ -1,7 +1,7 @@
 """A loss as named terms per token, and the sums that one optimizer step adds up."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -34,6 +34,30 @@ class WeightedLoss:
     """What the micro-batch adds to the divisor of the optimizer step, ``()``."""
     tokens: Tensor
     """Scored tokens, ``()``."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The loss of a micro-batch, token by token and without a gradient, for whoever looks at it."""
+
+    positions: ScoredPositions
+    terms: Mapping[str, LossTerm]
+
+    @classmethod
+    def of(cls, terms: Mapping[str, LossTerm], positions: ScoredPositions) -> "MicroBatch":
+        """Keep the values, let go of their graph."""
+        kept = {name: replace(term, values=term.values.detach()) for name, term in terms.items()}
+        return cls(positions, kept)
+
+    def row_losses(self) -> Tensor:
+        """The loss of each row, summed over its tokens, without any normalization: ``(B,)``."""
+        rows = self.positions.rows
+        total = torch.zeros(len(self.positions.mask), dtype=torch.float64, device=rows.device)
+        for term in self.terms.values():
+            values = term.coefficient * term.values.double()
+            scale = 1.0 if term.row_scale is None else term.row_scale[rows]
+            total.index_add_(0, rows, values * scale)
+        return total
 
 
 def weigh(

@@ -23,7 +23,7 @@ def plain(rows):
     return [{k: row[k] for k in ("prompt", "completion")} for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "directory"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "directory", "saved"])
 def test_every_kind_of_file_gives_the_same_rows(kind):
     if kind == "jsonl":
         path = jsonl("rows.jsonl", ROWS[0], "", ROWS[1])
@@ -34,6 +34,10 @@ def test_every_kind_of_file_gives_the_same_rows(kind):
     elif kind == "parquet":
         path = "rows.parquet"
         datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif kind == "directory":
+        Path("folder").mkdir()
+        jsonl("folder/train.jsonl", *ROWS)
+        path = "./folder"
     else:
         path = "./rows"
         datasets.Dataset.from_list(ROWS).save_to_disk(path)

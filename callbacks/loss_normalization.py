@@ -1,0 +1,185 @@
+"""What a loss was divided by, and what another division would have made of it."""
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_kd.modules import DistillationModule
+from lightning_kd.normalization import ConstantLength
+from lightning_kd.types import Batch
+
+_FIELDS = (
+    "count",
+    "tokens",
+    "sequences",
+    "weighted_sum",
+    "token_sum",
+    "sequence_sum",
+    "weight_min",
+    "weight_max",
+    "real_tokens",
+    "padded_tokens",
+)
+_COLUMN = {name: column for column, name in enumerate(_FIELDS)}
+
+
+class LossNormalizationDiagnostics(Callback):
+    r"""Log, under ``norm/``, how the loss of an optimizer step was normalized.
+
+    ==========================  ===============================================================
+    ``count``                   what the step was divided by, over all ranks and micro-batches
+    ``tokens``, ``sequences``   what was scored
+    ``loss_token`` ...          the loss under each normalization (under `constant` where it is
+                                the module's, which knows the length)
+    ``sequence_over_token``     ratio of two of them
+    ``weight_min``, ``_max``    effective weight of a token in the loss
+    ``padding_share``           share of the batch that is padding
+    ``length_loss_covariance``  covariance over rows of length and mean loss
+    ``count_min``, ``_max``     spread of the count over ranks and micro-batches
+    ``mean_of_means_error``     relative error of the loss, had each micro-batch been divided by its
+                                own count and the means averaged
+    ``<term>/weight``           total effective weight of a term: its coefficient, for a plain mean
+    ``terms_agree``             1 where all terms are divided alike
+    ==========================  ===============================================================
+
+    Token and sequence normalization differ exactly by how length and loss go together:
+
+    .. math:: L_{token} = L_{sequence} + \mathrm{Cov}(n, \bar\ell) / \bar n
+
+    with :math:`n` the length of a row and :math:`\bar\ell` its mean loss. For a policy gradient at
+    its first iteration, with advantages that are centered in each group, :math:`\bar\ell = -A`: the
+    sequence loss is 0 and the token loss is :math:`-\mathrm{Cov}(n, A)/\bar n`. A logged loss of 0 is
+    then right, and no sign of a fault.
+
+    Works with every method of this library; other modules are passed over. Only steps that are
+    logged are looked at.
+
+    Args:
+        histograms_every: Optimizer steps between histograms of length and loss of the first rank's
+            rows; 0 for none.
+
+    Raises:
+        ValueError: If ``histograms_every`` is negative.
+    """
+
+    def __init__(self, histograms_every: int = 100) -> None:
+        if histograms_every < 0:
+            raise ValueError(f"histograms_every is {histograms_every}; it must be 0 or more")
+        self.histograms_every = histograms_every
+        self._records: list[Tensor] = []
+        self._rows: list[tuple[Tensor, Tensor]] = []
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Write the micro-batch down; when the optimizer has stepped, add up and log."""
+        if not isinstance(pl_module, DistillationModule):
+            return
+        stepped = trainer.global_step != self._steps_before
+        step = trainer.global_step if stepped else trainer.global_step + 1
+        if not self._wanted(trainer, step):
+            return
+        self._record(pl_module, batch)
+        if stepped:
+            self._close(trainer, pl_module, step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Remember how many steps there were, to see whether this micro-batch makes one."""
+        self._steps_before = trainer.global_step
+
+    def _wanted(self, trainer: L.Trainer, step: int) -> bool:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return step % every == 0 or self._wants_histogram(step)
+
+    def _wants_histogram(self, step: int) -> bool:
+        return self.histograms_every > 0 and step % self.histograms_every == 0
+
+    def _record(self, module: DistillationModule, batch: Batch) -> None:
+        lengths = module.micro_batch.positions.tokens_per_row
+        losses = module.micro_batch.row_losses()
+        weights = module.normalization.row_weights(lengths)
+        scored = lengths > 0
+        some = weights[scored] if scored.any() else weights.new_tensor([torch.nan])
+        means = losses / lengths.clamp(min=1)
+        terms = [
+            term.coefficient
+            * (weights * lengths * (1.0 if term.row_scale is None else term.row_scale)).sum()
+            for term in module.micro_batch.terms.values()
+        ]
+        record = [
+            module.normalization.count(lengths),
+            lengths.sum(),
+            scored.sum(),
+            (weights * losses).sum(),
+            losses.sum(),
+            (means * scored).sum(),
+            some.min(),
+            some.max(),
+            batch["attention_mask"].sum(),
+            torch.tensor(batch["attention_mask"].numel(), device=lengths.device),
+            *terms,
+        ]
+        self._records.append(torch.stack([value.double() for value in record]))
+        self._rows.append((lengths[scored], means[scored]))
+
+    def _close(self, trainer: L.Trainer, module: DistillationModule, step: int) -> None:
+        # Ranks have as many micro-batches as each other: one gather of a few numbers.
+        window = torch.stack(self._records)
+        gathered = module.all_gather(window)
+        assert isinstance(gathered, Tensor)  # as it was given
+        logs = window_statistics(gathered.reshape(-1, window.shape[1]), module)
+        module.log_dict({f"norm/{name}": value for name, value in logs.items()})
+        if self._wants_histogram(step):
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    for index, name in enumerate(("completion_length", "sequence_loss")):
+                        values = torch.cat([row[index] for row in self._rows])
+                        if len(values):
+                            logger.experiment.add_histogram(f"norm/{name}", values, step - 1)
+        self._records, self._rows = [], []
+
+
+def window_statistics(records: Tensor, module: DistillationModule) -> dict[str, Tensor]:
+    """What is logged of one optimizer step, from a row of numbers for each micro-batch and rank."""
+    total = {name: records[:, column].sum() for name, column in _COLUMN.items()}
+    count, tokens, sequences = (
+        total[name].clamp(min=1) for name in ("count", "tokens", "sequences")
+    )
+    counts = records[:, _COLUMN["count"]]
+    sums = records[:, _COLUMN["weighted_sum"]]
+    loss = total["weighted_sum"] / count
+    mean_of_means = (sums / counts.clamp(min=1)).mean()
+    by_token, by_sequence = total["token_sum"] / tokens, total["sequence_sum"] / sequences
+    mean_length = tokens / sequences
+    logs = {
+        "count": total["count"],
+        "tokens": total["tokens"],
+        "sequences": total["sequences"],
+        "loss_token": by_token,
+        "loss_sequence": by_sequence,
+        "loss_batch": total["token_sum"] / sequences,
+        "sequence_over_token": by_sequence / by_token,
+        "weight_min": records[:, _COLUMN["weight_min"]].nan_to_num(torch.inf).min() / count,
+        "weight_max": records[:, _COLUMN["weight_max"]].nan_to_num(-torch.inf).max() / count,
+        "padding_share": 1 - total["real_tokens"] / total["padded_tokens"],
+        "length_loss_covariance": total["token_sum"] / sequences - mean_length * by_sequence,
+        "count_min": counts.min(),
+        "count_max": counts.max(),
+        "mean_of_means_error": (mean_of_means - loss).abs() / loss.abs(),
+    }
+    if isinstance(module.normalization, ConstantLength):
+        logs["loss_constant"] = total["token_sum"] / (sequences * module.normalization.max_length)
+    scales = [term.row_scale for term in module.micro_batch.terms.values()]
+    logs["terms_agree"] = records.new_tensor(float(all(scale is None for scale in scales)))
+    for index, name in enumerate(module.terms):
+        logs[f"{name}/weight"] = records[:, len(_FIELDS) + index].sum() / count
+    return logs

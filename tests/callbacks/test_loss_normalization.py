@@ -1,0 +1,149 @@
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_kd.callbacks import LossNormalizationDiagnostics
+from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.modules import SFT, BabyLlama, DistillationModule, LossTerm
+from lightning_kd.normalization import ConstantLength
+from tests.modules.harness import BatchList, trainer
+from tests.toys import ragged_batch, tiny_llama
+
+LENGTHS = [(2, 5), (1, 3), (3, 7), (2, 1)]
+BATCHES = [ragged_batch(LENGTHS[:2], seed=1), ragged_batch(LENGTHS[2:], seed=2)]
+
+
+def logged(module, batches=BATCHES, **settings):
+    fit = trainer(
+        max_steps=1,
+        accumulate_grad_batches=len(batches),
+        callbacks=[LossNormalizationDiagnostics(histograms_every=1)],
+        **settings,
+    )
+    fit.fit(module, datamodule=BatchList(batches))
+    values = {k: v.item() for k, v in fit.callback_metrics.items()}
+    return {k.removeprefix("norm/"): v for k, v in values.items() if k.startswith("norm/")}, values
+
+
+def token_losses(model):
+    """Cross-entropy of each row's tokens, as lists, from transformers' logits."""
+    rows = []
+    for batch in BATCHES:
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        nll = -logits[:, :-1].double().log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        for row, label in zip(nll, labels, strict=True):
+            scored = label != -100
+            rows.append(row[scored].gather(-1, label[scored][:, None])[:, 0].detach().numpy())
+    return rows
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence", ConstantLength(16)])
+def test_the_numbers_are_those_of_numpy(normalization):
+    rows = token_losses(tiny_llama(0))
+    norm, values = logged(SFT(student=Student.of(tiny_llama(0)), normalization=normalization))
+    lengths = np.array([len(row) for row in rows])
+    means = np.array([row.mean() for row in rows])
+    expected = {
+        "tokens": 16,
+        "sequences": 4,
+        "loss_token": np.concatenate(rows).mean(),
+        "loss_sequence": means.mean(),
+        "loss_batch": np.mean([row.sum() for row in rows]),
+        "sequence_over_token": means.mean() / np.concatenate(rows).mean(),
+        "length_loss_covariance": np.cov(lengths, means, bias=True)[0, 1],
+        "padding_share": 1 - (7 + 4 + 10 + 3) / (2 * 7 + 2 * 10),
+        "terms_agree": 1,
+        "cross_entropy/weight": 1,
+    }
+    by_batch = [rows[:2], rows[2:]]
+    if normalization == "token":
+        micro = [np.concatenate(part).mean() for part in by_batch]
+        expected |= {"count": 16, "count_min": 8, "count_max": 8}
+        expected |= {"weight_min": 1 / 16, "weight_max": 1 / 16}
+        true = expected["loss_token"]
+    elif normalization == "sequence":
+        micro = [np.mean([row.mean() for row in part]) for part in by_batch]
+        expected |= {"count": 4, "weight_min": 1 / 7 / 4, "weight_max": 1 / 4}
+        true = expected["loss_sequence"]
+    else:
+        micro = [sum(row.sum() for row in part) / 32 for part in by_batch]
+        true = sum(row.sum() for row in rows) / 64
+        expected |= {"count": 64, "loss_constant": true, "cross_entropy/weight": 16 / 64}
+    expected["mean_of_means_error"] = abs(np.mean(micro) - true) / abs(true)
+    assert {k: norm[k] for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert values["train/loss"] == pytest.approx(true, rel=1e-5)
+
+
+def test_the_error_of_a_mean_of_means_is_seen_where_counts_differ():
+    """The same rows cut unevenly: 5 + 3 + 7 tokens against 1."""
+    whole = ragged_batch([(2, 5), (1, 3), (3, 7)], seed=1)
+    norm, _ = logged(SFT(student=Student.of(tiny_llama(0))), [whole, ragged_batch([(2, 1)])])
+    assert (norm["count_min"], norm["count_max"]) == (1, 15)
+    assert norm["mean_of_means_error"] > 0.01
+
+
+def test_the_official_baby_llama_scale_shows_as_terms_that_do_not_agree():
+    blocks = ragged_batch([(0, 8), (0, 8)])
+    teacher = SingleTeacher.of(tiny_llama(1))
+    module = BabyLlama(
+        student=Student.of(tiny_llama(0)), teacher=teacher, alpha=0.5, kl_scale="batchmean"
+    )
+    norm, _ = logged(module, [blocks])
+    assert norm["terms_agree"] == 0
+    assert norm["cross_entropy/weight"] == pytest.approx(0.5)
+    # (1 - alpha) tau^2 times the 7 labels of a block, against 0.5 for cross-entropy.
+    assert norm["divergence/weight"] == pytest.approx(0.5 * 4 * 7)
+
+
+class PolicyGradient(DistillationModule):
+    """The first iteration of a policy gradient: minus the advantage at every token of a row."""
+
+    terms = ("policy",)
+
+    def loss_terms(self, batch, scores):
+        log_probs = scores.student_logits.log_softmax(-1)
+        chosen = log_probs.gather(-1, scores.positions.targets[:, None])[:, 0]
+        ratio = (chosen - chosen.detach()).exp()
+        return {"policy": LossTerm(-ratio * batch["advantages"][scores.positions.rows])}
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+def test_the_policy_gradient_identities(normalization):
+    """Centered advantages: 0 under sequence, -Cov(length, advantage) / mean length under token."""
+    batch = ragged_batch([(2, 5), (1, 3), (3, 7), (2, 1)])
+    rewards = torch.tensor([1.0, 0.0, 0.5, 2.0])
+    batch["advantages"] = rewards - rewards.mean()
+    norm, values = logged(
+        PolicyGradient(student=Student.of(tiny_llama(0)), normalization=normalization), [batch]
+    )
+    lengths = np.array([5, 3, 7, 1])
+    advantages = batch["advantages"].numpy()
+    covariance = np.cov(lengths, advantages, bias=True)[0, 1]
+    expected = 0.0 if normalization == "sequence" else -covariance / lengths.mean()
+    assert values["train/loss"] == pytest.approx(expected, abs=1e-6)
+    assert values["train/grad_norm"] > 1e-3
+    assert norm["length_loss_covariance"] == pytest.approx(-covariance, rel=1e-5)
+
+
+def test_histograms_reach_tensorboard(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
+    logged(SFT(student=Student.of(tiny_llama(0))), logger=logger)
+    seen = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0})
+    seen.Reload()
+    (event,) = seen.Histograms("norm/completion_length")
+    assert (event.histogram_value.min, event.histogram_value.max) == (1, 7)
+    assert event.histogram_value.num == 4
+    assert seen.Histograms("norm/sequence_loss")
+
+
+def test_nothing_scored_is_no_obstacle():
+    norm, _ = logged(SFT(student=Student.of(tiny_llama(0))), [ragged_batch([(3, 0), (2, 0)])])
+    assert norm["tokens"] == norm["count"] == norm["loss_token"] == 0
+
+
+def test_wrong_values_are_refused():
+    with pytest.raises(ValueError, match="histograms_every is -1"):
+        LossNormalizationDiagnostics(histograms_every=-1)
