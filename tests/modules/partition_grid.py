@@ -1,0 +1,164 @@
+"""The same samples in many cuts, in float64; run as a script, on two processes through real ddp.
+
+A script of its own, because that is how a user starts ddp: ``python partition_grid.py OUT``.
+"""
+
+import itertools
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.modules import SFT, BabyLlama, DistillationModule, SequenceKD, SupervisedKD
+from lightning_kd.modules.loss import LossSums
+from lightning_kd.normalization import ConstantLength
+from lightning_kd.types import Batch
+from tests.modules.harness import BatchList, trainer
+from tests.toys import ragged_batch, tiny_llama
+
+# Eight rows for the first optimizer step, four for the second: where there are several
+# micro-batches, the second window is a short one. One row has nothing scored.
+LENGTHS = [(2, 5), (1, 3), (3, 7), (2, 1), (1, 9), (2, 2), (3, 0), (1, 4)]
+LENGTHS += [(1, 6), (4, 1), (2, 8), (1, 2)]
+ROWS = ragged_batch(LENGTHS)
+CUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1)]
+METHODS = ["sft", "sequence_kd", "supervised_kd", "baby_llama", "baby_llama_batchmean"]
+NORMALIZATIONS = ["token", "sequence", "batch", "constant"]
+CLIPS = [None, 0.01]
+CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
+
+
+def without_float32_islands() -> None:
+    """Let the norms of a Llama compute in the type of their input: stock ones round to float32."""
+
+    def forward(self: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:
+        return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    LlamaRMSNorm.forward = forward
+
+
+def rows(picked: list[int]) -> Batch:
+    """A micro-batch of these rows, padded to its own longest."""
+    longest = int(ROWS["attention_mask"][picked].sum(-1).max())
+    batch: Any = {k: v[picked] for k, v in ROWS.items()}
+    return {k: v if k == "row" else v[:, :longest].clone() for k, v in batch.items()}
+
+
+def micro_batches(world: int, window: int, size: int, rank: int) -> list[Batch]:
+    """What a rank sees: two optimizer steps, eight rows and four."""
+    first = [list(range(start, start + size)) for start in range(0, 8, size)]
+    second_size = size if window > 1 else size // 2
+    second = [list(range(s, s + second_size)) for s in range(8, 12, second_size)]
+    return [rows(picked) for picked in [*first[rank::world], *second[rank::world]]]
+
+
+def build(method: str, normalization: str) -> DistillationModule:
+    """A method on fresh float64 models."""
+
+    def llama(seed: int) -> Any:
+        return tiny_llama(seed).double()
+
+    common: dict[str, Any] = {
+        "student": Student.of(llama(0)),
+        "normalization": ConstantLength(16) if normalization == "constant" else normalization,
+        "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
+    }
+    two = TeacherEnsemble([ModelSource.of(llama(1)), ModelSource.of(llama(2))])
+    one = SingleTeacher.of(llama(1))
+    if method == "sft":
+        return SFT(**common)
+    if method == "sequence_kd":
+        return SequenceKD(teacher=one, **common)
+    if method == "supervised_kd":
+        return SupervisedKD(
+            teacher=one, divergence="generalized_jsd", temperature=2.0, alpha=0.3, **common
+        )
+    scale = "batchmean" if method.endswith("batchmean") else "token"
+    return BabyLlama(teacher=two, kl_scale=scale, **common)
+
+
+class Steps(Callback):
+    """The gradient of every optimizer step, as the optimizer gets it."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        self.before = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > self.before:
+            self.gradients.append(
+                torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone()
+            )
+
+
+def run(case: tuple[str, str, float | None], cut: tuple[int, int, int], rank: int = 0) -> Any:
+    """Losses (float64, before any logger) and gradients of the two steps, and the last weights."""
+    method, normalization, clip = case
+    world, window, size = cut
+    losses: list[float] = []
+    close = LossSums.close
+
+    def recording(self: LossSums, all_reduce: Any) -> Any:
+        reduced = close(self, all_reduce)
+        losses.append(reduced.means["loss"])
+        return reduced
+
+    steps = Steps()
+    LossSums.close = recording
+    try:
+        module = build(method, normalization)
+        fit = trainer(
+            devices=world,
+            strategy="ddp" if world > 1 else "auto",
+            precision="64-true",
+            accumulate_grad_batches=window,
+            gradient_clip_val=clip,
+            log_every_n_steps=100,
+            callbacks=[steps],
+        )
+        fit.fit(module, datamodule=BatchList(micro_batches(world, window, size, rank)))
+    finally:
+        LossSums.close = close
+    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return {"losses": losses, "gradients": steps.gradients, "weights": weights}
+
+
+def empty_windows(rank: int) -> list[tuple[list[float], bool]]:
+    """Steps in which one rank, then every rank, has nothing to score."""
+    full, nothing = rows([0, 1]), ragged_batch([(3, 0), (2, 0)])
+    results = []
+    for batch in (full if rank == 0 else nothing, nothing):
+        module = build("supervised_kd", "token")
+        steps = Steps()
+        fit = trainer(devices=2, strategy="ddp", precision="64-true", callbacks=[steps])
+        fit.fit(module, datamodule=BatchList([batch]))
+        (gradient,) = steps.gradients
+        finite = bool(gradient.isfinite().all())
+        results.append(
+            ([fit.callback_metrics["train/loss"].item(), gradient.norm().item()], finite)
+        )
+    return results
+
+
+def main() -> None:
+    """All two-process cuts of all cases; the first rank writes them down."""
+    import os
+
+    warnings.simplefilter("ignore")
+    without_float32_islands()
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    results = {(case, cut): run(case, cut, rank) for cut in CUTS if cut[0] == 2 for case in CASES}
+    empty = empty_windows(rank)
+    if rank == 0:
+        torch.save({"grid": results, "empty": empty}, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
