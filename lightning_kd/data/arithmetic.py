@@ -13,6 +13,8 @@ from lightning_kd.data.encoding import Example
 from lightning_kd.data.loader import Rows
 from lightning_kd.seeding import derive_seed
 
+_SIGNS = "0123456789+="
+
 _TASK_SEED = 0
 """Of the split, not of the run: all runs have the same test problems."""
 
@@ -78,7 +80,19 @@ class ArithmeticData(DistillationData):
         }
 
     def rows(self, split: Split) -> Rows:
-        """The problems of a split."""
+        """The problems of a split.
+
+        Raises:
+            ValueError: If the tokenizer lacks a sign.
+        """
+        ids = self.tokenizer.convert_tokens_to_ids(list(_SIGNS))
+        unknown = {None, self.tokenizer.unk_token_id}
+        lacking = [s for s, i in zip(_SIGNS, ids, strict=True) if i in unknown]
+        if lacking:
+            raise ValueError(
+                f"the tokenizer has no token for {', '.join(lacking)}; sums need one for each of "
+                f"{_SIGNS}. Leave the tokenizer out to use the task's own"
+            )
         generator = torch.Generator().manual_seed(_TASK_SEED)
         order = torch.randperm(10 ** (2 * self.digits), generator=generator)
         noise = self.label_noise if split == "train" else 0.0
@@ -141,7 +155,7 @@ def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
         >>> tokenizer.decode(tokenizer("321+989=")["input_ids"])
         '321+989='
     """
-    signs = ["<pad>", "<eos>", *"0123456789+="]
+    signs = ["<pad>", "<eos>", *_SIGNS]
     backend = Tokenizer(models.WordLevel({sign: i for i, sign in enumerate(signs)}, "<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     backend.decoder = Fuse()

@@ -1,20 +1,18 @@
 """What every data module shares: the tokenizer, the loaders, and steps instead of epochs."""
 
-import logging
 import math
 from abc import abstractmethod
 from typing import Literal
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
 from lightning_kd.models.vocabulary import load_tokenizer
 from lightning_kd.seeding import run_seed
-
-log = logging.getLogger(__name__)
 
 Split = Literal["train", "validation", "test", "predict"]
 _SPLITS_OF: dict[str, tuple[Split, ...]] = {
@@ -54,6 +52,8 @@ class DistillationData(L.LightningDataModule):
                 f"batch_size is {batch_size} and eval_batch_size {eval_batch_size}; "
                 "they must be 1 or more"
             )
+        if num_workers < 0:
+            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = eval_batch_size or batch_size
         self._tokenizer = tokenizer
@@ -99,9 +99,7 @@ class DistillationData(L.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """The whole run as one stream."""
-        rows = self._rows["train"]
-        assert rows is not None  # setup saw to it
-        trainer = self._attached_trainer()
+        rows, trainer = self._ready("train"), self._attached_trainer()
         return TrainingLoader(
             rows,
             self._collator,
@@ -131,9 +129,7 @@ class DistillationData(L.LightningDataModule):
         return Collator(self.tokenizer.eos_token_id if pad is None else pad)
 
     def _evaluation(self, split: Split) -> EvaluationLoader:
-        rows = self._rows[split]
-        assert rows is not None  # setup saw to it
-        trainer = self._attached_trainer()
+        rows, trainer = self._ready(split), self._attached_trainer()
         return EvaluationLoader(
             rows,
             self._collator,
@@ -142,6 +138,14 @@ class DistillationData(L.LightningDataModule):
             world_size=trainer.world_size,
             num_workers=self.num_workers,
         )
+
+    def _ready(self, split: Split) -> Rows:
+        rows = self._rows.get(split)
+        if rows is None:
+            raise ValueError(
+                f"there are no {split} rows: they were not given, or setup was not called"
+            )
+        return rows
 
     def _attached_trainer(self) -> L.Trainer:
         if self.trainer is None:
@@ -168,4 +172,4 @@ class DistillationData(L.LightningDataModule):
         steps = math.ceil(epochs * len(rows) / global_batch)
         trainer.fit_loop.epoch_loop.max_steps = steps
         trainer.fit_loop.max_epochs = 1
-        log.info("%d epochs over %d rows are %d optimizer steps", epochs, len(rows), steps)
+        rank_zero_info(f"{epochs} epochs over {len(rows)} rows are {steps} optimizer steps")

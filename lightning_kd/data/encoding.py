@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 TruncationPolicy = Literal["error", "drop", "left", "right"]
@@ -138,10 +139,13 @@ def _render(
 ) -> tuple[str, str]:
     """Texts of prompt and completion, with the template's own marks."""
     _check_messages(messages, where)
-    prompt: str = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        prompt: str = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
+        whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the chat template refuses the messages: {error}") from error
     if not whole.startswith(prompt):
         raise ValueError(
             f"{where}: the chat template does not render the prompt as the beginning of the whole "

@@ -104,9 +104,15 @@ class TrainingLoader:
         """Go on where a checkpoint stopped, on any number of ranks.
 
         Raises:
-            ValueError: If the data or the seed is another one, or the samples do not fill whole
-                micro-batches.
+            ValueError: If the state is another loader's, the data or the seed is another one, or
+                the samples do not fill whole micro-batches.
         """
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                f"the checkpoint holds a loader's state with {sorted(state)}, this one needs "
+                f"{sorted(self.state_dict())}: it was written with another data loader; start anew "
+                "from the exported student"
+            )
         for what in ("rows", "seed"):
             if state[what] != self.state_dict()[what]:
                 raise ValueError(
@@ -197,4 +203,7 @@ def _loader(
         collate_fn=collate,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        # Without one of its own it draws from the global generator each time it starts, and
+        # training would depend on how often there was validation.
+        generator=torch.Generator(),
     )

@@ -74,6 +74,11 @@ class EncodedRows:
 
 def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]:
     prompt, completion, prompt_text, completion_text = encoded
+    if not prompt:
+        raise ValueError(
+            f"{where}: the prompt has no tokens, so nothing predicts the first of the completion; "
+            "leave the row out, or give a prompt_template with some text"
+        )
     kept = limit.apply(prompt, completion, where)
     ids = [*kept[0], *kept[1]] if kept else []
     return {

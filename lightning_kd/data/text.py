@@ -1,5 +1,6 @@
 """Data modules for prompts and completions, chats, and plain text."""
 
+import json
 from typing import Any
 
 from lightning_kd.data.datamodule import DistillationData, Split
@@ -164,7 +165,8 @@ class ChatData(TextData):
         raw = load_rows(path, {self.messages_column: list}, split=split, subset=self.subset)
 
         def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
-            return encode_chats(columns[self.messages_column], self.tokenizer, columns[WHERE])
+            chats = [json.loads(text) for text in columns[self.messages_column]]
+            return encode_chats(chats, self.tokenizer, columns[WHERE])
 
         return EncodedRows(raw, encode, self.limit)
 

@@ -120,6 +120,33 @@ def test_chats():
     assert (example.prompt, example.completion) == ("ab", "c")
 
 
+def test_chats_need_not_be_alike_and_each_names_its_line():
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] ~ m['name'] }}{% endfor %}"
+    ask, tell = {"role": "user", "content": "a"}, {"role": "assistant", "content": "c"}
+    # More rows of one kind than a table looks at before it decides on its columns.
+    plain = [{"messages": [ask, tell]}] * 2500
+    path = jsonl(*plain, {"messages": [ask | {"name": "b"}, tell]})
+    rows = ChatData(tokenizer=tokenizer, train=path).rows("train")
+    assert [rows.example(k, 0).prompt for k in (0, 2500)] == ["a", "ab"]
+    path = jsonl(*plain, {"messages": [ask | {"content": 5}, tell]}, name="wrong.jsonl")
+    with pytest.raises(ValueError, match=r"wrong\.jsonl:2501: a message needs role and content"):
+        ChatData(tokenizer=tokenizer, train=path).rows("train")
+
+
+def test_evaluation_sees_each_row_once_and_pads_with_eos_where_there_is_no_pad():
+    class Look(Watch):
+        def test_step(self, batch, batch_idx):
+            self.seen.append((batch["row"].tolist(), batch["input_ids"][:, -1].tolist()))
+            assert (batch["labels"] == 1).sum(-1).tolist() == [1] * len(batch["row"])
+
+    tokenizer = letter_tokenizer()
+    tokenizer.pad_token = None
+    module = Look()
+    trainer().test(module, datamodule=data(tokenizer=tokenizer, test=ten_rows(), eval_batch_size=4))
+    assert module.seen == [([0, 1, 2, 3], [1] * 4), ([4, 5, 6, 7], [1] * 4), ([8, 9], [1] * 2)]
+
+
 def test_packed_blocks_start_elsewhere_in_each_pass_and_eos_ends_documents():
     path = jsonl({"text": "abcdefgh"}, {"text": "ijklmnop"})
     module = PackedTextData(
@@ -161,6 +188,8 @@ def test_epochs_are_turned_into_steps_of_one_long_epoch():
     fit.fit(module, datamodule=data(batch_size=2))
     assert fit.max_steps == fit.global_step == 8
     assert fit.estimated_stepping_batches == 8
+    # What the progress bar counts to.
+    assert (fit.max_epochs, fit.num_training_batches) == (1, 16)
     rows = [row for batch in module.seen for row in batch]
     assert len(rows) == 32
     for pass_ in range(3):
@@ -184,6 +213,14 @@ def test_what_is_missing_is_named():
         trainer(max_steps=-1, max_epochs=-1).fit(Watch(), datamodule=data())
     with pytest.raises(ValueError, match="batch_size is 0"):
         data(batch_size=0)
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        data(num_workers=-1)
+    with pytest.raises(ValueError, match=r"no train rows: .* setup was not called"):
+        data().train_dataloader()
+    with pytest.raises(ValueError, match="pass datamodule="):
+        data().setup("fit")
+    with pytest.raises(ValueError, match=r"empty\.jsonl:1: the prompt has no tokens"):
+        data(train=jsonl({"prompt": "", "completion": "a"}, name="empty.jsonl")).rows("train")
     with pytest.raises(ValueError, match="lacks the place of"):
         data(prompt_template="Question:")
     with pytest.raises(ValueError, match=r"tokenizer directory '\./none' does not exist"):

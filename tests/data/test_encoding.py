@@ -69,6 +69,9 @@ def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match="cannot be told apart"):
         encode_chats([messages], tokenizer, ["row"])
+    tokenizer.chat_template = "{{ raise_exception('users and assistants alternate') }}"
+    with pytest.raises(ValueError, match=r"file:3: the chat template refuses .* alternate"):
+        encode_chats([messages], tokenizer, ["file:3"])
     tokenizer.chat_template = None
     with pytest.raises(ValueError, match="no chat template"):
         encode_chats([messages], tokenizer, ["row"])

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from lightning_kd.data import Collator, EvaluationLoader, Example, TrainingLoader
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
@@ -98,6 +99,19 @@ def test_other_data_another_seed_or_half_a_micro_batch_are_refused():
         training(seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="sample 6, which batch_size 4 on 1 processes"):
         training(batch_size=4).load_state_dict(state)
+
+
+def test_the_state_of_another_loader_is_refused():
+    with pytest.raises(ValueError, match=r"state with \['position'\], this one needs \['rows'"):
+        training().load_state_dict({"position": 3})
+
+
+def test_iterating_draws_nothing_from_the_global_generator():
+    evaluation = EvaluationLoader(Numbers(5), Collator(0), batch_size=2)
+    before = torch.get_rng_state()
+    list(training())
+    list(evaluation)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("count", [1, 5, 12, 13])

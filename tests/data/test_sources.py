@@ -1,9 +1,11 @@
 import json
+import os
 from pathlib import Path
 
 import datasets
 import pytest
 
+from lightning_kd.data.readers import READERS
 from lightning_kd.data.sources import WHERE, load_rows
 
 BOTH = {"prompt": str, "completion": str}
@@ -64,6 +66,64 @@ def test_a_changed_file_is_read_again():
     assert len(load_rows(path, BOTH)) == 2
 
 
+def test_a_file_put_in_place_of_another_is_read_even_with_its_size_and_date():
+    path = jsonl("a.jsonl", ROWS[0])
+    date = os.stat(path)
+    assert plain(load_rows(path, BOTH)) == [ROWS[0]]
+    jsonl("a.jsonl", ROWS[1])
+    os.utime(path, ns=(date.st_atime_ns, date.st_mtime_ns))
+    assert os.stat(path).st_size == date.st_size
+    assert plain(load_rows(path, BOTH)) == [ROWS[1]]
+
+
+def test_an_unchanged_file_is_not_read_again(monkeypatch):
+    path = jsonl("a.jsonl", *ROWS)
+    first = load_rows(path, BOTH)
+    monkeypatch.setitem(READERS, ".jsonl", None)
+    assert plain(load_rows(path, BOTH)) == plain(first)
+
+
+def test_lists_come_as_json_whatever_else_is_in_them():
+    messages = [[{"role": "user", "content": "\u00e4"}], [], [{"role": "user", "name": None}, 5]]
+    path = jsonl("a.jsonl", *({"messages": m} for m in messages))
+    rows = load_rows(path, {"messages": list})
+    assert [json.loads(text) for text in rows["messages"]] == messages
+    table = datasets.Dataset.from_dict({"messages": messages[:2]})
+    for write_table, name in ((table.to_parquet, "m.parquet"), (table.save_to_disk, "./m")):
+        write_table(name)
+        texts = load_rows(name, {"messages": list})["messages"]
+        assert [json.loads(text) for text in texts] == messages[:2]
+
+
+def test_optional_columns_are_text_or_nothing():
+    rows = [{"prompt": "a"}] * 2500 + [{"prompt": "b", "completion": "c"}]
+    loaded = load_rows(jsonl("a.jsonl", *rows), {"prompt": str}, optional=("completion",))
+    assert [loaded[0]["completion"], loaded[2500]["completion"]] == [None, "c"]
+    wrong = jsonl("b.jsonl", {"prompt": "a", "completion": 5})
+    with pytest.raises(
+        ValueError, match=r"b\.jsonl:1: column 'completion' must be text, got int 5"
+    ):
+        load_rows(wrong, {"prompt": str}, optional=("completion",))
+
+
+def test_a_directory_has_the_splits_of_its_files():
+    for name, rows in (("train", ROWS), ("test", ROWS[:1])):
+        Path("rows").mkdir(exist_ok=True)
+        jsonl(f"rows/{name}.jsonl", *rows)
+    assert plain(load_rows("rows", BOTH)) == ROWS
+    assert plain(load_rows("./rows", BOTH, split="test")) == ROWS[:1]
+    with pytest.raises(ValueError, match=r"Unknown split .validation."):
+        load_rows("./rows", BOTH, split="validation")
+    with pytest.raises(ValueError, match=r"\./rows: column 'text' is missing; there are"):
+        load_rows("./rows", {"text": str})
+
+
+def test_home_and_brackets_in_a_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jsonl("a[1].jsonl", ROWS[0])
+    assert plain(load_rows("~/a[1].jsonl", BOTH)) == [ROWS[0]]
+
+
 def test_numbers_in_a_csv_stay_text():
     rows = load_rows(write("a.csv", "prompt,completion\n1+1=,02\n"), BOTH)
     assert plain(rows) == [{"prompt": "1+1=", "completion": "02"}]
@@ -85,6 +145,11 @@ def test_numbers_in_a_csv_stay_text():
         ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv:3: column 'completion' must be text"),
         ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv:2: more cells"),
         ("a.csv", "question,completion\na,b\n", r"a\.csv:2: column 'prompt' is missing"),
+        (
+            "a.jsonl",
+            '{"prompt": "\\ud800", "completion": ""}',
+            r"a\.jsonl:1: column 'prompt' cannot be written as text",
+        ),
         ("a.jsonl", "", r"a\.jsonl has no rows"),
         ("a.csv", "prompt,completion\n", r"a\.csv has no rows"),
         ("a.xml", "<a/>", "cannot load the data set 'a.xml'"),
@@ -102,6 +167,9 @@ def test_parquet_names_rows():
         load_rows("a.parquet", BOTH)
     with pytest.raises(ValueError, match="'text' is missing"):
         load_rows("a.parquet", {"text": str})
+    datasets.Dataset.from_dict({"prompt": [], "completion": []}).to_parquet("b.parquet")
+    with pytest.raises(ValueError, match=r"b\.parquet has no rows"):
+        load_rows("b.parquet", BOTH)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +178,8 @@ def test_parquet_names_rows():
         ("no.jsonl", "'no.jsonl' does not exist"),
         ("*.jsonl", "does not exist"),
         ("./nowhere", "give a file"),
-        ("nobody/nothing", "cannot load the data set 'nobody/nothing'"),
+        ("", "the data '' does not exist"),
+        ("nobody/nothing", "cannot load the data set 'nobody/nothing'.*no file or directory"),
     ],
 )
 def test_missing_data_is_named(path, message):
