@@ -380,8 +380,8 @@ def test_gsm8k_end_to_end(cli, shared_data):
             "--model.teacher",
             json.dumps(random_teacher),
         ),
-        *("--model.optimizer.lr", 0.01, "--model.alpha", 0, "--trainer.max_steps", 40),
-        *("--trainer.val_check_interval", 20, "--data.test", "gsm8k/test.jsonl"),
+        *("--model.optimizer.lr", 0.01, "--model.alpha", 0, "--trainer.max_steps", 60),
+        *("--trainer.val_check_interval", 30, "--data.test", "gsm8k/test.jsonl"),
         *("--data.predict", "gsm8k/test.jsonl", "--trainer.callbacks", json.dumps([checkpoint])),
         *("--model.generation.max_new_tokens", 8, "--trainer.log_every_n_steps", 5),
     )
@@ -389,7 +389,7 @@ def test_gsm8k_end_to_end(cli, shared_data):
     for direction in ("forward_kl", "reverse_kl"):
         first, last = seen.Scalars(f"val/{direction}")
         assert last.value < first.value
-        assert seen.Scalars(f"train/{direction}")[0].value > 1.2 * last.value
+        assert seen.Scalars(f"train/{direction}")[0].value > 1.1 * last.value
     for command in ("validate", "test", "predict"):
         cli(
             *(command, "--config", "runs/version_0/config.yaml"),

@@ -96,7 +96,7 @@ class DistillationModule(L.LightningModule):
     # Models.
 
     def configure_model(self) -> None:
-        """Build the student; a second call does nothing."""
+        """Build the student, once."""
         if not hasattr(self, "student"):
             self.student = self.student_source.build(self.tokenizer)
 
@@ -151,8 +151,7 @@ class DistillationModule(L.LightningModule):
         """
         reduced = self._window.close(self._sum_over_ranks)
         cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, cut_into / reduced.divisor)
+        torch._foreach_mul_(self._gradients(), cut_into / reduced.divisor)
         self.log("train/loss", reduced.means["loss"], prog_bar=True)
         self.log_dict({f"train/{name}": reduced.means[name] for name in self.terms})
         self.log("train/tokens", float(reduced.tokens))
@@ -168,8 +167,7 @@ class DistillationModule(L.LightningModule):
     ) -> None:
         """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
         if self._logs_this_step():
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/grad_norm", torch.nn.utils.get_total_norm(self._gradients()))
         self.clip_gradients(
             optimizer,
             gradient_clip_val=gradient_clip_val,
@@ -177,12 +175,15 @@ class DistillationModule(L.LightningModule):
         )
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the micro-batch to the sums of the evaluation."""
-        self._evaluate(batch)
+        """Add the batch to the sums of the evaluation."""
+        scores = self.score(batch)
+        terms = self.loss_terms(batch, scores)
+        self._evaluation.add(weigh(terms, scores.positions, self.normalization))
+        self._compare(self.eval_distribution, scores)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add the micro-batch to the sums of the evaluation."""
-        self._evaluate(batch)
+        """The same on test data."""
+        self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         """Log the means over the whole validation set."""
@@ -271,6 +272,9 @@ class DistillationModule(L.LightningModule):
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (self.global_step + 1) % every == 0
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
@@ -280,13 +284,6 @@ class DistillationModule(L.LightningModule):
             self.teacher_log_probs(scores),
             scores.positions.targets,
         )
-
-    def _evaluate(self, batch: Batch) -> None:
-        scores = self.score(batch)
-        self._evaluation.add(
-            weigh(self.loss_terms(batch, scores), scores.positions, self.normalization)
-        )
-        self._compare(self.eval_distribution, scores)
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
         reduced = self._evaluation.close(self._sum_over_ranks)

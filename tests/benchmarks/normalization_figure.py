@@ -20,7 +20,7 @@ from lightning_kd.types import IGNORE_INDEX, Batch
 from tests.modules.harness import BatchList, trainer
 from tests.toys import tiny_llama
 
-STEPS, ROWS, LONGEST = 300, 16, 16
+STEPS, ROWS, LONGEST = 200, 16, 12
 EOS, FIRST_LETTER, FIRST_NUMBER, VOCABULARY = 1, 2, 10, 27
 NORMALIZATIONS: dict[str, Normalization | str] = {
     "token": "token",
