@@ -45,6 +45,7 @@ class LossNormalizationDiagnostics(Callback):
     ``mean_of_means_error``     relative error of the loss, had each micro-batch been divided by its
                                 own count and the means averaged
     ``<term>/weight``           total effective weight of a term: its coefficient, for a plain mean
+    ``<term>/denominator``      what its plain sum over tokens is in effect divided by
     ``terms_agree``             1 where all terms are divided alike
     ==========================  ===============================================================
 
@@ -168,8 +169,7 @@ class LossNormalizationDiagnostics(Callback):
         some = weights[scored] if scored.any() else weights.new_tensor([torch.nan])
         means = losses / lengths.clamp(min=1)
         terms = [
-            term.coefficient
-            * (weights * lengths * (1.0 if term.row_scale is None else term.row_scale)).sum()
+            (weights * lengths * (1.0 if term.row_scale is None else term.row_scale)).sum()
             for term in module.micro_batch.terms.values()
         ]
         record = [
@@ -235,8 +235,9 @@ def window_statistics(records: Tensor, module: DistillationModule) -> dict[str, 
     }
     if isinstance(module.normalization, ConstantLength):
         logs["loss_constant"] = total["token_sum"] / (sequences * module.normalization.max_length)
-    scales = [term.row_scale for term in module.micro_batch.terms.values()]
-    logs["terms_agree"] = records.new_tensor(float(all(scale is None for scale in scales)))
-    for index, name in enumerate(module.terms):
-        logs[f"{name}/weight"] = records[:, len(_FIELDS) + index].sum() / count
+    shares = records[:, len(_FIELDS) :].sum(0) / count
+    logs["terms_agree"] = (shares == shares[0]).all().double()
+    for name, share in zip(module.terms, shares, strict=True):
+        logs[f"{name}/weight"] = module.micro_batch.terms[name].coefficient * share
+        logs[f"{name}/denominator"] = total["tokens"] / share
     return logs

@@ -96,6 +96,9 @@ def test_the_official_baby_llama_scale_shows_as_terms_that_do_not_agree():
     assert norm["cross_entropy/weight"] == pytest.approx(0.5)
     # (1 - alpha) tau^2 times the 7 labels of a block, against 0.5 for cross-entropy.
     assert norm["divergence/weight"] == pytest.approx(0.5 * 4 * 7)
+    # Cross-entropy is divided by the 14 labels, the KL by the 2 rows.
+    assert norm["cross_entropy/denominator"] == pytest.approx(14)
+    assert norm["divergence/denominator"] == pytest.approx(2)
 
 
 class PolicyGradient(DistillationModule):
