@@ -200,8 +200,8 @@ class LossNormalizationDiagnostics(Callback):
         assert isinstance(gathered, Tensor)  # as it was given
         logs = window_statistics(gathered.reshape(-1, window.shape[1]), module)
         # Straight to the loggers: through module.log, two dozen numbers take a few percent of a step.
-        values = dict(zip(logs, torch.stack(list(logs.values())).cpu(), strict=True))
-        self._publish(trainer, {f"norm/{name}": value for name, value in values.items()})
+        numbers = dict(zip(logs, torch.stack(list(logs.values())).cpu(), strict=True))
+        self._publish(trainer, {f"norm/{name}": value for name, value in numbers.items()})
         if self._wants_histogram(step):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
