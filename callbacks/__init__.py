@@ -1,9 +1,10 @@
-"""Lightning callbacks: export, predictions, samples and what TensorBoard shows."""
+"""Lightning callbacks: rollouts, diagnostics, export, predictions, samples, TensorBoard."""
 
 from lightning_kd.callbacks.completion_samples import CompletionSamples
 from lightning_kd.callbacks.hf_export import HFExport
 from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
 from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnostics
+from lightning_kd.callbacks.on_policy_generation import OnPolicyGeneration
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
 
@@ -12,6 +13,7 @@ __all__ = [
     "HFExport",
     "JsonlPredictions",
     "LossNormalizationDiagnostics",
+    "OnPolicyGeneration",
     "TensorBoardLayout",
     "TokensPerSecond",
 ]

@@ -11,7 +11,6 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import ExactMatch
 from lightning_kd.modules import DistillationModule
-from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import FILLER_ROW, Batch
 
 Stage = Literal["val", "test"]
@@ -79,8 +78,8 @@ class CompletionSamples(Callback):
         beyond = self.batches != -1 and batch_idx >= self.batches
         if beyond or "prompt_ids" not in batch or not isinstance(module, DistillationModule):
             return
-        seed = derive_seed(run_seed(), "samples", batch_idx)
-        texts = module.complete(batch, seed=seed, options=self.options).texts(module.tokenizer)
+        written = module.complete(batch, purpose="samples", options=self.options)
+        texts = written.texts(module.tokenizer)
         rows = [
             (prompt, text, reference)
             for row, prompt, text, reference in zip(

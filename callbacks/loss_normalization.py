@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_kd.callbacks.gradient_audit import audit_window
+from lightning_kd.callbacks.publishing import publish
 from lightning_kd.modules import DistillationModule
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.types import Batch
@@ -148,7 +149,8 @@ class LossNormalizationDiagnostics(Callback):
         report = audit_window(trainer, module, self._window, self.tolerance)
         self._audited, self._window = True, []
         differences = {f"norm/audit/{cut}": d for cut, d in report.differences.items()}
-        self._publish(trainer, {name: torch.tensor(d) for name, d in differences.items()})
+        tensors = {name: torch.tensor(value) for name, value in differences.items()}
+        publish(trainer, tensors, trainer.global_step - 1)
         if report.largest <= self.tolerance:
             return
         found = {cut: f"{difference:.2g}" for cut, difference in report.differences.items()}
@@ -161,11 +163,6 @@ class LossNormalizationDiagnostics(Callback):
             raise ValueError(message)
         rank_zero_warn(message)
 
-    def _publish(self, trainer: L.Trainer, values: dict[str, Tensor]) -> None:
-        for logger in trainer.loggers:
-            logger.log_metrics({k: v.item() for k, v in values.items()}, trainer.global_step - 1)
-        trainer.callback_metrics.update(values)
-
     def _record(self, module: DistillationModule, batch: Batch) -> None:
         lengths = module.micro_batch.positions.tokens_per_row
         losses = module.micro_batch.row_losses()
@@ -173,8 +170,12 @@ class LossNormalizationDiagnostics(Callback):
         scored = lengths > 0
         some = weights[scored] if scored.any() else weights.new_tensor([torch.nan])
         means = losses / lengths.clamp(min=1)
+        positions = module.micro_batch.positions
         terms = [
-            (weights * lengths * (1.0 if term.row_scale is None else term.row_scale)).sum()
+            (
+                term.row_weights(positions, module.normalization)
+                * (term.stream or positions).tokens_per_row
+            ).sum()
             for term in module.micro_batch.terms.values()
         ]
         record = [
@@ -199,9 +200,7 @@ class LossNormalizationDiagnostics(Callback):
         gathered = module.all_gather(window)
         assert isinstance(gathered, Tensor)  # as it was given
         logs = window_statistics(gathered.reshape(-1, window.shape[1]), module)
-        # Straight to the loggers: through module.log, two dozen numbers take a few percent of a step.
-        numbers = dict(zip(logs, torch.stack(list(logs.values())).cpu(), strict=True))
-        self._publish(trainer, {f"norm/{name}": value for name, value in numbers.items()})
+        publish(trainer, {f"norm/{name}": value for name, value in logs.items()}, step - 1)
         if self._wants_histogram(step):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

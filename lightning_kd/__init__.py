@@ -12,6 +12,7 @@ from lightning_kd.data import (
     DistillationData,
     PackedTextData,
     PromptCompletionData,
+    PromptsAndText,
     arithmetic_tokenizer,
 )
 from lightning_kd.divergences import (
@@ -20,12 +21,26 @@ from lightning_kd.divergences import (
     make_divergence,
     register_divergence,
 )
-from lightning_kd.generation import GenerationOptions
-from lightning_kd.models import LoRA, ModelSource, SingleTeacher, Student, Teacher, TeacherEnsemble
+from lightning_kd.generation import GenerationOptions, SamplingOptions
+from lightning_kd.models import (
+    LoRA,
+    ModelSource,
+    RoutedTeacher,
+    SingleTeacher,
+    Student,
+    Teacher,
+    TeacherEnsemble,
+)
 from lightning_kd.modules import (
+    GKD,
     SFT,
     BabyLlama,
     DistillationModule,
+    MiniLLM,
+    OfficialCode,
+    OnPolicyDistillation,
+    Paper,
+    RLDistillation,
     SequenceKD,
     SupervisedKD,
     TeacherModule,
@@ -38,11 +53,15 @@ from lightning_kd.normalization import (
     SequenceMean,
     TokenMean,
 )
+from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
+from lightning_kd.schedules import Constant, Cosine, Linear, Steps
 from lightning_kd.types import IGNORE_INDEX, Batch
 
 __version__ = version("lightning-kd")
 
 __all__ = [
+    "CISPO",
+    "GKD",
     "IGNORE_INDEX",
     "SFT",
     "ArithmeticData",
@@ -50,19 +69,33 @@ __all__ = [
     "Batch",
     "BatchMean",
     "ChatData",
+    "Constant",
     "ConstantLength",
+    "Cosine",
     "DistillationData",
     "DistillationModule",
     "Divergence",
     "GenerationOptions",
+    "ImportanceSampling",
+    "Linear",
     "LoRA",
+    "MiniLLM",
     "ModelSource",
     "Normalization",
+    "OfficialCode",
+    "OnPolicyDistillation",
+    "PPOClip",
     "PackedTextData",
+    "Paper",
     "PromptCompletionData",
+    "PromptsAndText",
+    "RLDistillation",
+    "RoutedTeacher",
+    "SamplingOptions",
     "SequenceKD",
     "SequenceMean",
     "SingleTeacher",
+    "Steps",
     "Student",
     "SupervisedKD",
     "Teacher",

@@ -52,6 +52,16 @@ class ScoredPositions:
         labeled[self.mask] = (self.targets != IGNORE_INDEX).long()
         return labeled.sum(-1)
 
+    def of_tokens(self, values: Tensor) -> Tensor:
+        """What stands at the predicted tokens: ``(B, T) -> (N,)``.
+
+        Example:
+            >>> scored = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8]]))
+            >>> scored.of_tokens(torch.tensor([[0.0, 0.5, 0.25]]))
+            tensor([0.5000, 0.2500])
+        """
+        return F.pad(values[:, 1:], (0, 1))[self.mask]
+
     def select(self, logits: Tensor) -> Tensor:
         """The scored rows of ``logits``: ``(B, T, V) -> (N, V)``, float32 or wider.
 

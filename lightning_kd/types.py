@@ -14,7 +14,7 @@ A *scored position* is one whose logits enter the loss. ``labels`` are unshifted
 ``t`` are scored when ``labels[:, t + 1]`` is a token and not :data:`IGNORE_INDEX`.
 """
 
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -36,6 +36,8 @@ class Batch(TypedDict):
     """Unshifted targets, :data:`IGNORE_INDEX` where not trained, ``(B, T)``."""
     row: Tensor
     """Number of the row in its data set, ``(B,)``; :data:`FILLER_ROW` for filler."""
+    sample: NotRequired[Tensor]
+    """In training, number of the row's sample in the run's stream, ``(B,)``."""
     prompt_ids: NotRequired[Tensor]
     """The prompt alone, padded on the left for generation, ``(B, P)``."""
     prompt_mask: NotRequired[Tensor]
@@ -44,3 +46,20 @@ class Batch(TypedDict):
     """The prompt's text, one per row."""
     completion: NotRequired[list[str]]
     """The reference completion's text, one per row."""
+    extra: NotRequired[dict[str, list[Any]]]
+    """Further columns of the data, one value per row each."""
+    completion_mask: NotRequired[Tensor]
+    """In a rollout, True on the tokens that a model wrote, ``(B, T)``."""
+    group: NotRequired[Tensor]
+    """In a rollout, a number that completions of one prompt share, ``(B,)``."""
+    log_probs: NotRequired[Tensor]
+    """In a rollout, log-probability of each labeled token under the student that wrote it, at the
+    sampling temperature, ``(B, T)``, at the token's own place."""
+    sampling_log_probs: NotRequired[Tensor]
+    """The same under the distribution it was drawn from, where a teacher was mixed in."""
+    advantages: NotRequired[Tensor]
+    """In a rollout, what a method gives its tokens for an advantage, ``(B, T)``."""
+    step_count: NotRequired[Tensor]
+    """In a rollout, what the optimizer step that the row is in is divided by, ``(B,)``."""
+    text: NotRequired["Batch"]
+    """A micro-batch of a second stream, for methods that also learn from plain text."""

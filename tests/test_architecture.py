@@ -10,7 +10,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"types", "seeding"},
-    {"scoring", "normalization", "divergences"},
+    {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"models", "metrics"},
     {"generation"},
     {"data", "modules"},

@@ -255,7 +255,7 @@ BAD_INPUT = {
         ["model directory './nowhere' does not exist"],
     ),
     "missing file": ([*KD, *JSONL, "--data.train", "no.jsonl"], ["'no.jsonl' does not exist"]),
-    "no data": ([*KD, *JSONL], ["fit needs data.train"]),
+    "no data": ([*KD, *JSONL], ["was not given data.train"]),
     "missing column": (
         [*KD, *JSONL, "--data.train", "question.jsonl"],
         ["question.jsonl:1", "'prompt' is missing", "question"],

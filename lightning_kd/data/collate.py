@@ -19,7 +19,7 @@ class Collator:
         pad_id: Fills up the rows.
 
     Example:
-        >>> batch = Collator(0)([(3, Example([5, 6, 7], 2, "x", "y")), (4, Example([8], 0))])
+        >>> batch = Collator(0)([(0, 3, Example([5, 6, 7], 2, "x", "y")), (1, 4, Example([8]))])
         >>> batch["labels"].tolist(), batch["attention_mask"].tolist()
         ([[-100, -100, 7], [8, -100, -100]], [[1, 1, 1], [1, 0, 0]])
     """
@@ -27,15 +27,16 @@ class Collator:
     def __init__(self, pad_id: int) -> None:
         self.pad_id = pad_id
 
-    def __call__(self, rows: Sequence[tuple[int, Example]]) -> Batch:
-        """One batch of (row number, example)."""
-        examples = [example for _, example in rows]
+    def __call__(self, rows: Sequence[tuple[int, int, Example]]) -> Batch:
+        """One batch of (sample number, row number, example)."""
+        samples, numbers, examples = zip(*rows, strict=True)
         ids = [example.input_ids for example in examples]
         batch: Batch = {
             "input_ids": _pad(ids, self.pad_id),
             "attention_mask": _pad([[1] * len(row) for row in ids], 0),
-            "labels": _pad([_labels(number, example) for number, example in rows], IGNORE_INDEX),
-            "row": torch.tensor([number for number, _ in rows]),
+            "labels": _pad(list(map(_labels, numbers, examples)), IGNORE_INDEX),
+            "row": torch.tensor(numbers),
+            "sample": torch.tensor(samples),
         }
         if all(example.prompt is not None for example in examples):
             prompts = [example.input_ids[: example.prompt_length] for example in examples]
@@ -43,6 +44,9 @@ class Collator:
             batch["prompt_mask"] = _pad([[1] * len(row) for row in prompts], 0, left=True)
             batch["prompt"] = [example.prompt or "" for example in examples]
             batch["completion"] = [example.completion for example in examples]
+            batch["extra"] = {
+                name: [example.extra[name] for example in examples] for name in examples[0].extra
+            }
         return batch
 
 

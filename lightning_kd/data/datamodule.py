@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.collate import Collator
-from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
+from lightning_kd.data.loader import EvaluationLoader, RolloutPlan, Rows, TrainingLoader
 from lightning_kd.models.vocabulary import load_tokenizer
 from lightning_kd.seeding import run_seed
 
@@ -21,6 +21,15 @@ _SPLITS_OF: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
+
+
+@runtime_checkable
+class PlansRollouts(Protocol):
+    """A callback that decides how training comes back to what was written on the way."""
+
+    def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
+        """The plan of a trainer's run."""
+        ...
 
 
 class DistillationData(L.LightningDataModule):
@@ -84,21 +93,30 @@ class DistillationData(L.LightningDataModule):
         """
         stage = TrainerFn(stage).value
         for split in _SPLITS_OF[stage]:
-            if split not in self._rows:
-                self._rows[split] = self.rows(split)
-            optional = stage == "fit" and split == "validation"
-            if self._rows[split] is None and not optional:
-                raise ValueError(
-                    f"{stage} needs data.{split}, which was not given to {type(self).__name__}"
-                )
+            self.read(split, optional=stage == "fit" and split == "validation")
         if stage == "fit":
             self._count_steps()
             if self._rows["validation"] is None:
                 # An empty loader in its place would make Lightning warn at every run.
                 self._attached_trainer().limit_val_batches = 0
 
+    def read(self, split: Split, *, optional: bool = False) -> None:
+        """Read and tokenize a split, once.
+
+        Raises:
+            ValueError: If it was not given, and is not optional.
+        """
+        if split not in self._rows:
+            self._rows[split] = self.rows(split)
+        if self._rows[split] is None and not optional:
+            raise ValueError(f"{type(self).__name__} was not given data.{split}, which is needed")
+
     def train_dataloader(self) -> TrainingLoader:
         """The whole run as one stream."""
+        return self.stream(self._plan())
+
+    def stream(self, plan: RolloutPlan) -> TrainingLoader:
+        """The training rows of the whole run, in the windows of a plan."""
         rows, trainer = self._ready("train"), self._attached_trainer()
         return TrainingLoader(
             rows,
@@ -109,6 +127,7 @@ class DistillationData(L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             num_workers=self.num_workers,
+            plan=plan,
         )
 
     def val_dataloader(self) -> EvaluationLoader:
@@ -152,24 +171,32 @@ class DistillationData(L.LightningDataModule):
             raise ValueError("the loaders follow the trainer: pass datamodule=... to trainer.fit")
         return self.trainer
 
+    def _plan(self) -> RolloutPlan:
+        trainer = self._attached_trainer()
+        planners = [c for c in trainer.callbacks if isinstance(c, PlansRollouts)]  # type: ignore[attr-defined]
+        if len(planners) > 1:
+            raise ValueError(f"{len(planners)} callbacks write completions; give only one")
+        return planners[0].rollout_plan(trainer) if planners else RolloutPlan()
+
     def _count_steps(self) -> None:
         """Turn epochs into optimizer steps: for Lightning, the whole run is one epoch.
 
         A position in one long stream is all the state that an exact resume needs; a position in an
         epoch and a count of epochs can disagree.
         """
-        trainer, rows = self._attached_trainer(), self._rows["train"]
+        trainer, rows, plan = self._attached_trainer(), self._rows["train"], self._plan()
         if trainer.max_steps != -1:
             return
         assert rows is not None
+        samples = len(rows) * plan.group_size * plan.passes
         global_batch = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
         epochs = trainer.max_epochs
         if epochs is None or epochs < 1:
             raise ValueError(
                 "give trainer.max_steps or trainer.max_epochs: one pass over "
-                f"{len(rows)} rows is {math.ceil(len(rows) / global_batch)} steps"
+                f"{len(rows)} rows is {math.ceil(samples / global_batch)} steps"
             )
-        steps = math.ceil(epochs * len(rows) / global_batch)
+        steps = math.ceil(epochs * samples / global_batch)
         trainer.fit_loop.epoch_loop.max_steps = steps
         trainer.fit_loop.max_epochs = 1
         rank_zero_info(f"{epochs} epochs over {len(rows)} rows are {steps} optimizer steps")

@@ -1,6 +1,7 @@
 """From a row to tokens: what is prompt, what is completion, and what happens to long rows."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from jinja2 import TemplateError
@@ -19,6 +20,8 @@ class Example:
     prompt: str | None = None
     """Text of the prompt; None where there are no prompts (packed text)."""
     completion: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Further columns of the row."""
 
 
 @dataclass(frozen=True)

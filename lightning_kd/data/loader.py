@@ -1,6 +1,7 @@
 """Loaders that count what was consumed, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,8 @@ from lightning_kd.data.encoding import Example
 from lightning_kd.seeding import derive_seed
 from lightning_kd.types import FILLER_ROW, Batch
 
-Key = tuple[int, int, int]
-"""Row number as the batch shows it, row that is read, pass over the data."""
+Key = tuple[int, int, int, int]
+"""Sample number and row number as the batch shows them, row that is read, pass over the data."""
 
 
 class Rows(Protocol):
@@ -27,13 +28,48 @@ class Rows(Protocol):
         ...
 
 
-class _Examples(Dataset[tuple[int, Example]]):
+@dataclass(frozen=True)
+class RolloutPlan:
+    """How training comes back to what was written on the way.
+
+    Attributes:
+        micro_batches: Of a window, on each rank: what is written at once.
+        passes: How often each window is trained on before the next.
+        group_size: Samples of each prompt, one after the other.
+
+    Raises:
+        ValueError: If a value is not 1 or more.
+    """
+
+    micro_batches: int = 1
+    passes: int = 1
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        for name in ("micro_batches", "passes", "group_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+    def fresh(self, position: int) -> int:
+        """Which of the micro-batches that differ stands at a position of the run.
+
+        Example:
+            >>> plan = RolloutPlan(micro_batches=2, passes=2)
+            >>> [plan.fresh(position) for position in range(8)]
+            [0, 1, 0, 1, 2, 3, 2, 3]
+        """
+        window, within = divmod(position, self.micro_batches * self.passes)
+        return window * self.micro_batches + within % self.micro_batches
+
+
+class _Examples(Dataset[tuple[int, int, Example]]):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
 
-    def __getitem__(self, key: Any) -> tuple[int, Example]:
-        number, row, pass_ = key
-        return number, self.rows.example(row, pass_)
+    def __getitem__(self, key: Any) -> tuple[int, int, Example]:
+        sample, number, row, pass_ = key
+        return sample, number, self.rows.example(row, pass_)
 
 
 class TrainingLoader:
@@ -41,7 +77,8 @@ class TrainingLoader:
 
     Sample :math:`s` of the run is row :math:`\pi_k(s \bmod N)` of pass :math:`k = s \div N`, with a
     permutation :math:`\pi_k` that only the seed and :math:`k` decide. A micro-batch takes the next
-    ``batch_size`` samples on every rank. So every pass visits every row once, no micro-batch is
+    ``batch_size`` samples on every rank. A plan may repeat windows of micro-batches, and take a row
+    for several samples in a row. So every pass visits every row once, no micro-batch is
     short, and the rows of an optimizer step do not depend on how many ranks or micro-batches share
     it. For Lightning the run is one long epoch.
 
@@ -54,6 +91,7 @@ class TrainingLoader:
         rank: This process.
         world_size: All of them.
         num_workers: Processes that prepare batches ahead; they do not change the stream.
+        plan: Windows that are passed over several times, groups of samples of one row.
 
     Example:
         >>> class Letters:
@@ -78,7 +116,9 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        plan: RolloutPlan | None = None,
     ) -> None:
+        self.plan = plan or RolloutPlan()
         self.rows, self.collate, self.num_workers = rows, collate, num_workers
         self.batch_size, self.micro_batches = batch_size, micro_batches
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -95,10 +135,34 @@ class TrainingLoader:
             self.position += 1
             yield batch
 
+    def window(self, index: int) -> list[Batch]:
+        """The micro-batches of a window on this rank, before anything is written in them."""
+        numbers = range(index * self.plan.micro_batches, (index + 1) * self.plan.micro_batches)
+        examples = _Examples(self.rows)
+        return [self.collate([examples[key] for key in self._samples(n, {})]) for n in numbers]
+
+    def window_of(self, batch: Batch) -> tuple[int, int]:
+        """The window a batch of this loader is in, and its place there."""
+        number = int(batch["sample"][0]) // (self.batch_size * self.world_size)
+        return divmod(number, self.plan.micro_batches)
+
+    @property
+    def ends_window(self) -> bool:
+        """Is the batch that was handed out last the last of its window, in its last pass?"""
+        return self.position % (self.plan.micro_batches * self.plan.passes) == 0
+
     def state_dict(self) -> dict[str, int]:
         """How far the run is, in samples of all ranks, and what the order depends on."""
-        samples = self.position * self.batch_size * self.world_size
-        return {"samples": samples, "rows": len(self.rows), "seed": self.seed}
+        of_all_ranks = self.batch_size * self.world_size
+        return {
+            "samples": self.position * of_all_ranks,
+            "rows": len(self.rows),
+            "seed": self.seed,
+            "passes": self.plan.passes,
+            "group_size": self.plan.group_size,
+            # How long a window is only matters for the order where it comes again.
+            "window": self.plan.micro_batches * of_all_ranks if self.plan.passes > 1 else 0,
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where a checkpoint stopped, on any number of ranks.
@@ -113,12 +177,12 @@ class TrainingLoader:
                 f"{sorted(self.state_dict())}: it was written with another data loader; start anew "
                 "from the exported student"
             )
-        for what in ("rows", "seed"):
+        for what in ("rows", "seed", "passes", "group_size", "window"):
             if state[what] != self.state_dict()[what]:
                 raise ValueError(
                     f"the checkpoint was written with {what} {state[what]}, this run has "
-                    f"{self.state_dict()[what]}: resume with the same data and seed, or start "
-                    "anew from the exported student"
+                    f"{self.state_dict()[what]}: resume with the same data, seed and rollouts, or "
+                    "start anew from the exported student"
                 )
         self.position, rest = divmod(state["samples"], self.batch_size * self.world_size)
         if rest:
@@ -128,18 +192,23 @@ class TrainingLoader:
             )
 
     def _keys(self) -> Iterator[list[Key]]:
-        order: dict[int, list[int]] = {}
+        orders: dict[int, list[int]] = {}
         for position in range(self.position, self.micro_batches):
-            first = (position * self.world_size + self.rank) * self.batch_size
-            keys = []
-            for sample in range(first, first + self.batch_size):
-                pass_, place = divmod(sample, len(self.rows))
-                if pass_ not in order:
-                    order = {k: v for k, v in order.items() if k == pass_ - 1}
-                    order[pass_] = self._permutation(pass_)
-                row = order[pass_][place]
-                keys.append((row, row, pass_))
-            yield keys
+            yield self._samples(self.plan.fresh(position), orders)
+
+    def _samples(self, micro_batch: int, orders: dict[int, list[int]]) -> list[Key]:
+        """What a micro-batch reads; ``orders`` keeps the permutations that are in use."""
+        first = (micro_batch * self.world_size + self.rank) * self.batch_size
+        keys = []
+        for sample in range(first, first + self.batch_size):
+            pass_, place = divmod(sample // self.plan.group_size, len(self.rows))
+            if pass_ not in orders:
+                for old in [k for k in orders if k < pass_ - 1]:
+                    del orders[old]
+                orders[pass_] = self._permutation(pass_)
+            row = orders[pass_][place]
+            keys.append((sample, row, row, pass_))
+        return keys
 
     def _permutation(self, pass_: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", pass_))
@@ -190,7 +259,7 @@ class EvaluationLoader:
             real = [n for n in numbers if n < len(self.rows)]
             # A single process has no one to keep in step with: its last batch is simply shorter.
             fill = self.batch_size - len(real) if self.world_size > 1 else 0
-            yield [(n, n, 0) for n in real] + [(FILLER_ROW, 0, 0)] * fill
+            yield [(n, n, n, 0) for n in real] + [(FILLER_ROW, FILLER_ROW, 0, 0)] * fill
 
 
 def _loader(

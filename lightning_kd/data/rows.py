@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -29,17 +29,27 @@ class EncodedRows:
         raw: The rows, as :func:`~lightning_kd.data.sources.load_rows` gives them.
         encode: Tokenizes some rows.
         limit: What happens to long rows.
+        extra: Columns that go along as they are.
 
     Raises:
         ValueError: If a row is not to the limit's taste, or none is left.
     """
 
-    def __init__(self, raw: datasets.Dataset, encode: Encode, limit: LengthLimit) -> None:
+    def __init__(
+        self,
+        raw: datasets.Dataset,
+        encode: Encode,
+        limit: LengthLimit,
+        extra: Sequence[str] = (),
+    ) -> None:
+        self._extra = extra
         columns: dict[str, list[Any]] = defaultdict(list)
         for rows in raw.iter(_ROWS_AT_ONCE):
             for encoded, where in zip(encode(rows), rows[WHERE], strict=True):
                 for name, value in _limited(encoded, limit, where).items():
                     columns[name].append(value)
+            for name in extra:
+                columns[f"extra:{name}"] += rows[name]
         tokenized = datasets.Dataset.from_dict(columns)
         keep = [row for row, dropped in enumerate(tokenized["dropped"]) if not dropped]
         self.dropped = len(tokenized) - len(keep)
@@ -68,7 +78,11 @@ class EncodedRows:
         """The same tokens in every pass."""
         found = self._tokenized[row]
         return Example(
-            found["input_ids"], found["prompt_length"], found["prompt"], found["completion"]
+            found["input_ids"],
+            found["prompt_length"],
+            found["prompt"],
+            found["completion"],
+            {name: found[f"extra:{name}"] for name in self._extra},
         )
 
 

@@ -28,6 +28,8 @@ class TextData(DistillationData):
         test: The same, for ``test``.
         predict: The same, for ``predict``.
         subset: Configuration of a hub data set.
+        extra_columns: Further columns of text that go along with each row: for reward functions, or
+            to route rows to teachers.
         base: The options of :class:`~lightning_kd.data.DistillationData`.
     """
 
@@ -39,6 +41,7 @@ class TextData(DistillationData):
         test: str | None = None,
         predict: str | None = None,
         subset: str | None = None,
+        extra_columns: list[str] | None = None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -49,6 +52,7 @@ class TextData(DistillationData):
             "predict": predict,
         }
         self.subset = subset
+        self.extra_columns = extra_columns or []
 
 
 class PromptCompletionData(TextData):
@@ -95,7 +99,8 @@ class PromptCompletionData(TextData):
         if path is None:
             return None
         predict = split == "predict"
-        columns = [self.prompt_column] if predict else [self.prompt_column, self.completion_column]
+        columns = [self.prompt_column, *self.extra_columns]
+        columns += [] if predict else [self.completion_column]
         raw = load_rows(
             path,
             dict.fromkeys(columns, str),
@@ -103,7 +108,8 @@ class PromptCompletionData(TextData):
             split=split,
             subset=self.subset,
         )
-        return EncodedRows(raw, self._encode_prompts if predict else self._encode, self.limit)
+        encode = self._encode_prompts if predict else self._encode
+        return EncodedRows(raw, encode, self.limit, self.extra_columns)
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
         completions = encode_completions(columns[self.completion_column], self.tokenizer)
@@ -162,13 +168,17 @@ class ChatData(TextData):
         path = self.paths[split]
         if path is None:
             return None
-        raw = load_rows(path, {self.messages_column: list}, split=split, subset=self.subset)
+        columns: dict[str, type] = {
+            self.messages_column: list,
+            **dict.fromkeys(self.extra_columns, str),
+        }
+        raw = load_rows(path, columns, split=split, subset=self.subset)
 
         def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
             chats = [json.loads(text) for text in columns[self.messages_column]]
             return encode_chats(chats, self.tokenizer, columns[WHERE])
 
-        return EncodedRows(raw, encode, self.limit)
+        return EncodedRows(raw, encode, self.limit, self.extra_columns)
 
 
 class PackedTextData(TextData):

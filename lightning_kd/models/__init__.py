@@ -1,5 +1,6 @@
 """Students and teachers: where their weights come from, and how a teacher speaks."""
 
+from lightning_kd.models.routed import RoutedTeacher
 from lightning_kd.models.source import ModelSource
 from lightning_kd.models.student import LoRA, Student
 from lightning_kd.models.teachers import SingleTeacher, Teacher, TeacherEnsemble
@@ -13,6 +14,7 @@ from lightning_kd.models.vocabulary import (
 __all__ = [
     "LoRA",
     "ModelSource",
+    "RoutedTeacher",
     "SingleTeacher",
     "Student",
     "Teacher",

@@ -18,6 +18,7 @@ from lightning_kd.models.vocabulary import (
     vocabulary_size,
 )
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.types import Batch
 
 Combination = Literal["logits", "probabilities", "log_probs"]
 
@@ -52,14 +53,9 @@ class Teacher(ABC):
         return min(vocabulary_size(model) for model in self.models)
 
     @torch.no_grad()
-    def logits(
-        self, input_ids: Tensor, attention_mask: Tensor, scored: ScoredPositions
-    ) -> tuple[Tensor, ...]:
+    def logits(self, batch: Batch, scored: ScoredPositions) -> tuple[Tensor, ...]:
         """Each model's logits at the scored positions, ``(N, V)``, float32 or wider."""
-        return tuple(
-            scored.select(model(input_ids=input_ids, attention_mask=attention_mask).logits)
-            for model in self.models
-        )
+        return tuple(scored.select(forward_logits(model, batch)) for model in self.models)
 
 
 class SingleTeacher(ModelSource, Teacher):
@@ -164,6 +160,14 @@ class TeacherEnsemble(Teacher):
             for u, w in zip(logits, self.weights, strict=True)
         ]
         return F.log_softmax(torch.stack(scores).sum(0) / temperature, -1)
+
+
+def forward_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Logits at every token of a batch, ``(B, T, V)``."""
+    logits: Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    return logits
 
 
 def frozen(

@@ -1,31 +1,28 @@
 """What every method shares: the steps, the division, the optimizer, the logs."""
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import DistributionMetrics
-from lightning_kd.models import Student, load_tokenizer
+from lightning_kd.models import Student
 from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatch, weigh
 from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
+from lightning_kd.modules.student import StudentModule
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions, Scores
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import Batch
 
-CHECKPOINT_KEY = "lightning_kd"
 
-
-class DistillationModule(L.LightningModule):
+class DistillationModule(StudentModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
     A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and turns
@@ -48,7 +45,12 @@ class DistillationModule(L.LightningModule):
     terms: ClassVar[tuple[str, ...]]
     """Names of the loss's terms, as :meth:`loss_terms` returns them and as loggers show them."""
 
-    student: PreTrainedModel
+    evaluation_terms: ClassVar[tuple[str, ...]] = ()
+    """The same for :meth:`evaluation_loss`, where that is another loss."""
+
+    needs_own_samples: ClassVar[bool] = False
+    """Does the method learn from nothing but what the student has sampled?"""
+
     micro_batch: MicroBatch
     """What the last training step scored; callbacks read it."""
 
@@ -62,15 +64,11 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         generation: GenerationOptions | None = None,
     ) -> None:
-        super().__init__()
-        self.student_source = student
-        self._tokenizer: PreTrainedTokenizerBase | None = None
+        super().__init__(student=student, tokenizer=tokenizer, generation=generation)
         self.normalization = make_normalization(normalization)
-        self.generation = generation or GenerationOptions()
-        self._tokenizer_name = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._window = LossSums(self.terms)
-        self._evaluation = LossSums(self.terms)
+        self._evaluation = LossSums(self.evaluation_terms or self.terms)
         self.train_distribution = DistributionMetrics()
         self.eval_distribution = DistributionMetrics()
 
@@ -79,6 +77,21 @@ class DistillationModule(L.LightningModule):
     @abstractmethod
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``."""
+
+    def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The loss on validation and test data; the same, unless a method says otherwise."""
+        return self.loss_terms(batch, scores)
+
+    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+        """Give rollouts what needs all of them at once: rewards, baselines, whitened advantages.
+
+        Called once for each window of rollouts, without gradients and with models in evaluation
+        mode, on all ranks together.
+
+        Args:
+            rollouts: This rank's micro-batches of the window; they are changed in place.
+            options: How they were written.
+        """
 
     def positions(self, batch: Batch) -> ScoredPositions:
         """Which logits are scored: those that predict a label."""
@@ -92,33 +105,6 @@ class DistillationModule(L.LightningModule):
     def teacher_log_probs(self, scores: Scores) -> Tensor | None:
         """What metrics compare the student with, ``(N, V)``; None without a teacher."""
         return None
-
-    # Models.
-
-    def configure_model(self) -> None:
-        """Build the student, once."""
-        if not hasattr(self, "student"):
-            self.student = self.student_source.build(self.tokenizer)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was named, or else the data module's.
-
-        Raises:
-            ValueError: If there is neither.
-        """
-        if self._tokenizer is None:
-            if self._tokenizer_name is not None:
-                self._tokenizer = load_tokenizer(self._tokenizer_name)
-            else:
-                data = getattr(self._trainer, "datamodule", None)
-                self._tokenizer = getattr(data, "tokenizer", None)
-        if self._tokenizer is None:
-            raise ValueError(
-                "no tokenizer: give the module tokenizer=... (a directory or hub name), or train "
-                "it with a data module that has one"
-            )
-        return self._tokenizer
 
     def _student_logits(self, batch: Batch, positions: ScoredPositions) -> Tensor:
         output = self.student(
@@ -149,7 +135,7 @@ class DistillationModule(L.LightningModule):
         Lightning has divided the sum by the number of micro-batches, and the strategy by the number
         of ranks; both are taken back here.
         """
-        reduced = self._window.close(self._sum_over_ranks)
+        reduced = self._window.close(self.sum_over_ranks)
         cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
         torch._foreach_mul_(self._gradients(), cut_into / reduced.divisor)
         self.log("train/loss", reduced.means["loss"], prog_bar=True)
@@ -177,7 +163,7 @@ class DistillationModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
         scores = self.score(batch)
-        terms = self.loss_terms(batch, scores)
+        terms = self.evaluation_loss(batch, scores)
         self._evaluation.add(weigh(terms, scores.positions, self.normalization))
         self._compare(self.eval_distribution, scores)
 
@@ -192,37 +178,6 @@ class DistillationModule(L.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Log the means over the whole test set."""
         self._log_evaluation("test")
-
-    def predict_step(self, batch: Batch, batch_idx: int) -> Completions:
-        """Complete the prompts of a batch."""
-        return self.complete(batch, seed=derive_seed(run_seed(), "predict", batch_idx))
-
-    def complete(
-        self, batch: Batch, *, seed: int, options: GenerationOptions | None = None
-    ) -> Completions:
-        """Let :attr:`writer` complete the prompts of a batch.
-
-        Raises:
-            ValueError: If the batch has no prompts.
-        """
-        if "prompt_ids" not in batch:
-            raise ValueError(
-                "the data has no prompts to complete (packed text has none); use a data module "
-                "with prompts and completions"
-            )
-        return generate(
-            self.writer,
-            self.tokenizer,
-            batch["prompt_ids"],
-            batch["prompt_mask"],
-            options or self.generation,
-            seed=seed,
-        )
-
-    @property
-    def writer(self) -> PreTrainedModel:
-        """The model that writes completions."""
-        return self.student
 
     # Optimizer.
 
@@ -246,27 +201,11 @@ class DistillationModule(L.LightningModule):
             if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
                 config.scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
 
-    # Checkpoints.
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which method this is."""
-        checkpoint[CHECKPOINT_KEY] = {"method": type(self).__name__}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another method.
-
-        Raises:
-            ValueError: If it is one.
-        """
-        method = checkpoint.get(CHECKPOINT_KEY, {}).get("method", "something else")
-        if method != type(self).__name__:
-            raise ValueError(
-                f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
-                "from its weights, give the directory that the run exported as "
-                "model.student.name_or_path"
-            )
-
     # Helpers.
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on every rank."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _logs_this_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -274,9 +213,6 @@ class DistillationModule(L.LightningModule):
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters() if p.grad is not None]
-
-    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
     def _compare(self, metrics: DistributionMetrics, scores: Scores) -> None:
         metrics.update(
@@ -286,10 +222,10 @@ class DistillationModule(L.LightningModule):
         )
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
-        reduced = self._evaluation.close(self._sum_over_ranks)
+        reduced = self._evaluation.close(self.sum_over_ranks)
         # All ranks have the same means already; sync_dist tells Lightning that this is known.
         self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
-        means = {f"{stage}/{name}": reduced.means[name] for name in self.terms}
+        means = {f"{stage}/{name}": reduced.means[name] for name in self._evaluation.terms}
         self.log_dict(means, sync_dist=True)
         self._log_distribution(stage, self.eval_distribution)
 

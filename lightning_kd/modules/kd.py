@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.modules.loss import LossTerm
-from lightning_kd.modules.teacher import TeacherModule
+from lightning_kd.modules.teacher import TeacherModule, require_positive
 from lightning_kd.scoring import ScoredPositions, Scores, cross_entropy
 from lightning_kd.types import Batch
 
@@ -26,10 +26,12 @@ class SupervisedKD(TeacherModule):
         divergence: A registered name (``forward_kl``, ``generalized_jsd``, ...) or a
             :class:`~lightning_kd.divergences.Divergence`.
         alpha: Weight of cross-entropy against the divergence, in [0, 1].
+        temperature: Divides the logits of student and teacher in the divergence. Metrics are at 1.
         base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 
     Raises:
-        ValueError: If ``alpha`` lies outside [0, 1] or the divergence is unknown.
+        ValueError: If ``alpha`` lies outside [0, 1], the temperature is not positive or the
+            divergence is unknown.
 
     References:
         Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015.
@@ -39,9 +41,16 @@ class SupervisedKD(TeacherModule):
     terms = ("cross_entropy", "divergence")
 
     def __init__(
-        self, *, divergence: Divergence | str = "forward_kl", alpha: float = 0.5, **base: Any
+        self,
+        *,
+        divergence: Divergence | str = "forward_kl",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        **base: Any,
     ) -> None:
         super().__init__(**base)
+        require_positive(temperature=temperature)
+        self.temperature = temperature
         self.divergence = make_divergence(divergence)
         if not 0 <= alpha <= 1:
             raise ValueError(
@@ -51,13 +60,15 @@ class SupervisedKD(TeacherModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Cross-entropy with the label and divergence from the teacher, at each label."""
-        divergence = self.divergence(*self.tempered(scores))
+        both = self.both_log_probs(
+            scores, student_temperature=self.temperature, teacher_temperature=self.temperature
+        )
         return {
             "cross_entropy": LossTerm(
                 cross_entropy(scores.student_logits, scores.positions.targets), self.alpha
             ),
             "divergence": LossTerm(
-                divergence,
+                self.divergence(*both),
                 (1 - self.alpha) * self.temperature**2,
                 self.row_scale(scores.positions),
             ),

@@ -20,6 +20,17 @@ class LossTerm:
     """Weight of the term in the loss."""
     row_scale: Tensor | None = None
     """A further factor for every position of a row, ``(B,)``; only where a paper weighs a term so."""
+    stream: ScoredPositions | None = None
+    """The positions of a term over other data than the batch's; ``row_scale`` is then the whole
+    weight of its tokens before the division."""
+
+    def row_weights(self, scored: ScoredPositions, normalization: Normalization) -> Tensor:
+        """What each token of a row weighs before the coefficient and the division: ``(B,)``."""
+        if self.stream is None:
+            weights = normalization.row_weights(scored.tokens_per_row)
+        else:
+            weights = torch.ones_like(self.stream.tokens_per_row, dtype=torch.float64)
+        return weights if self.row_scale is None else weights * self.row_scale
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,15 @@ class MicroBatch:
         return cls(positions, kept)
 
     def row_losses(self) -> Tensor:
-        """The loss of each row, summed over its tokens, without any normalization: ``(B,)``."""
+        """The loss of each row, summed over its tokens, without any normalization: ``(B,)``.
+
+        Terms over other data have no part in it.
+        """
         rows = self.positions.rows
         total = torch.zeros(len(self.positions.mask), dtype=torch.float64, device=rows.device)
         for term in self.terms.values():
+            if term.stream is not None:
+                continue
             values = term.coefficient * term.values.double()
             scale = 1.0 if term.row_scale is None else term.row_scale[rows]
             total.index_add_(0, rows, values * scale)
@@ -69,11 +85,10 @@ def weigh(
     does not show. Without a scored position they are zeros that still have a gradient, so that
     every rank has something to reduce.
     """
-    row_weights = normalization.row_weights(scored.tokens_per_row)
     sums = []
     for term in terms.values():
-        scale = row_weights if term.row_scale is None else row_weights * term.row_scale
-        sums.append((term.values * scale[scored.rows]).sum())
+        weights = term.row_weights(scored, normalization)
+        sums.append((term.values * weights[(term.stream or scored).rows]).sum())
     coefficients = [term.coefficient for term in terms.values()]
     total = torch.stack([c * s for c, s in zip(coefficients, sums, strict=True)]).sum()
     return WeightedLoss(

@@ -207,7 +207,7 @@ def test_a_resumed_run_sees_the_rest_of_the_rows(tmp_path):
 
 
 def test_what_is_missing_is_named():
-    with pytest.raises(ValueError, match=r"fit needs data\.train"):
+    with pytest.raises(ValueError, match=r"was not given data\.train"):
         trainer(max_steps=1).fit(Watch(), datamodule=data(train=None))
     with pytest.raises(ValueError, match="one pass over 10 rows is 4 steps"):
         trainer(max_steps=-1, max_epochs=-1).fit(Watch(), datamodule=data())

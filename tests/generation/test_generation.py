@@ -6,6 +6,7 @@ from tests.toys import ragged_batch, tiny_llama, with_prompts
 
 BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 2)]))
 PROMPTS = BATCH["prompt_ids"], BATCH["prompt_mask"]
+SEEDS = [1, 2, 3]
 
 
 def by_hand(model, prompt, steps):
@@ -19,25 +20,46 @@ def by_hand(model, prompt, steps):
 
 
 @torch.no_grad()
-def test_greedy_completions_are_the_argmax_of_full_forward_passes(tokenizer):
+@pytest.mark.parametrize("engine", ["cached", "transformers"])
+def test_greedy_completions_are_the_argmax_of_full_forward_passes(tokenizer, engine):
     model = tiny_llama(3).eval()
-    written = generate(model, tokenizer, *PROMPTS, GenerationOptions(max_new_tokens=9), seed=0)
+    options = GenerationOptions(max_new_tokens=9, engine=engine)
+    written = generate(model, tokenizer, *PROMPTS, options, seeds=SEEDS)
     for row, (ids, mask) in enumerate(zip(*PROMPTS, strict=True)):
         expected = by_hand(model, ids[mask.bool()], 9)
         assert torch.equal(written.ids[row][written.mask[row]], expected)
+        assert written.ended[row] == (expected[-1] == 1)
 
 
-def test_samples_repeat_with_their_seed_and_leave_the_global_state_alone(tokenizer):
+@pytest.mark.parametrize("engine", ["cached", "transformers"])
+def test_samples_repeat_with_their_seeds_and_leave_the_global_state_alone(tokenizer, engine):
     model = tiny_llama(0).train()
-    options = GenerationOptions(max_new_tokens=12, temperature=1.0)
+    options = GenerationOptions(max_new_tokens=12, temperature=1.0, engine=engine)
     before = torch.random.get_rng_state()
     first, again, other = (
-        generate(model, tokenizer, *PROMPTS, options, seed=seed).ids for seed in (1, 1, 2)
+        generate(model, tokenizer, *PROMPTS, options, seeds=seeds).ids
+        for seeds in (SEEDS, SEEDS, [7, 8, 9])
     )
     assert torch.equal(before, torch.random.get_rng_state())
     assert torch.equal(first, again)
     assert first.shape != other.shape or not torch.equal(first, other)
     assert model.training
+
+
+def test_beam_search_is_that_of_transformers(tokenizer):
+    model = tiny_llama(0).eval()
+    options = GenerationOptions(max_new_tokens=6, num_beams=3)
+    written = generate(model, tokenizer, *PROMPTS, options, seeds=SEEDS)
+    expected = model.generate(
+        input_ids=PROMPTS[0],
+        attention_mask=PROMPTS[1],
+        max_new_tokens=6,
+        num_beams=3,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=1,
+    )
+    assert torch.equal(written.ids, expected[:, PROMPTS[0].shape[1] :])
 
 
 def test_the_first_eos_belongs_to_the_completion_also_where_pad_is_eos():
@@ -54,8 +76,14 @@ def test_the_first_eos_belongs_to_the_completion_also_where_pad_is_eos():
         ("top_k", -1, "0 \\(keep all\\)"),
         ("top_p", 0.0, "above 0"),
         ("num_beams", 0, "1 or more"),
+        ("engine", "vllm", "one of .*cached"),
     ],
 )
 def test_wrong_options_are_refused(name, value, expected):
     with pytest.raises(ValueError, match=f"{name} is .*{expected}"):
         GenerationOptions(**{name: value})
+
+
+def test_beam_search_without_the_engine_that_has_it_is_refused():
+    with pytest.raises(ValueError, match="no beam search; choose auto or transformers"):
+        GenerationOptions(num_beams=2, engine="cached")

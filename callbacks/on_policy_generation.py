@@ -1,0 +1,257 @@
+"""Who writes the completions that a step is trained on."""
+
+import time
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.callbacks import Callback
+
+from lightning_kd.callbacks.rollout_records import RolloutRecords
+from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
+from lightning_kd.callbacks.rollout_writing import (
+    check_batches,
+    complete,
+    loader_of,
+    writing_teacher,
+)
+from lightning_kd.data import RolloutPlan
+from lightning_kd.generation import (
+    SamplingOptions,
+    Truncation,
+    evaluating,
+    padding_id,
+    rollout_batch,
+)
+from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.schedules import Constant, Schedule
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.types import Batch
+
+Otherwise = Literal["dataset", "teacher"]
+
+_CHECKPOINT_KEY = "on_policy_generation"
+
+
+class OnPolicyGeneration(Callback):
+    r"""Let the student write, with probability ``lmbda``, the completions that it is trained on.
+
+    Completions are written in *windows*: all micro-batches of ``steps_per_window`` optimizer steps at
+    once, by the student as it is before the first of them. One coin decides for a whole window; it
+    is a hash of the run's seed and the window's number, so all ranks see the same and a resumed run
+    sees it again. A row's text comes from random numbers of its own, seeded by the run and the number
+    of its sample: neither ranks nor micro-batches change what is written. With ``passes``, each
+    window is trained on several times before the next is written; a checkpoint in the middle of a
+    window keeps it.
+
+    Logs under ``rollout/``, at logged steps: ``own`` (1 where the student wrote), the completions'
+    ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
+    ``distinct_1`` and ``distinct_2`` (share of different n-grams, first rank), ``tokens_per_second``
+    of the writing and its ``time_share`` of the window; histograms and a table of prompts,
+    completions and reverse KL per token to TensorBoard.
+
+    Args:
+        lmbda: Share of windows that the student writes (GKD's :math:`\lambda`), in [0, 1], or a
+            schedule of it.
+        otherwise: Who writes the other windows: the ``dataset`` or the ``teacher``.
+        generation: How completions are sampled.
+        mixture_alpha: The teacher's share in the distribution that the student's completions are
+            sampled from (MiniLLM's :math:`\alpha`, 0.2 in the paper); 0 is the student alone.
+        group_size: Completions of each prompt.
+        steps_per_window: Optimizer steps whose completions are written at once.
+        passes: How often each window is trained on.
+        truncated: Completions without an end: ``keep`` trains on them; ``mask`` takes their tokens
+            out of the loss and its count; ``drop`` also takes them out of baselines and statistics.
+        rows_at_once: Most rows that are written together on a rank; all of a window when not given.
+        table_every: Optimizer steps between histograms and tables; 0 for none.
+        table_rows: Rows of the table.
+        path: A JSONL file that every written completion is appended to.
+
+    Raises:
+        ValueError: If a value is out of its range; before the first step, if module or data cannot
+            do what is asked.
+
+    References:
+        Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Algorithm 1.
+        https://arxiv.org/abs/2306.13649; Gu et al., *MiniLLM*, ICLR 2024, Eq. 4.
+        https://arxiv.org/abs/2306.08543
+    """
+
+    def __init__(
+        self,
+        *,
+        lmbda: float | Schedule = 1.0,
+        otherwise: Otherwise = "dataset",
+        generation: SamplingOptions | None = None,
+        mixture_alpha: float = 0.0,
+        group_size: int = 1,
+        steps_per_window: int = 1,
+        passes: int = 1,
+        truncated: Truncation = "keep",
+        rows_at_once: int | None = None,
+        table_every: int = 100,
+        table_rows: int = 4,
+        path: str | None = None,
+    ) -> None:
+        for name, value, choices in (
+            ("otherwise", otherwise, get_args(Otherwise)),
+            ("truncated", truncated, get_args(Truncation)),
+        ):
+            if value not in choices:
+                raise ValueError(f"unknown {name} {value!r}; choose one of {choices}")
+        if not 0 <= mixture_alpha < 1:
+            raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
+        if steps_per_window < 1 or (rows_at_once is not None and rows_at_once < 1):
+            raise ValueError(
+                f"steps_per_window is {steps_per_window} and rows_at_once {rows_at_once}; they "
+                "must be 1 or more"
+            )
+        self.lmbda = lmbda if isinstance(lmbda, Schedule) else Constant(lmbda)
+        self.otherwise: Otherwise = otherwise
+        self.generation = generation or SamplingOptions()
+        self.mixture_alpha = mixture_alpha
+        self.steps_per_window = steps_per_window
+        self.plan = RolloutPlan(1, passes, group_size)
+        self.truncated: Truncation = truncated
+        self.rows_at_once = rows_at_once
+        self.statistics = RolloutStatistics(table_every)
+        self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
+        self._window: int | None = None
+        self._rollouts: list[Batch] = []
+
+    def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
+        """Windows, passes and groups of a trainer's run."""
+        micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
+        return RolloutPlan(micro_batches, self.plan.passes, self.plan.group_size)
+
+    def coin(self, window: int) -> bool:
+        """Does the student write this window? The same on every rank, and after a resume."""
+        step = window * self.steps_per_window * self.plan.passes
+        draw = derive_seed(run_seed(), "coin", window) / 2**63
+        return draw < self.lmbda(step)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether module and options go together, before the first step.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if not isinstance(pl_module, DistillationModule):
+            raise ValueError(
+                f"OnPolicyGeneration writes for modules of this library, not for a "
+                f"{type(pl_module).__name__}; derive it from DistillationModule"
+            )
+        always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
+        if pl_module.needs_own_samples and not always:
+            raise ValueError(
+                f"{type(pl_module).__name__} learns only from what the student has sampled; set "
+                "lmbda: 1"
+            )
+        if pl_module.needs_own_samples and self.generation.truncates:
+            raise ValueError(
+                f"{type(pl_module).__name__} weighs tokens by how likely they were to be sampled, "
+                "which top_k, top_p and greedy decoding distort; sample with a temperature above "
+                f"0, top_k: 0, top_p: 1 and num_beams: 1 (got {self.generation})"
+            )
+        if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
+            writing_teacher(pl_module)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Put what was written in the place of the batch; at the start of a window, write it."""
+        assert isinstance(pl_module, DistillationModule)  # on_fit_start has seen to it
+        window, place = loader_of(trainer).window_of(batch)
+        if window != self._window:
+            self._window, self._rollouts = window, []
+            self.statistics.begin()
+            if self.coin(window) or self.otherwise == "teacher":
+                self._write(trainer, pl_module, window)
+        if self._rollouts:
+            batch.update(self._rollouts[place])
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        """Log a window at its last micro-batch."""
+        if not loader_of(trainer).ends_window or self._window is None:
+            return
+        steps = self.steps_per_window * self.plan.passes
+        self.statistics.end(trainer, self.coin(self._window), steps)
+        if self._rollouts and isinstance(pl_module, TeacherModule):
+            self.records.show(trainer, pl_module, self._rollouts[0])
+        self._window, self._rollouts = None, []
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep a window that has been begun: other weights would write it differently."""
+        if self._window is None or not self._rollouts:
+            return
+        rollouts = move_data_to_device(self._rollouts, torch.device("cpu"))
+        ranks: list[Any] = [rollouts]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, rollouts)
+        checkpoint[_CHECKPOINT_KEY] = {"window": self._window, "ranks": ranks}
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Go on with a window that had been begun.
+
+        Raises:
+            ValueError: If it was written for another number of processes.
+        """
+        saved = checkpoint.get(_CHECKPOINT_KEY)
+        if saved is None:
+            return
+        if len(saved["ranks"]) != trainer.world_size:
+            raise ValueError(
+                f"the checkpoint is from the middle of a window of rollouts on "
+                f"{len(saved['ranks'])} processes, this run has {trainer.world_size}: resume with "
+                "as many, or from a checkpoint at the end of a window (every_n_train_steps a "
+                f"multiple of {self.steps_per_window * self.plan.passes})"
+            )
+        device = trainer.strategy.root_device
+        self._rollouts = move_data_to_device(saved["ranks"][trainer.global_rank], device)
+        self._window = saved["window"]
+        self.statistics.begin()
+
+    def _write(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
+        """Have a window written, and let the module see it whole."""
+        loader = loader_of(trainer)
+        batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
+        check_batches(batches, trainer.world_size, self.plan.group_size)
+        models = [module.student, *getattr(getattr(module, "teacher", None), "models", [])]
+        context = trainer.precision_plugin.train_step_context()
+        with evaluating(*models), torch.no_grad(), context:
+            started = time.perf_counter()
+            written = complete(
+                module,
+                batches,
+                self.generation,
+                own=self.coin(window),
+                mixture_alpha=self.mixture_alpha,
+                rows_at_once=self.rows_at_once,
+            )
+            self.statistics.add(written, time.perf_counter() - started)
+            pad_id, start = padding_id(module.tokenizer), 0
+            for batch in batches:
+                end = start + len(batch["row"])
+                rollout = rollout_batch(
+                    batch, written.rows(slice(start, end)), pad_id=pad_id, truncation=self.truncated
+                )
+                rollout["group"] = rollout["sample"] // self.plan.group_size
+                self._rollouts.append(rollout)
+                start = end
+            if self.coin(window):
+                module.prepare_rollouts(self._rollouts, self.generation)
+        self.records.write(trainer, module, self._rollouts, window)

@@ -1,0 +1,103 @@
+"""Written completions for people to read: a JSONL file, a table in TensorBoard."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lightning_kd.callbacks.completion_samples import markdown_table
+from lightning_kd.callbacks.rollout_statistics import passes_multiple
+from lightning_kd.generation import completion_texts, evaluating
+from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.types import Batch
+
+
+class RolloutRecords:
+    """Where written completions are kept.
+
+    Args:
+        table_every: Optimizer steps between tables; 0 for none.
+        table_rows: Rows of a table.
+        path: JSONL file; None for none.
+    """
+
+    def __init__(self, table_every: int, table_rows: int, path: Path | None) -> None:
+        if table_rows < 1:
+            raise ValueError(f"table_rows is {table_rows}; it must be 1 or more")
+        self.table_every, self.table_rows, self.path = table_every, table_rows, path
+        self._begun = False
+
+    def write(
+        self,
+        trainer: L.Trainer,
+        module: DistillationModule,
+        rollouts: Sequence[Batch],
+        window: int,
+    ) -> None:
+        """Append a window's completions of all ranks, in the order of their samples."""
+        if self.path is None:
+            return
+        rows = [row for batch in rollouts for row in _records(batch, module, window)]
+        ranks: list[Any] = [rows]
+        if trainer.world_size > 1:
+            ranks = [None] * trainer.world_size
+            torch.distributed.all_gather_object(ranks, rows)
+        if trainer.is_global_zero:
+            if not self._begun:
+                self._begin(window)
+            everyone = sorted((row for rows in ranks for row in rows), key=lambda r: r["sample"])
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in everyone)
+
+    def _begin(self, window: int) -> None:
+        """What an earlier run wrote beyond the point where this one goes on is not of this run."""
+        assert self.path is not None  # write() has looked
+        self._begun = True
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["window"] < window]
+        self.path.write_text("".join(kept), encoding="utf-8")
+
+    def show(self, trainer: L.Trainer, module: TeacherModule, batch: Batch) -> None:
+        """Add a table of the first rows with the reverse KL of every token, where it is time."""
+        step = trainer.global_step
+        writers = [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)]
+        if not writers or not passes_multiple(step - 1, step, self.table_every):
+            return
+        first: Batch = {**batch}
+        for name in ("input_ids", "attention_mask", "labels", "completion_mask", "row"):
+            first[name] = batch[name][: self.table_rows]
+        first["extra"] = {k: v[: self.table_rows] for k, v in batch.get("extra", {}).items()}
+        with evaluating(module.student), trainer.precision_plugin.forward_context():
+            values = module.reverse_kl(first)
+            rows = module.positions(first).rows
+        cells = []
+        texts = completion_texts(first, module.tokenizer)
+        for number, text in enumerate(texts):
+            labeled = first["input_ids"][number][first["labels"][number] >= 0]
+            tokens = [module.tokenizer.decode([token]) for token in labeled.tolist()]
+            pairs = zip(tokens, values[rows == number].tolist(), strict=True)
+            per_token = " ".join(f"{token}:{value:.2f}" for token, value in pairs)
+            cells.append((batch["prompt"][number], text, per_token))
+        table = markdown_table(("prompt", "completion", "reverse KL per token"), cells)
+        for logger in writers:
+            logger.experiment.add_text("rollout/samples", table, step - 1)
+
+
+def _records(batch: Batch, module: DistillationModule, window: int) -> list[dict[str, Any]]:
+    return [
+        {"window": window, "sample": sample, "row": row, "prompt": prompt, "completion": text}
+        for sample, row, prompt, text in zip(
+            batch["sample"].tolist(),
+            batch["row"].tolist(),
+            batch["prompt"],
+            completion_texts(batch, module.tokenizer),
+            strict=True,
+        )
+    ]

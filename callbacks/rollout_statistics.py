@@ -1,0 +1,91 @@
+"""What written completions look like, and what writing them costs."""
+
+import time
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+
+from lightning_kd.callbacks.publishing import publish
+from lightning_kd.generation import Completions
+
+
+class RolloutStatistics:
+    """Numbers of one window at a time.
+
+    Args:
+        histograms_every: Optimizer steps between histograms of lengths; 0 for none.
+    """
+
+    def __init__(self, histograms_every: int) -> None:
+        if histograms_every < 0:
+            raise ValueError(f"table_every is {histograms_every}; it must be 0 or more")
+        self.histograms_every = histograms_every
+        self.begin()
+
+    def begin(self) -> None:
+        """Start the clock of a window."""
+        self._started = time.perf_counter()
+        self._written: Completions | None = None
+        self._seconds = 0.0
+
+    def add(self, written: Completions, seconds: float) -> None:
+        """Take in what was written, and the time it took."""
+        self._written, self._seconds = written, seconds
+
+    def end(self, trainer: L.Trainer, own: bool, steps: int) -> None:
+        """Log the window that ends with this optimizer step, where one of its steps is logged."""
+        last = trainer.global_step
+        if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
+            return
+        values = {"own": torch.tensor(float(own))}
+        if self._written is not None:
+            values |= self._of_written(trainer, self._written)
+        publish(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
+
+    def _of_written(self, trainer: L.Trainer, written: Completions) -> dict[str, Tensor]:
+        lengths = written.mask.sum(-1).double()
+        own = torch.stack([lengths, written.ended.double()])
+        everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
+        lengths_of_all, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
+        elapsed = time.perf_counter() - self._started
+        last = trainer.global_step
+        for logger in trainer.loggers:
+            wanted = passes_multiple(last - 1, last, self.histograms_every)
+            if wanted and isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram("rollout/length", lengths_of_all, last - 1)
+        rows = [ids[mask] for ids, mask in zip(written.ids.cpu(), written.mask.cpu(), strict=True)]
+        return {
+            "length_mean": lengths_of_all.mean(),
+            "length_min": lengths_of_all.min(),
+            "length_max": lengths_of_all.max(),
+            "eos_rate": ended.mean(),
+            "truncation_rate": 1 - ended.mean(),
+            "distinct_1": torch.tensor(distinct(rows, 1)),
+            "distinct_2": torch.tensor(distinct(rows, 2)),
+            "tokens_per_second": lengths_of_all.sum() / self._seconds,
+            "time_share": torch.tensor(self._seconds / elapsed),
+        }
+
+
+def distinct(rows: Sequence[Tensor], n: int) -> float:
+    """Share of different n-grams among all n-grams of the rows; 0 without any.
+
+    Example:
+        >>> distinct([torch.tensor([1, 1, 1]), torch.tensor([1, 2])], 2)
+        0.6666666666666666
+    """
+    grams = [tuple(gram) for row in rows if len(row) >= n for gram in row.unfold(0, n, 1).tolist()]
+    return len(set(grams)) / max(1, len(grams))
+
+
+def passes_multiple(after: int, until: int, every: int) -> bool:
+    """Is there a multiple of ``every`` in ``(after, until]``?
+
+    Example:
+        >>> passes_multiple(8, 12, 10), passes_multiple(10, 12, 10), passes_multiple(0, 9, 0)
+        (True, False, False)
+    """
+    return every > 0 and until // every > after // every

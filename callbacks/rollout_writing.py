@@ -1,0 +1,113 @@
+"""Having the prompts of a window completed."""
+
+from collections.abc import Sequence
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_kd.data import PairedLoader, TrainingLoader
+from lightning_kd.generation import Completions, GenerationOptions, generate, padding_id
+from lightning_kd.models import SingleTeacher
+from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.types import Batch
+
+
+def complete(
+    module: DistillationModule,
+    batches: Sequence[Batch],
+    options: GenerationOptions,
+    *,
+    own: bool,
+    mixture_alpha: float,
+    rows_at_once: int | None,
+) -> Completions:
+    """Completions of the rows of all batches, each row from the random numbers of its sample.
+
+    Args:
+        module: Its student writes, or its teacher.
+        batches: Micro-batches with prompts.
+        options: How completions are sampled.
+        own: Does the student write?
+        mixture_alpha: The teacher's share in what the student's completions are sampled from.
+        rows_at_once: Most rows that are written together.
+    """
+    pad_id = padding_id(module.tokenizer)
+    prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
+    masks = _joined([batch["prompt_mask"] for batch in batches], 0)
+    samples = torch.cat([batch["sample"] for batch in batches]).tolist()
+    mixed = own and mixture_alpha > 0
+    size = rows_at_once or len(samples)
+    parts = [
+        generate(
+            module.student if own else writing_teacher(module),
+            module.tokenizer,
+            prompts[start : start + size],
+            masks[start : start + size],
+            options,
+            seeds=[derive_seed(run_seed(), "rollout", s) for s in samples[start : start + size]],
+            mixed_with=(writing_teacher(module), mixture_alpha) if mixed else None,
+            width=module.width if isinstance(module, TeacherModule) else None,
+        )
+        for start in range(0, len(samples), size)
+    ]
+    return Completions.join(parts, pad_id)
+
+
+def writing_teacher(module: L.LightningModule) -> PreTrainedModel:
+    """The one model of a module's teacher.
+
+    Raises:
+        ValueError: If there is none, or there are several.
+    """
+    teacher = getattr(module, "teacher", None)
+    if not isinstance(teacher, SingleTeacher):
+        raise ValueError(
+            f"the teacher is to write, but {type(module).__name__} has "
+            f"{'none' if teacher is None else type(teacher).__name__}; give it a SingleTeacher, or "
+            "set mixture_alpha: 0 and otherwise: dataset"
+        )
+    return teacher.models[0]
+
+
+def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
+    """The loader of a fit.
+
+    Raises:
+        ValueError: If it has no windows.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, TrainingLoader | PairedLoader):
+        raise ValueError(
+            f"OnPolicyGeneration needs the loader of a data module of this library, not a "
+            f"{type(loader).__name__}; derive yours from DistillationData"
+        )
+    return loader
+
+
+def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) -> None:
+    """See whether a window can be written.
+
+    Raises:
+        ValueError: If rows have no prompts, or groups do not fill a window.
+    """
+    if any("prompt_ids" not in batch for batch in batches):
+        raise ValueError(
+            "the data has no prompts to complete (packed text has none); use a data module with "
+            "prompts and completions"
+        )
+    rows = world_size * sum(len(batch["row"]) for batch in batches)
+    if rows % group_size:
+        raise ValueError(
+            f"a window has {rows} rows over all processes and micro-batches, which group_size "
+            f"{group_size} does not divide; change batch_size or steps_per_window"
+        )
+
+
+def _joined(values: Sequence[Tensor], fill: int) -> Tensor:
+    """Matrices of several batches as one, padded on the left."""
+    widest = max(value.shape[1] for value in values)
+    return torch.cat([F.pad(v, (widest - v.shape[1], 0), value=fill) for v in values])

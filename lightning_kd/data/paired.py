@@ -1,0 +1,123 @@
+"""Two streams in step: prompts to complete, and plain text beside them."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.data.datamodule import DistillationData
+from lightning_kd.data.loader import EvaluationLoader, RolloutPlan, TrainingLoader
+from lightning_kd.data.text import PackedTextData
+from lightning_kd.types import Batch
+
+
+class PairedLoader:
+    """The batches of one loader, each with one of the other's as ``batch["text"]``.
+
+    Args:
+        main: Gives the batches, and its windows to what writes completions.
+        text: As many batches.
+    """
+
+    def __init__(self, main: TrainingLoader, text: TrainingLoader) -> None:
+        self.main, self.text = main, text
+
+    def __len__(self) -> int:
+        """Micro-batches of the whole run."""
+        return len(self.main)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Go on after the last batch that was handed out."""
+        for batch, text in zip(self.main, self.text, strict=True):
+            batch["text"] = text
+            yield batch
+
+    def window(self, index: int) -> list[Batch]:
+        """The main loader's window; text is no part of it."""
+        return self.main.window(index)
+
+    def window_of(self, batch: Batch) -> tuple[int, int]:
+        """The window a batch is in, and its place there."""
+        return self.main.window_of(batch)
+
+    @property
+    def plan(self) -> RolloutPlan:
+        """The main loader's plan."""
+        return self.main.plan
+
+    @property
+    def ends_window(self) -> bool:
+        """Is the main loader at the end of a window?"""
+        return self.main.ends_window
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where both loaders are."""
+        return {"main": self.main.state_dict(), "text": self.text.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint stopped.
+
+        Raises:
+            ValueError: If the state is another loader's.
+        """
+        if state.keys() != self.state_dict().keys():
+            raise ValueError(
+                "the checkpoint was written without a second stream of text; start anew from the "
+                "exported student"
+            )
+        self.main.load_state_dict(state["main"])
+        self.text.load_state_dict(state["text"])
+
+
+class PromptsAndText(L.LightningDataModule):
+    """Prompts for a method and, beside each micro-batch, blocks of plain text for its language model.
+
+    Evaluation and prediction are those of ``prompts``.
+
+    Args:
+        prompts: What the method is about.
+        text: Plain text, with the same ``batch_size``.
+
+    Raises:
+        ValueError: If the batch sizes differ.
+    """
+
+    def __init__(self, prompts: DistillationData, text: PackedTextData) -> None:
+        super().__init__()
+        if prompts.batch_size != text.batch_size:
+            raise ValueError(
+                f"prompts have batch_size {prompts.batch_size}, text has {text.batch_size}; they "
+                "must be equal, so that every cut of a step has its share of both"
+            )
+        self.prompts, self.text = prompts, text
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the prompts."""
+        return self.prompts.tokenizer
+
+    def setup(self, stage: str) -> None:
+        """Read both."""
+        self.prompts.trainer = self.trainer
+        self.prompts.setup(stage)
+        if TrainerFn(stage) is TrainerFn.FITTING:
+            self.text.trainer = self.trainer
+            self.text.read("train")
+
+    def train_dataloader(self) -> PairedLoader:
+        """Both streams in step."""
+        return PairedLoader(self.prompts.train_dataloader(), self.text.stream(RolloutPlan()))
+
+    def val_dataloader(self) -> EvaluationLoader:
+        """Every validation row once."""
+        return self.prompts.val_dataloader()
+
+    def test_dataloader(self) -> EvaluationLoader:
+        """Every test row once."""
+        return self.prompts.test_dataloader()
+
+    def predict_dataloader(self) -> EvaluationLoader:
+        """Every row to complete, once."""
+        return self.prompts.predict_dataloader()

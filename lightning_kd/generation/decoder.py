@@ -1,0 +1,94 @@
+"""A causal language model that reads its prompts once and then one token at a time."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class Decoder:
+    """A model and its key-value cache, for one batch of prompts.
+
+    Args:
+        model: Any causal language model of transformers with a key-value cache.
+        prompt_ids: Prompts padded on the left, ``(B, P)``.
+        prompt_mask: 1 on real tokens, ``(B, P)``.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        self.model = model
+        whole: Any = model
+        of_model = whole.get_base_model() if hasattr(whole, "get_base_model") else model
+        self._accepted = inspect.signature(of_model.forward).parameters.keys()
+        self._cache: Any = None
+        # Without padding there is nothing to mask, and the attention kernel need not look.
+        self._mask = None if bool(prompt_mask.all()) else prompt_mask
+        self._position = prompt_mask.sum(-1, keepdim=True)
+        self.forwarded = 0
+        """Tokens that went through the model, padding included."""
+        first = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
+        self.logits = self._forward(prompt_ids, first)
+        """Scores of the next token, ``(rows, V)``, float32 or wider."""
+
+    def append(self, tokens: Tensor) -> None:
+        """Read one more token of each row, ``(rows,)``."""
+        if self._mask is not None:
+            self._mask = F.pad(self._mask, (0, 1), value=1)
+        self.logits = self._forward(tokens[:, None], self._position)
+        self._position = self._position + 1
+
+    @property
+    def can_drop_rows(self) -> bool:
+        """Can rows be taken out of the cache? Of a recurrent state they cannot."""
+        plain = {DynamicLayer, DynamicSlidingWindowLayer}
+        cache = self._cache
+        return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        self._cache.batch_select_indices(rows)
+        self._position = self._position[rows]
+        if self._mask is not None:
+            self._mask = self._mask[rows]
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        options = {"position_ids": positions, "logits_to_keep": 1}
+        output = self.model(
+            input_ids=ids,
+            attention_mask=self._mask,
+            past_key_values=self._cache,
+            use_cache=True,
+            **{name: value for name, value in options.items() if name in self._accepted},
+        )
+        self._cache = getattr(output, "past_key_values", None)
+        if self._cache is None:
+            raise ValueError(
+                f"{type(self.model).__name__} keeps no key-value cache; choose engine: "
+                "transformers for its completions"
+            )
+        self.forwarded += ids.numel()
+        logits: Tensor = output.logits[:, -1]
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+
+@contextmanager
+def evaluating(*models: PreTrainedModel) -> Iterator[None]:
+    """Models in evaluation mode; afterwards every part is in the mode it was in.
+
+    In evaluation mode there is no dropout, and gradient checkpointing, which would switch the cache
+    off, stands still.
+    """
+    modes = [(part, part.training) for model in models for part in model.modules()]
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training

@@ -1,0 +1,67 @@
+"""How completions are written."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Engine = Literal["auto", "cached", "transformers"]
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """How completions are written.
+
+    Attributes:
+        max_new_tokens: Longest completion, its EOS included.
+        temperature: 0 takes the most likely token; above 0, samples at this temperature.
+        top_k: When sampling, keep only the ``top_k`` most likely tokens; 0 keeps all.
+        top_p: When sampling, keep the smallest set of tokens with this probability; 1 keeps all.
+        num_beams: Width of beam search; 1 is none. Kim and Rush (2016) use 5 for the texts of
+            sequence-level distillation.
+        engine: ``cached`` is the library's own sampler: a row's text depends on its seed alone, never
+            on the batch it is in. ``transformers`` is ``model.generate``, for models without a
+            key-value cache. ``auto`` takes the second for beam search and the first otherwise.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    engine: Engine = "auto"
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name, ok, expected in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            ("top_k", self.top_k >= 0, "0 (keep all) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("num_beams", self.num_beams >= 1, "1 or more"),
+            ("engine", self.engine in get_args(Engine), f"one of {get_args(Engine)}"),
+        ):
+            if not ok:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
+        if self.num_beams > 1 and self.engine == "cached":
+            raise ValueError(
+                f"num_beams is {self.num_beams}, but engine: cached has no beam search; choose "
+                "auto or transformers"
+            )
+
+    @property
+    def truncates(self) -> bool:
+        """Can a token that the model may write never be drawn?"""
+        return self.temperature == 0 or self.top_k > 0 or self.top_p < 1 or self.num_beams > 1
+
+
+@dataclass(frozen=True)
+class SamplingOptions(GenerationOptions):
+    """:class:`GenerationOptions` that sample from the whole distribution if nothing else is said.
+
+    Attributes:
+        temperature: The sampling temperature; independent of any temperature in a loss.
+    """
+
+    temperature: float = 1.0

@@ -1,0 +1,71 @@
+"""From what was written to a batch that is trained on."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.generation.completions import Completions
+from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
+
+Truncation = Literal["keep", "mask", "drop"]
+"""What happens to completions that reached their longest without an EOS. ``keep`` trains on them;
+``mask`` takes their tokens out of the loss and its count, but leaves the row where it is (in its
+group's baseline, in whitening); ``drop`` goes on as if the row had not been there."""
+
+
+def rollout_batch(
+    batch: Batch, completions: Completions, *, pad_id: int, truncation: Truncation = "keep"
+) -> Batch:
+    """The batch with other completions, scored on these alone.
+
+    Args:
+        batch: Has prompts.
+        completions: One for each of its rows.
+        pad_id: Fills up the rows.
+        truncation: What happens to completions without an end.
+
+    Returns:
+        A new batch, prompts and completions padded on the right. ``log_probs`` and
+        ``sampling_log_probs`` stand where their tokens stand.
+    """
+    mask = batch["prompt_mask"]
+    starts, lengths = mask.sum(-1), completions.mask.sum(-1)
+    rows, width = len(mask), int((starts + lengths).max())
+    # Row by row: leave out the padding on the left, read on to the end of the completion.
+    place = torch.arange(width, device=mask.device).expand(rows, -1)
+    source = (place + (mask.shape[1] - starts)[:, None]).clamp(
+        max=mask.shape[1] + completions.ids.shape[1] - 1
+    )
+    real = place < (starts + lengths)[:, None]
+    written = real & (place >= starts[:, None])
+    lost = ~completions.ended & (truncation != "keep")
+    labeled = written & ~lost[:, None]
+
+    def laid_out(of_prompt: Tensor, of_completion: Tensor, fill: float, where: Tensor) -> Tensor:
+        values = torch.cat([of_prompt, of_completion], -1).gather(-1, source)
+        return values.masked_fill(~where, fill)
+
+    ids = laid_out(batch["prompt_ids"], completions.ids, pad_id, real)
+    zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)
+    rewritten: Batch = {
+        **batch,
+        "input_ids": ids,
+        "attention_mask": real.long(),
+        "labels": ids.masked_fill(~labeled, IGNORE_INDEX),
+        "completion_mask": written,
+        "log_probs": laid_out(zeros, completions.log_probs, 0, labeled),
+        "sampling_log_probs": laid_out(zeros, completions.sampling_log_probs, 0, labeled),
+    }
+    if truncation == "drop":
+        rewritten["row"] = batch["row"].masked_fill(lost, FILLER_ROW)
+    return rewritten
+
+
+def completion_texts(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What was written in each row, without special tokens."""
+    return [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(batch["input_ids"].cpu(), batch["completion_mask"].cpu(), strict=True)
+    ]

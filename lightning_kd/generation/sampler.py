@@ -1,0 +1,144 @@
+"""Batched sampling from one causal language model, or from a mixture of several."""
+
+from collections.abc import Collection, Sequence
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_kd.generation.completions import Completions, completion_mask, is_end
+from lightning_kd.generation.decoder import Decoder, evaluating
+from lightning_kd.generation.options import GenerationOptions
+
+_IDLE_SHARE = 1 / 16
+"""Ended rows are taken out of the batch when they are more than this share of it: more often costs
+copies of the cache, less often forward passes for nobody."""
+
+
+@torch.no_grad()
+def sample(
+    writers: Sequence[tuple[PreTrainedModel, float]],
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    options: GenerationOptions,
+    *,
+    eos_ids: Collection[int],
+    pad_id: int,
+    seeds: Sequence[int],
+    width: int | None = None,
+) -> Completions:
+    r"""Complete prompts, each row from its own random numbers.
+
+    With several writers, a token is drawn from :math:`\tilde p = \sum_k w_k p_k`, each at the
+    sampling temperature and each with its own cache (MiniLLM, Eq. 4).
+
+    Args:
+        writers: Models and their weights in the mixture. Log-probabilities are those of the first.
+        prompt_ids: Prompts padded on the left, ``(B, P)``.
+        prompt_mask: 1 on real tokens, ``(B, P)``.
+        options: Length and sampling.
+        eos_ids: Tokens that end a completion.
+        pad_id: Fills up rows that have ended.
+        seeds: One for each row. A row's text depends on its prompt and its seed, not on its batch.
+        width: Tokens from here on are never drawn; the narrowest model's vocabulary when not given.
+
+    Raises:
+        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary.
+    """
+    models = [model for model, _ in writers]
+    if len(models) > 1 and options.truncates:
+        raise ValueError(
+            f"teacher-mixed sampling with temperature {options.temperature}, top_k "
+            f"{options.top_k} and top_p {options.top_p}: what one model cuts off, the other may "
+            "still propose, and its importance weight would be 0 or unbounded. Sample with a "
+            "temperature above 0, top_k 0 and top_p 1"
+        )
+    rows, longest = len(prompt_ids), options.max_new_tokens
+    uniforms = _uniforms(seeds, longest).to(prompt_ids.device)
+    ids = prompt_ids.new_full((rows, longest), pad_id)
+    with evaluating(*models):
+        decoders = [Decoder(model, prompt_ids, prompt_mask) for model in models]
+        own = decoders[0].logits.new_zeros(rows, longest)
+        drawn_from = torch.zeros_like(own)
+        writing = torch.arange(rows, device=ids.device)
+        ended = torch.zeros_like(writing, dtype=torch.bool)
+        for place in range(longest):
+            of_first, of_mixture = _next_token(decoders, [w for _, w in writers], options, width)
+            tokens = _draw(of_mixture, uniforms[writing, place], options)
+            going, chosen = ~ended, tokens[:, None]
+            ids[writing[going], place] = tokens[going]
+            own[writing[going], place] = of_first.gather(-1, chosen)[going, 0]
+            drawn_from[writing[going], place] = of_mixture.gather(-1, chosen)[going, 0]
+            ended = ended | is_end(tokens, eos_ids)
+            idle = int(ended.sum())
+            if idle == len(ended) or place == longest - 1:
+                break
+            for decoder in decoders:
+                decoder.append(tokens)
+            if idle > _IDLE_SHARE * len(ended) and all(d.can_drop_rows for d in decoders):
+                kept = (~ended).nonzero()[:, 0]
+                for decoder in decoders:
+                    decoder.keep(kept)
+                    decoder.logits = decoder.logits[kept]
+                writing, ended = writing[kept], ended[kept]
+    ids = ids[:, : place + 1]
+    mask = completion_mask(ids, eos_ids)
+    return Completions(
+        ids,
+        mask,
+        own[:, : place + 1],
+        drawn_from[:, : place + 1],
+        (is_end(ids, eos_ids) & mask).any(-1),
+    )
+
+
+def _next_token(
+    decoders: Sequence[Decoder],
+    weights: Sequence[float],
+    options: GenerationOptions,
+    width: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the first model and of the mixture, ``(rows, V)`` each."""
+    temperature = options.temperature or 1.0
+    width = min([d.logits.shape[-1] for d in decoders] + ([] if width is None else [width]))
+    each = [F.log_softmax(d.logits[:, :width] / temperature, -1) for d in decoders]
+    if len(each) == 1:
+        return each[0], each[0]
+    weighted = [log_probs + log(w) for log_probs, w in zip(each, weights, strict=True)]
+    return each[0], torch.stack(weighted).logsumexp(0)
+
+
+def _draw(log_probs: Tensor, uniforms: Tensor, options: GenerationOptions) -> Tensor:
+    """The most likely token, or the one at which the cumulative distribution passes a number."""
+    if options.temperature == 0:
+        return log_probs.argmax(-1)
+    kept = _truncated(log_probs, options)
+    # In float64: the steps of a float32 sum over a large vocabulary would swallow rare tokens.
+    cumulative = kept.exp().double().cumsum(-1)
+    height = uniforms * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, height[:, None], right=True)[:, 0]
+    return tokens.clamp(max=log_probs.shape[-1] - 1)
+
+
+def _truncated(log_probs: Tensor, options: GenerationOptions) -> Tensor:
+    """Log-probabilities with those that top-k and top-p leave out at minus infinity."""
+    if 0 < options.top_k < log_probs.shape[-1]:
+        least = log_probs.topk(options.top_k).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+    if options.top_p < 1:
+        ordered, order = log_probs.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        beyond = torch.zeros_like(before, dtype=torch.bool)
+        beyond.scatter_(-1, order, before >= options.top_p)
+        log_probs = log_probs.masked_fill(beyond, -torch.inf)
+    return log_probs
+
+
+def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """Random numbers in [0, 1) for each row, from its own generator: ``(rows, count)``."""
+    generator = torch.Generator()
+    return torch.stack(
+        [torch.rand(count, generator=generator.manual_seed(s), dtype=torch.float64) for s in seeds]
+    )

@@ -1,0 +1,92 @@
+"""Several teachers, each for its own rows."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.models.source import ModelSource
+from lightning_kd.models.teachers import Teacher, forward_logits, frozen
+from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.types import FILLER_ROW, Batch
+
+
+class RoutedTeacher(Teacher):
+    """Several frozen models; a column of the data says which of them teaches a row.
+
+    Args:
+        members: A model for each value of the column.
+        column: A column of the data module's ``extra_columns``.
+
+    Raises:
+        ValueError: If there are no members; in a run, if a row names none of them.
+
+    References:
+        Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025 (several teachers, one for each
+        data set). https://thinkingmachines.ai/blog/on-policy-distillation/
+    """
+
+    def __init__(self, members: dict[str, ModelSource], *, column: str = "teacher") -> None:
+        if not members:
+            raise ValueError("a routed teacher needs at least one member; got an empty mapping")
+        self.members, self.column = members, column
+        self.models = []
+
+    def prepare(
+        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
+    ) -> None:
+        """Load, check, freeze and place the members; a second call only places them."""
+        if not self.models:
+            self.models = [
+                frozen(member, tokenizer, f"teacher {name!r}", policy)
+                for name, member in self.members.items()
+            ]
+        for model in self.models:
+            model.to(device)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch, scored: ScoredPositions) -> tuple[Tensor, ...]:
+        """The logits of each row's own teacher at the scored positions, one ``(N, V)``."""
+        routes = self._routes(batch)
+        result: Tensor | None = None
+        for number, model in enumerate(self.models):
+            rows = (routes == number).nonzero()[:, 0]
+            if not len(rows):
+                continue
+            picked: Batch = {
+                **batch,
+                "input_ids": batch["input_ids"][rows],
+                "attention_mask": batch["attention_mask"][rows],
+            }
+            own = ScoredPositions(scored.mask[rows], scored.targets)
+            logits = own.select(forward_logits(model, picked))[:, : self.vocabulary_size]
+            if result is None:
+                result = logits.new_zeros(len(scored.rows), logits.shape[-1])
+            result[(scored.rows[:, None] == rows).any(-1)] = logits.to(result.dtype)
+        assert result is not None  # every row has a route
+        return (result,)
+
+    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+        """Log-softmax at ``temperature``."""
+        (only,) = logits
+        return F.log_softmax(only / temperature, -1)
+
+    def _routes(self, batch: Batch) -> Tensor:
+        """The number of each row's teacher, ``(B,)``."""
+        names = batch.get("extra", {}).get(self.column)
+        if names is None:
+            raise ValueError(
+                f"the rows have no column {self.column!r} that says which teacher is theirs; name "
+                f"it in data.extra_columns (there are {sorted(batch.get('extra', {}))})"
+            )
+        numbers = {name: number for number, name in enumerate(self.members)}
+        for name, row in zip(names, batch["row"].tolist(), strict=True):
+            if name not in numbers and row != FILLER_ROW:
+                raise ValueError(
+                    f"row {row} asks for the teacher {name!r}; there are {', '.join(numbers)}"
+                )
+        routes = [numbers.get(name, 0) for name in names]
+        return torch.tensor(routes, device=batch["input_ids"].device)

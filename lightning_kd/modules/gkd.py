@@ -1,0 +1,56 @@
+"""Generalized knowledge distillation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_kd.divergences import Divergence, make_divergence
+from lightning_kd.modules.loss import LossTerm
+from lightning_kd.modules.teacher import TeacherModule, require_positive
+from lightning_kd.scoring import Scores
+from lightning_kd.types import Batch
+
+
+class GKD(TeacherModule):
+    r"""Match the teacher at every token of completions that the student may have written itself.
+
+    .. math:: L = (1 - \lambda)\, E_{(x, y) \sim data}\bigl[D(p \| q)(y | x)\bigr]
+        + \lambda\, E_{x}\, E_{y \sim q(\cdot | x)}\bigl[D(p \| q)(y | x)\bigr]
+
+    with no gradient through the sampling. Who writes is the business of the callback
+    :class:`~lightning_kd.callbacks.OnPolicyGeneration`: its ``lmbda`` is :math:`\lambda`, its
+    ``temperature`` the sampling temperature, and with ``otherwise: teacher`` the teacher writes what
+    the student does not. Without the callback it is supervised distillation.
+
+    Args:
+        divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`; the
+            generalized Jensen-Shannon divergence with ``beta`` 0.5 when not given.
+        teacher_temperature: Divides the teacher's logits in the divergence (the paper uses 0.1 on
+            GSM8K). The student's are never divided: what it learns is what it samples from.
+        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
+
+    Raises:
+        ValueError: If the temperature is not positive or the divergence is unknown.
+
+    References:
+        Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Algorithm 1.
+        https://arxiv.org/abs/2306.13649
+    """
+
+    terms = ("divergence",)
+
+    def __init__(
+        self,
+        *,
+        divergence: Divergence | str = "generalized_jsd",
+        teacher_temperature: float = 1.0,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        require_positive(teacher_temperature=teacher_temperature)
+        self.divergence = make_divergence(divergence)
+        self.teacher_temperature = teacher_temperature
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The divergence at each token of the completion."""
+        both = self.both_log_probs(scores, teacher_temperature=self.teacher_temperature)
+        return {"divergence": LossTerm(self.divergence(*both))}

@@ -1,0 +1,148 @@
+"""MiniLLM: sequence-level reverse KL by policy gradient."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kd.divergences import ReverseKL
+from lightning_kd.generation import GenerationOptions
+from lightning_kd.modules.loss import LossTerm
+from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
+from lightning_kd.modules.policy_gradient import PolicyGradientModule, at_tokens
+from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
+from lightning_kd.scoring import ScoredPositions, Scores, cross_entropy
+from lightning_kd.types import IGNORE_INDEX, Batch
+
+
+class MiniLLM(PolicyGradientModule):
+    r"""Minimize the reverse KL between whole sequences, split into one step and all that follow.
+
+    With rewards :math:`r_t = \log p(y_t) - \log q(y_t)` of what the student (or, with
+    ``mixture_alpha`` of the callback, a mixture :math:`\tilde p` with the teacher) has written:
+
+    .. math:: \ell_t = w_t\, KL(q_t \| p_t)
+        - \min(\rho_t A_t,\, \mathrm{clip}(\rho_t, 1 \pm \epsilon) A_t)
+
+    where :math:`\rho_t = q_\theta(y_t) / \tilde p(y_t)`, :math:`w_t = q(y_t) / \tilde p(y_t)`, and the
+    advantage :math:`A_t` is made of the rewards from the next token on. Rewards, advantages and
+    weights are computed once, when a window of completions has been written; ``passes`` of the
+    callback trains on each window several times (the paper: 4). A second stream of plain text
+    (:class:`~lightning_kd.data.PromptsAndText`) adds the language-modeling term.
+
+    Args:
+        objective: What the advantage is made of: :class:`Paper` or :class:`OfficialCode`, each of
+            whose switches can be set apart.
+        text_coefficient: Weight of the term on the second stream, which is a mean over its tokens.
+        surrogate: PPO's clipped surrogate with :math:`\epsilon = 0.2` when not given.
+        base: The options of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Gu et al., *MiniLLM: Knowledge Distillation of Large Language Models*, ICLR 2024, Eqs. 2-7.
+        https://arxiv.org/abs/2306.08543
+    """
+
+    terms = ("policy_gradient", "single_step", "language_modeling")
+
+    def __init__(
+        self,
+        *,
+        objective: MiniLLMObjective | None = None,
+        text_coefficient: float = 1.0,
+        surrogate: Surrogate | None = None,
+        **base: Any,
+    ) -> None:
+        super().__init__(surrogate=surrogate or PPOClip(), **base)
+        if text_coefficient < 0:
+            raise ValueError(f"text_coefficient is {text_coefficient}; it must be 0 or more")
+        self.objective = objective or Paper()
+        self.text_coefficient = text_coefficient
+
+    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+        """Advantages from the rewards of the whole window, and what each step is divided by."""
+        statistics = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for batch in rollouts:
+            labeled = batch["labels"] != IGNORE_INDEX
+            batch["advantages"] = self.objective.advantages(self._rewards(batch), labeled)
+            statistics += whitening_statistics(batch["advantages"], labeled)
+        rows = torch.tensor(float(sum(len(batch["row"]) for batch in rollouts)), device=self.device)
+        statistics, rows = self.sum_over_ranks(statistics), self.sum_over_ranks(rows)
+        for batch in rollouts:
+            batch["advantages"] = self._whitened(batch, statistics, rows.item(), options)
+        self._count_steps(rollouts)
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The clipped policy gradient, the exact single step and, where there is text, its loss."""
+        written_by = self.sampled(batch, scores, "sampling_log_probs")
+        advantages = self.sampled(batch, scores, "advantages")
+        student, teacher = self.both_at_temperature(scores)
+        chosen = at_tokens(student, scores.positions.targets)
+        single_step = ReverseKL()(student, teacher)
+        if self.objective.weigh_single_step:
+            log_weight = self.sampled(batch, scores, "log_probs") - written_by
+            single_step = single_step * log_weight.exp()
+        return {
+            "policy_gradient": LossTerm(self.surrogate(chosen, written_by, advantages)),
+            "single_step": LossTerm(single_step),
+            "language_modeling": self._language_modeling(batch, student),
+        }
+
+    def _rewards(self, batch: Batch) -> Tensor:
+        """Scaled and clipped log-ratios of teacher and student at the sampled tokens, ``(B, T)``."""
+        positions = ScoredPositions.from_labels(batch["labels"])
+        logits = self.teacher.logits(batch, positions)
+        temperature = self.objective.reward_temperature or self.temperature
+        teacher = self.teacher.log_probs([u[:, : self.width] for u in logits], temperature)
+        own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)
+        laid_out = torch.zeros_like(batch["labels"], dtype=teacher.dtype)
+        laid_out[batch["labels"] != IGNORE_INDEX] = self.objective.reward(
+            at_tokens(teacher, positions.targets) - own
+        )
+        return laid_out
+
+    def _whitened(
+        self, batch: Batch, statistics: Tensor, rows: float, options: GenerationOptions
+    ) -> Tensor:
+        labeled = batch["labels"] != IGNORE_INDEX
+        if self.objective.whitening == "none":
+            return batch["advantages"]
+        count = rows * options.max_new_tokens if self.objective.whitening == "padded" else None
+        return whiten(batch["advantages"], labeled, statistics, count=count)
+
+    def _count_steps(self, rollouts: Sequence[Batch]) -> None:
+        """What the optimizer steps of the window will be divided by, which the text term needs."""
+        cut_into = self.trainer.accumulate_grad_batches
+        counts = torch.stack([self._count(batch) for batch in rollouts])
+        steps = self.sum_over_ranks(counts.reshape(-1, cut_into).sum(-1))
+        for number, batch in enumerate(rollouts):
+            batch["step_count"] = steps[number // cut_into].expand(len(batch["row"]))
+
+    def _count(self, batch: Batch) -> Tensor:
+        return self.normalization.count((batch["labels"] != IGNORE_INDEX).sum(-1))
+
+    def _language_modeling(self, batch: Batch, like: Tensor) -> LossTerm:
+        """The mean over the tokens of the second stream's micro-batches in the step."""
+        text = batch.get("text")
+        if text is None or self.text_coefficient == 0:
+            return LossTerm(like.new_zeros(len(like)), 0.0)
+        scores = super().score(text)
+        targets = scores.positions.targets
+        values = cross_entropy(scores.student_logits, targets)
+        if self.objective.text_kd_ratio > 0:
+            student, teacher = self.both_log_probs(scores)
+            matching = -(teacher.exp() * student).sum(-1)
+            ratio = self.objective.text_kd_ratio
+            values = (1 - ratio) * values + ratio * matching
+        # Blocks of text are equally long, so every micro-batch of the step has as many tokens.
+        cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        scale = batch["step_count"][0] / (len(targets) * cut_into)
+        return LossTerm(
+            values,
+            self.text_coefficient,
+            row_scale=scale.expand(len(text["row"])),
+            stream=scores.positions,
+        )

@@ -1,0 +1,70 @@
+"""What methods share that learn from what the student itself has sampled."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_kd.divergences import ReverseKL
+from lightning_kd.modules.loss import LossTerm
+from lightning_kd.modules.teacher import TeacherModule, require_positive
+from lightning_kd.policy import ImportanceSampling, Surrogate
+from lightning_kd.scoring import Scores
+from lightning_kd.types import Batch
+
+
+class PolicyGradientModule(TeacherModule):
+    """A student whose own samples, with their log-probabilities, come with the batch.
+
+    The callback :class:`~lightning_kd.callbacks.OnPolicyGeneration` brings them, with ``lmbda: 1``.
+    Validation is on the data's completions, where it measures the reverse KL of every token.
+
+    Args:
+        temperature: Of student and teacher in the loss. Where tokens are sampled at another one, the
+            importance ratio makes up for it.
+        surrogate: How a ratio and an advantage become a loss.
+        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
+
+    Raises:
+        ValueError: If the temperature is not positive.
+    """
+
+    needs_own_samples = True
+    evaluation_terms = ("reverse_kl",)
+
+    def __init__(
+        self, *, temperature: float = 1.0, surrogate: Surrogate | None = None, **base: Any
+    ) -> None:
+        super().__init__(**base)
+        require_positive(temperature=temperature)
+        self.temperature = temperature
+        self.surrogate = surrogate or ImportanceSampling()
+
+    def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The reverse KL of student and teacher at each label."""
+        return {"reverse_kl": LossTerm(ReverseKL()(*self.both_at_temperature(scores)))}
+
+    def both_at_temperature(self, scores: Scores) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of student and teacher at the method's temperature, ``(N, V)`` each."""
+        return self.both_log_probs(
+            scores, student_temperature=self.temperature, teacher_temperature=self.temperature
+        )
+
+    def sampled(self, batch: Batch, scores: Scores, key: str) -> Tensor:
+        """What a rollout knows of its tokens, ``(N,)``.
+
+        Raises:
+            ValueError: If the batch is no rollout.
+        """
+        if key not in batch:
+            raise ValueError(
+                f"{type(self).__name__} learns from what the student writes, and this batch is the "
+                "data's: add the callback OnPolicyGeneration with lmbda: 1"
+            )
+        values: Tensor = batch[key]  # type: ignore[literal-required]
+        return scores.positions.of_tokens(values).to(scores.student_logits.dtype)
+
+
+def at_tokens(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """The log-probabilities of these tokens: ``(N, V), (N,) -> (N,)``."""
+    return log_probs.gather(-1, targets[:, None])[:, 0]

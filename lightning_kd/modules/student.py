@@ -1,0 +1,117 @@
+"""What every method has before it has a loss: a student, its tokenizer, and what it writes."""
+
+from typing import Any
+
+import lightning as L
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.models import Student, load_tokenizer
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.types import Batch
+
+CHECKPOINT_KEY = "lightning_kd"
+
+
+class StudentModule(L.LightningModule):
+    """A student that completes prompts and knows which method trains it.
+
+    Args:
+        student: The model that trains.
+        tokenizer: Directory or hub name; the data module's when not given.
+        generation: How completions are written in ``predict`` and for samples.
+    """
+
+    student: PreTrainedModel
+
+    def __init__(
+        self,
+        *,
+        student: Student,
+        tokenizer: str | None = None,
+        generation: GenerationOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.student_source = student
+        self.generation = generation or GenerationOptions()
+        self._tokenizer_name = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    def configure_model(self) -> None:
+        """Build the student, once."""
+        if not hasattr(self, "student"):
+            self.student = self.student_source.build(self.tokenizer)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was named, or else the data module's.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        if self._tokenizer is None:
+            if self._tokenizer_name is not None:
+                self._tokenizer = load_tokenizer(self._tokenizer_name)
+            else:
+                data = getattr(self._trainer, "datamodule", None)
+                self._tokenizer = getattr(data, "tokenizer", None)
+        if self._tokenizer is None:
+            raise ValueError(
+                "no tokenizer: give the module tokenizer=... (a directory or hub name), or train "
+                "it with a data module that has one"
+            )
+        return self._tokenizer
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        """The model that writes completions."""
+        return self.student
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Completions:
+        """Complete the prompts of a batch."""
+        return self.complete(batch, purpose="predict")
+
+    def complete(
+        self, batch: Batch, *, purpose: str, options: GenerationOptions | None = None
+    ) -> Completions:
+        """Let :attr:`writer` complete the prompts of a batch.
+
+        Args:
+            batch: Has prompts.
+            purpose: With the run's seed and the row's number, it seeds each row's samples.
+            options: Instead of the module's own.
+
+        Raises:
+            ValueError: If the batch has no prompts.
+        """
+        if "prompt_ids" not in batch:
+            raise ValueError(
+                "the data has no prompts to complete (packed text has none); use a data module "
+                "with prompts and completions"
+            )
+        return generate(
+            self.writer,
+            self.tokenizer,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            options or self.generation,
+            seeds=[derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()],
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which method this is."""
+        checkpoint[CHECKPOINT_KEY] = {"method": type(self).__name__}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another method.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        method = checkpoint.get(CHECKPOINT_KEY, {}).get("method", "something else")
+        if method != type(self).__name__:
+            raise ValueError(
+                f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
+                "from its weights, give the directory that the run exported as "
+                "model.student.name_or_path"
+            )
