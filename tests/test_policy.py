@@ -100,9 +100,7 @@ def test_the_unclipped_and_the_weight_clipped_surrogates():
         (CISPO(ceiling=2.0), RATIOS.clamp(max=2.0)),
     ):
         log_probs = (OLD + RATIOS.log()).requires_grad_()
-        (gradient,) = torch.autograd.grad(
-            surrogate(log_probs, OLD, advantages).sum(), log_probs
-        )
+        (gradient,) = torch.autograd.grad(surrogate(log_probs, OLD, advantages).sum(), log_probs)
         torch.testing.assert_close(gradient, -weights * 2)
 
 

@@ -215,8 +215,8 @@ def test_what_is_missing_is_named():
         data(batch_size=0)
     with pytest.raises(ValueError, match="num_workers is -1"):
         data(num_workers=-1)
-    with pytest.raises(ValueError, match=r"no train rows: .* setup was not called"):
-        data().train_dataloader()
+    with pytest.raises(ValueError, match=r"no validation rows: .* setup was not called"):
+        data().val_dataloader()
     with pytest.raises(ValueError, match="pass datamodule="):
         data().setup("fit")
     with pytest.raises(ValueError, match=r"empty\.jsonl:1: the prompt has no tokens"):

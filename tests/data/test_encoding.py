@@ -113,7 +113,10 @@ def test_too_long_is_an_error_unless_something_else_is_asked_for():
 
 @pytest.mark.parametrize("pad", [PAD, EOS])
 def test_the_first_eos_is_trained_on_also_where_pad_is_eos(pad):
-    rows = [(4, Example([2, 3, 6, EOS], 2, "ab", "e")), (9, Example([5, EOS], 1, "d", ""))]
+    rows = [
+        (20, 4, Example([2, 3, 6, EOS], 2, "ab", "e", {"teacher": "x"})),
+        (21, 9, Example([5, EOS], 1, "d", "", {"teacher": "y"})),
+    ]
     batch = Collator(pad)(rows)
     assert batch["input_ids"].tolist() == [[2, 3, 6, EOS], [5, EOS, pad, pad]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
@@ -126,9 +129,11 @@ def test_the_first_eos_is_trained_on_also_where_pad_is_eos(pad):
     assert batch["row"].tolist() == [4, 9]
     assert batch["prompt"] == ["ab", "d"]
     assert batch["completion"] == ["e", ""]
+    assert batch["sample"].tolist() == [20, 21]
+    assert batch["extra"] == {"teacher": ["x", "y"]}
 
 
 def test_nothing_of_filler_is_trained_on_and_packed_text_has_no_prompts():
-    batch = Collator(PAD)([(0, Example([2, 3])), (FILLER_ROW, Example([2, 3]))])
+    batch = Collator(PAD)([(0, 0, Example([2, 3])), (1, FILLER_ROW, Example([2, 3]))])
     assert batch["labels"].tolist() == [[2, 3], [IGNORE_INDEX] * 2]
     assert "prompt_ids" not in batch

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_kd.data import Collator, EvaluationLoader, Example, TrainingLoader
+from lightning_kd.data import Collator, EvaluationLoader, Example, RolloutPlan, TrainingLoader
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
 
 
@@ -101,8 +101,83 @@ def test_other_data_another_seed_or_half_a_micro_batch_are_refused():
         training(batch_size=4).load_state_dict(state)
 
 
+PLAN = RolloutPlan(micro_batches=2, passes=3)
+
+
+def test_windows_come_again_before_the_next():
+    fresh = stream(training(micro_batches=4))
+    repeated = stream(training(micro_batches=12, plan=PLAN))
+    assert repeated == fresh[:2] * 3 + fresh[2:] * 3
+    loader = training(micro_batches=12, plan=PLAN)
+    windows = [[batch["input_ids"].tolist() for batch in loader.window(k)] for k in range(2)]
+    assert windows == [fresh[:2], fresh[2:]]
+    places, ends = [], []
+    for batch in loader:
+        places.append(loader.window_of(batch))
+        ends.append(loader.ends_window)
+    assert places == [(0, 0), (0, 1)] * 3 + [(1, 0), (1, 1)] * 3
+    assert ends == ([False] * 5 + [True]) * 2
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (2, 3), (1, 3), (3, 1), (2, 1)])
+def test_no_cut_changes_the_samples_of_a_repeated_window(world_size, batch_size):
+    """Windows of 12 samples in 2 passes, whoever shares them."""
+    cut = 12 // (world_size * batch_size)
+    plan = RolloutPlan(micro_batches=cut, passes=2)
+    ranks = [
+        [
+            (batch["sample"].tolist(), batch["row"].tolist())
+            for batch in training(
+                batch_size=batch_size,
+                micro_batches=4 * cut,
+                rank=rank,
+                world_size=world_size,
+                plan=plan,
+            )
+        ]
+        for rank in range(world_size)
+    ]
+    pairs = [pair for rank in ranks for batch in rank[:cut] for pair in zip(*batch, strict=True)]
+    samples, numbers = zip(*sorted(pairs), strict=True)
+    assert samples == tuple(range(12))
+    assert list(numbers) == rows(stream(training(batch_size=12, micro_batches=1)))
+
+
+def test_a_group_is_several_samples_of_one_row():
+    plan = RolloutPlan(group_size=3)
+    batches = list(training(batch_size=6, micro_batches=2, plan=plan))
+    single = rows(stream(training(batch_size=4, micro_batches=1)))
+    assert [row for b in batches for row in b["row"].tolist()] == [
+        r for r in single for _ in range(3)
+    ]
+    assert [s for b in batches for s in b["sample"].tolist()] == list(range(12))
+
+
+@pytest.mark.parametrize("consumed", range(13))
+def test_resuming_inside_a_window_gives_the_rest(consumed):
+    whole = stream(training(micro_batches=12, plan=PLAN))
+    first = training(micro_batches=12, plan=PLAN)
+    iterator = iter(first)
+    begun = [next(iterator)["input_ids"].tolist() for _ in range(consumed)]
+    second = training(micro_batches=12, plan=PLAN)
+    second.load_state_dict(first.state_dict())
+    assert begun + stream(second) == whole
+
+
+def test_other_rollouts_are_refused():
+    state = training(plan=PLAN).state_dict()
+    with pytest.raises(ValueError, match="written with passes 3, this run has 1"):
+        training().load_state_dict(state)
+    with pytest.raises(ValueError, match="written with window 6, this run has 12"):
+        training(plan=RolloutPlan(micro_batches=4, passes=3)).load_state_dict(state)
+    with pytest.raises(ValueError, match="passes is 0; it must be 1 or more"):
+        RolloutPlan(passes=0)
+
+
 def test_the_state_of_another_loader_is_refused():
-    with pytest.raises(ValueError, match=r"state with \['position'\], this one needs \['rows'"):
+    with pytest.raises(
+        ValueError, match=r"state with \['position'\], this one needs \['group_size'"
+    ):
         training().load_state_dict({"position": 3})
 
 

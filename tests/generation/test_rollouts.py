@@ -35,7 +35,7 @@ def test_prompt_and_completion_stand_together_and_only_the_completion_is_scored(
         [-0.1, -0.2, -0.3, -0.4, -0.5]
     )
     assert positions.of_tokens(batch["sampling_log_probs"]).tolist() == [-1, -2, -3, -4, -5]
-    assert completion_texts(batch, letter_tokenizer()) == ["g", "hij"]
+    assert completion_texts(batch, letter_tokenizer()) == ["g", "h i j"]
     assert BATCH["labels"].shape == (2, 6)
 
 
@@ -44,7 +44,7 @@ def test_what_was_cut_off_is_masked():
     assert batch["labels"].tolist() == [[-100, -100, 8, 1], [-100] * 4]
     assert batch["row"].tolist() == [3, 9]
     assert batch["log_probs"][1].abs().sum() == 0
-    assert completion_texts(batch, letter_tokenizer()) == ["g", "hij"]
+    assert completion_texts(batch, letter_tokenizer()) == ["g", "h i j"]
 
 
 def test_what_was_cut_off_is_dropped():

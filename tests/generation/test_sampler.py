@@ -136,9 +136,7 @@ def test_samples_have_the_enumerated_distribution(writers, options):
     expected = enumerated(models, prompt, options)
     count = 6000
     prompts = prompt.repeat(count, 1)
-    written = sample(
-        models, prompts, torch.ones_like(prompts), options, seeds=range(count), **ENDS
-    )
+    written = sample(models, prompts, torch.ones_like(prompts), options, seeds=range(count), **ENDS)
     seen = dict.fromkeys(expected, 0)
     for ids, mask in zip(written.ids, written.mask, strict=True):
         seen[tuple(ids[mask].tolist())] += 1
@@ -257,9 +255,7 @@ def test_a_model_without_a_cache_is_sent_to_transformers():
     config = MambaConfig(vocab_size=18, hidden_size=16, num_hidden_layers=1, state_size=4)
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="keeps no key-value cache; choose engine: transformers"):
-        sample(
-            [(model, 1.0)], *PROMPTS, SamplingOptions(max_new_tokens=4), seeds=range(6), **ENDS
-        )
+        sample([(model, 1.0)], *PROMPTS, SamplingOptions(max_new_tokens=4), seeds=range(6), **ENDS)
 
 
 def test_no_token_beyond_the_shared_vocabulary_is_drawn():

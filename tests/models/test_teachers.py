@@ -63,7 +63,7 @@ def test_a_teacher_is_frozen_and_in_eval_mode(tokenizer):
     assert not any(p.requires_grad for p in model.parameters())
     batch = ragged_batch([(2, 5), (3, 2)])
     scored = ScoredPositions.from_labels(batch["labels"])
-    (scores,) = teacher.logits(batch["input_ids"], batch["attention_mask"], scored)
+    (scores,) = teacher.logits(batch, scored)
     assert scores.shape == (7, 18)
     assert not scores.requires_grad
 
@@ -73,10 +73,10 @@ def test_scores_do_not_depend_on_padding(tokenizer):
     teacher.prepare(tokenizer, CPU, "equal")
     both = ragged_batch([(2, 5), (3, 2)])
     scored = ScoredPositions.from_labels(both["labels"])
-    (padded,) = teacher.logits(both["input_ids"], both["attention_mask"], scored)
+    (padded,) = teacher.logits(both, scored)
     alone = {key: value[1:, :5] for key, value in both.items() if key != "row"}
     scored_alone = ScoredPositions.from_labels(alone["labels"])
-    (unpadded,) = teacher.logits(alone["input_ids"], alone["attention_mask"], scored_alone)
+    (unpadded,) = teacher.logits(alone, scored_alone)
     torch.testing.assert_close(padded[5:], unpadded, rtol=0, atol=1e-5)
 
 

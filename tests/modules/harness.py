@@ -7,6 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from lightning_kd.data import DistillationData, Example
 from lightning_kd.modules import DistillationModule
 from lightning_kd.types import Batch
 from tests.toys import letter_tokenizer
@@ -54,6 +55,29 @@ class BatchList(L.LightningDataModule):
 
     def predict_dataloader(self) -> Listed:
         return Listed(self.evaluate)
+
+
+class Letters(DistillationData):
+    """Ragged prompts and completions of letters, through the library's own loader."""
+
+    def __init__(self, rows: int = 12, **base: Any) -> None:
+        super().__init__(tokenizer=letter_tokenizer(), **base)
+        self.size = rows
+
+    def rows(self, split: str) -> "Letters":
+        return self
+
+    def __len__(self) -> int:
+        return self.size
+
+    def example(self, row: int, pass_: int) -> Example:
+        generator = torch.Generator().manual_seed(row)
+        prompt, completion = (
+            torch.randint(2, 18, (1 + (row * factor) % 5,), generator=generator).tolist()
+            for factor in (3, 7)
+        )
+        text = letter_tokenizer().decode(completion)
+        return Example([*prompt, *completion, 1], len(prompt), f"prompt {row}", text)
 
 
 def trainer(**settings: Any) -> L.Trainer:

@@ -13,12 +13,25 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
-from lightning_kd.modules import SFT, BabyLlama, DistillationModule, SequenceKD, SupervisedKD
+from lightning_kd.modules import (
+    GKD,
+    SFT,
+    BabyLlama,
+    DistillationModule,
+    MiniLLM,
+    OfficialCode,
+    OnPolicyDistillation,
+    RLDistillation,
+    SequenceKD,
+    SupervisedKD,
+)
 from lightning_kd.modules.loss import LossSums
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.types import Batch
-from tests.modules.harness import BatchList, trainer
+from tests.modules.harness import BatchList, Letters, trainer
 from tests.toys import ragged_batch, tiny_llama
 
 # Eight rows for the first optimizer step, four for the second: where there are several
@@ -27,10 +40,12 @@ LENGTHS = [(2, 5), (1, 3), (3, 7), (2, 1), (1, 9), (2, 2), (3, 0), (1, 4)]
 LENGTHS += [(1, 6), (4, 1), (2, 8), (1, 2)]
 ROWS = ragged_batch(LENGTHS)
 CUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1)]
+ON_POLICY = ["gkd", "on_policy_distillation", "minillm", "minillm_code", "rl_distillation"]
 METHODS = ["sft", "sequence_kd", "supervised_kd", "baby_llama", "baby_llama_batchmean"]
 NORMALIZATIONS = ["token", "sequence", "batch", "constant"]
 CLIPS = [None, 0.01]
 CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
+CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
 
 
 def without_float32_islands() -> None:
@@ -78,8 +93,35 @@ def build(method: str, normalization: str) -> DistillationModule:
         return SupervisedKD(
             teacher=one, divergence="generalized_jsd", temperature=2.0, alpha=0.3, **common
         )
+    if method == "gkd":
+        return GKD(teacher=one, teacher_temperature=0.7, **common)
+    if method == "on_policy_distillation":
+        return OnPolicyDistillation(teacher=one, gamma=0.9, **common)
+    if method == "minillm":
+        return MiniLLM(teacher=one, **common)
+    if method == "minillm_code":
+        return MiniLLM(teacher=one, objective=OfficialCode(), **common)
+    if method == "rl_distillation":
+        return RLDistillation(teacher=one, rewards=[longer_is_better], **common)
     scale = "batchmean" if method.endswith("batchmean") else "token"
     return BabyLlama(teacher=two, kl_scale=scale, **common)
+
+
+def longer_is_better(*, completions: list[str], **_: Any) -> list[float]:
+    """A reward that differs within every group."""
+    return [float(len(text)) for text in completions]
+
+
+def writing(method: str) -> OnPolicyGeneration:
+    """Rollouts of ragged lengths; MiniLLM's come twice, from a mixture."""
+    options: dict[str, Any] = {"truncated": "mask"}
+    if method.startswith("minillm"):
+        options |= {"passes": 2, "mixture_alpha": 0.2, "truncated": "keep"}
+    if method == "rl_distillation":
+        options |= {"group_size": 4, "truncated": "drop"}
+    return OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=7), table_every=0, **options
+    )
 
 
 class Steps(Callback):
@@ -121,9 +163,13 @@ def run(case: tuple[str, str, float | None], cut: tuple[int, int, int], rank: in
             accumulate_grad_batches=window,
             gradient_clip_val=clip,
             log_every_n_steps=100,
-            callbacks=[steps],
+            callbacks=[writing(method), steps] if method in ON_POLICY else [steps],
+            **({"max_steps": 2, "max_epochs": -1} if method in ON_POLICY else {}),
         )
-        fit.fit(module, datamodule=BatchList(micro_batches(world, window, size, rank)))
+        data: Any = Letters(batch_size=size)
+        if method not in ON_POLICY:
+            data = BatchList(micro_batches(world, window, size, rank))
+        fit.fit(module, datamodule=data)
     finally:
         LossSums.close = close
     weights = torch.cat([p.detach().flatten() for p in module.parameters()])

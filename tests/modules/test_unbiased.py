@@ -3,12 +3,11 @@
 from dataclasses import replace
 
 import pytest
-import torch
 
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, Paper
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
-from tests.modules.harness import GradientProbe, BatchList, trainer
+from tests.modules.harness import BatchList, GradientProbe, trainer
 from tests.modules.tabular import (
     Expectation,
     Prepared,
