@@ -1,0 +1,467 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.generation import SamplingOptions
+from lightning_kd.models import ModelSource, RoutedTeacher, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.modules import (
+    GKD,
+    SFT,
+    MiniLLM,
+    OfficialCode,
+    OnPolicyDistillation,
+    Paper,
+    RLDistillation,
+)
+from lightning_kd.rewards import exact_match
+from lightning_kd.schedules import Linear
+from tests.callbacks.coin_and_rollouts import STEPS, run
+from tests.modules.harness import BatchList, Letters, trainer
+from tests.toys import ragged_batch, tiny_llama, with_prompts
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Seen(Callback):
+    """The batches of a run, as the module got them, and the gradients."""
+
+    def __init__(self) -> None:
+        self.batches, self.gradients = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        self.batches.append({k: v.clone() for k, v in batch.items() if torch.is_tensor(v)})
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        self.gradients.append([p.grad.clone() for p in pl_module.parameters()])
+
+
+class Saves(Callback):
+    """A checkpoint after every optimizer step; nothing of its own in it."""
+
+    def __init__(self, folder) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt")
+
+
+def models(student=0, teacher=1, **settings):
+    return {
+        "student": Student.of(tiny_llama(student, **settings)),
+        "teacher": SingleTeacher.of(tiny_llama(teacher)),
+    }
+
+
+def fit(module, *, steps=2, batch_size=4, options=(), more=(), data=None, ckpt=None, **settings):
+    seen = Seen()
+    generation = OnPolicyGeneration(
+        **({"generation": SamplingOptions(max_new_tokens=6), "table_every": 0} | dict(options))
+    )
+    lightning = trainer(
+        max_steps=steps, max_epochs=-1, callbacks=[generation, seen, *more], **settings
+    )
+    lightning.fit(
+        module, datamodule=data or Letters(batch_size=batch_size), ckpt_path=ckpt, weights_only=True
+    )
+    return lightning, seen
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# Who writes.
+
+
+def test_the_coin_is_the_ranks_own_to_nobody(tmp_path):
+    """Two ranks, 200 steps, a consumer of global randomness on one of them; and a resume."""
+    script = ROOT / "tests" / "callbacks" / "coin_and_rollouts.py"
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert first == second
+    assert len(first) == STEPS
+    assert 70 < sum(first) < 130
+    alone = run(tmp_path / "alone.jsonl", nuisance=False, world=1)
+    assert alone == first
+    # The first windows come before weights have moved apart by rounding: the same texts.
+    both = [records(tmp_path / name)[:8] for name in ("rollouts.jsonl", "alone.jsonl")]
+    assert both[0] == both[1]
+
+
+def test_the_coin_is_tossed_again_after_a_resume(tmp_path):
+    options = {"lmbda": 0.5}
+    _, whole = fit(GKD(**models()), steps=20, options=options, more=[Saves(tmp_path)])
+    for done in (7, 14):
+        _, rest = fit(
+            GKD(**models()), steps=20, options=options, ckpt=tmp_path / f"step{done}.ckpt"
+        )
+        assert len(rest.batches) == 20 - done
+        for a, b in zip(rest.batches, whole.batches[done:], strict=True):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[k], b[k]) for k in a)
+        for a, b in zip(rest.gradients, whole.gradients[done:], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_lmbda_is_the_share_of_windows_and_may_be_scheduled():
+    generation = OnPolicyGeneration(lmbda=0.3)
+    assert sum(generation.coin(k) for k in range(4000)) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert not any(OnPolicyGeneration(lmbda=0.0).coin(k) for k in range(100))
+    assert all(OnPolicyGeneration(lmbda=1.0).coin(k) for k in range(100))
+    rising = OnPolicyGeneration(lmbda=Linear(0.0, 1.0, steps=1000))
+    halves = [sum(rising.coin(k) for k in range(start, start + 500)) for start in (0, 500)]
+    assert halves[0] / 500 == pytest.approx(0.25, abs=0.06)
+    assert halves[1] / 500 == pytest.approx(0.75, abs=0.06)
+
+
+def test_what_the_dataset_wrote_stays_as_it_was():
+    _, seen = fit(GKD(**models()), options={"lmbda": 0.0})
+    plain = Letters(batch_size=4)
+    loader = trainer(max_steps=2, max_epochs=-1)
+    plain.trainer = loader
+    plain.setup("fit")
+    for got, expected in zip(seen.batches, plain.train_dataloader(), strict=True):
+        assert torch.equal(got["input_ids"], expected["input_ids"])
+        assert torch.equal(got["labels"], expected["labels"])
+
+
+def test_the_student_and_the_teacher_write_what_they_would_write():
+    """Near temperature 0 that is the most likely token of each."""
+    options = {"generation": SamplingOptions(max_new_tokens=5, temperature=1e-4)}
+    for writer, seed, settings in (
+        ("student", 0, {"lmbda": 1.0}),
+        ("teacher", 1, {"lmbda": 0.0, "otherwise": "teacher"}),
+    ):
+        _, seen = fit(GKD(**models()), steps=1, options=options | settings)
+        model = tiny_llama(seed).eval()
+        (batch,) = seen.batches
+        expected = model.generate(
+            input_ids=batch["prompt_ids"],
+            attention_mask=batch["prompt_mask"],
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=1,
+        )[:, batch["prompt_ids"].shape[1] :]
+        for row in range(4):
+            own = batch["input_ids"][row][batch["completion_mask"][row]]
+            assert torch.equal(own, expected[row][: len(own)]), writer
+            assert torch.equal(batch["labels"][row][batch["completion_mask"][row]], own)
+
+
+# Windows.
+
+
+@pytest.mark.parametrize(("batch_size", "window"), [(8, 1), (4, 2), (2, 4), (1, 8)])
+def test_a_row_writes_the_same_however_the_step_is_cut(tmp_path, batch_size, window):
+    path = tmp_path / "rollouts.jsonl"
+    for size, cut in ((8, 1), (batch_size, window)):
+        options = {"path": str(path.with_stem(str(size))), "rows_at_once": 3}
+        fit(GKD(**models()), batch_size=size, accumulate_grad_batches=cut, options=options, steps=1)
+    assert records(tmp_path / "8.jsonl") == records(tmp_path / f"{batch_size}.jsonl")
+    assert len(records(tmp_path / "8.jsonl")) == 8
+
+
+def test_a_window_is_written_once_and_passed_over_several_times():
+    _, seen = fit(
+        OnPolicyDistillation(**models()),
+        steps=8,
+        options={"passes": 2, "steps_per_window": 2},
+    )
+    ids = [batch["input_ids"] for batch in seen.batches]
+    for window in (0, 4):
+        for k in (0, 1):
+            first, again = seen.batches[window + k], seen.batches[window + k + 2]
+            assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(ids[0], ids[1])
+    assert ids[0].shape != ids[4].shape or not torch.equal(ids[0], ids[4])
+    # The student has moved on: the same text has another gradient.
+    assert any(
+        not torch.equal(a, b) for a, b in zip(seen.gradients[0], seen.gradients[2], strict=True)
+    )
+
+
+def test_a_run_resumed_inside_a_window_goes_on_bit_for_bit(tmp_path):
+    options = {"passes": 2, "steps_per_window": 2, "mixture_alpha": 0.2}
+    module = MiniLLM(**models(attention_dropout=0.1), objective=OfficialCode())
+    _, whole = fit(module, steps=8, options=options, more=[Saves(tmp_path)])
+    for stop in range(1, 8):
+        resumed = MiniLLM(**models(attention_dropout=0.1), objective=OfficialCode())
+        _, rest = fit(resumed, steps=8, options=options, ckpt=tmp_path / f"step{stop}.ckpt")
+        assert len(rest.gradients) == 8 - stop
+        for a, b in zip(rest.gradients, whole.gradients[stop:], strict=True):
+            assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+        for a, b in zip(module.parameters(), resumed.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_resumed_rollouts_are_written_down_once(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    options = {"path": str(path)}
+    fit(GKD(**models()), steps=4, options=options, more=[Saves(tmp_path)])
+    whole = records(path)
+    fit(GKD(**models()), steps=4, options=options, ckpt=tmp_path / "step2.ckpt")
+    assert records(path) == whole
+    assert [row["sample"] for row in whole] == list(range(16))
+    assert whole[0].keys() == {"window", "sample", "row", "prompt", "completion"}
+
+
+# What is scored.
+
+
+@pytest.mark.parametrize("policy", ["keep", "mask", "drop"])
+def test_the_count_follows_what_happens_to_truncated_completions(policy):
+    lightning, seen = fit(GKD(**models()), steps=1, batch_size=12, options={"truncated": policy})
+    (batch,) = seen.batches
+    written = batch["completion_mask"]
+    ended = ((batch["input_ids"] == 1) & written).any(-1)
+    assert 0 < ended.sum() < 12
+    kept = written if policy == "keep" else written[ended]
+    assert lightning.callback_metrics["train/tokens"] == kept.sum()
+    assert (batch["row"] < 0).sum() == (0 if policy != "drop" else (~ended).sum())
+
+
+def test_padding_prompts_and_what_follows_the_end_get_nothing():
+    """Logits there have no gradient: what stands there changes nothing."""
+    for make in (OnPolicyDistillation, MiniLLM):
+        module = make(**models(), **({"gamma": 0.9} if make is OnPolicyDistillation else {}))
+        _, seen = fit(module, steps=1)
+        positions = module.micro_batch.positions
+        labeled = seen.batches[0]["labels"] != -100
+        assert torch.equal(labeled, seen.batches[0]["completion_mask"])
+        assert positions.mask.sum() == labeled.sum()
+        if "advantages" in seen.batches[0]:
+            assert seen.batches[0]["advantages"][~labeled].abs().sum() == 0
+            assert not seen.batches[0]["advantages"].requires_grad
+
+
+def test_a_teacher_equal_to_the_student_teaches_nothing():
+    lightning, seen = fit(GKD(**models(0, 0)), steps=1)
+    assert lightning.callback_metrics["train/loss"].abs() < 1e-6
+    assert max(g.abs().max() for g in seen.gradients[0]) < 1e-6
+    for objective in (Paper(), OfficialCode()):
+        lightning, seen = fit(
+            MiniLLM(**models(0, 0), objective=objective), steps=1, options={"mixture_alpha": 0.3}
+        )
+        assert seen.batches[0]["advantages"].abs().max() < 1e-2
+        assert lightning.callback_metrics["train/single_step"].abs() < 1e-6
+
+
+def test_the_two_temperatures_of_gkd_are_two():
+    """The sampling temperature changes the text, the teacher's changes the loss of the same text."""
+
+    def run(sampling, teacher):
+        options = {"generation": SamplingOptions(max_new_tokens=6, temperature=sampling)}
+        module = GKD(**models(), teacher_temperature=teacher)
+        lightning, seen = fit(module, steps=1, options=options)
+        return seen.batches[0]["input_ids"], lightning.callback_metrics["train/loss"].item()
+
+    text, loss = run(1.0, 1.0)
+    same_text, other_loss = run(1.0, 0.5)
+    assert torch.equal(text, same_text)
+    assert abs(loss - other_loss) > 1e-3
+    other_text, _ = run(0.3, 1.0)
+    assert text.shape != other_text.shape or not torch.equal(text, other_text)
+
+
+def test_group_advantages_are_centered_over_micro_batches():
+    def parity(*, completions, **_):
+        return [float(len(text) % 3) for text in completions]
+
+    module = RLDistillation(**models(), rewards=[parity], reward_weights=[2.0])
+    lightning, seen = fit(
+        module, steps=1, batch_size=2, accumulate_grad_batches=6, options={"group_size": 4}
+    )
+    groups = torch.cat([batch["group"] for batch in seen.batches])
+    advantages = torch.cat(
+        [batch["advantages"].sum(-1) / batch["completion_mask"].sum(-1) for batch in seen.batches]
+    )
+    rows = torch.cat([batch["row"] for batch in seen.batches])
+    assert groups.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for group in range(3):
+        assert len(rows[groups == group].unique()) == 1
+        assert advantages[groups == group].sum().abs() < 1e-5
+    assert advantages.abs().max() > 0.1
+    assert "train/reward" in lightning.callback_metrics
+
+
+def test_each_row_has_its_own_teacher():
+    """A routed teacher's logits are those of the row's member, in any order of rows."""
+    batch = ragged_batch([(2, 5), (3, 2), (1, 4)])
+    members = {"a": tiny_llama(1), "b": tiny_llama(2)}
+    sources = {name: ModelSource.of(model) for name, model in members.items()}
+    module = GKD(
+        student=Student.of(tiny_llama(0)), teacher=RoutedTeacher(sources), divergence="reverse_kl"
+    )
+    names = ["b", "a", "b"]
+    rows = [batch | {"extra": {"teacher": names}}]
+    lightning = trainer(max_steps=1)
+    lightning.fit(module, datamodule=BatchList(rows))
+    expected = []
+    student = tiny_llama(0)
+    for row, name in enumerate(names):
+        scored = batch["labels"][row, 1:] != -100
+        own, other = (
+            m(
+                batch["input_ids"][row : row + 1],
+                attention_mask=batch["attention_mask"][row : row + 1],
+            )
+            .logits[0, :-1][scored]
+            .log_softmax(-1)
+            for m in (student, members[name])
+        )
+        expected.append((own.exp() * (own - other)).sum(-1))
+    got = lightning.callback_metrics["train/loss"].item()
+    assert got == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
+
+
+# What is seen.
+
+
+def test_the_numbers_of_a_window_are_logged(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
+    lightning, seen = fit(
+        GKD(**models()), steps=2, options={"table_every": 2, "table_rows": 2}, logger=logger
+    )
+    values = {k: v.item() for k, v in lightning.callback_metrics.items() if "rollout/" in k}
+    mask = seen.batches[-1]["completion_mask"]
+    ended = ((seen.batches[-1]["input_ids"] == 1) & mask).any(-1).double().mean().item()
+    assert values["rollout/own"] == 1
+    assert values["rollout/length_mean"] == pytest.approx(mask.sum(-1).double().mean().item())
+    assert values["rollout/length_max"] == mask.sum(-1).max()
+    assert values["rollout/eos_rate"] == pytest.approx(ended)
+    assert values["rollout/truncation_rate"] == pytest.approx(1 - ended)
+    assert values["rollout/tokens_per_second"] > 0
+    assert 0 < values["rollout/time_share"] < 1
+    tokens = seen.batches[-1]["input_ids"][mask]
+    assert values["rollout/distinct_1"] == pytest.approx(len(tokens.unique()) / len(tokens))
+    written = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "histograms": 0})
+    written.Reload()
+    assert [event.step for event in written.Scalars("rollout/own")] == [0, 1]
+    (text,) = written.Tensors("rollout/samples/text_summary")
+    table = text.tensor_proto.string_val[0].decode()
+    assert table.count("\n") == 3
+    assert "reverse KL per token" in table
+    assert written.Histograms("rollout/length")
+
+
+def test_writing_leaves_models_in_the_mode_they_were_in():
+    class Modes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            assert "completion_mask" in batch
+            assert all(part.training for part in pl_module.student.modules())
+            assert not any(part.training for part in pl_module.teacher.models[0].modules())
+
+    fit(GKD(**models(attention_dropout=0.5)), more=[Modes()])
+
+
+# What is refused.
+
+
+class Unprompted(Letters):
+    def example(self, row, pass_):
+        example = super().example(row, pass_)
+        return type(example)(example.input_ids, example.prompt_length)
+
+
+def two_teachers():
+    members = [ModelSource.of(tiny_llama(k)) for k in (1, 2)]
+    return TeacherEnsemble(members)
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "message"),
+    [
+        (lambda: OnPolicyDistillation(**models()), {"lmbda": 0.5}, "only from what the student"),
+        (
+            lambda: MiniLLM(**models()),
+            {"generation": SamplingOptions(max_new_tokens=4, top_p=0.9)},
+            "which top_k, top_p and greedy decoding distort",
+        ),
+        (
+            lambda: SFT(student=Student.of(tiny_llama(0))),
+            {"lmbda": 0.0, "otherwise": "teacher"},
+            "the teacher is to write, but SFT has none",
+        ),
+        (
+            lambda: GKD(student=Student.of(tiny_llama(0)), teacher=two_teachers()),
+            {"mixture_alpha": 0.2},
+            "has TeacherEnsemble; give it a SingleTeacher",
+        ),
+        (lambda: GKD(**models()), {"group_size": 3}, "4 rows .* group_size 3 does not divide"),
+        (
+            lambda: RLDistillation(**models(), rewards=[exact_match]),
+            {},
+            "give the callback OnPolicyGeneration a group_size of 2",
+        ),
+        (
+            lambda: RLDistillation(**models(), rewards=[lambda **_: [1.0]]),
+            {"group_size": 2},
+            "it must give one finite number for each",
+        ),
+        (
+            lambda: GKD(
+                student=Student.of(tiny_llama(0)),
+                teacher=RoutedTeacher({"a": ModelSource.of(tiny_llama(1))}, column="who"),
+            ),
+            {},
+            "no column 'who' that says which teacher",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_the_first_step(module, options, message):
+    built = module()
+    with pytest.raises(ValueError, match=message):
+        fit(built, options=options)
+    assert built.global_step == 0
+
+
+def test_data_without_prompts_or_without_windows_are_refused():
+    with pytest.raises(ValueError, match="no prompts to complete"):
+        fit(GKD(**models()), data=Unprompted(batch_size=2))
+    batches = BatchList([with_prompts(ragged_batch([(2, 3)]))])
+    with pytest.raises(ValueError, match="derive yours from DistillationData"):
+        fit(GKD(**models()), data=batches)
+
+
+def test_a_policy_gradient_without_rollouts_is_refused():
+    module = OnPolicyDistillation(**models())
+    with pytest.raises(ValueError, match="add the callback OnPolicyGeneration with lmbda: 1"):
+        trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3)])]))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lmbda": 1.5}, "value is 1.5; it is a share"),
+        ({"otherwise": "nobody"}, "unknown otherwise 'nobody'; choose one of"),
+        ({"truncated": "cut"}, "unknown truncated 'cut'"),
+        ({"mixture_alpha": 1.0}, "mixture_alpha is 1.0"),
+        ({"passes": 0}, "passes is 0"),
+        ({"group_size": 0}, "group_size is 0"),
+        ({"steps_per_window": 0}, "steps_per_window is 0"),
+        ({"rows_at_once": 0}, "rows_at_once 0"),
+        ({"table_every": -1}, "table_every is -1"),
+        ({"table_rows": 0}, "table_rows is 0"),
+    ],
+)
+def test_wrong_values_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        OnPolicyGeneration(**wrong)
