@@ -10,14 +10,21 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import DefaultHelpFormatter, auto_cli
+from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from lightning_kd.callbacks import HFExport, JsonlPredictions, TensorBoardLayout, TokensPerSecond
+from lightning_kd.callbacks import (
+    HFExport,
+    JsonlPredictions,
+    OnPolicyGeneration,
+    TensorBoardLayout,
+    TokensPerSecond,
+)
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
+from lightning_kd.modules import MiniLLMObjective
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
@@ -53,6 +60,12 @@ class DistillationCLI(LightningCLI):
         """Add the callbacks that every run has."""
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(JsonlPredictions, "predictions")
+        parser.add_argument(
+            "--on_policy",
+            type=OnPolicyGeneration | None,
+            default=None,
+            help="Who writes the completions; only the data set when not given.",
+        )
 
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
@@ -66,6 +79,14 @@ class DistillationCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Leave the configuration alone: a checkpoint never overrides what was asked for."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
+        """The trainer, with who writes completions ahead of the callbacks that look at them."""
+        on_policy = self._get(self.config_init, "on_policy")
+        configured = self.config_init[str(self.subcommand)]["trainer"]
+        if on_policy is not None:
+            configured["callbacks"] = [on_policy, *(configured["callbacks"] or [])]
+        return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
         """Build everything; a value that a constructor refuses is an error of the command line."""
@@ -91,6 +112,8 @@ class DistillationCLI(LightningCLI):
 
 def main() -> None:
     """Entry point of ``lightning-kd`` and ``python -m lightning_kd``."""
+    # A data class is otherwise only taken for itself, never for a preset that derives from it.
+    set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
         command = EXTRA_COMMANDS[sys.argv[1]]
         try:

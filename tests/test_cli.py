@@ -207,6 +207,69 @@ def test_sequence_kd_in_two_commands(cli, teacher, capsys):
     assert Path("runs/version_1/student/model.safetensors").exists()
 
 
+ON_POLICY = {
+    "gkd": ["--model.student.config", SMALL],
+    "on_policy_distillation": [],
+    "minillm": [],
+    "rl_distillation": [],
+}
+
+
+@pytest.mark.parametrize("config", ON_POLICY)
+def test_on_policy_methods_run_from_their_configs(cli, teacher, config):
+    tiny_llama(2, vocab_size=14).save_pretrained("runs/student")
+    arithmetic_tokenizer().save_pretrained("runs/student")
+    fit_ = ["fit", "--config", CONFIGS / f"{config}.yaml", *DEBUG, *QUIET, *ON_POLICY[config]]
+    fit_ += ["--model.teacher.name_or_path", teacher, "--data.validation_size", 20]
+    fit_ += ["--trainer.max_steps", 16, "--trainer.val_check_interval", 16]
+    cli(*fit_, "--data.batch_size", 8, "--on_policy.path", "rollouts.jsonl")
+    names = set(scalars("runs").Tags()["scalars"])
+    assert {"train/loss", "rollout/own", "rollout/length_mean", "rollout/eos_rate"} <= names
+    assert {"val/loss", "val/reverse_kl"} <= names
+    assert len(Path("rollouts.jsonl").read_text().splitlines()) >= 32
+    saved = "runs/version_0/config.yaml"
+    cli("validate", "--config", saved)
+
+
+def test_lmbda_and_schedules_by_flags(cli, teacher):
+    arguments = fit("gkd", "--model.teacher.name_or_path", teacher)
+    cli(*arguments, "--on_policy.lmbda", 0)
+    cli(
+        *(*arguments, "--on_policy.lmbda", "Linear", "--on_policy.lmbda.start", 1),
+        *("--on_policy.lmbda.end", 1, "--on_policy.lmbda.steps", 5),
+    )
+
+
+def test_prompts_and_text_through_minillm(cli, teacher):
+    tiny_llama(2, vocab_size=14).save_pretrained("runs/student")
+    Path("text.txt").write_text("123+456=975" * 50)
+    data = {
+        "class_path": "PromptsAndText",
+        "init_args": {
+            "prompts": {"class_path": "ArithmeticData", "init_args": {"batch_size": 4}},
+            "text": {
+                "class_path": "PackedTextData",
+                "init_args": {
+                    "tokenizer": str(teacher),
+                    "train": "text.txt",
+                    "block_length": 8,
+                    "batch_size": 4,
+                },
+            },
+        },
+    }
+    Path("data.yaml").write_text(yaml.safe_dump({"data": data}))
+    config = yaml.safe_load((CONFIGS / "minillm.yaml").read_text())
+    del config["data"]
+    Path("minillm.yaml").write_text(yaml.safe_dump(config))
+    cli(
+        *("fit", "--config", "minillm.yaml", "--config", "data.yaml", *DEBUG, *QUIET),
+        *("--model.teacher.name_or_path", teacher, "--model.objective", "OfficialCode"),
+    )
+    losses = [event.value for event in scalars("runs").Scalars("train/language_modeling")]
+    assert all(1 < value < 20 for value in losses)
+
+
 def test_epochs_become_steps(cli):
     cli(
         *fit("sft", "--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--data.train_size", 10),
@@ -397,3 +460,44 @@ def test_gsm8k_end_to_end(cli, shared_data):
         )
     assert len(Path("predictions.jsonl").read_text().splitlines()) == 20
     AutoModelForCausalLM.from_pretrained("runs/version_0/student")
+
+
+@pytest.mark.parametrize(
+    ("config", "more"),
+    [
+        ("gkd", ["--on_policy.lmbda", 1]),
+        ("minillm", ["--on_policy.steps_per_window", 1, "--on_policy.passes", 2]),
+        (
+            "rl_distillation",
+            ["--model.rewards", "[lightning_kd.rewards.final_answer]", "--on_policy.group_size", 2],
+        ),
+    ],
+)
+def test_gsm8k_on_policy(cli, shared_data, config, more):
+    """Prompts and answers of real length, by nothing but the overlay that names the data."""
+    lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
+    Path("gsm8k").mkdir()
+    Path("gsm8k/train.jsonl").write_text("\n".join(lines[:200]))
+    Path("gsm8k/test.jsonl").write_text("\n".join(lines[200:204]))
+    cli(
+        *("tokenizer", "--files", '["gsm8k/train.jsonl"]', "--columns", '["question","answer"]'),
+        *("--vocab_size", 400, "--output", "runs/tokenizer"),
+    )
+    for seed, name in enumerate(("student", "teacher")):
+        long = {"vocab_size": 400, "max_position_embeddings": 1024, "pad_token_id": None}
+        tiny_llama(seed, **long).save_pretrained(f"runs/{name}")
+        AutoTokenizer.from_pretrained("runs/tokenizer").save_pretrained(f"runs/{name}")
+    own = ["--model.student.name_or_path", "runs/student"]
+    if config == "gkd":
+        own = ["--model.student.config", SMALL]
+    cli(
+        *("fit", "--config", CONFIGS / f"{config}.yaml"),
+        *("--config", CONFIGS / "overlays" / "gsm8k.yaml", *DEBUG, *QUIET, *own, *more),
+        *("--model.teacher.name_or_path", "runs/teacher", "--data.batch_size", 4),
+        *("--on_policy.generation.max_new_tokens", 256, "--trainer.max_steps", 2),
+        *("--trainer.log_every_n_steps", 1, "--on_policy.path", "rollouts.jsonl"),
+    )
+    seen = scalars("runs")
+    assert seen.Scalars("rollout/length_max")[0].value > 64
+    assert all(abs(event.value) < 100 for event in seen.Scalars("train/loss"))
+    assert all(event.value > 0 for event in seen.Scalars("train/grad_norm"))

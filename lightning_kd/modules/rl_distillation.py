@@ -76,7 +76,7 @@ class RLDistillation(PolicyGradientModule):
         pooled = self._of_all_ranks(torch.stack([rewards, groups.double(), real.double()]))
         pool = pooled[:, pooled[2] > 0]
         baselines = group_means(groups, pool[0], pool[1].long())
-        if len(set(pool[1].tolist())) == pool.shape[1] > 1:
+        if len(set(pooled[1].tolist())) == pooled.shape[1]:
             raise ValueError(
                 "every prompt has one completion, which is its own baseline, so that all "
                 "advantages are 0: give the callback OnPolicyGeneration a group_size of 2 or more"

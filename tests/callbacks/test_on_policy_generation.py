@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import ModelSource, RoutedTeacher, SingleTeacher, Student, TeacherEnsemble
 from lightning_kd.modules import (
@@ -465,3 +465,40 @@ def test_a_policy_gradient_without_rollouts_is_refused():
 def test_wrong_values_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         OnPolicyGeneration(**wrong)
+
+
+AUDITED = {
+    "gkd": (GKD, {}),
+    "on-policy": (lambda **k: OnPolicyDistillation(gamma=0.9, **k), {"truncated": "mask"}),
+    "minillm": (MiniLLM, {"mixture_alpha": 0.2, "steps_per_window": 2, "passes": 2}),
+    "minillm-code": (lambda **k: MiniLLM(objective=OfficialCode(), **k), {"mixture_alpha": 0.2}),
+    "rl": (
+        lambda **k: RLDistillation(
+            rewards=[lambda *, completions, **_: list(map(len, completions))], **k
+        ),
+        {"group_size": 2, "truncated": "drop"},
+    ),
+}
+
+
+@pytest.mark.parametrize("normalization", ["token", "sequence"])
+@pytest.mark.parametrize("name", AUDITED)
+def test_the_audit_finds_no_cut_that_matters(name, normalization):
+    make, options = AUDITED[name]
+    audit = LossNormalizationDiagnostics(audit=1, on_fault="raise", tolerance=1e-6)
+    module = make(
+        student=Student.of(tiny_llama(0).double()),
+        teacher=SingleTeacher.of(tiny_llama(1).double()),
+        normalization=normalization,
+    )
+    lightning, _ = fit(
+        module,
+        batch_size=2,
+        accumulate_grad_batches=2,
+        options=options,
+        more=[audit],
+        precision="64-true",
+    )
+    found = [v.item() for k, v in lightning.callback_metrics.items() if "audit" in k]
+    assert len(found) == 4
+    assert max(found) < 1e-6
