@@ -9,6 +9,20 @@ LAYOUT = {
         "loss": ["Multiline", [r"(train|val)/loss$"]],
         "cross-entropy": ["Multiline", [r"(train|val)/cross_entropy$"]],
         "divergence": ["Multiline", [r"(train|val)/divergence$"]],
+        "policy gradient": ["Multiline", [r"train/policy_gradient$"]],
+        "single step and language modeling": [
+            "Multiline",
+            [r"train/(single_step|language_modeling)$"],
+        ],
+        "reward": ["Multiline", [r"train/reward$"]],
+    },
+    "Rollouts": {
+        "written by the student": ["Multiline", [r"rollout/own$"]],
+        "length": ["Margin", ["rollout/length_mean", "rollout/length_min", "rollout/length_max"]],
+        "ended and cut off": ["Multiline", [r"rollout/(eos|truncation)_rate$"]],
+        "distinct n-grams": ["Multiline", [r"rollout/distinct_[12]$"]],
+        "tokens per second": ["Multiline", [r"rollout/tokens_per_second$"]],
+        "share of time": ["Multiline", [r"rollout/time_share$"]],
     },
     "Student and teacher": {
         "KL in both directions (validation)": ["Multiline", [r"val/(forward|reverse)_kl$"]],

@@ -81,11 +81,12 @@ class DistillationCLI(LightningCLI):
         """Leave the configuration alone: a checkpoint never overrides what was asked for."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """The trainer, with who writes completions ahead of the callbacks that look at them."""
+        """The trainer, with the callback that writes completions where one is given."""
         on_policy = self._get(self.config_init, "on_policy")
-        configured = self.config_init[str(self.subcommand)]["trainer"]
         if on_policy is not None:
-            configured["callbacks"] = [on_policy, *(configured["callbacks"] or [])]
+            given = self._get(self.config_init, "trainer")["callbacks"] or []
+            # Behind the others, so that a clock that starts with a step counts the writing.
+            kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), on_policy]
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:

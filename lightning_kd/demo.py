@@ -1,7 +1,8 @@
-"""The offline demonstration: teachers, three students, a table and a picture."""
+"""The offline demonstration: teachers, five students, a table and a picture."""
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 import transformers
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
@@ -19,12 +20,22 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_kd.callbacks import (
     CompletionSamples,
     HFExport,
+    OnPolicyGeneration,
     TensorBoardLayout,
     TokensPerSecond,
 )
 from lightning_kd.data import ArithmeticData
+from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
-from lightning_kd.modules import SFT, BabyLlama, DistillationModule, SupervisedKD, WarmupCosine
+from lightning_kd.modules import (
+    GKD,
+    SFT,
+    BabyLlama,
+    DistillationModule,
+    MiniLLM,
+    SupervisedKD,
+    WarmupCosine,
+)
 
 TEACHER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 STUDENT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -36,6 +47,8 @@ class Result:
 
     name: str
     metrics: dict[str, float]
+    started: float
+    """Wall clock at the start of training, in seconds."""
     seconds: float
 
 
@@ -87,13 +100,27 @@ def demo(
             student=_llama(STUDENT), teacher=SingleTeacher(teacher), alpha=0.0, **common
         ),
         "BabyLlama": BabyLlama(student=_llama(STUDENT), teacher=ensemble, **common),
+        "GKD": GKD(
+            student=_llama(STUDENT),
+            teacher=SingleTeacher(teacher),
+            divergence="forward_kl",
+            **common,
+        ),
+        "MiniLLM": MiniLLM(student=_llama(STUDENT), teacher=SingleTeacher(teacher), **common),
+    }
+    writing = {
+        "GKD": OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=6)),
+        "MiniLLM": OnPolicyGeneration(
+            generation=SamplingOptions(max_new_tokens=6), mixture_alpha=0.2
+        ),
     }
     for name, module in students.items():
         L.seed_everything(seed, verbose=False)
         data = ArithmeticData(
             batch_size=128, train_size=train_size, label_noise=label_noise, eval_batch_size=250
         )
-        results.append(_run(name, module, data, student_steps, root, console))
+        on_policy = [writing[name]] if name in writing else []
+        results.append(_run(name, module, data, student_steps, root, console, on_policy))
     results = [_test(result, teacher, root) for result in results]
     _print_table(results, console)
     picture = _draw(results, root)
@@ -112,6 +139,7 @@ def _run(
     steps: int,
     root: Path,
     console: Console,
+    more: Sequence[Callback] = (),
 ) -> Result:
     """Train one model and export it; the clock counts training and its validation."""
     console.rule(name)
@@ -129,11 +157,12 @@ def _run(
             TensorBoardLayout(),
             TokensPerSecond(),
             TQDMProgressBar(refresh_rate=20),
+            *more,
         ],
     )
-    started = time.perf_counter()
+    started = time.time()
     trainer.fit(module, datamodule=data)
-    return Result(name, {}, time.perf_counter() - started)
+    return Result(name, {}, started, time.time() - started)
 
 
 def _test(result: Result, teacher: str, root: Path) -> Result:
@@ -166,28 +195,36 @@ def _print_table(results: list[Result], console: Console) -> None:
 
 
 def _draw(results: list[Result], root: Path) -> Path:
-    """Exact match and cross-entropy on the validation problems, over steps."""
+    """Exact match on the validation problems, over steps and over time, and cross-entropy."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ValueError(
             "the picture needs matplotlib: pip install 'lightning-kd[plot]'"
         ) from error
-    figure = Figure(figsize=(11, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
+    figure = Figure(figsize=(15, 4), layout="constrained")
+    axes = figure.subplots(1, 3)
     for axis, tag, title in (
         (axes[0], "val/exact_match", "exact match on unseen problems"),
-        (axes[1], "val/cross_entropy", "cross-entropy on unseen problems (nats per token)"),
+        (axes[1], "val/exact_match", "the same, over time"),
+        (axes[2], "val/reverse_kl", "reverse KL to the teacher (nats per token)"),
     ):
+        over_time = axis is axes[1]
         for result in results:
             events = EventAccumulator(str(root / result.name), size_guidance={"scalars": 0})
             events.Reload()
-            points = [(event.step + 1, event.value) for event in events.Scalars(tag)]
+            if tag not in events.Tags()["scalars"]:
+                continue  # a run without a teacher has no KL
+            points = [
+                (event.wall_time - result.started if over_time else event.step + 1, event.value)
+                for event in events.Scalars(tag)
+            ]
             style = "--" if result.name.startswith("teacher") else "-"
-            axis.plot(*zip(*points, strict=True), style, marker=".", label=result.name)
-        axis.set(title=title, xlabel="optimizer step")
+            color = f"C{results.index(result)}"
+            axis.plot(*zip(*points, strict=True), style, marker=".", label=result.name, color=color)
+        axis.set(title=title, xlabel="seconds of training" if over_time else "optimizer step")
         axis.grid(alpha=0.3)
-    axes[1].set_yscale("log")
+    axes[2].set_yscale("log")
     axes[0].legend()
     path = root / "curves.png"
     figure.savefig(path, dpi=120)

@@ -8,7 +8,7 @@ from lightning_kd.demo import demo
 def test_the_demo_trains_tests_prints_and_draws(tmp_path, capsys):
     """Too few steps to learn anything: what is shown is that every part is there."""
     results = demo(str(tmp_path / "demo"), teacher_steps=2, student_steps=2, train_size=16)
-    names = ["teacher_a", "teacher_b", "SFT", "SupervisedKD", "BabyLlama"]
+    names = ["teacher_a", "teacher_b", "SFT", "SupervisedKD", "BabyLlama", "GKD", "MiniLLM"]
     assert [result.name for result in results] == names
     printed = capsys.readouterr().out
     for result in results:

@@ -63,7 +63,8 @@ class PromptCompletionData(TextData):
 
     Args:
         prompt_column: Column of the prompt.
-        completion_column: Column of the completion; ``predict`` does without.
+        completion_column: Column of the completion; ``predict`` does without. None for prompts that
+            only a model completes: nothing of the data itself is then trained on.
         prompt_template: Text around the prompt, which takes the place of ``{prompt}``.
         max_length: Longest prompt and completion together, in tokens.
         max_prompt_length: Longest prompt, in tokens.
@@ -79,7 +80,7 @@ class PromptCompletionData(TextData):
         self,
         *,
         prompt_column: str = "prompt",
-        completion_column: str = "completion",
+        completion_column: str | None = "completion",
         prompt_template: str = "{prompt}",
         max_length: int = 1024,
         max_prompt_length: int | None = None,
@@ -94,25 +95,25 @@ class PromptCompletionData(TextData):
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
 
     def rows(self, split: Split) -> Rows | None:
-        """Prompts and completions of a split; of ``predict``, only prompts have tokens."""
+        """Prompts and completions of a split; where these are not asked for, prompts alone."""
         path = self.paths[split]
         if path is None:
             return None
-        predict = split == "predict"
+        completed = self.completion_column is not None and split != "predict"
         columns = [self.prompt_column, *self.extra_columns]
-        columns += [] if predict else [self.completion_column]
+        reference = [] if self.completion_column is None else [self.completion_column]
         raw = load_rows(
             path,
-            dict.fromkeys(columns, str),
-            optional=(self.completion_column,) if predict else (),
+            dict.fromkeys([*columns, *reference] if completed else columns, str),
+            optional=() if completed else tuple(reference),
             split=split,
             subset=self.subset,
         )
-        encode = self._encode_prompts if predict else self._encode
+        encode = self._encode if completed else self._encode_prompts
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
-        completions = encode_completions(columns[self.completion_column], self.tokenizer)
+        completions = encode_completions(columns[self.completion_column or ""], self.tokenizer)
         return [
             (prompt, completion, prompt_text, text)
             for (prompt, _, prompt_text, text), completion in zip(
@@ -125,7 +126,7 @@ class PromptCompletionData(TextData):
         texts = [
             self.prompt_template.replace("{prompt}", text) for text in columns[self.prompt_column]
         ]
-        references = columns.get(self.completion_column) or [""] * len(texts)
+        references = columns.get(self.completion_column or "") or [""] * len(texts)
         return [
             (prompt, [], text, reference or "")
             for prompt, text, reference in zip(

@@ -68,6 +68,19 @@ def data(**settings):
     return PromptCompletionData(**(defaults | settings))
 
 
+def test_prompts_alone_have_nothing_to_train_on():
+    path = jsonl({"prompt": "bc", "completion": "de", "source": "x"})
+    example = (
+        data(train=path, completion_column=None, extra_columns=["source"])
+        .rows("train")
+        .example(0, 0)
+    )
+    assert (len(example.input_ids), example.prompt_length) == (2, 2)
+    assert (example.prompt, example.completion, example.extra) == ("bc", "", {"source": "x"})
+    with pytest.raises(ValueError, match="topic"):
+        data(train=path, extra_columns=["topic"]).rows("train")
+
+
 def test_prompt_template_columns_and_labels():
     path = jsonl({"question": "b{prompt}", "answer": "cd"})
     module = data(
