@@ -39,6 +39,8 @@ from lightning_kd.modules import (
 
 TEACHER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 STUDENT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2}
+AFTER_SFT = "MiniLLM"
+"""Goes on from the student of SFT, as in its paper, for half as many steps."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def demo(
 
     The teachers see as many problems as they like. The students, all alike and from the same start,
     see only a few, a share of them with a wrong answer, as in data that people wrote: with nothing
-    else to go by, they learn the mistakes too; a teacher tells them better. Ends with a table
+    else to go by, they learn the mistakes too; a teacher tells them better. Two learn on what they
+    write themselves; one of them, MiniLLM, goes on from what SFT has learned. Ends with a table
     (exact match on problems that nobody has seen, KL to the teacher, wall time), a picture of the
     curves and TensorBoard logs.
 
@@ -77,55 +80,61 @@ def demo(
         label_noise: Share of these problems with a wrong answer.
     """
     root, console = Path(output), Console()
-    # Ten short runs: what Lightning and transformers say at the start of each is no news.
+    # A dozen short runs: what Lightning and transformers say at the start of each is no news.
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    optimizer = partial(torch.optim.AdamW, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    common: dict[str, Any] = {
-        "optimizer": optimizer,
-        "lr_scheduler": partial(WarmupCosine, warmup_steps=100),
-    }
     results = []
     for name in ("teacher_a", "teacher_b"):
         # Each its own seed: an ensemble of equals would be a single teacher.
         L.seed_everything(2 * seed + (name == "teacher_b"), verbose=False)
-        learner = SFT(student=_llama(TEACHER), **common)
+        learner = SFT(student=_llama(TEACHER), **_optimization(2e-3))
         data = ArithmeticData(batch_size=128, train_size=200_000, eval_batch_size=250)
         results.append(_run(name, learner, data, teacher_steps, root, console))
-    teacher, *others = (str(root / result.name / "student") for result in results)
-    ensemble = TeacherEnsemble([ModelSource(path) for path in (teacher, *others)])
-    students: dict[str, DistillationModule] = {
-        "SFT": SFT(student=_llama(STUDENT), **common),
-        "SupervisedKD": SupervisedKD(
-            student=_llama(STUDENT), teacher=SingleTeacher(teacher), alpha=0.0, **common
-        ),
-        "BabyLlama": BabyLlama(student=_llama(STUDENT), teacher=ensemble, **common),
-        "GKD": GKD(
-            student=_llama(STUDENT),
-            teacher=SingleTeacher(teacher),
-            divergence="forward_kl",
-            **common,
-        ),
-        "MiniLLM": MiniLLM(student=_llama(STUDENT), teacher=SingleTeacher(teacher), **common),
-    }
-    writing = {
-        "GKD": OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=6)),
-        "MiniLLM": OnPolicyGeneration(
-            generation=SamplingOptions(max_new_tokens=6), mixture_alpha=0.2
-        ),
-    }
-    for name, module in students.items():
+    teachers = [str(root / result.name / "student") for result in results]
+    for name, module in _students(root, teachers).items():
         L.seed_everything(seed, verbose=False)
         data = ArithmeticData(
             batch_size=128, train_size=train_size, label_noise=label_noise, eval_batch_size=250
         )
-        on_policy = [writing[name]] if name in writing else []
-        results.append(_run(name, module, data, student_steps, root, console, on_policy))
-    results = [_test(result, teacher, root) for result in results]
+        steps = student_steps // 2 if name == AFTER_SFT else student_steps
+        results.append(_run(name, module, data, steps, root, console, _writing(name)))
+    results = [_test(result, teachers[0], root) for result in results]
     _print_table(results, console)
     picture = _draw(results, root)
     console.print(f"The curves are in {picture}; tensorboard --logdir {root} shows more")
     return results
+
+
+def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModule]:
+    """All from the same random start, but for the one that goes on from ``SFT``."""
+    first, ensemble = SingleTeacher(teachers[0]), TeacherEnsemble(list(map(ModelSource, teachers)))
+    from_scratch: dict[str, Any] = {"student": _llama(STUDENT), **_optimization(2e-3)}
+    return {
+        "SFT": SFT(**from_scratch),
+        "SupervisedKD": SupervisedKD(teacher=first, alpha=0.0, **from_scratch),
+        "BabyLlama": BabyLlama(teacher=ensemble, **from_scratch),
+        "GKD": GKD(teacher=first, divergence="reverse_kl", **from_scratch),
+        AFTER_SFT: MiniLLM(
+            student=Student(str(root / "SFT" / "student")), teacher=first, **_optimization(5e-4, 20)
+        ),
+    }
+
+
+def _writing(name: str) -> list[Callback]:
+    """Who writes for a student; the data set where nobody is named."""
+    generation = SamplingOptions(max_new_tokens=6)
+    if name == "GKD":
+        return [OnPolicyGeneration(generation=generation)]
+    if name == AFTER_SFT:
+        return [OnPolicyGeneration(generation=generation, mixture_alpha=0.2)]
+    return []
+
+
+def _optimization(lr: float, warmup_steps: int = 100) -> dict[str, Any]:
+    return {
+        "optimizer": partial(torch.optim.AdamW, lr=lr, betas=(0.9, 0.98), weight_decay=0.01),
+        "lr_scheduler": partial(WarmupCosine, warmup_steps=warmup_steps),
+    }
 
 
 def _llama(config: dict[str, int]) -> Student:
