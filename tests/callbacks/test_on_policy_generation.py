@@ -252,6 +252,25 @@ def test_padding_prompts_and_what_follows_the_end_get_nothing():
             assert not seen.batches[0]["advantages"].requires_grad
 
 
+class OtherReferences(Letters):
+    """The same prompts; the completions, which nobody reads, are several times as long."""
+
+    def example(self, row, pass_):
+        example = super().example(row, pass_)
+        prompt = example.input_ids[: example.prompt_length]
+        longer = [*(example.input_ids[example.prompt_length : -1] * 16), 1]
+        return type(example)([*prompt, *longer], len(prompt), example.prompt, "b" * 99)
+
+
+@pytest.mark.parametrize("make", [GKD, OnPolicyDistillation, MiniLLM])
+def test_references_that_are_not_scored_have_no_part_in_the_gradient(make):
+    gradients = [
+        fit(make(**models()), steps=1, data=data(batch_size=4))[1].gradients[0]
+        for data in (Letters, OtherReferences)
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
 def test_a_teacher_equal_to_the_student_teaches_nothing():
     lightning, seen = fit(GKD(**models(0, 0)), steps=1)
     assert lightning.callback_metrics["train/loss"].abs() < 1e-6
