@@ -113,7 +113,7 @@ def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModu
         "SFT": SFT(**from_scratch),
         "SupervisedKD": SupervisedKD(teacher=first, alpha=0.0, **from_scratch),
         "BabyLlama": BabyLlama(teacher=ensemble, **from_scratch),
-        "GKD": GKD(teacher=first, divergence="reverse_kl", **from_scratch),
+        "GKD": GKD(teacher=first, divergence="forward_kl", **from_scratch),
         AFTER_SFT: MiniLLM(
             student=Student(str(root / "SFT" / "student")), teacher=first, **_optimization(5e-4, 20)
         ),

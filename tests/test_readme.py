@@ -29,6 +29,8 @@ def commands():
     return [shlex.split(line) for line in lines if line.startswith("lightning-kd ")]
 
 
+FROM_A_STUDENT = ("on_policy_distillation", "minillm", "rl_distillation")
+
 SAVE = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
     "init_args": {"every_n_train_steps": 1, "save_last": True},
@@ -45,7 +47,9 @@ def shrink(command):
     if name == "fit":
         steps = "4" if "--ckpt_path" in text else "2"
         small += ["--trainer.max_steps", steps, "--trainer.val_check_interval", "2"]
-        small += ["--model.student.config", SMALL, "--data.batch_size", "2"]
+        small += ["--data.batch_size", "4"]
+        if not any(name in text for name in FROM_A_STUDENT):
+            small += ["--model.student.config", SMALL]
         small += ["--trainer.log_every_n_steps", "1", "--trainer.precision", "32-true"]
         small += ["--trainer.callbacks", json.dumps([SAVE]), "--trainer.devices", "1"]
         small += ["--trainer.enable_checkpointing", "true"]
