@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lightning_kd.generation.cache import can_drop_rows, with_room
 
 
 class Decoder:
@@ -35,6 +36,7 @@ class Decoder:
         first = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         self.logits = self._forward(prompt_ids, first)
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
+        self._cache = with_room(self._cache)
 
     def append(self, tokens: Tensor) -> None:
         """Read one more token of each row, ``(rows,)``."""
@@ -45,10 +47,8 @@ class Decoder:
 
     @property
     def can_drop_rows(self) -> bool:
-        """Can rows be taken out of the cache? Of a recurrent state they cannot."""
-        plain = {DynamicLayer, DynamicSlidingWindowLayer}
-        cache = self._cache
-        return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
+        """Can rows be taken out of the cache?"""
+        return can_drop_rows(self._cache)
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""

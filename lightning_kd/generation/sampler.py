@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating
 from lightning_kd.generation.options import GenerationOptions
@@ -17,7 +18,6 @@ _IDLE_SHARE = 1 / 16
 copies of the cache, less often forward passes for nobody."""
 
 
-@torch.no_grad()
 def sample(
     writers: Sequence[tuple[PreTrainedModel, float]],
     prompt_ids: Tensor,
@@ -58,7 +58,7 @@ def sample(
     rows, longest = len(prompt_ids), options.max_new_tokens
     uniforms = _uniforms(seeds, longest).to(prompt_ids.device)
     ids = prompt_ids.new_full((rows, longest), pad_id)
-    with evaluating(*models):
+    with evaluating(*models), torch.inference_mode():
         decoders = [Decoder(model, prompt_ids, prompt_mask) for model in models]
         own = decoders[0].logits.new_zeros(rows, longest)
         drawn_from = torch.zeros_like(own)
@@ -83,15 +83,12 @@ def sample(
                     decoder.keep(kept)
                     decoder.logits = decoder.logits[kept]
                 writing, ended = writing[kept], ended[kept]
-    ids = ids[:, : place + 1]
+    for model in models:
+        leave_inference_mode(model)
+    # Cut to what was written, and ordinary tensors again: what is trained on them needs that.
+    ids, own, drawn_from = (x[:, : place + 1].clone() for x in (ids, own, drawn_from))
     mask = completion_mask(ids, eos_ids)
-    return Completions(
-        ids,
-        mask,
-        own[:, : place + 1],
-        drawn_from[:, : place + 1],
-        (is_end(ids, eos_ids) & mask).any(-1),
-    )
+    return Completions(ids, mask, own, drawn_from, (is_end(ids, eos_ids) & mask).any(-1))
 
 
 def _next_token(

@@ -106,10 +106,7 @@ def main() -> None:
     table = Table("model", "rows", "ours, tokens/s", "of generate", "of generate with logits")
     for name, shape in SHAPES.items():
         model = llama(shape)
-        cases = {
-            "equal lengths": (shape["vocab_size"], False),
-            "padded": (shape["vocab_size"], True),
-        }
+        cases = {"equal lengths": (shape["vocab_size"], False)}
         if shape["vocab_size"] == 512:
             cases["ragged ends"] = (7, True)
             with torch.no_grad():  # likely enough to end most rows on the way

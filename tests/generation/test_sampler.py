@@ -18,6 +18,7 @@ from transformers import (
 
 from lightning_kd.generation import GenerationOptions, SamplingOptions, sample
 from lightning_kd.generation.completions import Completions
+from lightning_kd.models import LoRA
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
 LENGTHS = [(2, 5), (5, 3), (1, 2), (4, 1), (3, 3), (2, 2)]
@@ -49,6 +50,12 @@ def other_models():
                 if parameter.ndim > 1:
                     parameter.mul_(20)
         yield pytest.param(model, id=name)
+    adapted = LoRA(r=2).adapt(tiny_llama(3)).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:  # zero at first: without it the adapter does nothing
+                parameter.normal_(generator=torch.Generator().manual_seed(0))
+    yield pytest.param(adapted, id="adapters")
 
 
 @pytest.mark.parametrize("ends", [{1}, {1, 5, 9}], ids=["one end", "several"])
@@ -249,6 +256,21 @@ def test_a_mixture_of_truncated_distributions_is_refused(wrong):
     options = SamplingOptions(max_new_tokens=4, **wrong)
     with pytest.raises(ValueError, match="importance weight would be 0 or unbounded"):
         sample([(small(0), 0.8), (small(1), 0.2)], *PROMPTS, options, seeds=range(6), **ENDS)
+
+
+def test_a_model_can_be_trained_on_what_it_wrote():
+    """Also where rotary embeddings change with the length, in buffers that a backward pass meets."""
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = tiny_llama(0, max_position_embeddings=8, rope_parameters=rope)
+    written = sample(
+        [(model, 1.0)], *PROMPTS, SamplingOptions(max_new_tokens=16), seeds=range(6), **ENDS
+    )
+    assert written.ids.shape[1] > 8
+    assert not any(buffer.is_inference() for buffer in model.buffers())
+    loss = -model(written.ids).logits.log_softmax(-1).gather(-1, written.ids[:, :, None]).mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert not any(tensor.is_inference() for tensor in vars(written).values())
 
 
 def test_a_model_without_a_cache_is_sent_to_transformers():

@@ -1,0 +1,83 @@
+"""A key-value cache that writes a token where there is room for it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
+    """Keys and values of a layer at the beginning of larger tensors.
+
+    The layer it stands in for copies all that it holds for every token.
+
+    Args:
+        layer: A layer that has read the prompts.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()
+        self.lazy_initialization(layer.keys, layer.values)
+        self._move(layer.keys, layer.values)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write further tokens; returns all keys and values."""
+        before = self.keys.shape[-2]
+        after = before + key_states.shape[-2]
+        if after > self._all_keys.shape[-2]:
+            self._move(self.keys, self.values)
+        self._all_keys[..., before:after, :] = key_states
+        self._all_values[..., before:after, :] = value_states
+        self.keys, self.values = self._all_keys[..., :after, :], self._all_values[..., :after, :]
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Go on with these rows."""
+        self._move(self.keys[indices], self.values[indices])
+
+    def _move(self, keys: Tensor, values: Tensor) -> None:
+        length = keys.shape[-2]
+        self._all_keys, self._all_values = _with_room(keys), _with_room(values)
+        self.keys = self._all_keys[..., :length, :]
+        self.values = self._all_values[..., :length, :]
+
+
+def _with_room(values: Tensor) -> Tensor:
+    """The values at the beginning of a tensor that is a half longer, and at least 64 tokens."""
+    *outer, length, width = values.shape
+    larger = values.new_empty(*outer, length + max(64, length // 2), width)
+    larger[..., :length, :] = values
+    return larger
+
+
+def with_room(cache: Any) -> Any:
+    """A cache whose plain layers do not copy; other kinds of layers stay as they are."""
+    if isinstance(cache, DynamicCache):
+        cache.layers = [
+            RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
+            for layer in cache.layers
+        ]
+    return cache
+
+
+def can_drop_rows(cache: Any) -> bool:
+    """Can rows be taken out? Of a recurrent state they cannot."""
+    plain = {RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer}
+    return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
+
+
+def leave_inference_mode(model: torch.nn.Module) -> None:
+    """Make ordinary tensors of buffers that a forward pass in inference mode has replaced.
+
+    Rotary embeddings that follow the length do so; the backward pass would refuse them.
+    """
+    for part in model.modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(part, name, buffer.clone())
