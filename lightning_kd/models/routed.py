@@ -1,15 +1,10 @@
 """Several teachers, each for its own rows."""
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.models.source import ModelSource
-from lightning_kd.models.teachers import Teacher, forward_logits, frozen
-from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.models.teachers import Teacher, forward_logits
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import FILLER_ROW, Batch
 
@@ -35,17 +30,10 @@ class RoutedTeacher(Teacher):
         self.members, self.column = members, column
         self.models = []
 
-    def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
-    ) -> None:
-        """Load, check, freeze and place the members; a second call only places them."""
-        if not self.models:
-            self.models = [
-                frozen(member, tokenizer, f"teacher {name!r}", policy)
-                for name, member in self.members.items()
-            ]
-        for model in self.models:
-            model.to(device)
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """The members."""
+        return {f"teacher {name!r}": member for name, member in self.members.items()}
 
     @torch.no_grad()
     def logits(self, batch: Batch, scored: ScoredPositions) -> tuple[Tensor, ...]:
@@ -68,11 +56,6 @@ class RoutedTeacher(Teacher):
             result[(scored.rows[:, None] == rows).any(-1)] = logits.to(result.dtype)
         assert result is not None  # every row has a route
         return (result,)
-
-    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Log-softmax at ``temperature``."""
-        (only,) = logits
-        return F.log_softmax(only / temperature, -1)
 
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""

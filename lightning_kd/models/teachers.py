@@ -33,7 +33,11 @@ class Teacher(ABC):
     models: list[PreTrainedModel]
     """The frozen models, empty until :meth:`prepare`."""
 
+    @property
     @abstractmethod
+    def sources(self) -> dict[str, ModelSource]:
+        """Where each model comes from, by its role."""
+
     def prepare(
         self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
     ) -> None:
@@ -42,10 +46,17 @@ class Teacher(ABC):
         Raises:
             ValueError: If a model cannot be had or does not fit the tokenizer.
         """
+        if not self.models:
+            self.models = [
+                frozen(source, tokenizer, role, policy) for role, source in self.sources.items()
+            ]
+        for model in self.models:
+            model.to(device)
 
-    @abstractmethod
     def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the next token: one ``(N, V)`` per model ``-> (N, V)``."""
+        """Log-probabilities of the next token: what :meth:`logits` gave ``-> (N, V)``."""
+        (only,) = logits
+        return F.log_softmax(only / temperature, -1)
 
     @property
     def vocabulary_size(self) -> int:
@@ -70,18 +81,10 @@ class SingleTeacher(ModelSource, Teacher):
         super().__init__(name_or_path, **source)
         self.models = []
 
-    def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
-    ) -> None:
-        """Load, check, freeze and place the model; a second call only places it."""
-        if not self.models:
-            self.models = [frozen(self, tokenizer, "teacher", policy)]
-        self.models[0].to(device)
-
-    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Log-softmax at ``temperature``."""
-        (only,) = logits
-        return F.log_softmax(only / temperature, -1)
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """Itself."""
+        return {"teacher": self}
 
 
 class TeacherEnsemble(Teacher):
@@ -133,17 +136,10 @@ class TeacherEnsemble(Teacher):
         self.weights = [w / sum(weights) for w in weights]
         self.models = []
 
-    def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
-    ) -> None:
-        """Load, check, freeze and place the members; a second call only places them."""
-        if not self.models:
-            self.models = [
-                frozen(member, tokenizer, f"teacher {k}", policy)
-                for k, member in enumerate(self.members)
-            ]
-        for model in self.models:
-            model.to(device)
+    @property
+    def sources(self) -> dict[str, ModelSource]:
+        """The members."""
+        return {f"teacher {k}": member for k, member in enumerate(self.members)}
 
     def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """The combined log-probabilities at ``temperature``."""
