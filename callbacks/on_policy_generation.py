@@ -25,7 +25,7 @@ from lightning_kd.generation import (
     padding_id,
     rollout_batch,
 )
-from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import Batch
@@ -154,6 +154,13 @@ class OnPolicyGeneration(Callback):
                 f"{type(pl_module).__name__} weighs tokens by how likely they were to be sampled, "
                 "which top_k, top_p and greedy decoding distort; sample with a temperature above "
                 f"0, top_k: 0, top_p: 1 and num_beams: 1 (got {self.generation})"
+            )
+        sampling = self.generation.temperature
+        if isinstance(pl_module, PolicyGradientModule) and pl_module.temperature != sampling:
+            raise ValueError(
+                f"completions are sampled at temperature {sampling}, but {type(pl_module).__name__} "
+                f"trains the student at {pl_module.temperature}, which is another distribution; "
+                "set model.temperature and on_policy.generation.temperature to the same value"
             )
         if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
             writing_teacher(pl_module)

@@ -20,8 +20,7 @@ class PolicyGradientModule(TeacherModule):
     Validation is on the data's completions, where it measures the reverse KL of every token.
 
     Args:
-        temperature: Of student and teacher in the loss. Where tokens are sampled at another one, the
-            importance ratio makes up for it.
+        temperature: Of student and teacher in the loss; completions must be sampled at the same.
         surrogate: How a ratio and an advantage become a loss.
         base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 

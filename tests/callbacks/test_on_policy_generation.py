@@ -415,6 +415,11 @@ def two_teachers():
             "which top_k, top_p and greedy decoding distort",
         ),
         (
+            lambda: MiniLLM(temperature=0.7, **models()),
+            {},
+            "sampled at temperature 1.0, but MiniLLM trains the student at 0.7",
+        ),
+        (
             lambda: SFT(student=Student.of(tiny_llama(0))),
             {"lmbda": 0.0, "otherwise": "teacher"},
             "the teacher is to write, but SFT has none",

@@ -96,7 +96,8 @@ def step(objective, batch_size=4, window=1, text=None, **options):
             self.kept = self._rollouts
             super().on_train_batch_end(*arguments)
 
-    settings = {"generation": SamplingOptions(max_new_tokens=6), "table_every": 0} | options
+    sampling = SamplingOptions(max_new_tokens=6, temperature=0.8)
+    settings = {"generation": sampling, "table_every": 0} | options
     callback, probe = Kept(**settings), GradientProbe()
     module = MiniLLM(
         student=Student.of(tiny_llama(0).double()),
@@ -135,9 +136,8 @@ def log_ratios(batch, teacher_temperature):
 @pytest.mark.usefixtures("_float64_norms")
 @pytest.mark.parametrize("whitening", ["none", "tokens", "padded"])
 def test_the_advantages_of_a_window_are_those_of_the_official_code(whitening):
-    options = {"generation": SamplingOptions(max_new_tokens=6, temperature=0.8)}
     objective = OfficialCode(whitening=whitening)
-    ((batch,), _, _) = step(objective, **options)
+    ((batch,), _, _) = step(objective)
     mask = batch["completion_mask"]
     rewards = np.clip(log_ratios(batch, 1.0).numpy() / 0.5, -100, 100)
     rows = [
