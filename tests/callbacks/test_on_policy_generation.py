@@ -321,6 +321,25 @@ def test_group_advantages_are_centered_over_micro_batches():
     assert "train/reward" in lightning.callback_metrics
 
 
+@pytest.mark.parametrize("normalization", ["sequence", "token"])
+def test_the_first_loss_of_a_centered_policy_gradient(normalization):
+    """0 under sequence; minus the covariance of length and advantage over mean length under token."""
+
+    def length(*, completions, **_):
+        return [float(len(text)) for text in completions]
+
+    module = RLDistillation(**models(), rewards=[length], alpha=0.0, normalization=normalization)
+    lightning, seen = fit(module, steps=1, batch_size=12, options={"group_size": 4})
+    (batch,) = seen.batches
+    lengths = batch["completion_mask"].sum(-1).double()
+    advantages = (batch["advantages"].sum(-1) / lengths).double()
+    covariance = ((lengths - lengths.mean()) * (advantages - advantages.mean())).mean()
+    expected = 0 if normalization == "sequence" else -(covariance / lengths.mean()).item()
+    assert lightning.callback_metrics["train/loss"].item() == pytest.approx(expected, abs=1e-6)
+    assert abs(covariance) > 0.1
+    assert max(g.abs().max() for g in seen.gradients[0]) > 1e-4
+
+
 def test_each_row_has_its_own_teacher():
     """A routed teacher's logits are those of the row's member, in any order of rows."""
     batch = ragged_batch([(2, 5), (3, 2), (1, 4)])

@@ -82,6 +82,7 @@ def everything_written(student: Table, teacher: Table, longest: int = 3, alpha: 
         "prompt_mask": torch.ones_like(prompts),
         "row": torch.arange(rows),
         "sample": torch.arange(rows),
+        "group": torch.zeros(rows, dtype=torch.long),
         "prompt": ["a"] * rows,
         "completion": [""] * rows,
     }

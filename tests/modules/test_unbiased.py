@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_kd.models import SingleTeacher, Student
-from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, Paper
+from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, Paper, RLDistillation
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from tests.modules.harness import BatchList, GradientProbe, trainer
 from tests.modules.tabular import (
@@ -105,3 +105,22 @@ def test_teacher_mixing_is_exact_at_the_first_step(alpha):
     close(gradient(SEQUENCE), token_kls(longest=1))
     # The policy gradient of the current reward is another token KL: its weights are exact as well.
     close(gradient(replace(SEQUENCE, return_from="current")), 2 * token_kls(longest=1))
+
+
+def letters(*, completions, **_):
+    return [float(text.count("b") ** 2) for text in completions]
+
+
+def test_a_reward_is_raised_along_its_own_gradient_and_the_divergence_lowered():
+    """A baseline that is the same for all has no part in the expectation."""
+    student = Table(0)
+    expected_reward = sum(
+        log_probs(student, tokens).sum().exp() * tokens.count(3) ** 2
+        for tokens in all_completions(3)
+    )
+    of_reward = -flat_gradient(expected_reward, student)
+    for alpha in (0.0, 0.3, 1.0):
+        got = expected_gradient(
+            lambda a=alpha, **k: RLDistillation(rewards=[letters], alpha=a, **k)
+        )
+        close(got, (1 - alpha) * of_reward + alpha * token_kls())
