@@ -58,12 +58,15 @@ class AdaptiveKL(Divergence):
         reverse = self._reverse.value(student_log_probs, teacher_log_probs)
         return head * forward + tail * reverse
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """The gradients of the KL divergences, each times its weight."""
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Those of the KL divergences, each times its weight."""
         head, tail = self._weights(student_log_probs, teacher_log_probs)
-        forward = self._forward.logit_gradient(student_log_probs, teacher_log_probs)
-        reverse = self._reverse.logit_gradient(student_log_probs, teacher_log_probs)
-        return head.unsqueeze(-1) * forward + tail.unsqueeze(-1) * reverse
+        forward = self._forward.value_and_logit_gradient(student_log_probs, teacher_log_probs)
+        reverse = self._reverse.value_and_logit_gradient(student_log_probs, teacher_log_probs)
+        value = head * forward[0] + tail * reverse[0]
+        return value, head.unsqueeze(-1) * forward[1] + tail.unsqueeze(-1) * reverse[1]
 
     def _weights(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor

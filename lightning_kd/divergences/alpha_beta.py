@@ -94,8 +94,13 @@ class AlphaBeta(Divergence):
         cross_excess = _difference(alpha * teacher + beta * student, log_power, beta * log_ratio)
         return (beta / total * student_excess - cross_excess).sum(-1) / (alpha * beta)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``q^beta (q^alpha - p^alpha) / alpha``, centered; at 0 a logarithm takes its place."""
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``q^beta (q^alpha - p^alpha) / alpha``, centered.
+
+        At an ``alpha`` of 0 a logarithm takes the place of the powers.
+        """
         student, teacher = _without_shared_zeros(student_log_probs, teacher_log_probs)
         alpha, beta = self._alpha, self._beta
         log_ratio = student - teacher
@@ -106,7 +111,8 @@ class AlphaBeta(Divergence):
             slope = kl_terms(beta * student, log_ratio)
         else:
             slope = log_ratio
-        return softmax_gradient(slope, student_log_probs)
+        value = self.value(student_log_probs, teacher_log_probs)
+        return value, softmax_gradient(slope, student_log_probs)
 
 
 def _without_shared_zeros(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ class Divergence(ABC):
     evaluates :meth:`value` in float32 or wider. The result is in nats, neither masked nor reduced,
     and zero exactly where the two distributions are equal.
 
-    A subclass writes :meth:`value`; it may also write :meth:`logit_gradient` in closed form, which
-    is faster and lighter than the automatic one. Hyper-parameters (``beta``, ``alpha``) are
+    A subclass writes :meth:`value`; it may also write :meth:`value_and_logit_gradient` in closed
+    form, which is faster and lighter than the automatic one. Hyper-parameters (``beta``, ``alpha``) are
     arguments of the subclass, checked in its ``__init__``.
 
     Example:
@@ -65,8 +65,10 @@ class Divergence(ABC):
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """The formula, over the last axis: ``(..., V), (..., V) -> (...)``."""
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        r"""Gradient of the value with respect to the student's logits, shape ``(..., V)``.
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        r"""The value, and its gradient in the student's logits: ``(..., V) x 2 -> (...), (..., V)``.
 
         With :math:`q = \mathrm{softmax}(z)` and :math:`g = \partial D / \partial \log q`, the
         softmax gives :math:`\partial D / \partial z_i = g_i - q_i \sum_v g_v`. This default obtains
@@ -74,9 +76,9 @@ class Divergence(ABC):
         """
         with torch.enable_grad():
             leaf = _wide(student_log_probs).detach().requires_grad_()
-            total = self.value(leaf, _wide(teacher_log_probs.detach())).sum()
-        (gradient,) = torch.autograd.grad(total, leaf)
-        return softmax_gradient(gradient, leaf.detach())
+            value = self.value(leaf, _wide(teacher_log_probs.detach()))
+            (slope,) = torch.autograd.grad(value.sum(), leaf)
+        return value.detach(), softmax_gradient(slope, leaf.detach())
 
     def __repr__(self) -> str:
         """Class and hyper-parameters, as one would write them."""

@@ -36,6 +36,9 @@ class ForwardKL(Divergence):
         """``KL(teacher || student)``."""
         return kl_terms(teacher_log_probs, teacher_log_probs - student_log_probs).sum(-1)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``q - p``."""
-        return student_log_probs.exp() - teacher_log_probs.exp()
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``q - p``."""
+        value = self.value(student_log_probs, teacher_log_probs)
+        return value, student_log_probs.exp() - teacher_log_probs.exp()

@@ -1,5 +1,6 @@
 """The generalized Jensen-Shannon divergence of GKD."""
 
+import torch
 from torch import Tensor
 
 from lightning_kd.divergences.base import Divergence, register_divergence
@@ -8,7 +9,7 @@ from lightning_kd.divergences.log_space import (
     LIMIT_WIDTH,
     kl_terms,
     log_ratio_to_mixture,
-    softmax_gradient,
+    mixture_log_ratios,
 )
 from lightning_kd.divergences.reverse_kl import ReverseKL
 
@@ -73,22 +74,28 @@ class GeneralizedJSD(Divergence):
         """``beta KL(p || m) + (1 - beta) KL(q || m)``, or the KL of an end."""
         if self._end is not None:
             return self._end.value(student_log_probs, teacher_log_probs)
-        log_ratio = log_ratio_to_mixture(
+        against_student = log_ratio_to_mixture(
             teacher_log_probs, student_log_probs, own_share=self.beta, other_share=1 - self.beta
         )
-        teacher_side = self.beta * kl_terms(teacher_log_probs, log_ratio).sum(-1)
-        student_side = self._student_terms(student_log_probs, teacher_log_probs).sum(-1)
-        return self._scale * (teacher_side + student_side)
-
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``(1 - beta) q [(log q - log m) - KL(q || m)]``, or the gradient of an end."""
-        if self._end is not None:
-            return self._end.logit_gradient(student_log_probs, teacher_log_probs)
-        slope = self._scale * self._student_terms(student_log_probs, teacher_log_probs)
-        return softmax_gradient(slope, student_log_probs)
-
-    def _student_terms(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        log_ratio = log_ratio_to_mixture(
+        against_teacher = log_ratio_to_mixture(
             student_log_probs, teacher_log_probs, own_share=1 - self.beta, other_share=self.beta
         )
-        return (1 - self.beta) * kl_terms(student_log_probs, log_ratio)
+        teacher_side = self.beta * kl_terms(teacher_log_probs, against_student).sum(-1)
+        student_side = (1 - self.beta) * kl_terms(student_log_probs, against_teacher).sum(-1)
+        return self._scale * (teacher_side + student_side)
+
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``(1 - beta) q [(log q - log m) - KL(q || m)]``, or those of an end."""
+        if self._end is not None:
+            return self._end.value_and_logit_gradient(student_log_probs, teacher_log_probs)
+        to_student, to_teacher = mixture_log_ratios(
+            student_log_probs, teacher_log_probs, beta=self.beta
+        )
+        student_probs = student_log_probs.exp()
+        slope = to_student.mul_(student_probs).mul_(self._scale * (1 - self.beta))
+        student_side = slope.sum(-1)
+        teacher_side = to_teacher.mul_(teacher_log_probs.exp()).sum(-1)
+        value = torch.add(student_side, teacher_side, alpha=self._scale * self.beta)
+        return value, slope.addcmul_(student_probs, student_side.unsqueeze(-1), value=-1)

@@ -36,7 +36,10 @@ class Jeffreys(Divergence):
         forward = self._forward.value(student_log_probs, teacher_log_probs)
         return forward + self._reverse.value(student_log_probs, teacher_log_probs)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """The sum of both gradients."""
-        forward = self._forward.logit_gradient(student_log_probs, teacher_log_probs)
-        return forward + self._reverse.logit_gradient(student_log_probs, teacher_log_probs)
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The sums of both."""
+        forward = self._forward.value_and_logit_gradient(student_log_probs, teacher_log_probs)
+        reverse = self._reverse.value_and_logit_gradient(student_log_probs, teacher_log_probs)
+        return forward[0] + reverse[0], forward[1] + reverse[1]

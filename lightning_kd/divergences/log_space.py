@@ -39,6 +39,35 @@ def log_ratio_to_mixture(
     return -torch.logaddexp(other, other.new_full((), math.log(own_share)))
 
 
+def mixture_log_ratios(
+    student_log_probs: Tensor, teacher_log_probs: Tensor, *, beta: float
+) -> tuple[Tensor, Tensor]:
+    r"""Both sides against :math:`m = \beta p + (1 - \beta) q`: :math:`\log (q/m), \log (p/m)`.
+
+    The same as two calls of :func:`log_ratio_to_mixture`, for half of the arithmetic, and exactly 0
+    at agreement. Without a gradient: its automatic one is wrong there. Finite numbers stand for
+    infinite ones, where the side's own probability is 0.
+    """
+    if min(beta, 1 - beta) < 0.05:
+        # Below, log1p of nearly -1 would lose as many digits as the smaller share has zeros.
+        return (
+            log_ratio_to_mixture(
+                student_log_probs, teacher_log_probs, own_share=1 - beta, other_share=beta
+            ),
+            log_ratio_to_mixture(
+                teacher_log_probs, student_log_probs, own_share=beta, other_share=1 - beta
+            ),
+        )
+    floor = -1e30
+    gap = teacher_log_probs.clamp_min(floor).sub_(student_log_probs.clamp_min(floor))
+    # log(m / q) = log1p(beta expm1(gap)) overflows for a large gap, log(m / p) for a small one; with
+    # the larger side taken out, what is left over has an exponent that is never positive.
+    rest = gap.abs().neg_().expm1_()
+    rest = torch.where(gap < 0, beta * rest, (1 - beta) * rest).log1p_()
+    to_student = gap.clamp_min(0).add_(rest).neg_()
+    return to_student, gap.clamp_max_(0).sub_(rest)
+
+
 def softmax_gradient(slope: Tensor, log_probs: Tensor) -> Tensor:
     r"""Gradient in the logits, :math:`g_i - q_i \sum_v g_v`, of one in the log-probabilities."""
     return slope - log_probs.exp() * slope.sum(-1, keepdim=True)

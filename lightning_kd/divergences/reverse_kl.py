@@ -33,9 +33,12 @@ class ReverseKL(Divergence):
         """``KL(student || teacher)``."""
         return _terms(student_log_probs, teacher_log_probs).sum(-1)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``q [(log q - log p) - KL(q || p)]``."""
-        return softmax_gradient(_terms(student_log_probs, teacher_log_probs), student_log_probs)
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``q [(log q - log p) - KL(q || p)]``."""
+        terms = _terms(student_log_probs, teacher_log_probs)
+        return terms.sum(-1), softmax_gradient(terms, student_log_probs)
 
 
 def _terms(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:

@@ -45,13 +45,16 @@ class SkewKL(Divergence):
         )
         return kl_terms(teacher_log_probs, log_ratio).sum(-1)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``-(1 - alpha) [q p / m - q sum(q p / m)]``."""
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``-(1 - alpha) [q p / m - q sum(q p / m)]``."""
         log_ratio = log_ratio_to_mixture(
             student_log_probs, teacher_log_probs, own_share=1 - self.alpha, other_share=self.alpha
         )
         slope = (self.alpha - 1) * (teacher_log_probs + log_ratio).exp()
-        return softmax_gradient(slope, student_log_probs)
+        value = self.value(student_log_probs, teacher_log_probs)
+        return value, softmax_gradient(slope, student_log_probs)
 
 
 @register_divergence("skew_reverse_kl")
@@ -93,12 +96,14 @@ class SkewReverseKL(Divergence):
         log_ratio = self._log_ratio(student_log_probs, teacher_log_probs)
         return kl_terms(student_log_probs, log_ratio).sum(-1)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``q h - q sum(q h)`` with ``h = log q - log m - alpha q / m``."""
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``q h - q sum(q h)`` with ``h = log q - log m - alpha q / m``."""
         log_ratio = self._log_ratio(student_log_probs, teacher_log_probs)
-        through_mixture = self.alpha * (student_log_probs + log_ratio).exp()
-        slope = kl_terms(student_log_probs, log_ratio) - through_mixture
-        return softmax_gradient(slope, student_log_probs)
+        terms = kl_terms(student_log_probs, log_ratio)
+        slope = terms - self.alpha * (student_log_probs + log_ratio).exp()
+        return terms.sum(-1), softmax_gradient(slope, student_log_probs)
 
     def _log_ratio(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         return log_ratio_to_mixture(

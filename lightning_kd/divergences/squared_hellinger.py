@@ -36,8 +36,11 @@ class SquaredHellinger(Divergence):
         difference = (teacher_log_probs / 2).exp() - (student_log_probs / 2).exp()
         return 0.5 * difference.square().sum(-1)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``sqrt(q) (sqrt(q) - sqrt(p)) / 2``, centered."""
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``sqrt(q) (sqrt(q) - sqrt(p)) / 2``, centered."""
         root = (student_log_probs / 2).exp()
-        slope = 0.5 * root * (root - (teacher_log_probs / 2).exp())
-        return softmax_gradient(slope, student_log_probs)
+        difference = root - (teacher_log_probs / 2).exp()
+        value = 0.5 * difference.square().sum(-1)
+        return value, softmax_gradient(0.5 * root * difference, student_log_probs)

@@ -34,8 +34,11 @@ class TotalVariation(Divergence):
         """``sum |p - q| / 2``."""
         return 0.5 * (teacher_log_probs.exp() - student_log_probs.exp()).abs().sum(-1)
 
-    def logit_gradient(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
-        """``q [s - sum(q s)] / 2`` with ``s`` the sign of ``q - p``."""
+    def value_and_logit_gradient(
+        self, student_log_probs: Tensor, teacher_log_probs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The value and ``q [s - sum(q s)] / 2`` with ``s`` the sign of ``q - p``."""
         student_probs = student_log_probs.exp()
-        slope = 0.5 * student_probs * (student_probs - teacher_log_probs.exp()).sign()
-        return softmax_gradient(slope, student_log_probs)
+        difference = student_probs - teacher_log_probs.exp()
+        slope = 0.5 * student_probs * difference.sign()
+        return 0.5 * difference.abs().sum(-1), softmax_gradient(slope, student_log_probs)

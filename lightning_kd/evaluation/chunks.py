@@ -1,0 +1,133 @@
+"""Values and gradients of any quantities, over a chunk of positions at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from lightning_kd.evaluation.quantities import Block, Quantity
+from lightning_kd.evaluation.sources import LogitSource, Projection, TeacherLogits
+
+CHUNK_BYTES = 256 * 2**20
+"""Logits that are alive at once, of student and teacher together."""
+
+_BLOCK_BYTES = 2 * 2**20
+"""Logits that one pass of arithmetic goes over: what stays in a processor's cache."""
+
+Weights = Sequence[Tensor | None]
+"""For each quantity, what its value at each position weighs in the loss, ``(N,)``; None where it is
+only looked at."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """One pass over all positions: which logits, and what is computed from them."""
+
+    student: LogitSource | None
+    teacher: TeacherLogits | None
+    quantities: Sequence[Quantity]
+    chunk_bytes: int = CHUNK_BYTES
+
+    def values(self) -> Tensor:
+        """Every quantity at every position, ``(quantities, N)``."""
+        return self._run([None] * len(self.quantities), ())
+
+    def values_and_gradients(
+        self, weights: Weights, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The values, and the gradients of their weighted sum.
+
+        Args:
+            weights: What each value weighs.
+            wanted: Which of the student's ``inputs`` get a gradient.
+
+        Returns:
+            ``(quantities, N)``, and for each wanted input a float32 (or wider) gradient.
+        """
+        student = self.student
+        assert isinstance(student, Projection)  # given logits are differentiated as they are
+        into = [
+            torch.zeros_like(tensor, dtype=student.dtype) if want else None
+            for tensor, want in zip(student.inputs, wanted, strict=True)
+        ]
+        return self._run(weights, into), into
+
+    def _run(self, weights: Weights, into: Sequence[Tensor | None]) -> Tensor:
+        count, width = self._first.shape
+        student = self.student
+        asked = any(quantity.needs_teacher for quantity in self.quantities)
+        teachers = self.teacher.sources if self.teacher is not None and asked else ()
+        dtype, device = self._first.dtype, self.device
+        values = torch.empty(len(self.quantities), count, dtype=dtype, device=device)
+        size = self._chunk_size(1 + len(teachers))
+        # Allocated once: a fresh buffer for each chunk would cost a page fault for each 4 KiB.
+        own = torch.empty(size, width if student else 0, dtype=dtype, device=device)
+        theirs = [
+            torch.empty(size, source.shape[1], dtype=source.dtype, device=device)
+            for source in teachers
+        ]
+        for rows in _slices(0, count, size):
+            length = rows.stop - rows.start
+            if student is not None:
+                student.fill(rows, own[:length])
+            for source, buffer in zip(teachers, theirs, strict=True):
+                source.fill(rows, buffer[:length])
+            for part in self._blocks(length):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                seen = tuple(buffer[part].to(dtype) for buffer in theirs)
+                block = Block(here, own[part], seen, self.teacher and self.teacher.combine)
+                self._evaluate(block, weights, values)
+            if into:
+                assert isinstance(student, Projection)
+                student.add_gradients(rows, own[:length], into)
+        return values
+
+    def _evaluate(self, block: Block, weights: Weights, values: Tensor) -> None:
+        """The values of a block; where any has a weight, its logits become their gradient."""
+        gradients = []
+        for number, (quantity, weight) in enumerate(zip(self.quantities, weights, strict=True)):
+            if weight is None:
+                values[number, block.rows] = quantity.values(block)
+            else:
+                values[number, block.rows], gradient = quantity.values_and_gradient(block)
+                gradients.append((gradient, weight[block.rows, None].to(gradient.dtype)))
+        if not gradients:
+            return
+        assert isinstance(self.student, Projection)
+        logits, slope = block.student_logits, self.student.slope(block.student_logits)
+        (first, weight), *others = gradients
+        torch.mul(first, weight, out=logits)
+        for gradient, weight in others:
+            logits.addcmul_(gradient, weight)
+        if isinstance(slope, Tensor) or slope != 1:
+            logits.mul_(slope)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self._first.device
+
+    @property
+    def _first(self) -> LogitSource:
+        if self.student is not None:
+            return self.student
+        assert self.teacher is not None  # one of the two is there
+        return self.teacher.sources[0]
+
+    def _chunk_size(self, buffers: int) -> int:
+        """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
+        count, width = self._first.shape
+        fitting = max(1, self.chunk_bytes // (buffers * width * 4))
+        return ceil(count / ceil(count / fitting)) if count else 0
+
+    def _blocks(self, length: int) -> Iterator[slice]:
+        fitting = max(1, _BLOCK_BYTES // (self._first.shape[1] * 4))
+        # A kernel launch costs more than a cache miss on an accelerator.
+        return _slices(0, length, fitting if self.device.type == "cpu" else length)
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for low in range(start, stop, max(size, 1)):
+        yield slice(low, min(low + size, stop))

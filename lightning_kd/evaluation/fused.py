@@ -1,0 +1,117 @@
+"""Weighted sums and values per position whose gradients never see all logits at once."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_kd.evaluation.chunks import Sweep, Weights
+from lightning_kd.evaluation.sources import Projection
+
+
+def weighted_sum(sweep: Sweep, weights: Weights) -> tuple[Tensor, Tensor]:
+    r"""The sum :math:`\sum_{k,i} w_{k,i} f_{k,i}` and the values :math:`f`, in one pass.
+
+    Gradients of the sum are made in the forward pass, while a chunk's logits are there, and scaled
+    in the backward pass; so the sum can be multiplied by anything (a loss scale, one over a count),
+    but the values have no gradient of their own. Nothing of it is done where no gradient is wanted.
+
+    Args:
+        sweep: What is computed, from a :class:`Projection` of the student.
+        weights: Constants; float64 keeps the sum independent of its order.
+
+    Returns:
+        The sum, ``()``, and the values, ``(quantities, N)``, without a gradient.
+    """
+    student = sweep.student
+    if isinstance(student, Projection) and _differentiable(student.inputs):
+        total, values = _WeightedSum.apply(sweep, weights, *student.inputs)  # type: ignore[no-untyped-call]
+        return total, values
+    values = _without_gradient(sweep)
+    return _total(values, weights), values
+
+
+def per_token(sweep: Sweep) -> Tensor:
+    """The values, with gradients for whatever becomes of them: ``(quantities, N)``.
+
+    No gradient is known in the forward pass, so the backward pass computes every chunk's logits a
+    second time; that is half as many matrix products again as :func:`weighted_sum` needs.
+    """
+    student = sweep.student
+    if isinstance(student, Projection) and _differentiable(student.inputs):
+        values: Tensor = _PerToken.apply(sweep, *student.inputs)  # type: ignore[no-untyped-call]
+        return values
+    return _without_gradient(sweep)
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sweep: Sweep, weights: Weights, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        with _no_autocast(inputs):
+            values, gradients = sweep.values_and_gradients(weights, ctx.needs_input_grad[2:])
+        ctx.save_for_backward(*(g for g in gradients if g is not None))
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        ctx.mark_non_differentiable(values)
+        return _total(values, weights), values
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        # Out of place: a second backward pass through a kept graph finds what the first one found.
+        saved = iter(ctx.saved_tensors)
+        scaled = [
+            (next(saved) * of_total).to(dtype) if want else None
+            for want, dtype in zip(ctx.needs_input_grad[2:], ctx.dtypes, strict=True)
+        ]
+        return None, None, *scaled
+
+
+class _PerToken(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, sweep: Sweep, *inputs: Tensor) -> Tensor:
+        ctx.sweep = sweep
+        ctx.save_for_backward(*inputs)
+        with _no_autocast(inputs):
+            return sweep.values()
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, student = ctx.saved_tensors, ctx.sweep.student
+        assert isinstance(student, Projection)
+        sweep = replace(ctx.sweep, student=student.with_inputs(inputs))
+        with _no_autocast(inputs):
+            _, gradients = sweep.values_and_gradients(
+                list(of_values.unbind()), ctx.needs_input_grad[1:]
+            )
+        narrowed = [
+            gradient if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(gradients, inputs, strict=True)
+        ]
+        return None, *narrowed
+
+
+def _total(values: Tensor, weights: Weights) -> Tensor:
+    total = values.new_zeros((), dtype=torch.float64)
+    for value, weight in zip(values, weights, strict=True):
+        if weight is not None:
+            total = total + (value * weight).sum(dtype=torch.float64)
+    return total
+
+
+@torch.no_grad()
+def _without_gradient(sweep: Sweep) -> Tensor:
+    with torch.autocast(sweep.device.type, enabled=False):
+        return sweep.values()
+
+
+def _no_autocast(inputs: Sequence[Tensor]) -> torch.autocast:
+    return torch.autocast(inputs[0].device.type, enabled=False)
+
+
+def _differentiable(inputs: Sequence[Tensor]) -> bool:
+    # Inside a Function needs_input_grad says nothing of torch.no_grad.
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)

@@ -1,0 +1,61 @@
+"""The three matrix products of an output head, in float32 or wider whatever the operands are."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+TILE_BYTES = 16 * 2**20
+"""How much of a narrow weight is widened at a time."""
+
+
+def project(states: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """``out (+)= states weight^T``: ``(n, H), (V, H) -> (n, V)``."""
+    if _is_native(states, weight, out):
+        _product(states, weight.t(), out, add)
+    else:
+        states = states.to(out.dtype)
+        for tile in _tiles(weight):
+            _product(states, weight[tile].to(out.dtype).t(), out[:, tile], add)
+
+
+def to_states(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
+    """``out = gradient weight``: ``(n, V), (V, H) -> (n, H)``."""
+    if _is_native(gradient, weight, out):
+        _product(gradient.to(weight.dtype), weight, out, add=False)
+    else:
+        for number, tile in enumerate(_tiles(weight)):
+            _product(gradient[:, tile], weight[tile].to(out.dtype), out, add=number > 0)
+
+
+def to_weight(gradient: Tensor, states: Tensor, out: Tensor, *, add: bool) -> None:
+    """``out (+)= gradient^T states``: ``(n, V), (n, H) -> (V, H)``."""
+    if _is_native(gradient, states, out):
+        _product(gradient.to(states.dtype).t(), states, out, add)
+    else:
+        _product(gradient.t(), states.to(out.dtype), out, add)
+
+
+def _is_native(first: Tensor, second: Tensor, out: Tensor) -> bool:
+    """Is there a kernel that multiplies these as they are and adds up in the type of ``out``?"""
+    if second.dtype == out.dtype:
+        return first.dtype == out.dtype
+    return out.is_cuda and out.dtype == torch.float32 and first.dtype in (out.dtype, second.dtype)
+
+
+def _product(first: Tensor, second: Tensor, out: Tensor, add: bool) -> None:
+    if first.dtype == out.dtype:
+        if add:
+            out.addmm_(first, second)
+        else:
+            torch.mm(first, second, out=out)
+    elif add:
+        torch.addmm(out, first, second, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(first, second, out_dtype=out.dtype, out=out)
+
+
+def _tiles(weight: Tensor) -> Iterator[slice]:
+    size = max(1, TILE_BYTES // (4 * weight.shape[1]))
+    for start in range(0, weight.shape[0], size):
+        yield slice(start, start + size)

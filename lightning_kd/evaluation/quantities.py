@@ -1,0 +1,286 @@
+"""What is computed at a scored position, from the logits there."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_kd.divergences import Divergence
+from lightning_kd.evaluation.sources import Combine
+from lightning_kd.types import IGNORE_INDEX
+
+
+class Block:
+    """Some rows of logits, and the log-probabilities that several quantities ask for.
+
+    Args:
+        rows: Where the block stands among all scored positions.
+        student_logits: ``(n, V)``; ``(n, 0)`` where only the teacher is looked at.
+        teacher_logits: The same for each model of the teacher; empty where nothing asks.
+        combine: How the teacher's logits become log-probabilities at a temperature.
+    """
+
+    def __init__(
+        self,
+        rows: slice,
+        student_logits: Tensor,
+        teacher_logits: tuple[Tensor, ...],
+        combine: Combine | None,
+    ) -> None:
+        self.rows = rows
+        self.student_logits = student_logits
+        self._teacher_logits, self._combine = teacher_logits, combine
+        self._student: dict[float, Tensor] = {}
+        self._teacher: dict[float, Tensor] = {}
+
+    def student(self, temperature: float = 1.0) -> Tensor:
+        """The student's log-probabilities, ``(n, V)``."""
+        if temperature not in self._student:
+            logits = self.student_logits if temperature == 1 else self.student_logits / temperature
+            self._student[temperature] = logits.log_softmax(-1)
+        return self._student[temperature]
+
+    def teacher(self, temperature: float = 1.0) -> Tensor:
+        """The teacher's log-probabilities, ``(n, V)``, without a gradient."""
+        if temperature not in self._teacher:
+            assert self._combine is not None  # a quantity that needs a teacher says so
+            with torch.no_grad():
+                self._teacher[temperature] = self._combine(self._teacher_logits, temperature)
+        return self._teacher[temperature]
+
+    def on(self, student_logits: Tensor) -> "Block":
+        """The same block over other logits of the student."""
+        block = Block(self.rows, student_logits, self._teacher_logits, self._combine)
+        block._teacher = self._teacher
+        return block
+
+
+class Quantity(ABC):
+    """A number at each scored position that depends on the logits there, and on no others.
+
+    A subclass writes :meth:`values`; its gradient in closed form is optional.
+
+    Example:
+        >>> class Confidence(Quantity):
+        ...     def values(self, block):
+        ...         return block.student().exp().amax(-1)
+        >>> block = Block(slice(0, 1), torch.zeros(1, 4), (), None)
+        >>> Confidence().values(block)
+        tensor([0.2500])
+    """
+
+    needs_teacher: bool = False
+
+    @abstractmethod
+    def values(self, block: Block) -> Tensor:
+        """The formula, differentiable in the student's logits: ``(n,)``."""
+
+    def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
+        """Values and their gradient in the student's logits: ``(n,), (n, V)``."""
+        with torch.enable_grad():
+            leaf = block.student_logits.detach().requires_grad_()
+            values = self.values(block.on(leaf))
+            (gradient,) = torch.autograd.grad(values.sum(), leaf)
+        return values.detach(), gradient
+
+
+class Matching(Quantity):
+    r"""A divergence from the teacher, :math:`D(p^{\tau_t}, q^{\tau_s})`, without a factor
+    :math:`\tau^2`.
+
+    Args:
+        divergence: Any divergence.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self,
+        divergence: Divergence,
+        *,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+    ) -> None:
+        self.divergence = divergence
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+
+    def values(self, block: Block) -> Tensor:
+        """The divergence."""
+        return self.divergence(
+            block.student(self.student_temperature), block.teacher(self.teacher_temperature)
+        )
+
+    def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The divergence and its closed form, where it has one."""
+        values, gradient = self.divergence.value_and_logit_gradient(
+            block.student(self.student_temperature), block.teacher(self.teacher_temperature)
+        )
+        if self.student_temperature != 1:
+            gradient = gradient / self.student_temperature
+        return values, gradient
+
+
+class TokenLoss(Quantity):
+    r"""A function of the log-probability of one token at each position.
+
+    Args:
+        tokens: ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
+        function: :math:`f(\log q^\tau(y_t))`, elementwise; it also gets the positions as a slice, to
+            look up what else it needs there.
+        temperature: Divides the student's logits.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        function: Callable[[Tensor, slice], Tensor],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        self.tokens, self.function, self.temperature = tokens, function, temperature
+
+    def values(self, block: Block) -> Tensor:
+        """The function."""
+        tokens, known = _tokens_in(self.tokens, block.rows)
+        chosen = block.student(self.temperature).gather(-1, tokens)[:, 0]
+        return self.function(chosen, block.rows).masked_fill(~known, 0.0)
+
+    def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The function, and its slope times that of the log-probability."""
+        tokens, known = _tokens_in(self.tokens, block.rows)
+        log_probs = block.student(self.temperature)
+        with torch.enable_grad():
+            leaf = log_probs.gather(-1, tokens)[:, 0].requires_grad_()
+            values = self.function(leaf, block.rows).masked_fill(~known, 0.0)
+            (slope,) = torch.autograd.grad(values.sum(), leaf)
+        slope = (slope / self.temperature)[:, None]
+        gradient = log_probs.exp().mul_(-slope)
+        return values.detach(), gradient.scatter_add_(-1, tokens, slope)
+
+
+class CrossEntropy(TokenLoss):
+    r"""Negative log-likelihood, :math:`-\log q(y_t)`; 0 where there is no label.
+
+    Example:
+        >>> block = Block(slice(0, 1), torch.zeros(1, 4), (), None)
+        >>> CrossEntropy(torch.tensor([2])).values(block)
+        tensor([1.3863])
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__(labels, lambda log_probs, rows: -log_probs)
+
+
+class TeacherCrossEntropy(Quantity):
+    r"""Cross-entropy with the teacher's distribution, :math:`-\sum_v p(v) \log q(v)`."""
+
+    needs_teacher = True
+
+    def values(self, block: Block) -> Tensor:
+        """The sum over the vocabulary."""
+        return -_expectation(block.teacher(), block.student())
+
+    def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The sum, and ``q - p``."""
+        return self.values(block), block.student().exp() - block.teacher().exp()
+
+
+class Weighed(Quantity):
+    """Another quantity times a constant of each position.
+
+    Args:
+        quantity: The other.
+        weights: ``(N,)``.
+    """
+
+    def __init__(self, quantity: Quantity, weights: Tensor) -> None:
+        self.quantity, self.weights = quantity, weights
+        self.needs_teacher = quantity.needs_teacher
+
+    def values(self, block: Block) -> Tensor:
+        """The product."""
+        return self.quantity.values(block) * self.weights[block.rows]
+
+    def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The products."""
+        values, gradient = self.quantity.values_and_gradient(block)
+        weights = self.weights[block.rows]
+        return values * weights, gradient * weights[:, None]
+
+
+class Entropy(Quantity):
+    """Entropy of the student's distribution, in nats."""
+
+    def values(self, block: Block) -> Tensor:
+        """The sum over the vocabulary."""
+        return -_expectation(block.student(), block.student())
+
+
+class TeacherEntropy(Quantity):
+    """Entropy of the teacher's distribution, in nats."""
+
+    needs_teacher = True
+
+    def values(self, block: Block) -> Tensor:
+        """The sum over the vocabulary."""
+        return -_expectation(block.teacher(), block.teacher())
+
+
+class TeacherToken(Quantity):
+    """The teacher's log-probability of one token at each position.
+
+    Args:
+        tokens: ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
+        temperature: Divides the teacher's logits.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, tokens: Tensor, *, temperature: float = 1.0) -> None:
+        self.tokens, self.temperature = tokens, temperature
+
+    def values(self, block: Block) -> Tensor:
+        """The log-probability."""
+        tokens, known = _tokens_in(self.tokens, block.rows)
+        chosen = block.teacher(self.temperature).gather(-1, tokens)[:, 0]
+        return chosen.masked_fill(~known, 0.0)
+
+
+class TeacherMassBeyond(Quantity):
+    """What the teacher gives to the tokens from ``width`` on, a probability."""
+
+    needs_teacher = True
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def values(self, block: Block) -> Tensor:
+        """The sum over the rest of the vocabulary."""
+        return block.teacher()[:, self.width :].exp().sum(-1)
+
+
+class Agreement(Quantity):
+    """1 where student and teacher hold the same token for the most likely, else 0."""
+
+    needs_teacher = True
+
+    def values(self, block: Block) -> Tensor:
+        """The comparison."""
+        same = block.student().argmax(-1) == block.teacher().argmax(-1)
+        return same.to(block.student_logits.dtype)
+
+
+def _tokens_in(tokens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The tokens of some rows as an index, ``(n, 1)``, and which of them are tokens, ``(n,)``."""
+    known = tokens[rows] != IGNORE_INDEX
+    return tokens[rows].masked_fill(~known, 0)[:, None], known
+
+
+def _expectation(weights: Tensor, log_probs: Tensor) -> Tensor:
+    """``sum exp(weights) log_probs``, where 0 times minus infinity is 0."""
+    probabilities = weights.exp()
+    return torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)
