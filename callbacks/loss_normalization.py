@@ -172,10 +172,7 @@ class LossNormalizationDiagnostics(Callback):
         means = losses / lengths.clamp(min=1)
         positions = module.micro_batch.positions
         terms = [
-            (
-                term.row_weights(positions, module.normalization)
-                * (term.stream or positions).tokens_per_row
-            ).sum()
+            (term.row_weights * (term.stream or positions).tokens_per_row).sum()
             for term in module.micro_batch.terms.values()
         ]
         record = [

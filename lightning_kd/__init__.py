@@ -21,8 +21,11 @@ from lightning_kd.divergences import (
     make_divergence,
     register_divergence,
 )
+from lightning_kd.evaluation import fused_linear_divergence
 from lightning_kd.generation import GenerationOptions, SamplingOptions
 from lightning_kd.models import (
+    DenseLogits,
+    FusedLogits,
     LoRA,
     ModelSource,
     RoutedTeacher,
@@ -72,9 +75,11 @@ __all__ = [
     "Constant",
     "ConstantLength",
     "Cosine",
+    "DenseLogits",
     "DistillationData",
     "DistillationModule",
     "Divergence",
+    "FusedLogits",
     "GenerationOptions",
     "ImportanceSampling",
     "Linear",
@@ -105,6 +110,7 @@ __all__ = [
     "WarmupCosine",
     "arithmetic_tokenizer",
     "available_divergences",
+    "fused_linear_divergence",
     "make_divergence",
     "register_divergence",
 ]

@@ -5,7 +5,14 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_kd.divergences import ForwardKL, ReverseKL
-from lightning_kd.scoring import cross_entropy
+from lightning_kd.evaluation import (
+    Agreement,
+    CrossEntropy,
+    Entropy,
+    Matching,
+    Quantity,
+    TeacherEntropy,
+)
 from lightning_kd.types import IGNORE_INDEX
 
 
@@ -19,8 +26,11 @@ class DistributionMetrics(Metric):
     Without a teacher only the student's are there.
 
     Example:
-        >>> metrics = DistributionMetrics()
-        >>> metrics.update(torch.zeros(1, 4), torch.zeros(1, 4).log_softmax(-1), torch.tensor([2]))
+        >>> from lightning_kd.evaluation import Block, of_one_model
+        >>> metrics, targets = DistributionMetrics(), torch.tensor([2])
+        >>> block = Block(slice(0, 1), torch.zeros(1, 4), (torch.zeros(1, 4),), of_one_model)
+        >>> watched = metrics.quantities(targets, taught=True)
+        >>> metrics.update(torch.stack([quantity.values(block) for quantity in watched]), targets)
         >>> {name: round(value.item(), 3) for name, value in metrics.compute().items()}
         ... # doctest: +NORMALIZE_WHITESPACE
         {'perplexity': 4.0, 'student_entropy': 1.386, 'forward_kl': 0.0, 'reverse_kl': 0.0,
@@ -44,32 +54,26 @@ class DistributionMetrics(Metric):
         # Sums of a whole evaluation: float32 would lose the last tokens of a large one.
         self.set_dtype(torch.float64)
 
-    @torch.no_grad()
-    def update(
-        self, student_logits: Tensor, teacher_log_probs: Tensor | None, targets: Tensor
-    ) -> None:
+    def quantities(self, targets: Tensor, *, taught: bool) -> list[Quantity]:
+        """What to evaluate at each position: for the student alone, or with a teacher."""
+        of_student: list[Quantity] = [CrossEntropy(targets), Entropy()]
+        if not taught:
+            return of_student
+        both = [Matching(ForwardKL()), Matching(ReverseKL())]
+        return [*of_student, *both, Agreement(), TeacherEntropy()]
+
+    def update(self, values: Tensor, targets: Tensor) -> None:
         """Add positions.
 
         Args:
-            student_logits: ``(N, V)``.
-            teacher_log_probs: ``(N, V)`` at temperature 1, or None.
+            values: Of :meth:`quantities`, ``(quantities, N)``.
             targets: ``(N,)``; positions with ``IGNORE_INDEX`` do not count.
         """
         labeled = targets != IGNORE_INDEX
-        student_logits, targets = student_logits[labeled], targets[labeled]
-        student = student_logits.log_softmax(-1)
-        values = [cross_entropy(student_logits, targets), _entropy(student)]
-        self.tokens += len(targets)
-        if teacher_log_probs is not None:
-            teacher = teacher_log_probs[labeled]
-            self.taught_tokens += len(targets)
-            values += [
-                ForwardKL()(student, teacher),
-                ReverseKL()(student, teacher),
-                student.argmax(-1) == teacher.argmax(-1),
-                _entropy(teacher),
-            ]
-        self.sums[: len(values)] += torch.stack([v.sum(dtype=torch.float64) for v in values])
+        self.tokens += labeled.sum()
+        if len(values) > len(self.student_names):
+            self.taught_tokens += labeled.sum()
+        self.sums[: len(values)] += values[:, labeled].sum(-1, dtype=torch.float64)
 
     def compute(self) -> dict[str, Tensor]:
         """The means, by name."""
@@ -110,8 +114,3 @@ class ExactMatch(Metric):
     def compute(self) -> Tensor:
         """Matches over completions; 0 without any."""
         return self.matches / self.total.clamp(min=1)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    probabilities = log_probs.exp()
-    return -torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)

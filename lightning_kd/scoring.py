@@ -1,4 +1,4 @@
-"""Which positions of a batch enter a loss, and the log-probabilities there."""
+"""Which positions of a batch enter a loss."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,26 +70,3 @@ class ScoredPositions:
         """
         chosen = logits[self.mask]
         return chosen if chosen.dtype == torch.float64 else chosen.float()
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Student and teacher at the scored positions of a micro-batch."""
-
-    positions: ScoredPositions
-    student_logits: Tensor
-    """``(N, V)``, float32 or wider; gradients flow here."""
-    teacher_logits: tuple[Tensor, ...] | None = None
-    """One ``(N, V)`` for each model of the teacher."""
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    r"""Negative log-likelihood per position, :math:`-\log q(y_t)`: ``(N, V), (N,) -> (N,)``.
-
-    A position without a label gives 0.
-
-    Example:
-        >>> cross_entropy(torch.zeros(1, 4), torch.tensor([2]))
-        tensor([1.3863])
-    """
-    return F.cross_entropy(logits, targets, ignore_index=IGNORE_INDEX, reduction="none")

@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd.modules.loss import LossSums, LossTerm, weigh
+from lightning_kd.evaluation import CrossEntropy, GivenLogits, Projection, Quantity
+from lightning_kd.models import DenseLogits, FusedLogits
+from lightning_kd.modules.loss import LossSums, LossTerm, Scores, evaluate, weigh
 from lightning_kd.normalization import (
     BatchMean,
     ConstantLength,
@@ -29,6 +31,22 @@ NORMALIZATIONS = {
 }
 
 
+class Given(Quantity):
+    """Values that are known beforehand."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def values(self, block):
+        return self._values[block.rows]
+
+
+def weighed(terms, scored, normalization):
+    student = GivenLogits(torch.zeros(len(scored.targets), 2))
+    scores = Scores(scored, student)
+    return weigh(evaluate(DenseLogits(), scores, terms, normalization).micro_batch, normalization)
+
+
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 @pytest.mark.parametrize("cut", [[4], [1, 1, 1, 1], [2, 2], [3, 1]])
 def test_the_loss_is_the_definition_however_the_batch_is_cut(name, cut):
@@ -39,8 +57,8 @@ def test_the_loss_is_the_definition_however_the_batch_is_cut(name, cut):
     for rows in cut:
         piece = slice(start, start + rows)
         scored = ScoredPositions.from_labels(ragged_batch(LENGTHS[piece])["labels"])
-        term = LossTerm(torch.cat(values[piece]))
-        sums.add(weigh({"term": term}, scored, NORMALIZATIONS[name]))
+        term = LossTerm(Given(torch.cat(values[piece])))
+        sums.add(weighed({"term": term}, scored, NORMALIZATIONS[name]))
         start += rows
     reduced = sums.close(lambda tensor: tensor)
     expected = REFERENCES[name]([v.tolist() for v in values])
@@ -51,22 +69,27 @@ def test_the_loss_is_the_definition_however_the_batch_is_cut(name, cut):
 @pytest.mark.parametrize("name", NORMALIZATIONS)
 def test_nothing_scored_gives_zero_and_a_finite_gradient(name):
     scored = ScoredPositions.from_labels(ragged_batch([(3, 0), (2, 0)])["labels"])
-    logits = torch.randn(2, 3, 5, requires_grad=True)
-    values = scored.select(logits).logsumexp(-1)
-    loss = weigh({"term": LossTerm(values)}, scored, NORMALIZATIONS[name])
+    states, weight = (torch.randn(n, 5, requires_grad=True) for n in (6, 7))
+    student = Projection(((states[scored.mask.flatten()], weight),))
+    terms = {"term": LossTerm(CrossEntropy(scored.targets))}
+    loss = evaluate(FusedLogits(), Scores(scored, student), terms, NORMALIZATIONS[name])
     loss.total.backward()
     assert loss.total.item() == 0
-    assert torch.equal(logits.grad, torch.zeros_like(logits))
+    assert torch.equal(states.grad, torch.zeros_like(states))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
     sums = LossSums(("term",))
-    sums.add(loss)
+    sums.add(weigh(loss.micro_batch, NORMALIZATIONS[name]))
     assert sums.close(lambda tensor: tensor).means == {"loss": 0, "term": 0}
 
 
 def test_coefficients_weigh_terms_in_the_loss_but_not_in_their_own_logs():
     scored = ScoredPositions.from_labels(ragged_batch([(1, 2)])["labels"])
-    terms = {"a": LossTerm(torch.tensor([1.0, 3.0]), 0.25), "b": LossTerm(torch.ones(2), 2.0)}
+    terms = {
+        "a": LossTerm(Given(torch.tensor([1.0, 3.0])), 0.25),
+        "b": LossTerm(Given(torch.ones(2)), 2.0),
+    }
     sums = LossSums(("a", "b"))
-    sums.add(weigh(terms, scored, TokenMean()))
+    sums.add(weighed(terms, scored, TokenMean()))
     assert sums.close(lambda tensor: tensor).means == {"loss": 2.5, "a": 2.0, "b": 1.0}
 
 

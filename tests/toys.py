@@ -85,3 +85,8 @@ def with_prompts(batch: Batch) -> Batch:
             for ids, own in zip(batch["input_ids"], completion, strict=True)
         ],
     }
+
+
+def logit_gradient(divergence, student_log_probs, teacher_log_probs):
+    """The second half of what a divergence computes at once."""
+    return divergence.value_and_logit_gradient(student_log_probs, teacher_log_probs)[1]

@@ -2,20 +2,21 @@
 
 from lightning_kd.evaluation.chunks import CHUNK_BYTES, Sweep
 from lightning_kd.evaluation.functional import FusedDivergence, fused_linear_divergence
-from lightning_kd.evaluation.fused import per_token, weighted_sum
+from lightning_kd.evaluation.fused import look, per_token, weighted_sum
 from lightning_kd.evaluation.quantities import (
     Agreement,
     Block,
+    Combination,
     CrossEntropy,
     Entropy,
     Matching,
+    Nothing,
     Quantity,
     TeacherCrossEntropy,
     TeacherEntropy,
     TeacherMassBeyond,
     TeacherToken,
     TokenLoss,
-    Weighed,
 )
 from lightning_kd.evaluation.sources import (
     GivenLogits,
@@ -23,18 +24,21 @@ from lightning_kd.evaluation.sources import (
     Projection,
     RoutedLogits,
     TeacherLogits,
+    of_one_model,
 )
 
 __all__ = [
     "CHUNK_BYTES",
     "Agreement",
     "Block",
+    "Combination",
     "CrossEntropy",
     "Entropy",
     "FusedDivergence",
     "GivenLogits",
     "LogitSource",
     "Matching",
+    "Nothing",
     "Projection",
     "Quantity",
     "RoutedLogits",
@@ -45,8 +49,9 @@ __all__ = [
     "TeacherMassBeyond",
     "TeacherToken",
     "TokenLoss",
-    "Weighed",
     "fused_linear_divergence",
+    "look",
+    "of_one_model",
     "per_token",
     "weighted_sum",
 ]

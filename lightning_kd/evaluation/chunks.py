@@ -60,6 +60,7 @@ class Sweep:
         asked = any(quantity.needs_teacher for quantity in self.quantities)
         teachers = self.teacher.sources if self.teacher is not None and asked else ()
         dtype, device = self._first.dtype, self.device
+        combine = self.teacher.combine if self.teacher is not None else None
         values = torch.empty(len(self.quantities), count, dtype=dtype, device=device)
         size = self._chunk_size(1 + len(teachers))
         # Allocated once: a fresh buffer for each chunk would cost a page fault for each 4 KiB.
@@ -77,7 +78,7 @@ class Sweep:
             for part in self._blocks(length):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
-                block = Block(here, own[part], seen, self.teacher and self.teacher.combine)
+                block = Block(here, own[part], seen, combine)
                 self._evaluate(block, weights, values)
             if into:
                 assert isinstance(student, Projection)
@@ -85,7 +86,7 @@ class Sweep:
         return values
 
     def _evaluate(self, block: Block, weights: Weights, values: Tensor) -> None:
-        """The values of a block; where any has a weight, its logits become their gradient."""
+        """The values of a block; its logits become the gradient of those that have a weight."""
         gradients = []
         for number, (quantity, weight) in enumerate(zip(self.quantities, weights, strict=True)):
             if weight is None:
@@ -94,6 +95,7 @@ class Sweep:
                 values[number, block.rows], gradient = quantity.values_and_gradient(block)
                 gradients.append((gradient, weight[block.rows, None].to(gradient.dtype)))
         if not gradients:
+            block.student_logits.zero_()
             return
         assert isinstance(self.student, Projection)
         logits, slope = block.student_logits, self.student.slope(block.student_logits)

@@ -108,7 +108,7 @@ def fused_linear_divergence(
     )
     sweep = Sweep(
         student.narrowed(width),
-        TeacherLogits((teacher.narrowed(width),), _only),
+        TeacherLogits((teacher.narrowed(width),)),
         [quantity],
         chunk_bytes,
     )
@@ -119,11 +119,6 @@ def fused_linear_divergence(
         total = (values[0].double() * weight[mask]).sum()
     laid_out = values.new_zeros(positions).masked_scatter(mask, values[0])
     return FusedDivergence(total, laid_out)
-
-
-def _only(logits: tuple[Tensor, ...], temperature: float) -> Tensor:
-    (one,) = logits
-    return (one if temperature == 1 else one / temperature).log_softmax(-1)
 
 
 def _check_shapes(

@@ -30,7 +30,7 @@ def weighted_sum(sweep: Sweep, weights: Weights) -> tuple[Tensor, Tensor]:
     if isinstance(student, Projection) and _differentiable(student.inputs):
         total, values = _WeightedSum.apply(sweep, weights, *student.inputs)  # type: ignore[no-untyped-call]
         return total, values
-    values = _without_gradient(sweep)
+    values = look(sweep)
     return _total(values, weights), values
 
 
@@ -44,7 +44,7 @@ def per_token(sweep: Sweep) -> Tensor:
     if isinstance(student, Projection) and _differentiable(student.inputs):
         values: Tensor = _PerToken.apply(sweep, *student.inputs)  # type: ignore[no-untyped-call]
         return values
-    return _without_gradient(sweep)
+    return look(sweep)
 
 
 class _WeightedSum(torch.autograd.Function):
@@ -58,7 +58,7 @@ class _WeightedSum(torch.autograd.Function):
         return _total(values, weights), values
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         # Out of place: a second backward pass through a kept graph finds what the first one found.
         saved = iter(ctx.saved_tensors)
@@ -78,7 +78,7 @@ class _PerToken(torch.autograd.Function):
             return sweep.values()
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, ...]:
         inputs, student = ctx.saved_tensors, ctx.sweep.student
         assert isinstance(student, Projection)
@@ -103,7 +103,8 @@ def _total(values: Tensor, weights: Weights) -> Tensor:
 
 
 @torch.no_grad()
-def _without_gradient(sweep: Sweep) -> Tensor:
+def look(sweep: Sweep) -> Tensor:
+    """The values, ``(quantities, N)``, and no gradient; the teacher alone will do."""
     with torch.autocast(sweep.device.type, enabled=False):
         return sweep.values()
 

@@ -86,8 +86,9 @@ class Quantity(ABC):
 
 
 class Matching(Quantity):
-    r"""A divergence from the teacher, :math:`D(p^{\tau_t}, q^{\tau_s})`, without a factor
-    :math:`\tau^2`.
+    r"""A divergence from the teacher, :math:`D(p^{\tau_t}, q^{\tau_s})`.
+
+    There is no factor :math:`\tau^2`.
 
     Args:
         divergence: Any divergence.
@@ -189,27 +190,40 @@ class TeacherCrossEntropy(Quantity):
         return self.values(block), block.student().exp() - block.teacher().exp()
 
 
-class Weighed(Quantity):
-    """Another quantity times a constant of each position.
+class Combination(Quantity):
+    """A sum of quantities, each times a constant or a constant of each position.
 
     Args:
-        quantity: The other.
-        weights: ``(N,)``.
+        parts: Quantities and their factors, a number or ``(N,)``.
     """
 
-    def __init__(self, quantity: Quantity, weights: Tensor) -> None:
-        self.quantity, self.weights = quantity, weights
-        self.needs_teacher = quantity.needs_teacher
+    def __init__(self, *parts: tuple[Quantity, float | Tensor]) -> None:
+        self.parts = parts
+        self.needs_teacher = any(quantity.needs_teacher for quantity, _ in parts)
 
     def values(self, block: Block) -> Tensor:
-        """The product."""
-        return self.quantity.values(block) * self.weights[block.rows]
+        """The sum."""
+        products = [q.values(block) * _at(factor, block.rows) for q, factor in self.parts]
+        return torch.stack(products).sum(0)
 
     def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
-        """The products."""
-        values, gradient = self.quantity.values_and_gradient(block)
-        weights = self.weights[block.rows]
-        return values * weights, gradient * weights[:, None]
+        """The sums of both."""
+        total = torch.zeros_like(block.student_logits[:, 0])
+        slope = torch.zeros_like(block.student_logits)
+        for quantity, factor in self.parts:
+            values, gradient = quantity.values_and_gradient(block)
+            factors = total.new_zeros(()) + _at(factor, block.rows)
+            total += factors * values
+            slope += factors[..., None] * gradient
+        return total, slope
+
+
+class Nothing(Quantity):
+    """0 everywhere: a term that a micro-batch has no data for."""
+
+    def values(self, block: Block) -> Tensor:
+        """Zeros."""
+        return block.student_logits.sum(-1) * 0
 
 
 class Entropy(Quantity):
@@ -278,6 +292,10 @@ def _tokens_in(tokens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
     """The tokens of some rows as an index, ``(n, 1)``, and which of them are tokens, ``(n,)``."""
     known = tokens[rows] != IGNORE_INDEX
     return tokens[rows].masked_fill(~known, 0)[:, None], known
+
+
+def _at(factor: float | Tensor, rows: slice) -> float | Tensor:
+    return factor[rows] if isinstance(factor, Tensor) else factor
 
 
 def _expectation(weights: Tensor, log_probs: Tensor) -> Tensor:

@@ -13,6 +13,12 @@ Combine = Callable[[Sequence[Tensor], float], Tensor]
 """The logits of a teacher's models and a temperature -> its log-probabilities."""
 
 
+def of_one_model(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """The log-softmax of the only logits there are."""
+    (only,) = logits
+    return (only if temperature == 1 else only / temperature).log_softmax(-1)
+
+
 class LogitSource(ABC):
     """Logits at scored positions, as many rows of them at a time as one asks for."""
 
@@ -203,7 +209,7 @@ class TeacherLogits:
     """What the models of a teacher say, and how it becomes one distribution."""
 
     sources: tuple[LogitSource, ...]
-    combine: Combine
+    combine: Combine = of_one_model
 
     def narrowed(self, width: int) -> "TeacherLogits":
         """The first ``width`` tokens of the vocabulary alone."""

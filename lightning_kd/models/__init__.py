@@ -1,5 +1,6 @@
 """Students and teachers: where their weights come from, and how a teacher speaks."""
 
+from lightning_kd.models.logits import DenseLogits, FusedLogits, Logits
 from lightning_kd.models.routed import RoutedTeacher
 from lightning_kd.models.source import ModelSource
 from lightning_kd.models.student import LoRA, Student
@@ -12,7 +13,10 @@ from lightning_kd.models.vocabulary import (
 )
 
 __all__ = [
+    "DenseLogits",
+    "FusedLogits",
     "LoRA",
+    "Logits",
     "ModelSource",
     "RoutedTeacher",
     "SingleTeacher",

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from lightning_kd.evaluation import RoutedLogits, TeacherLogits
+from lightning_kd.models.logits import Logits
 from lightning_kd.models.source import ModelSource
-from lightning_kd.models.teachers import Teacher, forward_logits
+from lightning_kd.models.teachers import Teacher
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import FILLER_ROW, Batch
 
@@ -36,26 +38,22 @@ class RoutedTeacher(Teacher):
         return {f"teacher {name!r}": member for name, member in self.members.items()}
 
     @torch.no_grad()
-    def logits(self, batch: Batch, scored: ScoredPositions) -> tuple[Tensor, ...]:
-        """The logits of each row's own teacher at the scored positions, one ``(N, V)``."""
-        routes = self._routes(batch)
-        result: Tensor | None = None
-        for number, model in enumerate(self.models):
+    def read(self, batch: Batch, scored: ScoredPositions, logits: Logits) -> TeacherLogits:
+        """Run each model on its own rows."""
+        present, routes = torch.unique(self._routes(batch), return_inverse=True)
+        sources = []
+        for number, member in enumerate(present.tolist()):
             rows = (routes == number).nonzero()[:, 0]
-            if not len(rows):
-                continue
             picked: Batch = {
                 **batch,
                 "input_ids": batch["input_ids"][rows],
                 "attention_mask": batch["attention_mask"][rows],
             }
             own = ScoredPositions(scored.mask[rows], scored.targets)
-            logits = own.select(forward_logits(model, picked))[:, : self.vocabulary_size]
-            if result is None:
-                result = logits.new_zeros(len(scored.rows), logits.shape[-1])
-            result[(scored.rows[:, None] == rows).any(-1)] = logits.to(result.dtype)
-        assert result is not None  # every row has a route
-        return (result,)
+            sources.append(logits.read(self.models[member], picked, own))
+        narrow = tuple(source.narrowed(self.vocabulary_size) for source in sources)
+        routed = RoutedLogits(narrow, routes[scored.rows])
+        return TeacherLogits((routed,), self.log_probs)
 
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""

@@ -2,14 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import reduce
 from math import isfinite, log
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_kd.evaluation import TeacherLogits, of_one_model
+from lightning_kd.models.logits import Logits
 from lightning_kd.models.source import ModelSource
 from lightning_kd.models.vocabulary import (
     VocabularyPolicy,
@@ -54,9 +56,8 @@ class Teacher(ABC):
             model.to(device)
 
     def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the next token: what :meth:`logits` gave ``-> (N, V)``."""
-        (only,) = logits
-        return F.log_softmax(only / temperature, -1)
+        """Log-probabilities of the next token, from each model's logits: ``(N, V)``."""
+        return of_one_model(logits, temperature)
 
     @property
     def vocabulary_size(self) -> int:
@@ -64,9 +65,10 @@ class Teacher(ABC):
         return min(vocabulary_size(model) for model in self.models)
 
     @torch.no_grad()
-    def logits(self, batch: Batch, scored: ScoredPositions) -> tuple[Tensor, ...]:
-        """Each model's logits at the scored positions, ``(N, V)``, float32 or wider."""
-        return tuple(scored.select(forward_logits(model, batch)) for model in self.models)
+    def read(self, batch: Batch, scored: ScoredPositions, logits: Logits) -> TeacherLogits:
+        """Run the models on a batch; their logits at the scored positions are what comes."""
+        sources = tuple(logits.read(model, batch, scored) for model in self.models)
+        return TeacherLogits(sources, self.log_probs)
 
 
 class SingleTeacher(ModelSource, Teacher):
@@ -143,27 +145,15 @@ class TeacherEnsemble(Teacher):
 
     def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """The combined log-probabilities at ``temperature``."""
+        weighted = [(u, w) for u, w in zip(logits, self.weights, strict=True) if w > 0]
         if self.combine == "probabilities":
-            weighted = [
-                F.log_softmax(u / temperature, -1) + log(w)
-                for u, w in zip(logits, self.weights, strict=True)
-                if w > 0
-            ]
-            return torch.stack(weighted).logsumexp(0)
-        scores = [
-            w
-            * (u if self.combine == "logits" else F.log_softmax(u / temperature, -1) * temperature)
-            for u, w in zip(logits, self.weights, strict=True)
-        ]
-        return F.log_softmax(torch.stack(scores).sum(0) / temperature, -1)
-
-
-def forward_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Logits at every token of a batch, ``(B, T, V)``."""
-    logits: Tensor = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits
-    return logits
+            shares = ((u / temperature).log_softmax(-1).add_(log(w)) for u, w in weighted)
+            return reduce(torch.logaddexp, shares)
+        (first, weight), *others = weighted
+        total = first * (weight / temperature)
+        for u, w in others:
+            total.add_(u, alpha=w / temperature)
+        return total.log_softmax(-1)
 
 
 def frozen(

@@ -4,7 +4,7 @@ from lightning_kd.modules.baby_llama import BabyLlama
 from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.gkd import GKD
 from lightning_kd.modules.kd import SupervisedKD
-from lightning_kd.modules.loss import LossTerm, MicroBatch
+from lightning_kd.modules.loss import LossTerm, MicroBatch, Scores
 from lightning_kd.modules.minillm import MiniLLM
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, OfficialCode, Paper
 from lightning_kd.modules.on_policy import OnPolicyDistillation
@@ -14,7 +14,6 @@ from lightning_kd.modules.rl_distillation import RLDistillation
 from lightning_kd.modules.sequence_kd import SequenceKD
 from lightning_kd.modules.sft import SFT
 from lightning_kd.modules.teacher import TeacherModule
-from lightning_kd.scoring import Scores
 
 __all__ = [
     "GKD",

@@ -12,12 +12,20 @@ from torch.optim import Optimizer
 
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import DistributionMetrics
-from lightning_kd.models import Student
-from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatch, weigh
+from lightning_kd.models import FusedLogits, Logits, Student
+from lightning_kd.modules.loss import (
+    Evaluation,
+    LossSums,
+    LossTerm,
+    MicroBatch,
+    Scores,
+    evaluate,
+    weigh,
+)
 from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
 from lightning_kd.modules.student import StudentModule
 from lightning_kd.normalization import Normalization, make_normalization
-from lightning_kd.scoring import ScoredPositions, Scores
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import Batch
 
@@ -25,8 +33,8 @@ from lightning_kd.types import Batch
 class DistillationModule(StudentModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
-    A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and turns
-    a batch into per-token values in :meth:`loss_terms`. Nothing else of a step is its business.
+    A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says
+    in :meth:`loss_terms` what is computed at a token. Nothing else of a step is its business.
 
     Args:
         student: The model that trains.
@@ -36,6 +44,8 @@ class DistillationModule(StudentModule):
         optimizer: Built from the student's trainable weights; vectors (biases, norms) get no weight
             decay.
         lr_scheduler: Stepped once per optimizer step.
+        logits: How logits come about: :class:`~lightning_kd.models.FusedLogits`, a chunk at a time,
+            when not given, or :class:`~lightning_kd.models.DenseLogits`.
         generation: How completions are written in ``predict`` and for samples.
 
     Raises:
@@ -62,11 +72,13 @@ class DistillationModule(StudentModule):
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
+        logits: Logits | None = None,
         generation: GenerationOptions | None = None,
     ) -> None:
         super().__init__(student=student, tokenizer=tokenizer, generation=generation)
         self.normalization = make_normalization(normalization)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.logits = logits or FusedLogits()
         self._window = LossSums(self.terms)
         self._evaluation = LossSums(self.evaluation_terms or self.terms)
         self.train_distribution = DistributionMetrics()
@@ -100,17 +112,7 @@ class DistillationModule(StudentModule):
     def score(self, batch: Batch) -> Scores:
         """Run the models on a micro-batch."""
         positions = self.positions(batch)
-        return Scores(positions, self._student_logits(batch, positions))
-
-    def teacher_log_probs(self, scores: Scores) -> Tensor | None:
-        """What metrics compare the student with, ``(N, V)``; None without a teacher."""
-        return None
-
-    def _student_logits(self, batch: Batch, positions: ScoredPositions) -> Tensor:
-        output = self.student(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        )
-        return positions.select(output.logits)
+        return Scores(positions, self.logits.read(self.student, batch, positions))
 
     # Steps.
 
@@ -121,13 +123,11 @@ class DistillationModule(StudentModule):
             derive_seed(run_seed(), "step", self.current_epoch, batch_idx, self.global_rank)
         )
         scores = self.score(batch)
-        terms = self.loss_terms(batch, scores)
-        loss = weigh(terms, scores.positions, self.normalization)
-        self._window.add(loss)
-        self.micro_batch = MicroBatch.of(terms, scores.positions)
-        if self._logs_this_step():
-            self._compare(self.train_distribution, scores)
-        return loss.total
+        metrics = self.train_distribution if self._logs_this_step() else None
+        evaluation = self._evaluate(scores, self.loss_terms(batch, scores), metrics)
+        self.micro_batch = evaluation.micro_batch
+        self._window.add(weigh(self.micro_batch, self.normalization))
+        return evaluation.total
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of the whole step: once, unscaled, before clipping.
@@ -164,8 +164,8 @@ class DistillationModule(StudentModule):
         """Add the batch to the sums of the evaluation."""
         scores = self.score(batch)
         terms = self.evaluation_loss(batch, scores)
-        self._evaluation.add(weigh(terms, scores.positions, self.normalization))
-        self._compare(self.eval_distribution, scores)
+        evaluation = self._evaluate(scores, terms, self.eval_distribution)
+        self._evaluation.add(weigh(evaluation.micro_batch, self.normalization))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same on test data."""
@@ -214,12 +214,16 @@ class DistillationModule(StudentModule):
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters() if p.grad is not None]
 
-    def _compare(self, metrics: DistributionMetrics, scores: Scores) -> None:
-        metrics.update(
-            scores.student_logits.detach(),
-            self.teacher_log_probs(scores),
-            scores.positions.targets,
-        )
+    def _evaluate(
+        self, scores: Scores, terms: Mapping[str, LossTerm], metrics: DistributionMetrics | None
+    ) -> Evaluation:
+        targets, watched = scores.positions.targets, []
+        if metrics is not None:
+            watched = metrics.quantities(targets, taught=scores.teacher is not None)
+        evaluation = evaluate(self.logits, scores, terms, self.normalization, watched)
+        if metrics is not None:
+            metrics.update(evaluation.watched, targets)
+        return evaluation
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
         reduced = self._evaluation.close(self.sum_over_ranks)

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.modules.loss import LossTerm
+from lightning_kd.evaluation import Matching
+from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher import TeacherModule, require_positive
-from lightning_kd.scoring import Scores
 from lightning_kd.types import Batch
 
 
@@ -52,5 +52,5 @@ class GKD(TeacherModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The divergence at each token of the completion."""
-        both = self.both_log_probs(scores, teacher_temperature=self.teacher_temperature)
-        return {"divergence": LossTerm(self.divergence(*both))}
+        matching = Matching(self.divergence, teacher_temperature=self.teacher_temperature)
+        return {"divergence": LossTerm(matching)}

@@ -6,9 +6,10 @@ from typing import Any
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.modules.loss import LossTerm
+from lightning_kd.evaluation import CrossEntropy, Matching
+from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher import TeacherModule, require_positive
-from lightning_kd.scoring import ScoredPositions, Scores, cross_entropy
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
 
 
@@ -60,15 +61,15 @@ class SupervisedKD(TeacherModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Cross-entropy with the label and divergence from the teacher, at each label."""
-        both = self.both_log_probs(
-            scores, student_temperature=self.temperature, teacher_temperature=self.temperature
+        softened = Matching(
+            self.divergence,
+            student_temperature=self.temperature,
+            teacher_temperature=self.temperature,
         )
         return {
-            "cross_entropy": LossTerm(
-                cross_entropy(scores.student_logits, scores.positions.targets), self.alpha
-            ),
+            "cross_entropy": LossTerm(CrossEntropy(scores.positions.targets), self.alpha),
             "divergence": LossTerm(
-                self.divergence(*both),
+                softened,
                 (1 - self.alpha) * self.temperature**2,
                 self.row_scale(scores.positions),
             ),

@@ -1,44 +1,67 @@
 """A loss as named terms per token, and the sums that one optimizer step adds up."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from lightning_kd.evaluation import LogitSource, Quantity, TeacherLogits
+from lightning_kd.models import Logits
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 
 
 @dataclass(frozen=True)
-class LossTerm:
-    """One named part of a loss, before any reduction."""
+class Scores:
+    """What student and teacher say at the scored positions of a micro-batch."""
 
-    values: Tensor
-    """Nats at each scored position, ``(N,)``."""
+    positions: ScoredPositions
+    student: LogitSource
+    teacher: TeacherLogits | None = None
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One named part of a loss: what it is at a position, and what it weighs."""
+
+    quantity: Quantity
+    """Nats at each scored position."""
     coefficient: float = 1.0
     """Weight of the term in the loss."""
     row_scale: Tensor | None = None
     """A further factor for every position of a row, ``(B,)``; only where a paper weighs a term so."""
-    stream: ScoredPositions | None = None
-    """The positions of a term over other data than the batch's; ``row_scale`` is then the whole
-    weight of its tokens before the division."""
+    scores: Scores | None = None
+    """For a term over other data than the batch's; ``row_scale`` is then the whole weight of its
+    tokens before the division."""
 
     def row_weights(self, scored: ScoredPositions, normalization: Normalization) -> Tensor:
         """What each token of a row weighs before the coefficient and the division: ``(B,)``."""
-        if self.stream is None:
+        if self.scores is None:
             weights = normalization.row_weights(scored.tokens_per_row)
         else:
-            weights = torch.ones_like(self.stream.tokens_per_row, dtype=torch.float64)
+            weights = torch.ones_like(self.scores.positions.tokens_per_row, dtype=torch.float64)
         return weights if self.row_scale is None else weights * self.row_scale
 
 
 @dataclass(frozen=True)
-class WeightedLoss:
-    """The weighted sums of a micro-batch, not yet divided."""
+class EvaluatedTerm:
+    """A term as numbers, without a gradient."""
 
-    total: Tensor
-    """What the backward pass starts from, ``()``."""
+    values: Tensor
+    """Nats at each scored position, ``(N,)``."""
+    coefficient: float
+    row_scale: Tensor | None
+    row_weights: Tensor
+    """What each token of a row weighs before the coefficient and the division, ``(B,)``."""
+    stream: ScoredPositions | None
+    """The positions of a term over other data than the batch's."""
+
+
+@dataclass(frozen=True)
+class WeightedSums:
+    """The weighted sums of a micro-batch, not yet divided, without a gradient."""
+
     sums: Tensor
     """Loss and terms (without their coefficients), detached, ``(1 + terms,)``, float64."""
     count: Tensor
@@ -52,13 +75,7 @@ class MicroBatch:
     """The loss of a micro-batch, token by token and without a gradient, for whoever looks at it."""
 
     positions: ScoredPositions
-    terms: Mapping[str, LossTerm]
-
-    @classmethod
-    def of(cls, terms: Mapping[str, LossTerm], positions: ScoredPositions) -> "MicroBatch":
-        """Keep the values, let go of their graph."""
-        kept = {name: replace(term, values=term.values.detach()) for name, term in terms.items()}
-        return cls(positions, kept)
+    terms: Mapping[str, EvaluatedTerm]
 
     def row_losses(self) -> Tensor:
         """The loss of each row, summed over its tokens, without any normalization: ``(B,)``.
@@ -76,24 +93,82 @@ class MicroBatch:
         return total
 
 
-def weigh(
-    terms: Mapping[str, LossTerm], scored: ScoredPositions, normalization: Normalization
-) -> WeightedLoss:
-    """Sum every term over the micro-batch with the weights of ``normalization``.
+@dataclass(frozen=True)
+class Evaluation:
+    """The loss of a micro-batch."""
+
+    total: Tensor
+    """What the backward pass starts from, ``()``: weighted, not yet divided. Without a scored
+    position it is a zero that still has a gradient, so that every rank has something to reduce."""
+    micro_batch: MicroBatch
+    watched: Tensor
+    """What was only looked at, ``(quantities, N)``."""
+
+
+def evaluate(
+    logits: Logits,
+    scores: Scores,
+    terms: Mapping[str, LossTerm],
+    normalization: Normalization,
+    watched: Sequence[Quantity] = (),
+) -> Evaluation:
+    """Evaluate all terms: those over the batch, and what is watched there, in one pass.
+
+    Args:
+        logits: How logits come about.
+        scores: Of the batch.
+        terms: The loss.
+        normalization: Gives each row its weight.
+        watched: Quantities at the batch's positions that are not part of the loss.
+    """
+    row_weights = {n: t.row_weights(scores.positions, normalization) for n, t in terms.items()}
+
+    def one_pass(
+        stream: Scores, names: list[str], also: Sequence[Quantity]
+    ) -> tuple[Tensor, Tensor]:
+        # A term without weight needs no gradient, which is most of its cost.
+        weights = [
+            (terms[name].coefficient * row_weights[name])[stream.positions.rows]
+            if terms[name].coefficient != 0
+            else None
+            for name in names
+        ]
+        quantities = [*(terms[name].quantity for name in names), *also]
+        return logits.evaluate(
+            stream.student, stream.teacher, quantities, [*weights, *[None] * len(also)]
+        )
+
+    own = [name for name, term in terms.items() if term.scores is None]
+    total, values = one_pass(scores, own, watched)
+    by_name = dict(zip(own, values, strict=False))
+    for name, term in terms.items():
+        if term.scores is not None:
+            part, (by_name[name],) = one_pass(term.scores, [name], ())
+            total = total + part
+    evaluated = {
+        name: EvaluatedTerm(
+            by_name[name],
+            term.coefficient,
+            term.row_scale,
+            row_weights[name],
+            None if term.scores is None else term.scores.positions,
+        )
+        for name, term in terms.items()
+    }
+    return Evaluation(total, MicroBatch(scores.positions, evaluated), values[len(own) :])
+
+
+def weigh(micro_batch: MicroBatch, normalization: Normalization) -> WeightedSums:
+    """Sum every term over the micro-batch with its weights.
 
     The sums are float64, so that their order (which a different cut into micro-batches changes)
-    does not show. Without a scored position they are zeros that still have a gradient, so that
-    every rank has something to reduce.
+    does not show.
     """
-    sums = []
-    for term in terms.values():
-        weights = term.row_weights(scored, normalization)
-        sums.append((term.values * weights[(term.stream or scored).rows]).sum())
-    coefficients = [term.coefficient for term in terms.values()]
-    total = torch.stack([c * s for c, s in zip(coefficients, sums, strict=True)]).sum()
-    return WeightedLoss(
-        total=total,
-        sums=torch.stack([total, *sums]).detach(),
+    scored, terms = micro_batch.positions, micro_batch.terms.values()
+    sums = [(t.values * t.row_weights[(t.stream or scored).rows]).sum() for t in terms]
+    total = torch.stack([t.coefficient * s for t, s in zip(terms, sums, strict=True)]).sum()
+    return WeightedSums(
+        sums=torch.stack([total, *sums]),
         count=normalization.count(scored.tokens_per_row),
         tokens=scored.tokens_per_row.sum(),
     )
@@ -110,7 +185,7 @@ class LossSums:
         self.terms = terms
         self._sums: Tensor | None = None
 
-    def add(self, loss: WeightedLoss) -> None:
+    def add(self, loss: WeightedSums) -> None:
         """Add a micro-batch; nothing is copied off its device."""
         row = torch.cat([torch.stack([loss.count.double(), loss.tokens.double()]), loss.sums])
         self._sums = row if self._sums is None else self._sums + row

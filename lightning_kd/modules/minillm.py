@@ -7,12 +7,20 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences import ReverseKL
+from lightning_kd.evaluation import (
+    Combination,
+    CrossEntropy,
+    Nothing,
+    Quantity,
+    TeacherCrossEntropy,
+)
 from lightning_kd.generation import GenerationOptions
-from lightning_kd.modules.loss import LossTerm
+from lightning_kd.modules.base import DistillationModule
+from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
-from lightning_kd.modules.policy_gradient import PolicyGradientModule, at_tokens
+from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
-from lightning_kd.scoring import ScoredPositions, Scores, cross_entropy
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import IGNORE_INDEX, Batch
 
 
@@ -77,31 +85,27 @@ class MiniLLM(PolicyGradientModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The clipped policy gradient, the exact single step and, where there is text, its loss."""
-        written_by = self.sampled(batch, scores, "sampling_log_probs")
         advantages = self.sampled(batch, scores, "advantages")
-        student, teacher = self.both_at_temperature(scores)
-        chosen = at_tokens(student, scores.positions.targets)
-        single_step = ReverseKL()(student, teacher)
+        single_step: Quantity = self.matching(ReverseKL())
         if self.objective.weigh_single_step:
+            written_by = self.sampled(batch, scores, "sampling_log_probs")
             log_weight = self.sampled(batch, scores, "log_probs") - written_by
-            single_step = single_step * log_weight.exp()
+            single_step = Combination((single_step, log_weight.exp()))
         return {
-            "policy_gradient": LossTerm(self.surrogate(chosen, written_by, advantages)),
+            "policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages)),
             "single_step": LossTerm(single_step),
-            "language_modeling": self._language_modeling(batch, student),
+            "language_modeling": self._language_modeling(batch),
         }
 
     def _rewards(self, batch: Batch) -> Tensor:
         """Scaled and clipped log-ratios of teacher and student at the sampled tokens, ``(B, T)``."""
         positions = ScoredPositions.from_labels(batch["labels"])
-        logits = self.teacher.logits(batch, positions)
+        logits = self.teacher.read(batch, positions, self.logits).narrowed(self.width)
         temperature = self.objective.reward_temperature or self.temperature
-        teacher = self.teacher.log_probs([u[:, : self.width] for u in logits], temperature)
+        teacher = self.teacher_at_tokens(logits, positions, temperature)
         own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)
         laid_out = torch.zeros_like(batch["labels"], dtype=teacher.dtype)
-        laid_out[batch["labels"] != IGNORE_INDEX] = self.objective.reward(
-            at_tokens(teacher, positions.targets) - own
-        )
+        laid_out[batch["labels"] != IGNORE_INDEX] = self.objective.reward(teacher - own)
         return laid_out
 
     def _whitened(
@@ -124,25 +128,24 @@ class MiniLLM(PolicyGradientModule):
     def _count(self, batch: Batch) -> Tensor:
         return self.normalization.count((batch["labels"] != IGNORE_INDEX).sum(-1))
 
-    def _language_modeling(self, batch: Batch, like: Tensor) -> LossTerm:
+    def _language_modeling(self, batch: Batch) -> LossTerm:
         """The mean over the tokens of the second stream's micro-batches in the step."""
         text = batch.get("text")
         if text is None or self.text_coefficient == 0:
-            return LossTerm(like.new_zeros(len(like)), 0.0)
-        scores = super().score(text)
+            return LossTerm(Nothing(), 0.0)
+        ratio = self.objective.text_kd_ratio
+        # Without a share of the teacher it need not read the text.
+        scores = self.score(text) if ratio > 0 else DistillationModule.score(self, text)
         targets = scores.positions.targets
-        values = cross_entropy(scores.student_logits, targets)
-        if self.objective.text_kd_ratio > 0:
-            student, teacher = self.both_log_probs(scores)
-            matching = -(teacher.exp() * student).sum(-1)
-            ratio = self.objective.text_kd_ratio
-            values = (1 - ratio) * values + ratio * matching
+        loss: Quantity = CrossEntropy(targets)
+        if ratio > 0:
+            loss = Combination((loss, 1 - ratio), (TeacherCrossEntropy(), ratio))
         # Blocks of text are equally long, so every micro-batch of the step has as many tokens.
         cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
         scale = batch["step_count"][0] / (len(targets) * cut_into)
         return LossTerm(
-            values,
+            loss,
             self.text_coefficient,
             row_scale=scale.expand(len(text["row"])),
-            stream=scores.positions,
+            scores=scores,
         )

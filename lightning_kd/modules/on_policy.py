@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.modules.loss import LossTerm
-from lightning_kd.modules.policy_gradient import PolicyGradientModule, at_tokens
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.policy import discounted_returns
-from lightning_kd.scoring import ScoredPositions, Scores
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
 
 
@@ -55,12 +55,11 @@ class OnPolicyDistillation(PolicyGradientModule):
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The surrogate loss of each sampled token."""
         written_by = self.sampled(batch, scores, "sampling_log_probs")
-        student, teacher = self.both_at_temperature(scores)
-        targets = scores.positions.targets
-        reverse_kl = written_by - at_tokens(teacher, targets)
+        assert scores.teacher is not None  # score() put it there
+        teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)
+        reverse_kl = written_by - teacher
         advantages = self._returns(-self.kl_coefficient * reverse_kl, scores.positions)
-        loss = self.surrogate(at_tokens(student, targets), written_by, advantages)
-        return {"policy_gradient": LossTerm(loss)}
+        return {"policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages))}
 
     def _returns(self, rewards: Tensor, positions: ScoredPositions) -> Tensor:
         laid_out = torch.zeros_like(positions.mask, dtype=rewards.dtype)

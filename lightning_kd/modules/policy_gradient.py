@@ -5,11 +5,19 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_kd.divergences import ReverseKL
-from lightning_kd.modules.loss import LossTerm
+from lightning_kd.divergences import Divergence, ReverseKL
+from lightning_kd.evaluation import (
+    Matching,
+    Sweep,
+    TeacherLogits,
+    TeacherToken,
+    TokenLoss,
+    look,
+)
+from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher import TeacherModule, require_positive
 from lightning_kd.policy import ImportanceSampling, Surrogate
-from lightning_kd.scoring import Scores
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
 
 
@@ -41,13 +49,31 @@ class PolicyGradientModule(TeacherModule):
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The reverse KL of student and teacher at each label."""
-        return {"reverse_kl": LossTerm(ReverseKL()(*self.both_at_temperature(scores)))}
+        return {"reverse_kl": LossTerm(self.matching(ReverseKL()))}
 
-    def both_at_temperature(self, scores: Scores) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of student and teacher at the method's temperature, ``(N, V)`` each."""
-        return self.both_log_probs(
-            scores, student_temperature=self.temperature, teacher_temperature=self.temperature
+    def matching(self, divergence: Divergence) -> Matching:
+        """A divergence from the teacher at the method's temperature."""
+        return Matching(
+            divergence,
+            student_temperature=self.temperature,
+            teacher_temperature=self.temperature,
         )
+
+    def policy_gradient(self, batch: Batch, scores: Scores, advantages: Tensor) -> TokenLoss:
+        """The surrogate loss of each sampled token with its advantage, ``(N,)``."""
+        written_by = self.sampled(batch, scores, "sampling_log_probs")
+
+        def loss(log_probs: Tensor, rows: slice) -> Tensor:
+            return self.surrogate(log_probs, written_by[rows], advantages[rows])
+
+        return TokenLoss(scores.positions.targets, loss, temperature=self.temperature)
+
+    def teacher_at_tokens(
+        self, teacher: TeacherLogits, positions: ScoredPositions, temperature: float
+    ) -> Tensor:
+        """The teacher's log-probabilities of the sampled tokens, ``(N,)``."""
+        at_tokens = TeacherToken(positions.targets, temperature=temperature)
+        return look(Sweep(None, teacher, [at_tokens]))[0]
 
     def sampled(self, batch: Batch, scores: Scores, key: str) -> Tensor:
         """What a rollout knows of its tokens, ``(N,)``.
@@ -61,9 +87,4 @@ class PolicyGradientModule(TeacherModule):
                 "data's: add the callback OnPolicyGeneration with lmbda: 1"
             )
         values: Tensor = batch[key]  # type: ignore[literal-required]
-        return scores.positions.of_tokens(values).to(scores.student_logits.dtype)
-
-
-def at_tokens(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """The log-probabilities of these tokens: ``(N, V), (N,) -> (N,)``."""
-    return log_probs.gather(-1, targets[:, None])[:, 0]
+        return scores.positions.of_tokens(values).to(scores.student.dtype)

@@ -8,11 +8,10 @@ from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import GenerationOptions, completion_texts
-from lightning_kd.modules.loss import LossTerm
-from lightning_kd.modules.policy_gradient import PolicyGradientModule, at_tokens
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.policy import PPOClip, Surrogate, group_means
 from lightning_kd.rewards import RewardFunction
-from lightning_kd.scoring import Scores
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 
@@ -89,14 +88,10 @@ class RLDistillation(PolicyGradientModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The policy gradient of the reward and the divergence, at each sampled token."""
-        written_by = self.sampled(batch, scores, "sampling_log_probs")
-        advantages = self.sampled(batch, scores, "advantages")
-        student, teacher = self.both_at_temperature(scores)
-        chosen = at_tokens(student, scores.positions.targets)
-        loss = self.surrogate(chosen, written_by, advantages)
+        reinforced = self.policy_gradient(batch, scores, self.sampled(batch, scores, "advantages"))
         return {
-            "policy_gradient": LossTerm(loss, 1 - self.alpha),
-            "divergence": LossTerm(self.divergence(student, teacher), self.alpha),
+            "policy_gradient": LossTerm(reinforced, 1 - self.alpha),
+            "divergence": LossTerm(self.matching(self.divergence), self.alpha),
         }
 
     def _reward(self, batch: Batch) -> Tensor:

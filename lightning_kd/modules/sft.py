@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 
+from lightning_kd.evaluation import CrossEntropy
 from lightning_kd.modules.base import DistillationModule
-from lightning_kd.modules.loss import LossTerm
-from lightning_kd.scoring import Scores, cross_entropy
+from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.types import Batch
 
 
@@ -18,5 +18,4 @@ class SFT(DistillationModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The negative log-likelihood of each label."""
-        values = cross_entropy(scores.student_logits, scores.positions.targets)
-        return {"cross_entropy": LossTerm(values)}
+        return {"cross_entropy": LossTerm(CrossEntropy(scores.positions.targets))}

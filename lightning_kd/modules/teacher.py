@@ -1,12 +1,12 @@
 """What methods with a teacher at hand share."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_kd.divergences import ReverseKL
+from lightning_kd.evaluation import Matching, Sweep, TeacherLogits, TeacherMassBeyond, look
 from lightning_kd.models import (
     SingleTeacher,
     Teacher,
@@ -15,7 +15,7 @@ from lightning_kd.models import (
     vocabulary_size,
 )
 from lightning_kd.modules.base import DistillationModule
-from lightning_kd.scoring import Scores
+from lightning_kd.modules.loss import Scores
 from lightning_kd.types import Batch
 
 
@@ -60,37 +60,26 @@ class TeacherModule(DistillationModule):
     def score(self, batch: Batch) -> Scores:
         """Run student and teacher on the same ids."""
         positions = self.positions(batch)
-        teacher_logits = self.teacher.logits(batch, positions)
-        shared = [logits[:, : self.width] for logits in teacher_logits]
-        self._log_dropped_mass(teacher_logits)
-        student_logits = self._student_logits(batch, positions)[:, : self.width]
-        return Scores(positions, student_logits, tuple(shared))
+        teacher = self.teacher.read(batch, positions, self.logits)
+        if not self.training or self._logs_this_step():
+            self._log_dropped_mass(teacher)
+        student = self.logits.read(self.student, batch, positions)
+        return Scores(positions, student.narrowed(self.width), teacher.narrowed(self.width))
 
-    def teacher_log_probs(self, scores: Scores) -> Tensor:
-        """The teacher's log-probabilities at temperature 1."""
-        assert scores.teacher_logits is not None  # score() put them there
-        return self.teacher.log_probs(scores.teacher_logits)
-
-    def both_log_probs(
-        self, scores: Scores, *, student_temperature: float = 1.0, teacher_temperature: float = 1.0
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of student and teacher, ``(N, V)`` each; gradients to the student."""
-        assert scores.teacher_logits is not None  # score() put them there
-        student = (scores.student_logits / student_temperature).log_softmax(-1)
-        return student, self.teacher.log_probs(scores.teacher_logits, teacher_temperature)
-
-    @torch.no_grad()
     def reverse_kl(self, batch: Batch) -> Tensor:
         """Reverse KL at each scored position of a batch, at temperature 1, ``(N,)``."""
-        return ReverseKL()(*self.both_log_probs(self.score(batch)))
+        with torch.no_grad():
+            scores = self.score(batch)
+        return look(Sweep(scores.student, scores.teacher, [Matching(ReverseKL())]))[0]
 
-    def _log_dropped_mass(self, teacher_logits: Sequence[Tensor]) -> None:
+    def _log_dropped_mass(self, teacher: TeacherLogits) -> None:
         """What the teachers give, on average, to tokens beyond the shared vocabulary."""
-        wider = [logits for logits in teacher_logits if logits.shape[-1] > self.width]
-        if wider and len(wider[0]):
-            mass = [u.softmax(-1)[:, self.width :].sum(-1).mean() for u in wider]
+        wider = [source for source in teacher.sources if source.shape[1] > self.width]
+        if wider and wider[0].shape[0]:
+            beyond = [TeacherMassBeyond(self.width)]
+            mass = [look(Sweep(None, TeacherLogits((w,)), beyond)).mean() for w in wider]
             stage = "train" if self.training else "val"
-            self.log(f"{stage}/teacher_dropped_mass", max(mass), batch_size=len(wider[0]))
+            self.log(f"{stage}/teacher_dropped_mass", max(mass), batch_size=wider[0].shape[0])
 
 
 def require_positive(**temperatures: float) -> None:

@@ -5,6 +5,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
+from lightning_kd.evaluation import TokenLoss
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import SFT, BabyLlama, DistillationModule, LossTerm
 from lightning_kd.normalization import ConstantLength
@@ -107,10 +108,12 @@ class PolicyGradient(DistillationModule):
     terms = ("policy",)
 
     def loss_terms(self, batch, scores):
-        log_probs = scores.student_logits.log_softmax(-1)
-        chosen = log_probs.gather(-1, scores.positions.targets[:, None])[:, 0]
-        ratio = (chosen - chosen.detach()).exp()
-        return {"policy": LossTerm(-ratio * batch["advantages"][scores.positions.rows])}
+        advantages = batch["advantages"][scores.positions.rows]
+
+        def surrogate(log_probs, rows):
+            return -(log_probs - log_probs.detach()).exp() * advantages[rows]
+
+        return {"policy": LossTerm(TokenLoss(scores.positions.targets, surrogate))}
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence"])

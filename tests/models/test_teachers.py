@@ -4,7 +4,7 @@ import pytest
 import scipy.special
 import torch
 
-from lightning_kd.models import ModelSource, SingleTeacher, TeacherEnsemble
+from lightning_kd.models import DenseLogits, ModelSource, SingleTeacher, TeacherEnsemble
 from lightning_kd.scoring import ScoredPositions
 from tests.toys import ragged_batch, tiny_llama
 
@@ -16,6 +16,12 @@ def logits(members: int = 3) -> tuple[torch.Tensor, ...]:
     return tuple(
         3 * torch.randn(6, 11, generator=generator, dtype=torch.float64) for _ in range(members)
     )
+
+
+def given(teacher, batch, scored):
+    """The logits of its only model."""
+    (source,) = teacher.read(batch, scored, DenseLogits()).sources
+    return source.logits
 
 
 def members(count: int) -> list[ModelSource]:
@@ -63,7 +69,7 @@ def test_a_teacher_is_frozen_and_in_eval_mode(tokenizer):
     assert not any(p.requires_grad for p in model.parameters())
     batch = ragged_batch([(2, 5), (3, 2)])
     scored = ScoredPositions.from_labels(batch["labels"])
-    (scores,) = teacher.logits(batch, scored)
+    scores = given(teacher, batch, scored)
     assert scores.shape == (7, 18)
     assert not scores.requires_grad
 
@@ -73,10 +79,10 @@ def test_scores_do_not_depend_on_padding(tokenizer):
     teacher.prepare(tokenizer, CPU, "equal")
     both = ragged_batch([(2, 5), (3, 2)])
     scored = ScoredPositions.from_labels(both["labels"])
-    (padded,) = teacher.logits(both, scored)
+    padded = given(teacher, both, scored)
     alone = {key: value[1:, :5] for key, value in both.items() if key != "row"}
     scored_alone = ScoredPositions.from_labels(alone["labels"])
-    (unpadded,) = teacher.logits(alone, scored_alone)
+    unpadded = given(teacher, alone, scored_alone)
     torch.testing.assert_close(padded[5:], unpadded, rtol=0, atol=1e-5)
 
 

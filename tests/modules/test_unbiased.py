@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import DenseLogits, SingleTeacher, Student
 from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, Paper, RLDistillation
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from tests.modules.harness import BatchList, GradientProbe, trainer
@@ -27,6 +27,7 @@ def expected_gradient(make, longest=3, alpha=0.0):
     module = make(
         student=Student.of(student),
         teacher=SingleTeacher.of(teacher),
+        logits=DenseLogits(),  # a table has no output head to take apart
         normalization=Expectation(probabilities),
     )
     probe = GradientProbe()
