@@ -1,17 +1,16 @@
 """Numbers at scored positions, from logits that are never all there at once."""
 
+from lightning_kd.evaluation.block import Block, Quantity
 from lightning_kd.evaluation.chunks import CHUNK_BYTES, Sweep
 from lightning_kd.evaluation.functional import FusedDivergence, fused_linear_divergence
 from lightning_kd.evaluation.fused import look, per_token, weighted_sum
 from lightning_kd.evaluation.quantities import (
     Agreement,
-    Block,
     Combination,
     CrossEntropy,
     Entropy,
     Matching,
     Nothing,
-    Quantity,
     TeacherCrossEntropy,
     TeacherEntropy,
     TeacherMassBeyond,

@@ -7,7 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from lightning_kd.evaluation.quantities import Block, Quantity
+from lightning_kd.evaluation.block import Block, Quantity
 from lightning_kd.evaluation.sources import LogitSource, Projection, TeacherLogits
 
 CHUNK_BYTES = 256 * 2**20

@@ -74,7 +74,7 @@ def fused_linear_divergence(
         >>> hidden, weight = torch.zeros(3, 2), torch.eye(4, 2)
         >>> other = torch.tensor([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
         >>> fused_linear_divergence(hidden, weight, other, weight).values
-        tensor([0.0000, 0.4340, 0.1160])
+        tensor([0.0000, 0.4680, 0.1180])
 
     References:
         Hsu et al., *Liger Kernel: Efficient Triton Kernels for LLM Training*, 2024 (gradients in the

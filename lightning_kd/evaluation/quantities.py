@@ -1,88 +1,13 @@
-"""What is computed at a scored position, from the logits there."""
+"""What losses and metrics are made of, position by position."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence
-from lightning_kd.evaluation.sources import Combine
+from lightning_kd.evaluation.block import Block, Quantity
 from lightning_kd.types import IGNORE_INDEX
-
-
-class Block:
-    """Some rows of logits, and the log-probabilities that several quantities ask for.
-
-    Args:
-        rows: Where the block stands among all scored positions.
-        student_logits: ``(n, V)``; ``(n, 0)`` where only the teacher is looked at.
-        teacher_logits: The same for each model of the teacher; empty where nothing asks.
-        combine: How the teacher's logits become log-probabilities at a temperature.
-    """
-
-    def __init__(
-        self,
-        rows: slice,
-        student_logits: Tensor,
-        teacher_logits: tuple[Tensor, ...],
-        combine: Combine | None,
-    ) -> None:
-        self.rows = rows
-        self.student_logits = student_logits
-        self._teacher_logits, self._combine = teacher_logits, combine
-        self._student: dict[float, Tensor] = {}
-        self._teacher: dict[float, Tensor] = {}
-
-    def student(self, temperature: float = 1.0) -> Tensor:
-        """The student's log-probabilities, ``(n, V)``."""
-        if temperature not in self._student:
-            logits = self.student_logits if temperature == 1 else self.student_logits / temperature
-            self._student[temperature] = logits.log_softmax(-1)
-        return self._student[temperature]
-
-    def teacher(self, temperature: float = 1.0) -> Tensor:
-        """The teacher's log-probabilities, ``(n, V)``, without a gradient."""
-        if temperature not in self._teacher:
-            assert self._combine is not None  # a quantity that needs a teacher says so
-            with torch.no_grad():
-                self._teacher[temperature] = self._combine(self._teacher_logits, temperature)
-        return self._teacher[temperature]
-
-    def on(self, student_logits: Tensor) -> "Block":
-        """The same block over other logits of the student."""
-        block = Block(self.rows, student_logits, self._teacher_logits, self._combine)
-        block._teacher = self._teacher
-        return block
-
-
-class Quantity(ABC):
-    """A number at each scored position that depends on the logits there, and on no others.
-
-    A subclass writes :meth:`values`; its gradient in closed form is optional.
-
-    Example:
-        >>> class Confidence(Quantity):
-        ...     def values(self, block):
-        ...         return block.student().exp().amax(-1)
-        >>> block = Block(slice(0, 1), torch.zeros(1, 4), (), None)
-        >>> Confidence().values(block)
-        tensor([0.2500])
-    """
-
-    needs_teacher: bool = False
-
-    @abstractmethod
-    def values(self, block: Block) -> Tensor:
-        """The formula, differentiable in the student's logits: ``(n,)``."""
-
-    def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
-        """Values and their gradient in the student's logits: ``(n,), (n, V)``."""
-        with torch.enable_grad():
-            leaf = block.student_logits.detach().requires_grad_()
-            values = self.values(block.on(leaf))
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach(), gradient
 
 
 class Matching(Quantity):
