@@ -129,8 +129,13 @@ def _equals(projection: Projection, expected: Tensor) -> bool:
 
 
 def _whole(weight: Tensor) -> Tensor:
-    """A sharded weight in one piece, whose gradient is the sum over all ranks."""
+    """A sharded weight in one piece, whose gradient is the mean over all ranks."""
     if not isinstance(weight, DTensor):
         return weight
+    mesh = weight.device_mesh
     # Without the placements each rank would keep nothing but its own contribution.
-    return weight.full_tensor(grad_placements=[Partial()] * weight.device_mesh.ndim)
+    whole = weight.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        # Every other gradient of a sharded model is a mean, and the sum of this one would not be.
+        whole.register_hook(lambda gradient: gradient / mesh.size())  # type: ignore[no-untyped-call]
+    return whole

@@ -3,14 +3,21 @@
 TRL's ``GKDTrainer`` and ours: the same student and teacher (random Llamas), the same batch, prompts and
 completion lengths, every batch written by the student, AdamW; a step as one batch and as four
 micro-batches. By default the peer checkpoints activations and writes without a cache. In turn, in one
-process, several rounds; the time of a step is that between two optimizer steps, without the first.
+process, several rounds; the time of a step is that between two optimizer steps, without the first. The
+peak of memory beyond the two models is measured in a process of its own for each.
 """
 
+import argparse
 import itertools
 import logging
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,20 +32,20 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import DistillationData, Example
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import DenseLogits, Logits, SingleTeacher, Student
 from lightning_kd.modules import GKD
 from tests.modules.harness import trainer
 from tests.toys import LETTERS, letter_tokenizer
 
-ROUNDS, STEPS, ROWS, PROMPT, NEW, VOCABULARY = 3, 5, 8, 16, 64, 8_000
+ROUNDS, STEPS, ROWS, PROMPT, NEW = 3, 5, 8, 16, 64
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
 
-def llama(seed: int, width: int) -> LlamaForCausalLM:
+def llama(seed: int, width: int, vocabulary: int) -> LlamaForCausalLM:
     """A random model; an end is as likely as any other token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=4,
@@ -103,13 +110,17 @@ def gaps(times: list[float]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(times)]
 
 
-def ours(accumulation: int) -> list[float]:
+def ours(accumulation: int, vocabulary: int, logits: Logits | None = None) -> list[float]:
     """Seconds per step of this library."""
     clock = Clock()
     generation = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=NEW), table_every=0, truncated="keep"
     )
-    module = GKD(student=Student.of(llama(0, 256)), teacher=SingleTeacher.of(llama(1, 512)))
+    module = GKD(
+        student=Student.of(llama(0, 256, vocabulary)),
+        teacher=SingleTeacher.of(llama(1, 512, vocabulary)),
+        logits=logits,
+    )
     # As often as both log by default: not once in so short a run.
     fit = trainer(
         max_steps=STEPS,
@@ -118,11 +129,12 @@ def ours(accumulation: int) -> list[float]:
         callbacks=[generation, clock],
         log_every_n_steps=50,
     )
+    watch_memory()
     fit.fit(module, datamodule=Prompts(accumulation))
     return gaps(clock.times)
 
 
-def peer(accumulation: int, gradient_checkpointing: bool) -> list[float]:
+def peer(accumulation: int, vocabulary: int, *, gradient_checkpointing: bool) -> list[float]:
     """Seconds per step of TRL."""
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
@@ -156,15 +168,49 @@ def peer(accumulation: int, gradient_checkpointing: bool) -> list[float]:
             disable_tqdm=True,
             bf16=False,
         )
-        GKDTrainer(
-            model=llama(0, 256),
-            teacher_model=llama(1, 512),
+        trainer = GKDTrainer(
+            model=llama(0, 256, vocabulary),
+            teacher_model=llama(1, 512, vocabulary),
             args=arguments,
             train_dataset=datasets.Dataset.from_list(rows),
             processing_class=tokenizer,
             callbacks=[clock],
-        ).train()
+        )
+        watch_memory()
+        trainer.train()
     return gaps(clock.times)
+
+
+METHODS: dict[str, Callable[[int, int], list[float]]] = {
+    "ours": ours,
+    "ours, DenseLogits": partial(ours, logits=DenseLogits()),
+    "TRL": partial(peer, gradient_checkpointing=False),
+    "TRL, its defaults": partial(peer, gradient_checkpointing=True),
+}
+_before = 0.0
+
+
+def watch_memory() -> None:
+    """From here on the peak counts."""
+    global _before
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    _before = megabytes("VmRSS")
+
+
+def megabytes(field: str) -> float:
+    """What Linux says of this process."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1e3
+    raise OSError(f"/proc/self/status has no {field}: peaks are measured on Linux")
+
+
+def peak_apart(name: str, accumulation: int, vocabulary: int) -> float:
+    """Megabytes beyond the models, in a process of its own."""
+    numbers = [str(accumulation), str(vocabulary)]
+    command = [sys.executable, "-m", "tests.benchmarks.gkd_step_peer", "--peak", name, *numbers]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def main() -> None:
@@ -172,18 +218,30 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers.logging.set_verbosity_error()
-    table = Table("micro-batches", "", "seconds per step", "times ours")
-    for accumulation in (1, 4):
-        measured: dict[str, list[float]] = {"ours": [], "TRL": [], "TRL, its defaults": []}
-        for _ in range(ROUNDS):
-            measured["ours"] += ours(accumulation)
-            measured["TRL"] += peer(accumulation, gradient_checkpointing=False)
-            measured["TRL, its defaults"] += peer(accumulation, gradient_checkpointing=True)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[8_000, 32_000, 151_936])
+    parser.add_argument("--accumulation", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        name, accumulation, vocabulary = arguments.peak
+        METHODS[name](int(accumulation), int(vocabulary))
+        print(megabytes("VmHWM") - _before)
+        return
+    table = Table("vocabulary", "micro-batches", "", "seconds per step", "times ours", "peak MB")
+    for vocabulary, accumulation in itertools.product(arguments.vocabulary, arguments.accumulation):
+        measured: dict[str, list[float]] = {name: [] for name in METHODS}
+        for _ in range(arguments.rounds):
+            for name, method in METHODS.items():
+                measured[name] += method(accumulation, vocabulary)
         for name, seconds in measured.items():
             ratio = median(seconds) / median(measured["ours"])
-            table.add_row(str(accumulation), name, f"{median(seconds):.3f}", f"{ratio:.2f}")
-    Console().print(table)
-    Console().print(f"{ROWS} rows, {PROMPT} + {NEW} tokens, vocabulary {VOCABULARY:,}, float32")
+            peak = peak_apart(name, accumulation, vocabulary)
+            cells = [f"{median(seconds):.3f}", f"{ratio:.2f}", f"{peak:.0f}"]
+            table.add_row(f"{vocabulary:,}", str(accumulation), name, *cells)
+    Console(width=100).print(table)
+    Console().print(f"{ROWS} rows, {PROMPT} + {NEW} tokens, float32")
 
 
 if __name__ == "__main__":
