@@ -79,14 +79,16 @@ class Sweep:
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
                 block = Block(here, own[part], seen, combine)
-                self._evaluate(block, weights, values)
+                gradients = self._look(block, weights, values)
+                if into:
+                    self._leave_gradient(block.student_logits, gradients)
             if into:
                 assert isinstance(student, Projection)
                 student.add_gradients(rows, own[:length], into)
         return values
 
-    def _evaluate(self, block: Block, weights: Weights, values: Tensor) -> None:
-        """The values of a block; its logits become the gradient of those that have a weight."""
+    def _look(self, block: Block, weights: Weights, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Note the values of a block; what has a weight comes back as gradient and weight."""
         gradients = []
         for number, (quantity, weight) in enumerate(zip(self.quantities, weights, strict=True)):
             if weight is None:
@@ -94,15 +96,19 @@ class Sweep:
             else:
                 values[number, block.rows], gradient = quantity.values_and_gradient(block)
                 gradients.append((gradient, weight[block.rows, None].to(gradient.dtype)))
-        if not gradients:
-            block.student_logits.zero_()
-            return
+        return gradients
+
+    def _leave_gradient(self, logits: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> None:
+        """Write the weighted sum of the gradients over the logits, which are not needed any more."""
         assert isinstance(self.student, Projection)
-        logits, slope = block.student_logits, self.student.slope(block.student_logits)
-        (first, weight), *others = gradients
-        torch.mul(first, weight, out=logits)
-        for gradient, weight in others:
-            logits.addcmul_(gradient, weight)
+        slope = self.student.slope(logits)
+        if not gradients:
+            logits.zero_()
+        for number, (gradient, weight) in enumerate(gradients):
+            if number == 0:
+                torch.mul(gradient, weight, out=logits)
+            else:
+                logits.addcmul_(gradient, weight)
         if isinstance(slope, Tensor) or slope != 1:
             logits.mul_(slope)
 
@@ -121,11 +127,11 @@ class Sweep:
     def _chunk_size(self, buffers: int) -> int:
         """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
         count, width = self._first.shape
-        fitting = max(1, self.chunk_bytes // (buffers * width * 4))
+        fitting = max(1, self.chunk_bytes // (buffers * width * self._first.dtype.itemsize))
         return ceil(count / ceil(count / fitting)) if count else 0
 
     def _blocks(self, length: int) -> Iterator[slice]:
-        fitting = max(1, _BLOCK_BYTES // (self._first.shape[1] * 4))
+        fitting = max(1, _BLOCK_BYTES // (self._first.shape[1] * self._first.dtype.itemsize))
         # A kernel launch costs more than a cache miss on an accelerator.
         return _slices(0, length, fitting if self.device.type == "cpu" else length)
 

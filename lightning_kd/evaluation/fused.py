@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_kd.evaluation.chunks import Sweep, Weights
 from lightning_kd.evaluation.sources import Projection
@@ -58,8 +57,8 @@ class _WeightedSum(torch.autograd.Function):
         return _total(values, weights), values
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         # Out of place: a second backward pass through a kept graph finds what the first one found.
         saved = iter(ctx.saved_tensors)
         scaled = [
@@ -78,8 +77,8 @@ class _PerToken(torch.autograd.Function):
             return sweep.values()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_values: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_second_derivative()
         inputs, student = ctx.saved_tensors, ctx.sweep.student
         assert isinstance(student, Projection)
         sweep = replace(ctx.sweep, student=student.with_inputs(inputs))
@@ -92,6 +91,14 @@ class _PerToken(torch.autograd.Function):
             for gradient, tensor in zip(gradients, inputs, strict=True)
         ]
         return None, *narrowed
+
+
+def _refuse_second_derivative() -> None:
+    if torch.is_grad_enabled():  # only with create_graph, and the result would lack a term
+        raise RuntimeError(
+            "the fused evaluation has no second derivative: leave create_graph off, or use "
+            "DenseLogits"
+        )
 
 
 def _total(values: Tensor, weights: Weights) -> Tensor:

@@ -43,7 +43,10 @@ class OutputHead:
                 factors.append((low * adapter.scaling[name], _whole(adapter.lora_B[name].weight)))
         bias = getattr(base, "bias", None)
         bias = None if bias is None else _whole(bias)
-        return Projection(tuple(factors), bias, self.scale, self.softcap)
+        # On an accelerator the products are made as autocast would; the logits stay float32.
+        narrow = torch.get_autocast_dtype("cuda") if _under_autocast(states) else None
+        pairs = tuple((h.to(narrow or h.dtype), w.to(narrow or w.dtype)) for h, w in factors)
+        return Projection(pairs, bias, self.scale, self.softcap)
 
     @contextmanager
     def bypassed(self) -> Iterator[list[Tensor]]:
@@ -126,6 +129,10 @@ def _equals(projection: Projection, expected: Tensor) -> bool:
         return False
     tolerance = 16 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
     return bool((own - expected).abs().max() <= tolerance)
+
+
+def _under_autocast(states: Tensor) -> bool:
+    return states.is_cuda and torch.is_autocast_enabled("cuda")
 
 
 def _whole(weight: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_equals_all_logits_at_once(divergence, temperatures, widths, mode):
         scored=scored,
         weights=weights,
         mode=mode,
-        chunk_bytes=4 * min(widths) * 2 * 3,
+        chunk_bytes=8 * min(widths) * 2 * 3,
     )
     expected = dense(student, teacher, divergence, temperatures).where(scored, 0.0)
     torch.testing.assert_close(result.values, expected, rtol=1e-12, atol=1e-13)
@@ -99,9 +99,9 @@ def test_equals_all_logits_at_once(divergence, temperatures, widths, mode):
 @pytest.mark.parametrize("rows", [1, 4, 12, 13, 100])
 def test_no_cut_into_chunks_changes_anything(rows, monkeypatch):
     student, teacher = heads()
-    monkeypatch.setattr(chunks, "_BLOCK_BYTES", 4 * 11 * 2)
+    monkeypatch.setattr(chunks, "_BLOCK_BYTES", 8 * 11 * 2)
     whole = dense(student, teacher, "generalized_jsd")
-    result = fused(student, teacher, divergence="generalized_jsd", chunk_bytes=4 * 11 * 2 * rows)
+    result = fused(student, teacher, divergence="generalized_jsd", chunk_bytes=8 * 11 * 2 * rows)
     torch.testing.assert_close(result.values, whole, rtol=1e-12, atol=1e-13)
     assert_equal(gradients(result.total, student), gradients(whole.sum(), student))
 
@@ -125,7 +125,8 @@ def test_nothing_scored_is_a_zero_with_a_gradient(mode):
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("divergence", EVERY, ids=str)
+# The adaptive KL holds its weights constant, so that its gradient is not the slope of its value.
+@pytest.mark.parametrize("divergence", [d for d in EVERY if d != "adaptive_kl"], ids=str)
 @pytest.mark.parametrize("mode", ["fused", "recompute"])
 def test_finite_differences(divergence, mode):
     student, teacher = heads(6, 6, n=3)
@@ -206,9 +207,8 @@ def test_no_gradient_is_made_that_nobody_wants(monkeypatch):
 def test_a_second_derivative_is_refused():
     student, teacher = heads()
     total = fused(student, teacher).total
-    (first, *_) = torch.autograd.grad(total, student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(total, student, create_graph=True)
 
 
 def test_a_kept_graph_gives_the_same_twice():
@@ -222,10 +222,11 @@ def test_a_kept_graph_gives_the_same_twice():
 def test_a_small_divisor_flushes_nothing_in_half_precision():
     """One over the count is applied to the gradient in float32, not to logits in float16."""
     student, teacher = heads(dtype=torch.float16)
+    wide = [tensor.detach().double().requires_grad_() for tensor in student]
+    expected = gradients(dense(wide, teacher, "forward_kl").sum() * 2**16 / 1e6, wide)
     loss = fused(student, teacher).total / 1e6
-    expected = [2**16 * g for g in gradients(dense(student, teacher, "forward_kl").sum(), student)]
     for scaled, exact in zip(gradients(loss * 2**16, student), expected, strict=True):
-        torch.testing.assert_close(scaled.double(), exact.double() / 1e6, rtol=5e-3, atol=1e-6)
+        torch.testing.assert_close(scaled.double(), exact, rtol=2e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.1])
