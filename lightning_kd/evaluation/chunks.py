@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_kd.evaluation.block import Block, Quantity
 from lightning_kd.evaluation.sources import LogitSource, Projection, TeacherLogits
 
-CHUNK_BYTES = 256 * 2**20
+CHUNK_BYTES = 128 * 2**20
 """Logits that are alive at once, of student and teacher together."""
 
 _BLOCK_BYTES = 2 * 2**20
