@@ -4,16 +4,22 @@ from lightning_kd.callbacks.completion_samples import CompletionSamples
 from lightning_kd.callbacks.hf_export import HFExport
 from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
 from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnostics
+from lightning_kd.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_kd.callbacks.on_policy_generation import OnPolicyGeneration
+from lightning_kd.callbacks.save_on_termination import SaveOnTermination
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
+from lightning_kd.callbacks.timeout_report import TimeoutReport
 
 __all__ = [
     "CompletionSamples",
     "HFExport",
     "JsonlPredictions",
     "LossNormalizationDiagnostics",
+    "NonFiniteGuard",
     "OnPolicyGeneration",
+    "SaveOnTermination",
     "TensorBoardLayout",
+    "TimeoutReport",
     "TokensPerSecond",
 ]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_kd.callbacks.gradient_audit import audit_window
 from lightning_kd.callbacks.publishing import publish
+from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.types import Batch
@@ -106,6 +107,18 @@ class LossNormalizationDiagnostics(Callback):
         self._window: list[Any] = []
         self._records: list[Tensor] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether the gradients can be audited.
+
+        Raises:
+            ValueError: If they are in shards.
+        """
+        if self.audit != "never" and any(is_sharded(part) for part in pl_module.modules()):
+            raise ValueError(
+                f"audit is {self.audit!r}, but the gradients of this strategy are in shards, and no "
+                "process can compute another cut by itself; audit with ddp or one process"
+            )
 
     def on_train_batch_end(
         self,

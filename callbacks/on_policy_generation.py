@@ -25,6 +25,7 @@ from lightning_kd.generation import (
     padding_id,
     rollout_batch,
 )
+from lightning_kd.models.sharding import is_sharded, whole
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
@@ -67,6 +68,8 @@ class OnPolicyGeneration(Callback):
         rows_at_once: Most rows that are written together on a rank; all of a window when not given.
         table_every: Optimizer steps between histograms and tables; 0 for none.
         table_rows: Rows of the table.
+        unshard: Where models are in shards, keep all of their weights on every process while
+            completions are written: faster, if there is memory for it.
         path: A JSONL file that every written completion is appended to.
 
     Raises:
@@ -91,6 +94,7 @@ class OnPolicyGeneration(Callback):
         passes: int = 1,
         truncated: Truncation = "keep",
         rows_at_once: int | None = None,
+        unshard: bool = False,
         table_every: int = 100,
         table_rows: int = 4,
         path: str | None = None,
@@ -115,7 +119,7 @@ class OnPolicyGeneration(Callback):
         self.steps_per_window = steps_per_window
         self.plan = RolloutPlan(1, passes, group_size)
         self.truncated: Truncation = truncated
-        self.rows_at_once = rows_at_once
+        self.rows_at_once, self.unshard = rows_at_once, unshard
         self.statistics = RolloutStatistics(table_every)
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
         self._window: int | None = None
@@ -142,6 +146,11 @@ class OnPolicyGeneration(Callback):
             raise ValueError(
                 f"OnPolicyGeneration writes for modules of this library, not for a "
                 f"{type(pl_module).__name__}; derive it from DistillationModule"
+            )
+        if self.unshard and not is_sharded(pl_module.student):
+            raise ValueError(
+                "unshard: true, but under this strategy every process has all weights anyway; "
+                "leave it out, or use --trainer.strategy fsdp2"
             )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         if pl_module.needs_own_samples and not always:
@@ -239,7 +248,8 @@ class OnPolicyGeneration(Callback):
         check_batches(batches, trainer.world_size, self.plan.group_size)
         models = [module.student, *getattr(getattr(module, "teacher", None), "models", [])]
         context = trainer.precision_plugin.train_step_context()
-        with evaluating(*models), torch.no_grad(), context:
+        sharded = [model for model in models if self.unshard and is_sharded(model)]
+        with evaluating(*models), torch.no_grad(), whole(sharded), context:
             started = time.perf_counter()
             written = complete(
                 module,

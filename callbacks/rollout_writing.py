@@ -1,6 +1,7 @@
 """Having the prompts of a window completed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import lightning as L
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from lightning_kd.data import PairedLoader, TrainingLoader
 from lightning_kd.generation import Completions, GenerationOptions, generate, padding_id
 from lightning_kd.models import SingleTeacher
+from lightning_kd.models.placement import KINDS, at_work
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import Batch
@@ -39,26 +41,40 @@ def complete(
     prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
     masks = _joined([batch["prompt_mask"] for batch in batches], 0)
     samples = torch.cat([batch["sample"] for batch in batches]).tolist()
-    mixed = own and mixture_alpha > 0
     size = rows_at_once or len(samples)
-    parts = [
-        generate(
-            module.student if own else writing_teacher(module),
-            module.tokenizer,
-            prompts[start : start + size],
-            masks[start : start + size],
-            options,
-            seeds=[derive_seed(run_seed(), "rollout", s) for s in samples[start : start + size]],
-            mixed_with=(writing_teacher(module), mixture_alpha) if mixed else None,
-            width=module.width if isinstance(module, TeacherModule) else None,
-        )
-        for start in range(0, len(samples), size)
-    ]
+    with _writers(module, prompts.device, own, mixture_alpha) as (writer, mixed_with):
+        parts = [
+            generate(
+                writer,
+                module.tokenizer,
+                prompts[part],
+                masks[part],
+                options,
+                seeds=[derive_seed(run_seed(), "rollout", sample) for sample in samples[part]],
+                mixed_with=mixed_with,
+                width=module.width if isinstance(module, TeacherModule) else None,
+            )
+            for part in (slice(start, start + size) for start in range(0, len(samples), size))
+        ]
     return Completions.join(parts, pad_id)
 
 
-def writing_teacher(module: L.LightningModule) -> PreTrainedModel:
-    """The one model of a module's teacher.
+@contextmanager
+def _writers(
+    module: DistillationModule, device: torch.device, own: bool, mixture_alpha: float
+) -> Iterator[tuple[PreTrainedModel, tuple[PreTrainedModel, float] | None]]:
+    """The model that writes, and the one that is mixed in; a teacher is on the device meanwhile."""
+    if own and mixture_alpha == 0:
+        yield module.student, None
+        return
+    teacher = writing_teacher(module)
+    (model,) = teacher.models
+    with at_work(model, teacher.placement, device):
+        yield (module.student, (model, mixture_alpha)) if own else (model, None)
+
+
+def writing_teacher(module: L.LightningModule) -> SingleTeacher:
+    """The teacher of a module, which is one model that can write.
 
     Raises:
         ValueError: If there is none, or there are several.
@@ -70,7 +86,12 @@ def writing_teacher(module: L.LightningModule) -> PreTrainedModel:
             f"{'none' if teacher is None else type(teacher).__name__}; give it a SingleTeacher, or "
             "set mixture_alpha: 0 and otherwise: dataset"
         )
-    return teacher.models[0]
+    if teacher.placement not in KINDS:
+        raise ValueError(
+            f"the teacher is to write, but placement is {teacher.placement!r}; a model that writes "
+            f"must work on the student's device: choose {', '.join(KINDS)}"
+        )
+    return teacher
 
 
 def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:

@@ -6,6 +6,7 @@ modules, data modules, divergences, normalizations, students and teachers.
 
 from importlib.metadata import version
 
+from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import (
     ArithmeticData,
     ChatData,
@@ -58,6 +59,7 @@ from lightning_kd.normalization import (
 )
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
+from lightning_kd.strategies import FullyShardedStrategy
 from lightning_kd.types import IGNORE_INDEX, Batch
 
 __version__ = version("lightning-kd")
@@ -68,6 +70,7 @@ __all__ = [
     "IGNORE_INDEX",
     "SFT",
     "ArithmeticData",
+    "AtomicCheckpointIO",
     "BabyLlama",
     "Batch",
     "BatchMean",
@@ -79,6 +82,7 @@ __all__ = [
     "DistillationData",
     "DistillationModule",
     "Divergence",
+    "FullyShardedStrategy",
     "FusedLogits",
     "GenerationOptions",
     "ImportanceSampling",

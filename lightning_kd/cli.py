@@ -14,17 +14,23 @@ from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins.io import CheckpointIO
 
 from lightning_kd.callbacks import (
     HFExport,
     JsonlPredictions,
+    NonFiniteGuard,
     OnPolicyGeneration,
+    SaveOnTermination,
     TensorBoardLayout,
+    TimeoutReport,
     TokensPerSecond,
 )
+from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.modules import MiniLLMObjective
+from lightning_kd.strategies import readable_checkpoint
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
@@ -60,6 +66,7 @@ class DistillationCLI(LightningCLI):
         """Add the callbacks that every run has."""
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(JsonlPredictions, "predictions")
+        parser.add_lightning_class_args(NonFiniteGuard, "non_finite")
         parser.add_argument(
             "--on_policy",
             type=OnPolicyGeneration | None,
@@ -81,12 +88,15 @@ class DistillationCLI(LightningCLI):
         """Leave the configuration alone: a checkpoint never overrides what was asked for."""
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
-        """The trainer, with the callback that writes completions where one is given."""
+        """The trainer, with what every run has: rollouts where asked for, safe checkpoints."""
+        trainer = self._get(self.config_init, "trainer")
         on_policy = self._get(self.config_init, "on_policy")
         if on_policy is not None:
-            given = self._get(self.config_init, "trainer")["callbacks"] or []
             # Behind the others, so that a clock that starts with a step counts the writing.
-            kwargs["callbacks"] = [*(given if isinstance(given, list) else [given]), on_policy]
+            kwargs["callbacks"] = [*_listed(trainer["callbacks"]), on_policy]
+        plugins = _listed(trainer["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def instantiate_classes(self) -> None:
@@ -99,13 +109,13 @@ class DistillationCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         checkpoint = self._get(self.config_init, "ckpt_path")
         a_name = checkpoint in {None, "last", "best", "hpc", "registry"}
-        if not a_name and not Path(checkpoint).exists():
+        if not a_name and not readable_checkpoint(Path(checkpoint)).exists():
             self.parser.error(f"the checkpoint {checkpoint!r} does not exist")
         try:
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             self.parser.error(str(error))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             if not _is_for_the_user(error):
                 raise
             self.parser.error(str(error))
@@ -145,9 +155,18 @@ def main() -> None:
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
                 "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
             },
-            "callbacks": [TensorBoardLayout(), TokensPerSecond()],
+            "callbacks": [
+                TensorBoardLayout(),
+                TokensPerSecond(),
+                TimeoutReport(),
+                SaveOnTermination(),
+            ],
         },
     )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def shorten(message: str) -> str:

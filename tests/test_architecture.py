@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"types", "seeding"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
+    {"checkpoints", "strategies"},
     {"evaluation"},
     {"models", "metrics"},
     {"generation"},

@@ -120,9 +120,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
 def test_the_python_of_the_docs_runs():
     """In a process of its own: it registers a divergence."""
     program = "\n".join(blocks((ROOT / "docs" / "divergences.md").read_text(), "python"))
-    check = (
-        'from lightning_kd import make_divergence\nprint(make_divergence("squared_difference"))'
-    )
+    check = 'from lightning_kd import make_divergence\nprint(make_divergence("squared_difference"))'
     done = subprocess.run(
         [sys.executable, "-c", f"{program}\n{check}"],
         capture_output=True,

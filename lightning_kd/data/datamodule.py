@@ -72,6 +72,10 @@ class DistillationData(L.LightningDataModule):
     def rows(self, split: Split) -> Rows | None:
         """The rows of a split, or None where it was not given."""
 
+    def files(self, split: Split) -> dict[str, str]:
+        """Names and digests of the files that a split is read from; none where it is generated."""
+        return {}
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded when first asked for.
@@ -128,6 +132,7 @@ class DistillationData(L.LightningDataModule):
             world_size=trainer.world_size,
             num_workers=self.num_workers,
             plan=plan,
+            files=self.files("train"),
         )
 
     def val_dataloader(self) -> EvaluationLoader:

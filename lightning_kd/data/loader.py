@@ -1,6 +1,6 @@
 """Loaders that count what was consumed, so that a run can be resumed exactly."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,6 +92,7 @@ class TrainingLoader:
         world_size: All of them.
         num_workers: Processes that prepare batches ahead; they do not change the stream.
         plan: Windows that are passed over several times, groups of samples of one row.
+        files: What the rows were read from, and a digest of each: a resumed run must find the same.
 
     Example:
         >>> class Letters:
@@ -117,8 +118,10 @@ class TrainingLoader:
         world_size: int = 1,
         num_workers: int = 0,
         plan: RolloutPlan | None = None,
+        files: Mapping[str, str] | None = None,
     ) -> None:
         self.plan = plan or RolloutPlan()
+        self.files = dict(files or {})
         self.rows, self.collate, self.num_workers = rows, collate, num_workers
         self.batch_size, self.micro_batches = batch_size, micro_batches
         self.seed, self.rank, self.world_size = seed, rank, world_size
@@ -151,7 +154,7 @@ class TrainingLoader:
         """Is the batch that was handed out last the last of its window, in its last pass?"""
         return self.position % (self.plan.micro_batches * self.plan.passes) == 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """How far the run is, in samples of all ranks, and what the order depends on."""
         of_all_ranks = self.batch_size * self.world_size
         return {
@@ -162,14 +165,15 @@ class TrainingLoader:
             "group_size": self.plan.group_size,
             # How long a window is only matters for the order where it comes again.
             "window": self.plan.micro_batches * of_all_ranks if self.plan.passes > 1 else 0,
+            "files": self.files,
         }
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where a checkpoint stopped, on any number of ranks.
 
         Raises:
-            ValueError: If the state is another loader's, the data or the seed is another one, or
-                the samples do not fill whole micro-batches.
+            ValueError: If the state is another loader's, the data or the seed is another one, a
+                file has changed, or the samples do not fill whole micro-batches.
         """
         if state.keys() != self.state_dict().keys():
             raise ValueError(
@@ -177,6 +181,7 @@ class TrainingLoader:
                 f"{sorted(self.state_dict())}: it was written with another data loader; start anew "
                 "from the exported student"
             )
+        self._compare_files(state["files"])
         for what in ("rows", "seed", "passes", "group_size", "window"):
             if state[what] != self.state_dict()[what]:
                 raise ValueError(
@@ -190,6 +195,17 @@ class TrainingLoader:
                 f"the checkpoint is at sample {state['samples']}, which batch_size "
                 f"{self.batch_size} on {self.world_size} processes does not divide"
             )
+
+    def _compare_files(self, before: Mapping[str, str]) -> None:
+        """A file may have another name, as long as what is in it, and their order, is the same."""
+        if list(before.values()) == list(self.files.values()):
+            return
+        names = sorted({*before, *self.files})
+        changed = [n for n in names if before.get(n) != self.files.get(n)] or names
+        raise ValueError(
+            f"the data has changed since the checkpoint was written: {', '.join(changed)}. Resume "
+            "with the files as they were, or start anew from the exported student"
+        )
 
     def _keys(self) -> Iterator[list[Key]]:
         orders: dict[int, list[int]] = {}

@@ -1,5 +1,6 @@
 """Rows from files and hubs, through ``datasets``; whatever is wrong with one names its place."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from glob import glob, has_magic
@@ -56,6 +57,27 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{path} has no rows; training and evaluation need at least one")
     return rows
+
+
+def digests(path: str) -> dict[str, str]:
+    """What is in each local file of a path, as a digest; nothing for the name of a hub data set.
+
+    Args:
+        path: As for :func:`load_rows`.
+    """
+    path = str(Path(path).expanduser())
+    if Path(path).is_dir():
+        files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
+    elif has_magic(path) or Path(path).suffix in READERS:
+        files = _files(path)
+    else:
+        files = []
+    return {name: _digest(Path(name)) for name in files}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _files(path: str) -> list[str]:

@@ -14,7 +14,7 @@ from lightning_kd.data.encoding import (
 )
 from lightning_kd.data.loader import Rows
 from lightning_kd.data.rows import EncodedRows, PackedRows, pack
-from lightning_kd.data.sources import WHERE, load_rows
+from lightning_kd.data.sources import WHERE, digests, load_rows
 from lightning_kd.seeding import run_seed
 
 
@@ -53,6 +53,11 @@ class TextData(DistillationData):
         }
         self.subset = subset
         self.extra_columns = extra_columns or []
+
+    def files(self, split: Split) -> dict[str, str]:
+        """Names and digests of the local files of a split."""
+        path = self.paths[split]
+        return {} if path is None else digests(path)
 
 
 class PromptCompletionData(TextData):

@@ -45,6 +45,10 @@ class LogitSource(ABC):
     def narrowed(self, width: int) -> "LogitSource":
         """The first ``width`` tokens of the vocabulary alone."""
 
+    @abstractmethod
+    def frozen_on(self, device: torch.device) -> "LogitSource":
+        """The same without gradients, on a device; what becomes of the model's weights is all one."""
+
 
 @dataclass(frozen=True)
 class GivenLogits(LogitSource):
@@ -75,6 +79,10 @@ class GivenLogits(LogitSource):
     def narrowed(self, width: int) -> "GivenLogits":
         """A view of the first columns."""
         return GivenLogits(self.logits[:, :width])
+
+    def frozen_on(self, device: torch.device) -> "GivenLogits":
+        """A copy, where they are elsewhere."""
+        return GivenLogits(self.logits.detach().to(device))
 
 
 @dataclass(frozen=True)
@@ -140,6 +148,10 @@ class Projection(LogitSource):
         bias = None if self.bias is None else self.bias[:width]
         return replace(self, factors=factors, bias=bias)
 
+    def frozen_on(self, device: torch.device) -> "Projection":
+        """Copies of what is elsewhere."""
+        return self.with_inputs([tensor.detach().to(device) for tensor in self.inputs])
+
     def slope(self, logits: Tensor) -> Tensor | float:
         """What soft cap and scale multiply a gradient by, on its way back through them."""
         if self.softcap is None:
@@ -202,6 +214,11 @@ class RoutedLogits(LogitSource):
     def narrowed(self, width: int) -> "RoutedLogits":
         """Every source narrowed."""
         return replace(self, sources=tuple(source.narrowed(width) for source in self.sources))
+
+    def frozen_on(self, device: torch.device) -> "RoutedLogits":
+        """Every source, and the routes."""
+        sources = tuple(source.frozen_on(device) for source in self.sources)
+        return RoutedLogits(sources, self.routes.to(device))
 
 
 @dataclass(frozen=True)

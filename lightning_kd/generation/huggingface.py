@@ -9,6 +9,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import evaluating
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.models.sharding import is_sharded
 from lightning_kd.seeding import derive_seed
 
 
@@ -58,7 +59,11 @@ def generate_with_transformers(
     with evaluating(model), torch.random.fork_rng(devices=devices):
         torch.manual_seed(derive_seed(*seeds))
         output = model.generate(
-            input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=config,
+            # Not left to transformers: processes that end earlier must go on with the others.
+            synced_gpus=is_sharded(model),
         )
         ids = output[:, prompt_ids.shape[1] :]
         mask = completion_mask(ids, eos_ids)

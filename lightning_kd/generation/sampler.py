@@ -12,6 +12,7 @@ from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.models.sharding import any_process, is_sharded
 
 _IDLE_SHARE = 1 / 16
 """Ended rows are taken out of the batch when they are more than this share of it: more often costs
@@ -32,7 +33,8 @@ def sample(
     r"""Complete prompts, each row from its own random numbers.
 
     With several writers, a token is drawn from :math:`\tilde p = \sum_k w_k p_k`, each at the
-    sampling temperature and each with its own cache (MiniLLM, Eq. 4).
+    sampling temperature and each with its own cache (MiniLLM, Eq. 4). Where a model is in shards,
+    all processes write together, and each goes on until the last one has ended.
 
     Args:
         writers: Models and their weights in the mixture. Log-probabilities are those of the first.
@@ -58,7 +60,10 @@ def sample(
     rows, longest = len(prompt_ids), options.max_new_tokens
     uniforms = _uniforms(seeds, longest).to(prompt_ids.device)
     ids = prompt_ids.new_full((rows, longest), pad_id)
-    with evaluating(*models), torch.inference_mode():
+    together = any(is_sharded(model) for model in models)
+    # The whole weights of a shard are allocated once, and the backward pass would refuse them.
+    mode = torch.no_grad() if together else torch.inference_mode()
+    with evaluating(*models), mode:
         decoders = [Decoder(model, prompt_ids, prompt_mask) for model in models]
         own = decoders[0].logits.new_zeros(rows, longest)
         drawn_from = torch.zeros_like(own)
@@ -73,11 +78,15 @@ def sample(
             drawn_from[writing[going], place] = of_mixture.gather(-1, chosen)[going, 0]
             ended = ended | is_end(tokens, eos_ids)
             idle = int(ended.sum())
-            if idle == len(ended) or place == longest - 1:
+            done = idle == len(ended)
+            if together:
+                done = not any_process(not done, ids.device)
+            if done or place == longest - 1:
                 break
             for decoder in decoders:
                 decoder.append(tokens)
-            if idle > _IDLE_SHARE * len(ended) and all(d.can_drop_rows for d in decoders):
+            worth_it = _IDLE_SHARE * len(ended) < idle < len(ended)
+            if worth_it and all(d.can_drop_rows for d in decoders):
                 kept = (~ended).nonzero()[:, 0]
                 for decoder in decoders:
                     decoder.keep(kept)

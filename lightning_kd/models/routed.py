@@ -17,20 +17,34 @@ class RoutedTeacher(Teacher):
     Args:
         members: A model for each value of the column.
         column: A column of the data module's ``extra_columns``.
+        placement: Of every member, as :class:`~lightning_kd.models.SingleTeacher` has it; not
+            ``sharded``.
 
     Raises:
-        ValueError: If there are no members; in a run, if a row names none of them.
+        ValueError: If there are no members, or the placement is not one; in a run, if a row names
+            none of them.
 
     References:
         Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025 (several teachers, one for each
         data set). https://thinkingmachines.ai/blog/on-policy-distillation/
     """
 
-    def __init__(self, members: dict[str, ModelSource], *, column: str = "teacher") -> None:
+    def __init__(
+        self,
+        members: dict[str, ModelSource],
+        *,
+        column: str = "teacher",
+        placement: str = "replicated",
+    ) -> None:
+        super().__init__(placement=placement)
         if not members:
             raise ValueError("a routed teacher needs at least one member; got an empty mapping")
+        if placement == "sharded":
+            raise ValueError(
+                "placement: sharded needs all processes for every member, but each process asks the "
+                "teachers of its own rows; use replicated or offloaded"
+            )
         self.members, self.column = members, column
-        self.models = []
 
     @property
     def sources(self) -> dict[str, ModelSource]:
@@ -50,7 +64,7 @@ class RoutedTeacher(Teacher):
                 "attention_mask": batch["attention_mask"][rows],
             }
             own = ScoredPositions(scored.mask[rows], scored.targets)
-            sources.append(logits.read(self.models[member], picked, own))
+            sources.append(self._read(self.models[member], picked, own, logits))
         narrow = tuple(source.narrowed(self.vocabulary_size) for source in sources)
         routed = RoutedLogits(narrow, routes[scored.rows])
         return TeacherLogits((routed,), self.log_probs)

@@ -8,10 +8,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.evaluation import TeacherLogits, of_one_model
+from lightning_kd.evaluation import LogitSource, TeacherLogits, of_one_model
 from lightning_kd.models.logits import Logits
+from lightning_kd.models.placement import at_work, check_placement, settle
+from lightning_kd.models.sharding import is_sharded
 from lightning_kd.models.source import ModelSource
 from lightning_kd.models.vocabulary import (
     VocabularyPolicy,
@@ -35,25 +38,41 @@ class Teacher(ABC):
     models: list[PreTrainedModel]
     """The frozen models, empty until :meth:`prepare`."""
 
+    def __init__(self, *, placement: str = "replicated") -> None:
+        check_placement(placement)
+        self.placement = placement
+        self.models = []
+
     @property
     @abstractmethod
     def sources(self) -> dict[str, ModelSource]:
         """Where each model comes from, by its role."""
 
     def prepare(
-        self, tokenizer: PreTrainedTokenizerBase, device: torch.device, policy: VocabularyPolicy
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        policy: VocabularyPolicy,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         """Load, check, freeze and place the models; a second call only places them.
 
+        Args:
+            tokenizer: The data's.
+            device: Of the student, on this process.
+            policy: What happens to a wider vocabulary.
+            mesh: The processes that share weights; None where none do.
+
         Raises:
-            ValueError: If a model cannot be had or does not fit the tokenizer.
+            ValueError: If a model cannot be had, does not fit the tokenizer, or cannot be placed.
         """
         if not self.models:
             self.models = [
                 frozen(source, tokenizer, role, policy) for role, source in self.sources.items()
             ]
         for model in self.models:
-            model.to(device)
+            if not is_sharded(model):
+                settle(model, self.placement, device, mesh)
 
     def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the next token, from each model's logits: ``(N, V)``."""
@@ -67,8 +86,22 @@ class Teacher(ABC):
     @torch.no_grad()
     def read(self, batch: Batch, scored: ScoredPositions, logits: Logits) -> TeacherLogits:
         """Run the models on a batch; their logits at the scored positions are what comes."""
-        sources = tuple(logits.read(model, batch, scored) for model in self.models)
+        sources = tuple(self._read(model, batch, scored, logits) for model in self.models)
         return TeacherLogits(sources, self.log_probs)
+
+    def _read(
+        self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions, logits: Logits
+    ) -> LogitSource:
+        """Run a model where it works; what it says comes back to where the batch is."""
+        here = batch["input_ids"].device
+        with at_work(model, self.placement, here) as there:
+            moved: Batch = {
+                **batch,
+                "input_ids": batch["input_ids"].to(there),
+                "attention_mask": batch["attention_mask"].to(there),
+            }
+            positions = ScoredPositions(scored.mask.to(there), scored.targets)
+            return logits.read(model, moved, positions).frozen_on(here)
 
 
 class SingleTeacher(ModelSource, Teacher):
@@ -76,12 +109,17 @@ class SingleTeacher(ModelSource, Teacher):
 
     Args:
         name_or_path: A directory written by ``save_pretrained``, or a name on the Hugging Face hub.
+        placement: ``replicated`` on every process, ``sharded`` over all of them (under a strategy
+            that shards), ``offloaded`` to memory of the CPU between uses, or a device of its own,
+            such as ``cuda:1``.
         source: The options of :class:`~lightning_kd.models.ModelSource`.
     """
 
-    def __init__(self, name_or_path: str | None = None, **source: Any) -> None:
-        super().__init__(name_or_path, **source)
-        self.models = []
+    def __init__(
+        self, name_or_path: str | None = None, *, placement: str = "replicated", **source: Any
+    ) -> None:
+        ModelSource.__init__(self, name_or_path, **source)
+        Teacher.__init__(self, placement=placement)
 
     @property
     def sources(self) -> dict[str, ModelSource]:
@@ -107,6 +145,7 @@ class TeacherEnsemble(Teacher):
         members: Two or more models.
         combine: What is averaged.
         weights: One weight for each member, divided by their sum; equal when not given.
+        placement: Of every member, as :class:`SingleTeacher` has it.
 
     Raises:
         ValueError: If there are no members, or the weights do not fit them.
@@ -121,7 +160,9 @@ class TeacherEnsemble(Teacher):
         *,
         combine: Combination = "logits",
         weights: list[float] | None = None,
+        placement: str = "replicated",
     ) -> None:
+        super().__init__(placement=placement)
         if not members:
             raise ValueError("an ensemble needs at least one member; got an empty list")
         if combine not in get_args(Combination):
@@ -136,7 +177,6 @@ class TeacherEnsemble(Teacher):
         self.members = members
         self.combine: Combination = combine
         self.weights = [w / sum(weights) for w in weights]
-        self.models = []
 
     @property
     def sources(self) -> dict[str, ModelSource]:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.generation import GenerationOptions
@@ -137,7 +138,8 @@ class DistillationModule(StudentModule):
         """
         reduced = self._window.close(self.sum_over_ranks)
         cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        torch._foreach_mul_(self._gradients(), cut_into / reduced.divisor)
+        if gradients := self._gradients():
+            torch._foreach_mul_(gradients, cut_into / reduced.divisor)
         self.log("train/loss", reduced.means["loss"], prog_bar=True)
         self.log_dict({f"train/{name}": reduced.means[name] for name in self.terms})
         self.log("train/tokens", float(reduced.tokens))
@@ -153,7 +155,8 @@ class DistillationModule(StudentModule):
     ) -> None:
         """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
         if self._logs_this_step():
-            self.log("train/grad_norm", torch.nn.utils.get_total_norm(self._gradients()))
+            norm = torch.nn.utils.get_total_norm(self._gradients())
+            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
         self.clip_gradients(
             optimizer,
             gradient_clip_val=gradient_clip_val,

@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from lightning_kd.models import SingleTeacher
 from lightning_kd.modules.sft import SFT
+from lightning_kd.strategies import shard_mesh
 
 
 class SequenceKD(SFT):
@@ -33,8 +34,13 @@ class SequenceKD(SFT):
         """Load the teacher where it writes."""
         super().setup(stage)
         if stage == "predict":
+            if self.teacher.placement not in {"replicated", "sharded"}:
+                raise ValueError(
+                    f"placement is {self.teacher.placement!r}, but in predict nothing but the "
+                    "teacher works; use replicated or sharded"
+                )
             device = self.trainer.strategy.root_device
-            self.teacher.prepare(self.tokenizer, device, "equal")
+            self.teacher.prepare(self.tokenizer, device, "equal", shard_mesh(self.trainer))
 
     @property
     def writer(self) -> PreTrainedModel:

@@ -7,7 +7,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.models import Student, load_tokenizer
+from lightning_kd.models.sharding import shard
 from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import check_strategy, shard_mesh
 from lightning_kd.types import Batch
 
 CHECKPOINT_KEY = "lightning_kd"
@@ -37,10 +39,21 @@ class StudentModule(L.LightningModule):
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
+    def setup(self, stage: str) -> None:
+        """See whether the strategy will do.
+
+        Raises:
+            ValueError: If the loss would be divided wrongly under it.
+        """
+        check_strategy(self.trainer)
+
     def configure_model(self) -> None:
-        """Build the student, once."""
+        """Build the student, once; in shards, where the strategy shares weights."""
         if not hasattr(self, "student"):
             self.student = self.student_source.build(self.tokenizer)
+            mesh = shard_mesh(self.trainer)
+            if mesh is not None:
+                shard(self.student, mesh)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -16,6 +16,7 @@ from lightning_kd.models import (
 )
 from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.loss import Scores
+from lightning_kd.strategies import shard_mesh
 from lightning_kd.types import Batch
 
 
@@ -47,7 +48,12 @@ class TeacherModule(DistillationModule):
         """Load the teacher where it is needed, beside the student."""
         super().setup(stage)
         if stage != "predict":
-            self.teacher.prepare(self.tokenizer, self.trainer.strategy.root_device, self.vocabulary)
+            self.teacher.prepare(
+                self.tokenizer,
+                self.trainer.strategy.root_device,
+                self.vocabulary,
+                shard_mesh(self.trainer),
+            )
 
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_kd.callbacks import OnPolicyGeneration
@@ -72,7 +73,7 @@ def micro_batches(world: int, window: int, size: int, rank: int) -> list[Batch]:
     return [rows(picked) for picked in [*first[rank::world], *second[rank::world]]]
 
 
-def build(method: str, normalization: str) -> DistillationModule:
+def build(method: str, normalization: str, placement: str = "replicated") -> DistillationModule:
     """A method on fresh float64 models."""
 
     def llama(seed: int) -> Any:
@@ -83,8 +84,8 @@ def build(method: str, normalization: str) -> DistillationModule:
         "normalization": ConstantLength(16) if normalization == "constant" else normalization,
         "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     }
-    two = TeacherEnsemble([ModelSource.of(llama(1)), ModelSource.of(llama(2))])
-    one = SingleTeacher.of(llama(1))
+    two = TeacherEnsemble([ModelSource.of(llama(1)), ModelSource.of(llama(2))], placement=placement)
+    one = SingleTeacher.of(llama(1), placement=placement)
     if method == "sft":
         return SFT(**common)
     if method == "sequence_kd":
@@ -112,9 +113,9 @@ def longer_is_better(*, completions: list[str], **_: Any) -> list[float]:
     return [float(len(text)) for text in completions]
 
 
-def writing(method: str) -> OnPolicyGeneration:
+def writing(method: str, **more: Any) -> OnPolicyGeneration:
     """Rollouts of ragged lengths; MiniLLM's come twice, from a mixture."""
-    options: dict[str, Any] = {"truncated": "mask"}
+    options: dict[str, Any] = {"truncated": "mask"} | more
     if method.startswith("minillm"):
         options |= {"passes": 2, "mixture_alpha": 0.2, "truncated": "keep"}
     if method == "rl_distillation":
@@ -135,12 +136,24 @@ class Steps(Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step > self.before:
-            self.gradients.append(
-                torch.cat([p.grad.flatten() for p in pl_module.parameters()]).clone()
-            )
+            self.gradients.append(flat([p.grad for p in pl_module.parameters()]))
 
 
-def run(case: tuple[str, str, float | None], cut: tuple[int, int, int], rank: int = 0) -> Any:
+def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """All of them in a row, and whole."""
+    whole = [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+    return torch.cat([tensor.detach().flatten() for tensor in whole]).clone()
+
+
+def run(
+    case: tuple[str, str, float | None],
+    cut: tuple[int, int, int],
+    rank: int = 0,
+    *,
+    strategy: str = "ddp",
+    placement: str = "replicated",
+    **rollouts: Any,
+) -> Any:
     """Losses (float64, before any logger) and gradients of the two steps, and the last weights."""
     method, normalization, clip = case
     world, window, size = cut
@@ -155,15 +168,15 @@ def run(case: tuple[str, str, float | None], cut: tuple[int, int, int], rank: in
     steps = Steps()
     LossSums.close = recording
     try:
-        module = build(method, normalization)
+        module = build(method, normalization, placement)
         fit = trainer(
             devices=world,
-            strategy="ddp" if world > 1 else "auto",
+            strategy=strategy if world > 1 else "auto",
             precision="64-true",
             accumulate_grad_batches=window,
             gradient_clip_val=clip,
             log_every_n_steps=100,
-            callbacks=[writing(method), steps] if method in ON_POLICY else [steps],
+            callbacks=[writing(method, **rollouts), steps] if method in ON_POLICY else [steps],
             **({"max_steps": 2, "max_epochs": -1} if method in ON_POLICY else {}),
         )
         data: Any = Letters(batch_size=size)
@@ -172,7 +185,7 @@ def run(case: tuple[str, str, float | None], cut: tuple[int, int, int], rank: in
         fit.fit(module, datamodule=data)
     finally:
         LossSums.close = close
-    weights = torch.cat([p.detach().flatten() for p in module.parameters()])
+    weights = flat(list(module.parameters()))
     return {"losses": losses, "gradients": steps.gradients, "weights": weights}
 
 

@@ -1,0 +1,124 @@
+"""What to do with a step whose loss or gradient is not a number."""
+
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_kd.models.sharding import any_process
+from lightning_kd.types import Batch
+
+Action = Literal["stop", "skip"]
+
+
+class NonFiniteGuard(Callback):
+    """Keep NaN and infinity out of the weights.
+
+    Before each optimizer step the gradients are looked at, on all ranks together. Where one is not
+    finite, the micro-batches of the step are written as safetensors, one file for each and rank, and
+    the step is left out or the run stopped; weights and optimizer state are those of the step before
+    it. With a gradient scaler (``16-mixed``), overflows are its own business.
+
+    Logs ``train/skipped_steps``, the number of steps left out so far, once there are any.
+
+    Args:
+        action: ``stop`` ends the run with an error; ``skip`` leaves the step out and goes on.
+        max_skips: Consecutive steps that may be left out before the run is stopped all the same.
+        dirpath: Where the batches go; ``non_finite`` in the logger's directory when not given.
+
+    Raises:
+        ValueError: If a value is not understood; in a run, if a step is not finite and the action is
+            ``stop``.
+    """
+
+    def __init__(
+        self, action: Action = "stop", *, max_skips: int = 10, dirpath: str | None = None
+    ) -> None:
+        if action not in get_args(Action):
+            raise ValueError(f"unknown action {action!r}; choose one of {get_args(Action)}")
+        if max_skips < 1:
+            raise ValueError(f"max_skips is {max_skips}; it must be 1 or more")
+        self.action: Action = action
+        self.max_skips, self.dirpath = max_skips, dirpath
+        self.skipped = 0
+        self._in_a_row = 0
+        self._window: list[Batch] = []
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Remember the micro-batches of the step: their tensors are small."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self._window = []
+        self._window.append(batch)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Look at the gradients; drop them where they are not finite.
+
+        Raises:
+            ValueError: If the run is to stop.
+        """
+        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+            return
+        own = not _finite([p.grad for p in pl_module.parameters() if p.grad is not None])
+        together = trainer.world_size > 1
+        if not (any_process(own, trainer.strategy.root_device) if together else own):
+            self._in_a_row = 0
+            return
+        directory = self._save(trainer)
+        step = trainer.global_step + 1
+        self._in_a_row += 1
+        if self.action == "stop" or self._in_a_row > self.max_skips:
+            raise ValueError(
+                f"the gradient of optimizer step {step} is not finite; its batches are in "
+                f"{directory}, and the weights are still those of step {step - 1}. Lower the "
+                "learning rate, clip gradients, look at the batches, or leave such steps out with "
+                "NonFiniteGuard(action='skip') (--non_finite.action skip)"
+            )
+        self.skipped += 1
+        rank_zero_warn(
+            f"optimizer step {step} was left out: its gradient is not finite ({directory})"
+        )
+        # Without gradients an optimizer changes nothing; with zeros it would decay and drift.
+        optimizer.zero_grad(set_to_none=True)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Log how many steps were left out."""
+        if self.skipped:
+            pl_module.log("train/skipped_steps", float(self.skipped))
+
+    def state_dict(self) -> dict[str, int]:
+        """The count goes into checkpoints."""
+        return {"skipped": self.skipped}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on counting."""
+        self.skipped = state_dict["skipped"]
+
+    def _save(self, trainer: L.Trainer) -> Path:
+        log_dir = trainer.log_dir  # asked on every rank: the trainer broadcasts its answer
+        directory = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "non_finite")
+        directory.mkdir(parents=True, exist_ok=True)
+        for number, batch in enumerate(self._window):
+            tensors = {k: v.cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
+            step, rank = trainer.global_step + 1, trainer.global_rank
+            save_file(tensors, directory / f"step{step}_rank{rank}_batch{number}.safetensors")
+        return directory
+
+
+def _finite(gradients: list[Tensor]) -> bool:
+    local = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    if not local:
+        return True
+    # The sum of squares may overflow where no element is infinite; the largest one cannot.
+    return bool(torch.stack(torch._foreach_norm(local, ord=torch.inf)).isfinite().all())

@@ -1,0 +1,48 @@
+"""Checkpoints that are complete or not there at all."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Write a checkpoint beside the old one, and put it in its place when all of it is on the disk.
+
+    Lightning's own writes it to the temporary directory and moves it, which copies where that is
+    another disk: a process that is killed meanwhile leaves half a file under the old name.
+    """
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any = None
+    ) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            OSError: If it cannot be written; what was there before still is.
+        """
+        if "://" in str(path):  # an object store shows nothing but complete objects
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        place = Path(path)
+        fresh = place.with_name(f"{place.name}.fresh")
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with fresh.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            fresh.replace(place)
+        except (OSError, RuntimeError) as error:
+            fresh.unlink(missing_ok=True)
+            # torch reports the failing write only as the context of its own complaint.
+            cause = error if isinstance(error, OSError) else error.__context__ or error
+            earlier = sorted(place.parent.glob("*.ckpt"))
+            kept = f"earlier ones are complete: {', '.join(map(str, earlier))}" if earlier else ""
+            raise OSError(
+                f"the checkpoint {place} could not be written ({cause}); make room or choose "
+                f"another directory, and resume with --ckpt_path. {kept or 'There is no earlier one'}"
+            ) from error

@@ -1,0 +1,88 @@
+"""Where a frozen model is kept, and where it computes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+
+from lightning_kd.models.sharding import shard
+
+KINDS = ("replicated", "sharded", "offloaded")
+
+
+def check_placement(placement: str) -> None:
+    """See whether a placement is one.
+
+    Raises:
+        ValueError: If it is neither a name of :data:`KINDS` nor a device.
+    """
+    if placement in KINDS:
+        return
+    try:
+        device = torch.device(placement)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "meta":
+        raise ValueError(
+            f"unknown placement {placement!r}; choose {', '.join(KINDS)}, or a device such as "
+            "'cuda:1' or 'cpu'"
+        )
+
+
+def settle(
+    model: PreTrainedModel, placement: str, device: torch.device, mesh: DeviceMesh | None
+) -> None:
+    """Bring a model to where it is kept.
+
+    Args:
+        model: A frozen model.
+        placement: ``replicated`` on every process's own device, ``sharded`` over all processes,
+            ``offloaded`` to memory of the CPU, or a device that it has for itself.
+        device: Of the student, on this process.
+        mesh: The processes that share weights; None where none do.
+
+    Raises:
+        ValueError: If there are no processes that share weights, or there is no such device.
+    """
+    if placement == "sharded":
+        if mesh is None:
+            raise ValueError(
+                "placement: sharded needs a strategy that shards; use --trainer.strategy fsdp2, or "
+                "placement: replicated or offloaded"
+            )
+        shard(model, mesh)
+    elif placement == "offloaded":
+        if device.type == "cuda":
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.pin_memory()
+    elif getattr(model, "hf_quantizer", None) is None:
+        # Quantized weights have been loaded where they belong, and not all of them can be moved.
+        try:
+            model.to(device if placement == "replicated" else torch.device(placement))
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(
+                f"placement {placement!r}: there is no such device ({error})"
+            ) from error
+
+
+@contextmanager
+def at_work(model: PreTrainedModel, placement: str, device: torch.device) -> Iterator[torch.device]:
+    """The device that a model computes on while this is open.
+
+    An offloaded model is copied to ``device`` for as long; its weights on the CPU stay, so that
+    nothing has to be copied back.
+    """
+    if placement != "offloaded":
+        yield device if placement in KINDS else torch.device(placement)
+        return
+    tensors = [*model.parameters(), *model.buffers()]
+    kept = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield device
+    finally:
+        for tensor, data in zip(tensors, kept, strict=True):
+            tensor.data = data

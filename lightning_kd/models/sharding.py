@@ -1,0 +1,57 @@
+"""Models in shards over processes (FSDP2), and whole again for a while."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from transformers import PreTrainedModel
+
+
+def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
+    """Give each process a share of every weight; a layer is whole only while it computes.
+
+    The units are the layers that transformers says must not be split, and all the rest (embedding,
+    last norm, output head) together.
+
+    Args:
+        model: The same on every process; it is changed in place.
+        mesh: One dimension, over the processes that share it.
+    """
+    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(core._no_split_modules or ())
+    for part in list(model.modules()):
+        if type(part).__name__ in kinds:
+            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Must all processes run this model together?"""
+    return isinstance(model, FSDPModule)
+
+
+@contextmanager
+def whole(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+    """While this is open, every process has all weights of these models, and waits for no other."""
+    units = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        roots = {id(model) for model in models}
+        for unit in units:
+            unit.set_reshard_after_forward(id(unit) not in roots, recurse=False)
+            unit.reshard()
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Is the flag raised on any process? All of them ask together."""
+    raised = torch.tensor(float(flag), device=device)
+    torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
+    return bool(raised)

@@ -1,0 +1,137 @@
+"""How a run is spread over processes: Lightning's strategies, and FSDP2 as this library wants it."""
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class FullyShardedStrategy(ModelParallelStrategy):
+    """FSDP2: student and optimizer in shards over all processes; ``--trainer.strategy fsdp2``.
+
+    Lightning's own ``ModelParallelStrategy`` replicates over nodes and splits tensors within them
+    unless it is told sizes; this one shards over all processes.
+
+    Args:
+        save_distributed_checkpoint: A directory to which every process writes its shards, instead
+            of one file that also loads on one process. Either is replaced only when the next is
+            complete.
+        process_group_backend: ``nccl`` or ``gloo``; chosen by the device when not given.
+        timeout: How long a process waits for the others before it gives up.
+    """
+
+    def __init__(
+        self,
+        save_distributed_checkpoint: bool = False,
+        process_group_backend: str | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+    ) -> None:
+        super().__init__(
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+
+    def setup_environment(self) -> None:
+        """One mesh over all processes."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
+    ) -> None:
+        """Write beside the old checkpoint, and put the new one in its place when it is complete."""
+        path = Path(self.broadcast(filepath))
+        if not self._save_distributed_checkpoint:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        fresh, old = _fresh(path), _old(path)
+        if self.is_global_zero:
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.barrier("checkpoint_begins")
+        super().save_checkpoint(checkpoint, fresh, storage_options)
+        self.barrier("checkpoint_written")
+        if self.is_global_zero:
+            if path.exists():
+                shutil.rmtree(old, ignore_errors=True)
+                path.rename(old)
+            fresh.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+        self.barrier("checkpoint_in_place")
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a file or a directory; the one before it where a process was killed in between."""
+        path = readable_checkpoint(Path(self.broadcast(checkpoint_path)))
+        return super().load_checkpoint(path, weights_only)
+
+
+def readable_checkpoint(path: Path) -> Path:
+    """The checkpoint, or what it was to replace when the process was killed between two renamings."""
+    old = _old(path)
+    return old if not path.exists() and old.exists() else path
+
+
+def shard_mesh(trainer: L.Trainer) -> DeviceMesh | None:
+    """The processes that share weights; None where every process has all of them.
+
+    Raises:
+        ValueError: If the strategy splits single tensors, which nothing here does.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    split = strategy.device_mesh["tensor_parallel"].size()
+    if split > 1:
+        raise ValueError(
+            f"tensor_parallel_size is {split}: models are sharded here, not split within a tensor. "
+            "Use --trainer.strategy fsdp2, or tensor_parallel_size: 1 and data_parallel_size: the "
+            "number of processes"
+        )
+    return strategy.device_mesh["data_parallel"]
+
+
+def check_strategy(trainer: L.Trainer) -> None:
+    """Refuse a strategy under which the loss would be divided wrongly.
+
+    Raises:
+        ValueError: If it is one.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        raise ValueError(
+            "strategy fsdp (FSDP1) flattens the weights that gradients are divided and clipped by; "
+            "use --trainer.strategy fsdp2, which shards the same"
+        )
+    if isinstance(strategy, DeepSpeedStrategy):
+        raise ValueError(
+            "DeepSpeed divides gradients by the number of micro-batches itself, drops the last "
+            "partial window, and shows none of them before its step, so the loss could not be "
+            "divided by its own count; use --trainer.strategy fsdp2"
+        )
+
+
+def _fresh(path: Path) -> Path:
+    return path.with_name(f"{path.name}.fresh")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+if "fsdp2" not in StrategyRegistry.available_strategies():
+    StrategyRegistry.register(
+        "fsdp2", FullyShardedStrategy, description="Student and optimizer in shards (FSDP2)"
+    )

@@ -1,0 +1,41 @@
+"""Every method in shards over two processes, in float64; run as a user would start it:
+``python sharded_grid.py OUT``.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from tests.modules.partition_grid import METHODS, ON_POLICY, run, without_float32_islands
+
+CASES = [(method, "token", clip) for method in METHODS for clip in (None, 0.01)]
+CASES += [(method, "sequence", None) for method in ON_POLICY]
+RUNS = [((2, 1, 4), "replicated", {}), ((2, 2, 2), "sharded", {})]
+"""How the batch is cut, and where the teacher is kept."""
+UNSHARDED = [(method, "sequence", None) for method in ("gkd", "minillm")]
+
+
+def main() -> None:
+    """All runs; the first rank writes them down."""
+    warnings.simplefilter("ignore")
+    without_float32_islands()
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    results = {}
+    for cut, placement, rollouts in RUNS:
+        for case in CASES:
+            results[case, cut, placement] = run(
+                case, cut, rank, strategy="fsdp2", placement=placement, **rollouts
+            )
+    for case in UNSHARDED:
+        results[case, (2, 1, 4), "unsharded"] = run(
+            case, (2, 1, 4), rank, strategy="fsdp2", placement="sharded", unshard=True
+        )
+    if rank == 0:
+        torch.save(results, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
