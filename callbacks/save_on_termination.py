@@ -64,7 +64,7 @@ class SaveOnTermination(Checkpoint):
             asked = any_process(asked, trainer.strategy.root_device)
         if asked:
             directory = self._directory(trainer)
-            trainer.save_checkpoint(directory / "last.ckpt")
+            trainer.save_checkpoint(directory / "last.ckpt", weights_only=False)
             rank_zero_info(
                 f"Terminated after {self._steps} optimizer steps; go on with --ckpt_path "
                 f"{directory / 'last.ckpt'}"

@@ -8,6 +8,7 @@ ten.
 import argparse
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import random
@@ -54,7 +55,7 @@ class Recorder(Callback):
         with self.path.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         parts = [
             p.full_tensor() if hasattr(p, "full_tensor") else p for p in pl_module.parameters()
         ]
@@ -122,9 +123,10 @@ def start(argv: list[str], world: int, prepare: Callable[[], None] | None = None
         warnings.simplefilter("ignore")
         sys.argv = argv
         log = Path(argv[-1]).parent / f"log_{rank}.txt"
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(descriptor, 1)
-        os.dup2(descriptor, 2)
+        sys.stdout = sys.stderr = log.open("a", buffering=1)
+        os.dup2(sys.stderr.fileno(), 2)
+        for name in ("lightning.pytorch", "lightning.fabric"):
+            logging.getLogger(name).handlers = [logging.StreamHandler(sys.stderr)]
         if world > 1:
             os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
             os.environ["MASTER_PORT"] = str(port)

@@ -1,0 +1,114 @@
+"""What a cluster does to a run: it takes the machine back, fills the disk, loses a process."""
+
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tests.resume.kill_runs import (
+    Recorder,
+    arguments,
+    differences,
+    finish,
+    models,
+    records,
+    start,
+    uninterrupted,
+)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interruptions")
+    models(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("strategy", "rank"), [("one", 0), ("ddp", 1), ("fsdp2", 0)])
+def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_for_bit(root, strategy, rank):
+    world = 1 if strategy == "one" else 2
+    reference = uninterrupted("supervised_kd", strategy, root)
+    folder = root / f"terminated_{strategy}"
+    argv = arguments("supervised_kd", strategy, folder)
+    processes = start(argv, world)
+    while len(records(folder, world)) < 9 * world:
+        time.sleep(0.002)
+    os.kill(processes[rank].pid, signal.SIGTERM)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 143, (folder / "log_0.txt").read_text()[-2000:]
+    said = (folder / "log_0.txt").read_text()
+    assert "go on with --ckpt_path" in said
+    assert "Traceback" not in said
+    steps = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
+    # Not only the checkpoint of every third step: the one that had just ended.
+    assert steps == max(line["position"] for line in records(folder, world)) // 2
+    argv[-2:-2] = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
+    finish(start(argv, world), folder / "log_0.txt")
+    assert differences(reference, folder, world) == []
+
+
+def test_a_full_disk_ends_the_run_with_the_checkpoint_before_intact(root):
+    """A limit on the size of a file stands in for a disk without room."""
+
+    def fill_the_disk_after_the_first_checkpoint():
+        replace = Path.replace
+
+        def replaced(self, target):
+            done = replace(self, target)
+            if self.name.endswith("last.ckpt.fresh"):
+                limit = Path(target).stat().st_size // 2
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            return done
+
+        Path.replace = replaced
+
+    folder = root / "full"
+    argv = arguments("supervised_kd", "one", folder)
+    (process,) = start(argv, 1, fill_the_disk_after_the_first_checkpoint)
+    process.join(120)
+    said = (folder / "log_0.txt").read_text()
+    assert process.exitcode == 2, said[-2000:]
+    assert "could not be written" in said
+    assert "File too large" in said
+    assert "Traceback" not in said
+    last = folder / "checkpoints" / "last.ckpt"
+    assert str(last) in said
+    assert torch.load(last, weights_only=True)["global_step"] == 3
+    assert not list(last.parent.glob("*.fresh"))
+
+
+def test_a_process_that_is_lost_is_named_by_step_and_phase(root):
+    folder = root / "lost"
+    argv = arguments("supervised_kd", "ddp", folder)
+    overlay = yaml.safe_load((folder / "overlay.yaml").read_text())
+    overlay["trainer"]["strategy"] = {
+        "class_path": "lightning.pytorch.strategies.DDPStrategy",
+        "init_args": {"timeout": "0:00:05"},
+    }
+    (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+
+    def get_lost():
+        record = Recorder.on_train_batch_end
+
+        def recorded(self, trainer, *rest):
+            record(self, trainer, *rest)
+            if trainer.global_rank == 1 and trainer.global_step == 2:
+                time.sleep(60)
+
+        Recorder.on_train_batch_end = recorded
+
+    processes = start(argv, 2, get_lost)
+    processes[0].join(90)
+    said = (folder / "log_0.txt").read_text()
+    for process in processes:
+        process.kill()
+        process.join()
+    assert processes[0].exitcode not in {0, None}
+    assert "waited for the others in optimizer step 3" in said, said[-3000:]
+    assert "while" in said.split("waited for the others")[1]
