@@ -148,7 +148,7 @@ class LossNormalizationDiagnostics(Callback):
 
     def _wanted(self, trainer: L.Trainer, step: int) -> bool:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return step % every == 0 or self._wants_histogram(step)
+        return (every > 0 and step % every == 0) or self._wants_histogram(step)
 
     def _wants_histogram(self, step: int) -> bool:
         return self.histograms_every > 0 and step % self.histograms_every == 0

@@ -105,6 +105,8 @@ class OnPolicyGeneration(Callback):
         ):
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {choices}")
+        if not isinstance(lmbda, Schedule) and not 0 <= lmbda <= 1:
+            raise ValueError(f"lmbda is {lmbda}; it is a share of windows, in [0, 1]")
         if not 0 <= mixture_alpha < 1:
             raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
         if steps_per_window < 1 or (rows_at_once is not None and rows_at_once < 1):
@@ -173,6 +175,15 @@ class OnPolicyGeneration(Callback):
             )
         if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
             writing_teacher(pl_module)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether windows can be written, whoever writes the first one.
+
+        Raises:
+            ValueError: If rows have no prompts, or groups do not fill a window.
+        """
+        first = loader_of(trainer).window(0)
+        check_batches(first, trainer.world_size, self.plan.group_size)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -245,7 +256,6 @@ class OnPolicyGeneration(Callback):
         """Have a window written, and let the module see it whole."""
         loader = loader_of(trainer)
         batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
-        check_batches(batches, trainer.world_size, self.plan.group_size)
         models = [module.student, *getattr(getattr(module, "teacher", None), "models", [])]
         context = trainer.precision_plugin.train_step_context()
         sharded = [model for model in models if self.unshard and is_sharded(model)]

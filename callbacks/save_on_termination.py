@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_kd.models.sharding import any_process
@@ -16,11 +16,12 @@ EXIT_CODE = 128 + signal.SIGTERM
 """What a shell reports of a process that ended by this signal."""
 
 
-class SaveOnTermination(Checkpoint):
+class SaveOnTermination(Callback):
     """On SIGTERM, finish the optimizer step, save ``last.ckpt``, and exit with code 143.
 
     One process that gets the signal is enough: the others learn of it at the end of the step. Where
-    Lightning requeues SLURM jobs, that is left to it.
+    Lightning requeues SLURM jobs, that is left to it. Give it behind callbacks whose state goes into
+    checkpoints.
 
     Args:
         dirpath: Where to; the directory of the run's ``ModelCheckpoint`` when not given, or else

@@ -1,6 +1,9 @@
 """Checkpoints that are complete or not there at all."""
 
 import os
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +49,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 f"the checkpoint {place} could not be written ({cause}); make room or choose "
                 f"another directory, and resume with --ckpt_path. {kept or 'There is no earlier one'}"
             ) from error
+
+    def load_checkpoint(
+        self,
+        path: _PATH,
+        map_location: Any = lambda storage, location: storage,
+        weights_only: bool | None = None,
+    ) -> dict[str, Any]:
+        """Read a checkpoint; nothing in it is executed, unless ``weights_only=False`` says so.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        with explained(path):
+            safe = True if weights_only is None else weights_only
+            return super().load_checkpoint(path, map_location, safe)
+
+
+@contextmanager
+def explained(path: _PATH) -> Iterator[None]:
+    """Turn what the reading of a file may raise into one error that names it.
+
+    Raises:
+        ValueError: If the file cannot be read.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        (reason, *_) = str(error).splitlines() or [type(error).__name__]
+        raise ValueError(
+            f"{path} is no checkpoint that can be read safely: {reason[:200]}. Give one that this "
+            "library has written, from a source that you trust"
+        ) from error

@@ -6,6 +6,7 @@ import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,6 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_kd.callbacks import (
     HFExport,
@@ -55,7 +57,11 @@ class ShortErrorParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the lines of ``message`` that help, and exit."""
-        sys.stderr.write(f"lightning-kd: error: {shorten(message)}\n")
+        text = shorten(message)
+        if re.match("Problems parsing config|Unexpected config", text):
+            names = [b for a, b in pairwise(sys.argv) if a in {"--config", "-c"}]
+            text += f"\n  (in {' or '.join(names)})"
+        sys.stderr.write(f"lightning-kd: error: {text}\n")
         raise SystemExit(2)
 
 
@@ -90,6 +96,9 @@ class DistillationCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, with what every run has: rollouts where asked for, safe checkpoints."""
         trainer = self._get(self.config_init, "trainer")
+        strategy, known = trainer["strategy"], StrategyRegistry.available_strategies()
+        if isinstance(strategy, str) and strategy not in {"auto", *known}:
+            self.parser.error(f"unknown strategy {strategy!r}; choose auto or one of {known}")
         on_policy = self._get(self.config_init, "on_policy")
         if on_policy is not None:
             # Behind the others, so that a clock that starts with a step counts the writing.
@@ -103,7 +112,7 @@ class DistillationCLI(LightningCLI):
         """Build everything; a value that a constructor refuses is an error of the command line."""
         try:
             super().instantiate_classes()
-        except (ValueError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             self.parser.error(str(error))
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -115,7 +124,7 @@ class DistillationCLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except MisconfigurationException as error:
             self.parser.error(str(error))
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             if not _is_for_the_user(error):
                 raise
             self.parser.error(str(error))
@@ -184,7 +193,7 @@ def shorten(message: str) -> str:
           beta is 3.0; it must lie in [0, 1]
     """
     noise = re.compile(
-        r"NoneType|Subtypes:|Given value|Does not validate|Errors:|Expected a <class 'str'>"
+        r"NoneType|Subtypes:|Given value type|Does not validate|Errors:|Expected a <class 'str'>"
     )
     lines = [line for line in message.splitlines() if line.strip() and not noise.search(line)]
     texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in lines))

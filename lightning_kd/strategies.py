@@ -15,6 +15,8 @@ from lightning.pytorch.strategies import (
 )
 from torch.distributed.device_mesh import DeviceMesh
 
+from lightning_kd.checkpoints import explained
+
 
 class FullyShardedStrategy(ModelParallelStrategy):
     """FSDP2: student and optimizer in shards over all processes; ``--trainer.strategy fsdp2``.
@@ -75,7 +77,8 @@ class FullyShardedStrategy(ModelParallelStrategy):
     ) -> dict[str, Any]:
         """Load a file or a directory; the one before it where a process was killed in between."""
         path = readable_checkpoint(Path(self.broadcast(checkpoint_path)))
-        return super().load_checkpoint(path, weights_only)
+        with explained(path):
+            return super().load_checkpoint(path, True if weights_only is None else weights_only)
 
 
 def readable_checkpoint(path: Path) -> Path:
@@ -103,12 +106,16 @@ def shard_mesh(trainer: L.Trainer) -> DeviceMesh | None:
     return strategy.device_mesh["data_parallel"]
 
 
-def check_strategy(trainer: L.Trainer) -> None:
-    """Refuse a strategy under which the loss would be divided wrongly.
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse what Lightning lets pass, and a strategy under which the loss would be divided wrongly.
 
     Raises:
-        ValueError: If it is one.
+        ValueError: If there is something to refuse.
     """
+    for name, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 0)):
+        value = getattr(trainer, name)
+        if value < least:
+            raise ValueError(f"trainer.{name} is {value}; it must be {least} or more")
     strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         raise ValueError(

@@ -1,6 +1,7 @@
 """Fixtures; everything a test writes stays under ``tmp_path``."""
 
 import os
+import sys
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported: without it, a wrong name waits for the network.
@@ -10,7 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from tests.toys import letter_tokenizer
+from lightning_kd.cli import main
+from lightning_kd.data import arithmetic_tokenizer
+from tests.toys import letter_tokenizer, tiny_llama
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
@@ -37,3 +40,37 @@ def shared_data() -> Path:
     if not DATA.exists():
         pytest.skip("the real text is not beside this checkout")
     return DATA
+
+
+@pytest.fixture
+def cli(monkeypatch):
+    """Run ``lightning-kd`` with arguments; what it prints is captured by pytest."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lightning-kd", *map(str, arguments)])
+        main()
+
+    return run
+
+
+@pytest.fixture
+def fails(cli, capsys):
+    """Run ``lightning-kd`` with arguments it must refuse; returns what it said."""
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli(*arguments)
+        said = capsys.readouterr().err
+        assert exit_.value.code == 2, said
+        assert "Traceback" not in said
+        return said[said.index("error:") :]
+
+    return run
+
+
+@pytest.fixture
+def teacher(tmp_path):
+    """A directory with a random teacher of the arithmetic task."""
+    tiny_llama(1, vocab_size=14).save_pretrained(tmp_path / "teacher")
+    arithmetic_tokenizer().save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"

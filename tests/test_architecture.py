@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"types", "seeding"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
-    {"checkpoints", "strategies"},
+    {"checkpoints"},
+    {"strategies"},
     {"evaluation"},
     {"models", "metrics"},
     {"generation"},

@@ -1,86 +1,19 @@
 """The command line as a user types it: in this process where possible, in its own where needed."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_kd.cli import main
 from lightning_kd.data import arithmetic_tokenizer
-from tests.toys import letter_tokenizer, tiny_llama
+from tests.command_line import CONFIGS, DEBUG, EXPECTED_WARNINGS, QUIET, SMALL, fit, run, scalars
+from tests.toys import tiny_llama
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SMALL = (
-    "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
-    "num_attention_heads: 2}"
-)
-DEBUG = ["--config", str(CONFIGS / "overlays" / "debug.yaml")]
-QUIET = [
-    *("--trainer.accelerator", "cpu", "--trainer.devices", "1"),
-    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
-]
-
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
-    # What a user sees who goes on in an old folder: right, and no defect.
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
-    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
-]
-
-
-@pytest.fixture
-def cli(monkeypatch):
-    """Run ``lightning-kd`` with arguments; what it prints is captured by pytest."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["lightning-kd", *map(str, arguments)])
-        main()
-
-    return run
-
-
-@pytest.fixture
-def fails(cli, capsys):
-    """Run ``lightning-kd`` with arguments it must refuse; returns what it said."""
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli(*arguments)
-        said = capsys.readouterr().err
-        assert exit_.value.code == 2, said
-        assert "Traceback" not in said
-        return said[said.index("error:") :]
-
-    return run
-
-
-def fit(config, *more):
-    path = CONFIGS / f"{config}.yaml"
-    return ["fit", "--config", path, *DEBUG, *QUIET, "--model.student.config", SMALL, *more]
-
-
-@pytest.fixture
-def teacher(tmp_path):
-    """A directory with a random teacher of the arithmetic task."""
-    tiny_llama(1, vocab_size=14).save_pretrained(tmp_path / "teacher")
-    arithmetic_tokenizer().save_pretrained(tmp_path / "teacher")
-    return tmp_path / "teacher"
-
-
-def scalars(directory):
-    (run,) = Path(directory).glob("version_*")
-    seen = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    seen.Reload()
-    return seen
+pytestmark = EXPECTED_WARNINGS
 
 
 def test_fit_export_validate_test_predict_and_fit_again(cli, tmp_path, capsys):
@@ -276,119 +209,6 @@ def test_epochs_become_steps(cli):
         *("--data.batch_size", 4, "--trainer.val_check_interval", 1.0),
     )
     assert len(scalars("runs").Scalars("train/loss")) == 8
-
-
-KD = ["--model.teacher.name_or_path", "teacher"]
-JSONL = ["--data", "PromptCompletionData", "--data.tokenizer", "teacher"]
-
-
-def write(name, *rows):
-    Path(name).write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
-
-
-def other_tokenizer():
-    tiny_llama(1, vocab_size=14).save_pretrained("other")
-    letter_tokenizer("9876543210+=").save_pretrained("other")
-    return "other"
-
-
-def other_vocabulary():
-    tiny_llama(1, vocab_size=21).save_pretrained("wide")
-    return "wide"
-
-
-GOOD = {"prompt": "1+1=", "completion": "2"}
-BAD_INPUT = {
-    "unknown divergence": (
-        [*KD, "--model.divergence", "jsd"],
-        ["unknown divergence 'jsd'", "generalized_jsd"],
-    ),
-    "beta outside": (
-        [*KD, "--model.divergence", "GeneralizedJSD", "--model.divergence.beta", "1.5"],
-        ["beta", "1.5", "[0, 1]"],
-    ),
-    "alpha outside": ([*KD, "--model.alpha", "2"], ["alpha is 2", "[0, 1]"]),
-    "unknown option": ([*KD, "--model.alfa", "0.5"], ["alfa"]),
-    "wrong type": ([*KD, "--model.alpha", "much"], ["alpha", "much", "float"]),
-    "unknown normalization": ([*KD, "--model.normalization", "mean"], ["'mean'", "token"]),
-    "unknown method": (["--model", "SuperKD"], ["SuperKD"]),
-    "missing config": (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-    "missing teacher": (
-        ["--model.teacher.name_or_path", "./nowhere"],
-        ["model directory './nowhere' does not exist"],
-    ),
-    "missing file": ([*KD, *JSONL, "--data.train", "no.jsonl"], ["'no.jsonl' does not exist"]),
-    "no data": ([*KD, *JSONL], ["was not given data.train"]),
-    "missing column": (
-        [*KD, *JSONL, "--data.train", "question.jsonl"],
-        ["question.jsonl:1", "'prompt' is missing", "question"],
-    ),
-    "empty": ([*KD, *JSONL, "--data.train", "empty.jsonl"], ["empty.jsonl has no rows"]),
-    "invalid JSON": (
-        [*KD, *JSONL, "--data.train", "broken.jsonl"],
-        ["broken.jsonl:2", "not valid JSON"],
-    ),
-    "wrong row type": (
-        [*KD, *JSONL, "--data.train", "number.jsonl"],
-        ["number.jsonl:2", "'completion' must be text, got int 2"],
-    ),
-    "long prompt": (
-        [*KD, *JSONL, "--data.train", "good.jsonl", "--data.max_length", "4"],
-        ["good.jsonl:1", "prompt has 4 tokens", "truncation: drop"],
-    ),
-    "tokenizer mismatch": (
-        ["--model.teacher.name_or_path", other_tokenizer],
-        ["tokenizer mismatch", "'0' is"],
-    ),
-    "vocabulary mismatch": (
-        ["--model.teacher.name_or_path", other_vocabulary],
-        ["student has 14 logits", "teacher 21", "vocabulary: shared"],
-    ),
-    "missing checkpoint": ([*KD, "--ckpt_path", "no.ckpt"], ["'no.ckpt' does not exist"]),
-    "checkpoint of another method": (
-        [*KD, "--ckpt_path", "sft.ckpt"],
-        ["written by SFT, this is SupervisedKD"],
-    ),
-    "no end": (
-        [*KD, "--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"],
-        ["max_steps or trainer.max_epochs"],
-    ),
-    "val_check_interval": ([*KD, "--trainer.val_check_interval", "9"], ["val_check_interval"]),
-}
-
-
-@pytest.fixture
-def bad_files(teacher):
-    write("good.jsonl", GOOD)
-    write("question.jsonl", {"question": "1+1=", "completion": "2"})
-    write("empty.jsonl")
-    write("broken.jsonl", GOOD, '{"prompt": ')
-    write("number.jsonl", GOOD, {"prompt": "1+1=", "completion": 2})
-    checkpoint = {"pytorch-lightning_version": "2.6.0", "loops": {}, "state_dict": {}}
-    torch.save(checkpoint | {"lightning_kd": {"method": "SFT"}}, "sft.ckpt")
-
-
-@pytest.mark.parametrize("case", BAD_INPUT)
-@pytest.mark.usefixtures("bad_files")
-def test_bad_input_is_a_short_error_before_the_first_step(fails, case):
-    arguments, expected = BAD_INPUT[case]
-    said = fails(*fit("supervised_kd", *(a() if callable(a) else a for a in arguments)))
-    for text in expected:
-        assert text in said, said
-    assert len(said.splitlines()) <= 12, said
-    assert not list(Path().rglob("events.out*")) or "train/loss" not in scalars("runs").Tags()
-
-
-def run(*command, **environment):
-    """A process of its own, as a user starts it."""
-    return subprocess.run(
-        [str(part) for part in command],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def test_the_console_script_and_the_module_are_the_same_command():

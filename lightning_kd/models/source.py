@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lightning_kd.seeding import derive_seed, run_seed
 
@@ -30,10 +33,14 @@ class ModelSource:
         attn_implementation: Attention kernel, as transformers names them (``sdpa``, ``eager``,
             ``flash_attention_2``); transformers chooses when it is not given.
         revision: Branch, tag or commit on the hub.
+        quantization: A quantization of transformers for the weights that are loaded, as a mapping
+            with ``quant_method`` and its fields, for example ``{quant_method: bitsandbytes,
+            load_in_8bit: true}``; its package must be installed.
         trust_remote_code: Run model code that comes with the weights. Off unless you say so.
 
     Raises:
-        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given.
+        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or there is
+            nothing to quantize.
     """
 
     def __init__(
@@ -44,6 +51,7 @@ class ModelSource:
         dtype: DTypeName = "float32",
         attn_implementation: str | None = None,
         revision: str | None = None,
+        quantization: dict[str, Any] | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if (name_or_path is None) == (config is None):
@@ -56,6 +64,9 @@ class ModelSource:
         self.config = config
         self.dtype: DTypeName = dtype
         self.attn_implementation = attn_implementation
+        if quantization is not None and name_or_path is None:
+            raise ValueError("quantization is of weights that are loaded: give name_or_path")
+        self.quantization = quantization
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self._given: PreTrainedModel | None = None
@@ -97,9 +108,20 @@ class ModelSource:
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,
                 trust_remote_code=self.trust_remote_code,
+                **self._quantized(),
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
             raise ValueError(f"cannot load the model {self.name_or_path!r}: {error}") from error
+
+    def _quantized(self) -> dict[str, Any]:
+        """What ``from_pretrained`` is told of quantization."""
+        if self.quantization is None:
+            return {}
+        device = torch.accelerator.current_accelerator() or torch.device("cpu")
+        return {
+            "quantization_config": AutoQuantizationConfig.from_dict(self.quantization),
+            "device_map": {"": device},
+        }
 
     def _from_config(self, tokenizer: PreTrainedTokenizerBase, role: str) -> PreTrainedModel:
         fields = {
@@ -109,17 +131,23 @@ class ModelSource:
             "pad_token_id": tokenizer.pad_token_id,
         } | _config_fields(self.config)
         model_type = fields.pop("model_type")
-        try:
-            config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"config of the {role} is not understood: {error}") from error
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(run_seed(), "weights", role))
-            return AutoModelForCausalLM.from_config(
-                config,
-                dtype=torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype),
-                attn_implementation=self.attn_implementation,
-            )
+            try:
+                config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
+                return AutoModelForCausalLM.from_config(
+                    config,
+                    dtype=torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype),
+                    attn_implementation=self.attn_implementation,
+                )
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                ImportError,
+                StrictDataclassError,
+            ) as error:
+                raise ValueError(f"config of the {role} is not understood: {error}") from error
 
 
 def check_path(name_or_path: str, what: str) -> None:

@@ -25,11 +25,18 @@ class LoRA:
     dropout: float = 0.0
     target_modules: str | list[str] = "all-linear"
 
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.r < 1:
+            raise ValueError(f"the rank r is {self.r}; it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
         """Freeze ``model`` and put adapters around its layers.
 
         Raises:
-            ValueError: If peft is not installed.
+            ValueError: If peft is not installed, or finds none of the layers.
         """
         try:
             from peft import LoraConfig, get_peft_model
@@ -44,7 +51,10 @@ class LoRA:
             lora_dropout=self.dropout,
             target_modules=self.target_modules,
         )
-        return get_peft_model(model, config)
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"lora.target_modules {self.target_modules!r}: {error}") from error
 
 
 class Student(ModelSource):

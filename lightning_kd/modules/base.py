@@ -185,8 +185,15 @@ class DistillationModule(StudentModule):
     # Optimizer.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and the schedule that is stepped with it."""
-        optimizer = self._optimizer(parameter_groups(self.parameters()))
+        """The optimizer, and the schedule that is stepped with it.
+
+        Raises:
+            ValueError: If the optimizer does not take its options.
+        """
+        try:
+            optimizer = self._optimizer(parameter_groups(self.parameters()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the optimizer refuses its options: {error}") from error
         if self._lr_scheduler is None:
             return optimizer
         return {
@@ -212,7 +219,7 @@ class DistillationModule(StudentModule):
 
     def _logs_this_step(self) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return (self.global_step + 1) % every == 0
+        return every > 0 and (self.global_step + 1) % every == 0
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters() if p.grad is not None]

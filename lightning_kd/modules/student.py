@@ -9,7 +9,7 @@ from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.models import Student, load_tokenizer
 from lightning_kd.models.sharding import shard
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import check_strategy, shard_mesh
+from lightning_kd.strategies import check_trainer, shard_mesh
 from lightning_kd.types import Batch
 
 CHECKPOINT_KEY = "lightning_kd"
@@ -40,12 +40,12 @@ class StudentModule(L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
     def setup(self, stage: str) -> None:
-        """See whether the strategy will do.
+        """See whether the trainer will do.
 
         Raises:
             ValueError: If the loss would be divided wrongly under it.
         """
-        check_strategy(self.trainer)
+        check_trainer(self.trainer)
 
     def configure_model(self) -> None:
         """Build the student, once; in shards, where the strategy shares weights."""
@@ -116,7 +116,7 @@ class StudentModule(L.LightningModule):
         checkpoint[CHECKPOINT_KEY] = {"method": type(self).__name__}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the checkpoint of another method.
+        """Refuse the checkpoint of another method, or of another model.
 
         Raises:
             ValueError: If it is one.
@@ -127,4 +127,17 @@ class StudentModule(L.LightningModule):
                 f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
                 "from its weights, give the directory that the run exported as "
                 "model.student.name_or_path"
+            )
+        saved = checkpoint.get("state_dict")
+        if saved is None:  # each process reads its own shards from a directory, by name
+            return
+        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
+        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+        unequal = [n for n in sorted({*own, *found}) if own.get(n) != found.get(n)]
+        if unequal:
+            name = unequal[0]
+            raise ValueError(
+                f"the checkpoint is of another student: {len(unequal)} weights differ, {name} for "
+                f"one is {found.get(name, 'not there')} in the checkpoint and "
+                f"{own.get(name, 'not there')} in this run. Give the model that it was trained with"
             )
