@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -61,9 +62,32 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: If it is none.
         """
+        if Path(path).is_dir():
+            raise ValueError(
+                f"{path} is a directory. If processes have written their shards there, read it with "
+                "--trainer.strategy fsdp2, on any number of processes, one too"
+            )
         with explained(path):
             safe = True if weights_only is None else weights_only
             return super().load_checkpoint(path, map_location, safe)
+
+
+def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """See whether weights are those of the same model.
+
+    Raises:
+        ValueError: If one is missing, or has another shape.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    unequal = [n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n)]
+    if unequal:
+        name = unequal[0]
+        raise ValueError(
+            f"the checkpoint is of another student: {len(unequal)} weights differ, {name} for one is "
+            f"{found.get(name, 'not there')} in the checkpoint and {expected.get(name, 'not there')} "
+            "in this run. Give the model that it was trained with"
+        )
 
 
 @contextmanager

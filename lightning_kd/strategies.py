@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
@@ -13,9 +14,16 @@ from lightning.pytorch.strategies import (
     ModelParallelStrategy,
     StrategyRegistry,
 )
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
+from torch.optim import Optimizer
 
-from lightning_kd.checkpoints import explained
+from lightning_kd.checkpoints import compare_weights, explained
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -75,10 +83,32 @@ class FullyShardedStrategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: _PATH, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a file or a directory; the one before it where a process was killed in between."""
+        """Load a file or a directory; the one before it where a process was killed in between.
+
+        Raises:
+            ValueError: If it cannot be read, or is of another model.
+        """
         path = readable_checkpoint(Path(self.broadcast(checkpoint_path)))
+        safe = True if weights_only is None else weights_only
+        if path.is_dir():
+            return super().load_checkpoint(path, safe)
         with explained(path):
-            return super().load_checkpoint(path, True if weights_only is None else weights_only)
+            checkpoint: dict[str, Any] = torch.load(
+                path, mmap=True, map_location="cpu", weights_only=safe
+            )
+        # Not Lightning's own: it takes the numbers that a plain optimizer gives its parameters for
+        # their order in the module, which they are not where there are groups.
+        assert self.model is not None  # Lightning has set it up
+        options = StateDictOptions(full_state_dict=True)
+        weights = checkpoint.pop("state_dict")
+        compare_weights(weights, self.model.state_dict())
+        set_model_state_dict(self.model, weights, options=options)
+        for optimizer, saved in zip(
+            self.optimizers, checkpoint.get("optimizer_states", ()), strict=False
+        ):
+            state = _by_name(saved, optimizer, self.model)
+            set_optimizer_state_dict(self.model, optimizer, state, options=options)
+        return checkpoint
 
 
 def readable_checkpoint(path: Path) -> Path:
@@ -128,6 +158,21 @@ def check_trainer(trainer: L.Trainer) -> None:
             "partial window, and shows none of them before its step, so the loss could not be "
             "divided by its own count; use --trainer.strategy fsdp2"
         )
+
+
+def _by_name(saved: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state under the names of its parameters, which stand group by group in it."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups: list[dict[str, Any]] = []
+    named: dict[int, str] = {}
+    for of_saved, own in zip(saved["param_groups"], optimizer.param_groups, strict=True):
+        pairs = zip(of_saved["params"], (names[p] for p in own["params"]), strict=True)
+        named |= dict(pairs)
+        groups.append(of_saved | {"params": [named[number] for number in of_saved["params"]]})
+    return {
+        "state": {named[number]: value for number, value in saved["state"].items()},
+        "param_groups": groups,
+    }
 
 
 def _fresh(path: Path) -> Path:

@@ -39,6 +39,9 @@ class Teacher(ABC):
     """The frozen models, empty until :meth:`prepare`."""
 
     def __init__(self, *, placement: str = "replicated") -> None:
+        self._keep(placement)
+
+    def _keep(self, placement: str) -> None:
         check_placement(placement)
         self.placement = placement
         self.models = []
@@ -118,8 +121,8 @@ class SingleTeacher(ModelSource, Teacher):
     def __init__(
         self, name_or_path: str | None = None, *, placement: str = "replicated", **source: Any
     ) -> None:
-        ModelSource.__init__(self, name_or_path, **source)
-        Teacher.__init__(self, placement=placement)
+        super().__init__(name_or_path, **source)
+        self._keep(placement)
 
     @property
     def sources(self) -> dict[str, ModelSource]:

@@ -5,6 +5,7 @@ from typing import Any
 import lightning as L
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_kd.checkpoints import compare_weights
 from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.models import Student, load_tokenizer
 from lightning_kd.models.sharding import shard
@@ -128,16 +129,5 @@ class StudentModule(L.LightningModule):
                 "from its weights, give the directory that the run exported as "
                 "model.student.name_or_path"
             )
-        saved = checkpoint.get("state_dict")
-        if saved is None:  # each process reads its own shards from a directory, by name
-            return
-        own = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
-        found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-        unequal = [n for n in sorted({*own, *found}) if own.get(n) != found.get(n)]
-        if unequal:
-            name = unequal[0]
-            raise ValueError(
-                f"the checkpoint is of another student: {len(unequal)} weights differ, {name} for "
-                f"one is {found.get(name, 'not there')} in the checkpoint and "
-                f"{own.get(name, 'not there')} in this run. Give the model that it was trained with"
-            )
+        if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
+            compare_weights(checkpoint["state_dict"], self.state_dict())

@@ -493,7 +493,7 @@ def test_a_policy_gradient_without_rollouts_is_refused():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"lmbda": 1.5}, "value is 1.5; it is a share"),
+        ({"lmbda": 1.5}, "lmbda is 1.5; it is a share"),
         ({"otherwise": "nobody"}, "unknown otherwise 'nobody'; choose one of"),
         ({"truncated": "cut"}, "unknown truncated 'cut'"),
         ({"mixture_alpha": 1.0}, "mixture_alpha is 1.0"),

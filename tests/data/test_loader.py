@@ -176,7 +176,7 @@ def test_other_rollouts_are_refused():
 
 def test_the_state_of_another_loader_is_refused():
     with pytest.raises(
-        ValueError, match=r"state with \['position'\], this one needs \['group_size'"
+        ValueError, match=r"state with \['position'\], this one needs \['files', 'group_size'"
     ):
         training().load_state_dict({"position": 3})
 
@@ -207,3 +207,20 @@ def test_evaluation_sees_every_row_once_and_ranks_stay_in_step(world_size, count
         filler = batch["row"] == FILLER_ROW
         assert (batch["labels"][filler] == IGNORE_INDEX).all()
         assert (batch["labels"][~filler] != IGNORE_INDEX).all()
+
+
+def test_a_file_that_has_changed_is_named():
+    def reading(**files):
+        return TrainingLoader(
+            Numbers(12), Collator(0), batch_size=2, micro_batches=9, seed=0, files=files
+        )
+
+    state = reading(a="1", b="2").state_dict()
+    reading(a="1", b="2").load_state_dict(state)
+    reading(elsewhere="1", b="2").load_state_dict(state)
+    with pytest.raises(
+        ValueError, match="data has changed since the checkpoint was written: b\\. "
+    ):
+        reading(a="1", b="3").load_state_dict(state)
+    with pytest.raises(ValueError, match="written: c\\. "):
+        reading(a="1", b="2", c="3").load_state_dict(state)

@@ -1,0 +1,133 @@
+"""A checkpoint is no one's own: what one strategy has written, another one goes on from."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tests.resume.kill_runs import arguments, differences, finish, models, records, start
+
+DIRECTORY = {"class_path": "FullyShardedStrategy"}
+DIRECTORY |= {"init_args": {"save_distributed_checkpoint": True}}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("across")
+    models(folder)
+    return folder
+
+
+def command(folder, strategy, devices, *, resume=None):
+    """A run of 12 steps with 8 rows in each micro-batch, however many processes share them."""
+    argv = arguments("supervised_kd", "one", folder)
+    overlay = yaml.safe_load((folder / "overlay.yaml").read_text())
+    overlay["trainer"] |= {"strategy": strategy, "devices": devices}
+    overlay["trainer"]["callbacks"][0]["init_args"]["save_top_k"] = -1
+    overlay["data"]["init_args"]["batch_size"] = 8 // devices
+    # Dropout is drawn for a rank's own rows; without it the processes of a run do not show.
+    overlay["model"]["init_args"]["student"]["config"]["attention_dropout"] = 0.0
+    (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    if resume is not None:
+        argv[-2:-2] = ["--ckpt_path", str(resume)]
+    return argv
+
+
+def step_six(folder):
+    (found,) = (folder / "checkpoints").glob("*step=6.ckpt")
+    return found
+
+
+def student(folder):
+    return load_file(folder / "student" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def written(root):
+    """Each strategy's checkpoint after 6 of 12 steps."""
+    folders = {}
+    for name, strategy, devices in (
+        ("one", "auto", 1),
+        ("ddp", "ddp", 2),
+        ("fsdp2", "fsdp2", 2),
+        ("directory", DIRECTORY, 2),
+    ):
+        folders[name] = root / name
+        finish(start(command(root / name, strategy, devices), devices), root / name / "log_0.txt")
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("source", "strategy", "devices"),
+    [
+        ("fsdp2", "auto", 1),
+        ("fsdp2", "ddp", 2),
+        ("one", "fsdp2", 2),
+        ("ddp", "fsdp2", 2),
+        ("directory", DIRECTORY, 2),
+        ("directory", "fsdp2", 1),
+        ("one", DIRECTORY, 2),
+    ],
+)
+def test_another_strategy_goes_on(root, written, source, strategy, devices):
+    name = f"{source}_to_{strategy if isinstance(strategy, str) else 'directory'}_{devices}"
+    argv = command(root / name, strategy, devices, resume=step_six(written[source]))
+    finish(start(argv, devices), root / name / "log_0.txt")
+    expected, found = student(written["one"]), student(root / name)
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert (found[key] - value).abs().max() < 1e-4, key
+    assert min(line["position"] for line in records(root / name, devices)) == 13
+
+
+def test_a_directory_for_one_process_is_refused_with_a_way_out(root, written):
+    argv = command(root / "refused", "auto", 1, resume=step_six(written["directory"]))
+    (process,) = start(argv, 1)
+    process.join(60)
+    said = (root / "refused" / "log_0.txt").read_text()
+    assert process.exitcode == 2
+    assert "--trainer.strategy fsdp2" in said
+    assert "Traceback" not in said
+
+
+def test_no_checkpoint_has_a_teacher(written):
+    for name in ("one", "ddp", "fsdp2"):
+        weights = torch.load(step_six(written[name]), weights_only=True)["state_dict"]
+        assert weights
+        assert all(key.startswith("student.") for key in weights)
+
+
+@pytest.mark.parametrize("renamed", ["before", "between"])
+def test_a_kill_while_a_directory_is_put_in_place_leaves_the_one_before(root, written, renamed):
+    """The first rank dies when the shards are written, or when the old directory has been moved."""
+
+    def die():
+        rename, seen = Path.rename, []
+
+        def renaming(self, target):
+            if self.name.startswith("last.ckpt"):
+                seen.append(self)
+                # Of the first checkpoint one renaming, of each later one two.
+                if len(seen) == (2 if renamed == "before" else 3):
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return rename(self, target)
+
+        Path.rename = renaming
+
+    folder = root / f"killed_{renamed}"
+    processes = start(command(folder, DIRECTORY, 2), 2, die)
+    processes[0].join(60)
+    for process in processes:
+        process.kill()
+        process.join()
+    assert processes[0].exitcode == -signal.SIGKILL
+    last = folder / "checkpoints" / "last.ckpt"
+    assert last.exists() == (renamed == "before")
+    finish(start(command(folder, DIRECTORY, 2, resume=last), 2), folder / "log_0.txt")
+    lines = {(x["rank"], x["position"]): x for x in records(written["directory"], 2)}
+    end = (written["directory"] / "record_0.end").read_text()
+    assert differences({"lines": lines, "end": end}, folder, 2) == []
