@@ -1,8 +1,7 @@
 """Runs that are killed and go on, beside one that is not.
 
 ``python -m tests.resume.kill_runs OUT --points 10`` tries every method under every strategy. All
-processes are forked from this one, which has imported everything: a start takes a second instead of
-ten.
+processes are forked from one that has imported everything: a start takes a second instead of ten.
 """
 
 import argparse
@@ -88,7 +87,7 @@ def arguments(method: str, strategy: str, folder: Path) -> list[str]:
                     "init_args": checkpoint | {"every_n_train_steps": CHECKPOINT_EVERY},
                 },
                 {
-                    "class_path": f"{Recorder.__module__}.Recorder",
+                    "class_path": "tests.resume.kill_runs.Recorder",
                     "init_args": {"path": str(folder / "record")},
                 },
             ],
@@ -111,34 +110,47 @@ def arguments(method: str, strategy: str, folder: Path) -> list[str]:
 
 
 def start(argv: list[str], world: int, prepare: Callable[[], None] | None = None) -> list[Any]:
-    """One process for each rank, forked."""
+    """One process for each rank, forked from a server that has imported everything and run nothing.
+
+    Args:
+        argv: What a user types.
+        world: Processes.
+        prepare: Called in each of them first; a function of a module.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-
-    def run(rank: int) -> None:
-        os.setpgrp()
-        # Shared cores: more threads than one would only wait for each other.
-        torch.set_num_threads(1)
-        warnings.simplefilter("ignore")
-        sys.argv = argv
-        log = Path(argv[-1]).parent / f"log_{rank}.txt"
-        sys.stdout = sys.stderr = log.open("a", buffering=1)
-        os.dup2(sys.stderr.fileno(), 2)
-        for name in ("lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).handlers = [logging.StreamHandler(sys.stderr)]
-        if world > 1:
-            os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-            os.environ["MASTER_PORT"] = str(port)
-        if prepare is not None:
-            prepare()
-        cli()
-
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=run, args=(rank,)) for rank in range(world)]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.resume.kill_runs"])
+    processes = [
+        context.Process(target=run, args=(argv, rank, world, port, prepare))
+        for rank in range(world)
+    ]
     for process in processes:
         process.start()
     return processes
+
+
+def run(
+    argv: list[str], rank: int, world: int, port: int, prepare: Callable[[], None] | None
+) -> None:
+    """The command, as one rank; what it prints goes to a file."""
+    os.setpgrp()
+    # Shared cores: more threads than one would only wait for each other.
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.argv = argv
+    log = Path(argv[-1]).parent / f"log_{rank}.txt"
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    os.dup2(sys.stderr.fileno(), 2)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).handlers = [logging.StreamHandler(sys.stderr)]
+    if world > 1:
+        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        os.environ["MASTER_PORT"] = str(port)
+    if prepare is not None:
+        prepare()
+    cli()
 
 
 def finish(processes: list[Any], log: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -101,25 +102,26 @@ def test_no_checkpoint_has_a_teacher(written):
         assert all(key.startswith("student.") for key in weights)
 
 
+def die_at_a_renaming(*, count):
+    rename, seen = Path.rename, []
+
+    def renaming(self, target):
+        if self.name.startswith("last.ckpt"):
+            seen.append(self)
+            if len(seen) == count:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return rename(self, target)
+
+    Path.rename = renaming
+
+
 @pytest.mark.parametrize("renamed", ["before", "between"])
 def test_a_kill_while_a_directory_is_put_in_place_leaves_the_one_before(root, written, renamed):
     """The first rank dies when the shards are written, or when the old directory has been moved."""
-
-    def die():
-        rename, seen = Path.rename, []
-
-        def renaming(self, target):
-            if self.name.startswith("last.ckpt"):
-                seen.append(self)
-                # Of the first checkpoint one renaming, of each later one two.
-                if len(seen) == (2 if renamed == "before" else 3):
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return rename(self, target)
-
-        Path.rename = renaming
-
     folder = root / f"killed_{renamed}"
-    processes = start(command(folder, DIRECTORY, 2), 2, die)
+    # Of the first checkpoint one renaming, of each later one two.
+    prepare = partial(die_at_a_renaming, count=2 if renamed == "before" else 3)
+    processes = start(command(folder, DIRECTORY, 2), 2, prepare)
     processes[0].join(60)
     for process in processes:
         process.kill()

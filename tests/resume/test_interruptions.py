@@ -53,21 +53,21 @@ def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_for_bit(root, stra
     assert differences(reference, folder, world) == []
 
 
+def fill_the_disk_after_the_first_checkpoint():
+    replace = Path.replace
+
+    def replaced(self, target):
+        done = replace(self, target)
+        if self.name.endswith("last.ckpt.fresh"):
+            limit = Path(target).stat().st_size // 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        return done
+
+    Path.replace = replaced
+
+
 def test_a_full_disk_ends_the_run_with_the_checkpoint_before_intact(root):
     """A limit on the size of a file stands in for a disk without room."""
-
-    def fill_the_disk_after_the_first_checkpoint():
-        replace = Path.replace
-
-        def replaced(self, target):
-            done = replace(self, target)
-            if self.name.endswith("last.ckpt.fresh"):
-                limit = Path(target).stat().st_size // 2
-                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            return done
-
-        Path.replace = replaced
-
     folder = root / "full"
     argv = arguments("supervised_kd", "one", folder)
     (process,) = start(argv, 1, fill_the_disk_after_the_first_checkpoint)
@@ -83,6 +83,17 @@ def test_a_full_disk_ends_the_run_with_the_checkpoint_before_intact(root):
     assert not list(last.parent.glob("*.fresh"))
 
 
+def get_lost():
+    record = Recorder.on_train_batch_end
+
+    def recorded(self, trainer, *rest):
+        record(self, trainer, *rest)
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            time.sleep(60)
+
+    Recorder.on_train_batch_end = recorded
+
+
 def test_a_process_that_is_lost_is_named_by_step_and_phase(root):
     folder = root / "lost"
     argv = arguments("supervised_kd", "ddp", folder)
@@ -92,16 +103,6 @@ def test_a_process_that_is_lost_is_named_by_step_and_phase(root):
         "init_args": {"timeout": "0:00:05"},
     }
     (folder / "overlay.yaml").write_text(yaml.safe_dump(overlay))
-
-    def get_lost():
-        record = Recorder.on_train_batch_end
-
-        def recorded(self, trainer, *rest):
-            record(self, trainer, *rest)
-            if trainer.global_rank == 1 and trainer.global_step == 2:
-                time.sleep(60)
-
-        Recorder.on_train_batch_end = recorded
 
     processes = start(argv, 2, get_lost)
     processes[0].join(90)

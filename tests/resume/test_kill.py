@@ -2,6 +2,7 @@
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -36,25 +37,26 @@ def test_a_killed_run_goes_on_bit_for_bit(method, strategy, root):
         assert differences(reference, folder, world) == []
 
 
-@pytest.mark.parametrize("write", [0, 5])
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(root, write):
+def die_at_the_second_checkpoint(*, half_written):
+    replace, seen = Path.replace, []
+
+    def replaced(self, target):
+        if self.name.endswith(".fresh"):
+            seen.append(self)
+            if len(seen) > 2:
+                if half_written:
+                    os.truncate(self, self.stat().st_size // 2)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+
+    Path.replace = replaced
+
+
+@pytest.mark.parametrize("half_written", [True, False])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(root, half_written):
     """The process dies in the middle of the second checkpoint's bytes, or before its renaming."""
     reference = uninterrupted("gkd", "one", root)
-
-    def die_within_the_second_checkpoint():
-        replace, seen = Path.replace, []
-
-        def replaced(self, target):
-            if self.name.endswith(".fresh"):
-                seen.append(self)
-                if len(seen) > 2:
-                    if write == 0:
-                        os.truncate(self, self.stat().st_size // 2)
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return replace(self, target)
-
-        Path.replace = replaced
-
-    folder, resumed = killed("gkd", "one", root, 100 + write, die_within_the_second_checkpoint)
+    prepare = partial(die_at_the_second_checkpoint, half_written=half_written)
+    folder, resumed = killed("gkd", "one", root, 100 + half_written, prepare)
     assert resumed
     assert differences(reference, folder, 1) == []
