@@ -1,5 +1,6 @@
 """The ``lightning-kd`` command: LightningCLI over the modules, data and callbacks of this library."""
 
+import os
 import re
 import sys
 import traceback
@@ -36,6 +37,9 @@ from lightning_kd.strategies import readable_checkpoint
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
+TRACEBACK = "LIGHTNING_KD_TRACEBACK"
+"""Environment variable; where it is set, errors come with all that led to them."""
+
 DESCRIPTION = """Distill language models with PyTorch Lightning.
 
 Give a method and its data in a YAML file (configs/ has one for each method) and change any value on
@@ -45,6 +49,7 @@ the command line, for example:
 Two commands stand beside those of the trainer; --help after them explains them:
   lightning-kd demo        train a teacher on arithmetic and distill it, offline
   lightning-kd tokenizer   train a tokenizer on your own text
+Errors are said in a few lines; with LIGHTNING_KD_TRACEBACK=1 they say where they come from.
 """
 
 
@@ -112,8 +117,9 @@ class DistillationCLI(LightningCLI):
         """Build everything; a value that a constructor refuses is an error of the command line."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            self.parser.error(str(error))
+        except Exception as error:
+            self._say(error, begun=False)
+            raise
 
     def _run_subcommand(self, subcommand: str) -> None:
         checkpoint = self._get(self.config_init, "ckpt_path")
@@ -122,12 +128,19 @@ class DistillationCLI(LightningCLI):
             self.parser.error(f"the checkpoint {checkpoint!r} does not exist")
         try:
             super()._run_subcommand(subcommand)
-        except MisconfigurationException as error:
-            self.parser.error(str(error))
-        except (ValueError, OSError, RuntimeError) as error:
-            if not _is_for_the_user(error):
-                raise
-            self.parser.error(str(error))
+        except Exception as error:
+            self._say(error, begun=hasattr(self.model, "micro_batch"))
+            raise
+
+    def _say(self, error: Exception, *, begun: bool) -> None:
+        """Say an error in a few lines, unless it is a defect that shows in the middle of training."""
+        meant = isinstance(error, MisconfigurationException) or _is_for_the_user(error)
+        if os.environ.get(TRACEBACK) or (begun and not meant):
+            return
+        text = "\n".join([str(error), *getattr(error, "__notes__", ())])
+        if not meant:
+            text = f"{type(error).__name__}: {text}\n({TRACEBACK}=1 shows where it comes from)"
+        self.parser.error(text)
 
 
 def main() -> None:

@@ -65,7 +65,9 @@ def test_no_code_of_a_model_repository_is_ever_run():
 
 def test_every_config_is_named_in_the_readme_and_run_by_a_test():
     readme = (ROOT / "README.md").read_text()
-    tests = (ROOT / "tests" / "test_cli.py").read_text()
+    tests = "".join(
+        (ROOT / "tests" / name).read_text() for name in ("test_cli.py", "command_line.py")
+    )
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert yaml.safe_load(path.read_text())
         assert str(path.relative_to(ROOT)) in readme

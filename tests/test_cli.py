@@ -330,3 +330,12 @@ def test_gsm8k_on_policy(cli, shared_data, config, more):
     assert seen.Scalars("rollout/length_max")[0].value > 64
     assert all(abs(event.value) < 100 for event in seen.Scalars("train/loss"))
     assert all(event.value > 0 for event in seen.Scalars("train/grad_norm"))
+
+
+@pytest.mark.parametrize(
+    "logits", [["DenseLogits"], ["FusedLogits", "--model.logits.chunk_megabytes", "1"]]
+)
+def test_how_logits_come_about_by_flags(cli, teacher, logits):
+    cli(*fit("supervised_kd", "--model.teacher.name_or_path", teacher, "--model.logits", *logits))
+    saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    assert saved["model"]["init_args"]["logits"]["class_path"].endswith(logits[0])

@@ -1,6 +1,7 @@
 """Where a causal language model comes from."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -110,6 +111,11 @@ class ModelSource:
                 trust_remote_code=self.trust_remote_code,
                 **self._quantized(),
             )
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"cannot load the model {self.name_or_path!r}: its weights are pickled, with more "
+                "in them than tensors. Have them saved as safetensors by someone you trust"
+            ) from error
         except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
             raise ValueError(f"cannot load the model {self.name_or_path!r}: {error}") from error
 

@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+from lightning_kd.models import (
+    ModelSource,
+    RoutedTeacher,
+    SingleTeacher,
+    Student,
+    TeacherEnsemble,
+)
+from lightning_kd.models.placement import at_work, settle
+from lightning_kd.modules import SupervisedKD
+from tests.modules.harness import fit_one_step
+from tests.toys import ragged_batch, tiny_llama
+
+BATCH = ragged_batch([(2, 5), (1, 3)])
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("placement", ["offloaded", "cpu"])
+def test_where_a_teacher_is_kept_changes_nothing(placement):
+    def step(placement):
+        module = SupervisedKD(
+            student=Student.of(tiny_llama(0)),
+            teacher=TeacherEnsemble(
+                [ModelSource.of(tiny_llama(1)), ModelSource.of(tiny_llama(2))], placement=placement
+            ),
+        )
+        return fit_one_step(module, [BATCH])
+
+    (loss, gradient), (expected, reference) = step(placement), step("replicated")
+    assert loss == expected
+    assert torch.equal(gradient, reference)
+
+
+def test_an_offloaded_model_keeps_its_weights_where_they_were():
+    model = tiny_llama(0).requires_grad_(False)
+    kept = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
+    settle(model, "offloaded", CPU, None)
+    with pytest.raises(KeyboardInterrupt), at_work(model, "offloaded", CPU) as there:
+        assert there == CPU
+        for parameter in model.parameters():  # as a copy to an accelerator does
+            parameter.data = parameter.data.clone()
+        raise KeyboardInterrupt
+    # Not copied back: these are the weights that stayed.
+    assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == kept
+
+
+def test_a_teacher_on_a_device_of_its_own_stays_there():
+    model = tiny_llama(0).requires_grad_(False)
+    settle(model, "meta", CPU, None)
+    with at_work(model, "meta", CPU) as there:
+        assert {p.device for p in model.parameters()} == {there} == {torch.device("meta")}
+
+
+@pytest.mark.parametrize("placement", ["moon", "meta"])
+def test_an_unknown_placement_lists_the_choices(placement):
+    with pytest.raises(ValueError, match=f"unknown placement '{placement}'; choose replicated, sh"):
+        SingleTeacher("somewhere", placement=placement)
+
+
+def test_rows_with_teachers_of_their_own_cannot_have_them_in_shards():
+    with pytest.raises(ValueError, match="each process asks the teachers of its own rows"):
+        RoutedTeacher({"a": ModelSource.of(tiny_llama(0))}, placement="sharded")
+
+
+def test_only_weights_that_are_loaded_can_be_quantized():
+    with pytest.raises(ValueError, match="give name_or_path"):
+        SingleTeacher(config={"model_type": "llama"}, quantization={"quant_method": "bitsandbytes"})

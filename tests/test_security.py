@@ -1,0 +1,97 @@
+"""What comes from elsewhere is data: never code, a path, a format string or markup."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks.completion_samples import markdown_table
+from lightning_kd.checkpoints import AtomicCheckpointIO
+from lightning_kd.data import ChatData, PromptCompletionData, arithmetic_tokenizer
+from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.modules import GKD
+from tests.modules.harness import trainer
+from tests.toys import tiny_llama
+
+
+class Command:
+    def __reduce__(self):
+        return exec, ("from pathlib import Path; Path('executed').touch()",)
+
+
+def test_a_checkpoint_is_not_executed(tmp_path):
+    torch.save({"state_dict": Command()}, "evil.ckpt")
+    with pytest.raises(ValueError, match=r"evil\.ckpt is no checkpoint that can be read safely"):
+        AtomicCheckpointIO().load_checkpoint("evil.ckpt")
+    assert not Path("executed").exists()
+    # It would have worked: the user may still say so.
+    AtomicCheckpointIO().load_checkpoint("evil.ckpt", weights_only=False)
+    assert Path("executed").exists()
+
+
+def test_pickled_weights_of_a_model_are_not_executed():
+    tiny_llama(0).save_pretrained("model")
+    Path("model/model.safetensors").unlink()
+    torch.save({"lm_head.weight": Command()}, "model/pytorch_model.bin")
+    with pytest.raises(ValueError, match="cannot load the model"):
+        SingleTeacher("model").load(arithmetic_tokenizer(), "teacher")
+    assert not Path("executed").exists()
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ cycler.__init__.__globals__.os.system('touch executed') }}",
+    ],
+)
+def test_a_chat_template_runs_in_a_sandbox(template):
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.chat_template = template
+    row = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]}
+    Path("chat.jsonl").write_text(json.dumps(row))
+    data = ChatData(tokenizer=tokenizer, train="chat.jsonl")
+    with pytest.raises(Exception, match=r"unsafe|undefined|not safe"):
+        data.rows("train")
+    assert not Path("executed").exists()
+
+
+HOSTILE = "../../{prompt}{0.__class__}%s<script>alert(1)</script>|`x`\x1b[31m$(touch executed)"
+
+
+def test_the_text_of_a_row_stays_text(tmp_path):
+    """Through template, rollouts, JSONL and tables it is what it was; nothing is made of it."""
+    letters = sorted(set(HOSTILE))
+    tokenizer = letter_tokenizer_of(letters)
+    Path("rows.jsonl").write_text(
+        "\n".join([json.dumps({"prompt": HOSTILE, "completion": HOSTILE})] * 4)
+    )
+    data = PromptCompletionData(
+        tokenizer=tokenizer, train="rows.jsonl", prompt_template="Q {prompt}", batch_size=4
+    )
+    size = len(tokenizer)
+    module = GKD(
+        student=Student.of(tiny_llama(0, vocab_size=size, max_position_embeddings=256)),
+        teacher=SingleTeacher.of(tiny_llama(1, vocab_size=size, max_position_embeddings=256)),
+    )
+    before = {path for path in Path().rglob("*") if path.is_file()}
+    writing = OnPolicyGeneration(path="rollouts.jsonl", table_every=0)
+    trainer(max_steps=1, callbacks=[writing]).fit(module, datamodule=data)
+    rows = [json.loads(line) for line in Path("rollouts.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["Q " + HOSTILE] * 4
+    made = {path for path in Path().rglob("*") if path.is_file()} - before
+    assert {path.name for path in made} - {"rollouts.jsonl"} <= {
+        path.name for path in made if "datasets" in path.parts
+    }
+    table = markdown_table(("prompt",), [(HOSTILE,)])
+    assert "<script>" not in table
+    assert table.count("\n") == 2
+
+
+def letter_tokenizer_of(letters):
+    from tests.toys import letter_tokenizer
+
+    return letter_tokenizer("".join(["Q", " ", *(x for x in letters if x not in "Q ")]))

@@ -1,0 +1,98 @@
+from types import SimpleNamespace
+
+import pytest
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    SingleDeviceStrategy,
+    StrategyRegistry,
+)
+
+from lightning_kd.callbacks import LossNormalizationDiagnostics, TimeoutReport
+from lightning_kd.models import Student
+from lightning_kd.models.sharding import is_sharded
+from lightning_kd.modules import SFT
+from lightning_kd.strategies import FullyShardedStrategy, check_trainer, shard_mesh
+from tests.modules.harness import BatchList, trainer
+from tests.toys import ragged_batch, tiny_llama
+
+
+def with_strategy(strategy, **settings):
+    defaults = {"accumulate_grad_batches": 1, "log_every_n_steps": 1}
+    return SimpleNamespace(strategy=strategy, **(defaults | settings))
+
+
+def test_fsdp2_is_a_name_for_all_processes_in_shards():
+    found = StrategyRegistry.get("fsdp2")
+    assert isinstance(found, FullyShardedStrategy)
+    assert isinstance(found, ModelParallelStrategy)
+
+
+def test_fsdp1_is_refused_with_a_way_out():
+    with pytest.raises(ValueError, match=r"--trainer\.strategy fsdp2"):
+        check_trainer(with_strategy(FSDPStrategy()))
+
+
+def test_deepspeed_is_refused_with_the_reason():
+    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # its constructor wants the package
+    with pytest.raises(ValueError, match="divides gradients by the number of micro-batches itself"):
+        check_trainer(with_strategy(strategy))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("accumulate_grad_batches", 0), ("log_every_n_steps", -1)]
+)
+def test_what_lightning_lets_pass(name, value):
+    with pytest.raises(ValueError, match=f"trainer.{name} is {value}; it must be"):
+        check_trainer(with_strategy(SingleDeviceStrategy("cpu"), **{name: value}))
+
+
+def test_tensors_are_not_split():
+    strategy = ModelParallelStrategy()
+    sizes = {"tensor_parallel": SimpleNamespace(size=lambda: 2), "data_parallel": None}
+    strategy._device_mesh = sizes
+    with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
+        shard_mesh(with_strategy(strategy))
+    assert shard_mesh(with_strategy(SingleDeviceStrategy("cpu"))) is None
+
+
+def test_gradients_in_shards_are_not_audited(monkeypatch):
+    monkeypatch.setattr("lightning_kd.callbacks.loss_normalization.is_sharded", lambda part: True)
+    module = SFT(student=Student.of(tiny_llama(0)))
+    assert not is_sharded(module)
+    fit = trainer(max_steps=1, callbacks=[LossNormalizationDiagnostics(audit="first")])
+    with pytest.raises(ValueError, match="audit with ddp or one process"):
+        fit.fit(module, datamodule=BatchList([ragged_batch([(2, 5)])]))
+
+
+class Silence(Callback):
+    """What a process sees when another one does not answer."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1:
+            pl_module.training_step = self.training_step
+
+    def training_step(self, *_):
+        raise RuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "noted"),
+    [
+        ("Timed out waiting 8000ms for recv", True),
+        ("Connection closed by peer", True),
+        ("shapes do not match", False),
+    ],
+)
+def test_silence_is_named_by_step_and_phase(message, noted):
+    module = SFT(student=Student.of(tiny_llama(0)))
+    fit = trainer(max_steps=3, callbacks=[Silence(message), TimeoutReport()])
+    with pytest.raises(RuntimeError, match=message) as raised:
+        fit.fit(module, datamodule=BatchList([ragged_batch([(2, 5)])] * 3))
+    notes = "".join(getattr(raised.value, "__notes__", ()))
+    assert ("in optimizer step 2, while the forward pass" in notes) == noted
