@@ -1,7 +1,4 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +23,7 @@ from lightning_kd.rewards import exact_match
 from lightning_kd.schedules import Linear
 from tests.callbacks.coin_and_rollouts import STEPS, run
 from tests.modules.harness import BatchList, Letters, trainer
+from tests.scripts import run_script
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -84,16 +82,7 @@ def records(path):
 
 def test_the_coin_is_the_ranks_own_to_nobody(tmp_path):
     """Two ranks, 200 steps, a consumer of global randomness on one of them; and a resume."""
-    script = ROOT / "tests" / "callbacks" / "coin_and_rollouts.py"
-    done = subprocess.run(
-        [sys.executable, script, tmp_path],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_script("callbacks/coin_and_rollouts.py", tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first == second
     assert len(first) == STEPS

@@ -1,47 +1,24 @@
 """The first promise: no cut of a batch changes its loss or its gradient."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import SupervisedKD
 from tests.modules.harness import fit_one_step
-from tests.modules.partition_grid import CASES, CUTS, run, without_float32_islands
+from tests.modules.partition_grid import CASES, CUTS, run
+from tests.scripts import written_by
 from tests.toys import ragged_batch, tiny_llama, with_prompts
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """All cuts over two ranks, in one start of real ddp."""
-    out = tmp_path_factory.mktemp("grid") / "grid.pt"
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "modules" / "partition_grid.py", out],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+    return written_by("modules/partition_grid.py", tmp_path_factory.mktemp("grid") / "grid.pt")
 
 
-@pytest.fixture
-def _float64_norms(monkeypatch):
-    monkeypatch.setattr(LlamaRMSNorm, "forward", LlamaRMSNorm.forward)
-    without_float32_islands()
-
-
-@pytest.mark.usefixtures("_float64_norms")
+@pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_no_cut_changes_loss_gradient_or_weights(case, two_processes):
     whole = run(case, CUTS[0])

@@ -1,42 +1,18 @@
 """Student and teacher in shards (FSDP2): the same losses, gradients and weights as one process."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-import torch
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tests.modules.partition_grid import CUTS, run, without_float32_islands
+from tests.modules.partition_grid import CUTS, run
 from tests.modules.sharded_grid import CASES, RUNS, UNSHARDED
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.scripts import written_by
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-    out = tmp_path_factory.mktemp("sharded") / "grid.pt"
-    done = subprocess.run(
-        [sys.executable, ROOT / "tests" / "modules" / "sharded_grid.py", out],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(out, weights_only=True)
+    return written_by("modules/sharded_grid.py", tmp_path_factory.mktemp("sharded") / "grid.pt")
 
 
-@pytest.fixture
-def _float64_norms(monkeypatch):
-    monkeypatch.setattr(LlamaRMSNorm, "forward", LlamaRMSNorm.forward)
-    without_float32_islands()
-
-
-@pytest.mark.usefixtures("_float64_norms")
+@pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_sharded_processes_equal_one(case, two_processes):
     """Ranks stop writing at different lengths; a window is cut short; the clip is active."""
