@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import GenerationConfig
 
 from lightning_kd.generation import end_of_sequence_ids
+from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
 
 
@@ -47,8 +48,12 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
     """Save model, tokenizer and generation config under ``directory``."""
     model, tokenizer = module.student, module.tokenizer
     if module.student_source.lora is not None:
-        # Merging changes the weights in place, and this model may go on training.
-        model = copy.deepcopy(model).cpu()
+        # Merging changes the weights in place, and this model may go on training; one in shards
+        # cannot be copied, but it can be had again.
+        if is_sharded(model):
+            model = module.student_source.build(tokenizer)
+        else:
+            model = copy.deepcopy(model).cpu()
         model.load_state_dict(weights)
         model = model.merge_and_unload()
         weights = model.state_dict()

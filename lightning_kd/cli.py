@@ -138,7 +138,7 @@ class DistillationCLI(LightningCLI):
         if os.environ.get(TRACEBACK) or (begun and not meant):
             return
         text = "\n".join([str(error), *getattr(error, "__notes__", ())])
-        if not meant:
+        if not meant and not isinstance(error, ValueError | ImportError):
             text = f"{type(error).__name__}: {text}\n({TRACEBACK}=1 shows where it comes from)"
         self.parser.error(text)
 
@@ -206,7 +206,8 @@ def shorten(message: str) -> str:
           beta is 3.0; it must lie in [0, 1]
     """
     noise = re.compile(
-        r"NoneType|Subtypes:|Given value type|Does not validate|Errors:|Expected a <class 'str'>"
+        r"NoneType|Subtypes:|Given value type|Given value: .{80}|Does not validate|Errors:"
+        r"|Expected a <class 'str'>"
     )
     lines = [line for line in message.splitlines() if line.strip() and not noise.search(line)]
     texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in lines))

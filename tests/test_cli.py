@@ -339,3 +339,23 @@ def test_how_logits_come_about_by_flags(cli, teacher, logits):
     cli(*fit("supervised_kd", "--model.teacher.name_or_path", teacher, "--model.logits", *logits))
     saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["logits"]["class_path"].endswith(logits[0])
+
+
+def test_adapters_of_a_student_in_shards_are_merged_into_the_export(teacher):
+    student = {"config": None, "name_or_path": "teacher", "lora": {"r": 4}}
+    Path("adapted.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"student": student}}}))
+    config = ["--config", CONFIGS / "gkd.yaml", *DEBUG, *QUIET, "--config"]
+    config += [CONFIGS / "overlays" / "fsdp2.yaml", "--config", "adapted.yaml"]
+    done = run(
+        *(sys.executable, "-m", "lightning_kd", "fit", *config, "--trainer.devices", 2),
+        *("--model.teacher.name_or_path", teacher, "--data.validation_size", 8),
+        *("--export.dirpath", "student"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    trained, before = (AutoModelForCausalLM.from_pretrained(n) for n in ("student", "teacher"))
+    moved = [
+        not torch.equal(a, b)
+        for a, b in zip(trained.parameters(), before.parameters(), strict=True)
+    ]
+    assert any(moved)
+    assert not all(moved)  # embeddings and norms have no adapter

@@ -84,6 +84,11 @@ class ModelSource:
         source._given = model
         return source
 
+    @property
+    def is_given(self) -> bool:
+        """Was the model handed over, and cannot be had a second time?"""
+        return self._given is not None
+
     def load(self, tokenizer: PreTrainedTokenizerBase, role: str) -> PreTrainedModel:
         """Load the weights, or draw them for a configuration.
 

@@ -49,11 +49,20 @@ class StudentModule(L.LightningModule):
         check_trainer(self.trainer)
 
     def configure_model(self) -> None:
-        """Build the student, once; in shards, where the strategy shares weights."""
+        """Build the student, once; in shards, where the strategy shares weights.
+
+        Raises:
+            ValueError: If it could not be exported in the end.
+        """
         if not hasattr(self, "student"):
             self.student = self.student_source.build(self.tokenizer)
             mesh = shard_mesh(self.trainer)
             if mesh is not None:
+                if self.student_source.lora is not None and self.student_source.is_given:
+                    raise ValueError(
+                        "lora of a model that was handed over cannot be exported from shards; give "
+                        "the student's name_or_path or config instead"
+                    )
                 shard(self.student, mesh)
 
     @property
