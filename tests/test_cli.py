@@ -342,7 +342,8 @@ def test_how_logits_come_about_by_flags(cli, teacher, logits):
 
 
 def test_adapters_of_a_student_in_shards_are_merged_into_the_export(teacher):
-    student = {"config": None, "name_or_path": "teacher", "lora": {"r": 4}}
+    tiny_llama(2, vocab_size=14).save_pretrained("before")
+    student = {"config": None, "name_or_path": "./before", "lora": {"r": 4}}
     Path("adapted.yaml").write_text(yaml.safe_dump({"model": {"init_args": {"student": student}}}))
     config = ["--config", CONFIGS / "gkd.yaml", *DEBUG, *QUIET, "--config"]
     config += [CONFIGS / "overlays" / "fsdp2.yaml", "--config", "adapted.yaml"]
@@ -352,7 +353,7 @@ def test_adapters_of_a_student_in_shards_are_merged_into_the_export(teacher):
         *("--export.dirpath", "student"),
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    trained, before = (AutoModelForCausalLM.from_pretrained(n) for n in ("student", "teacher"))
+    trained, before = (AutoModelForCausalLM.from_pretrained(n) for n in ("student", "before"))
     moved = [
         not torch.equal(a, b)
         for a, b in zip(trained.parameters(), before.parameters(), strict=True)
