@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.models.sharding import any_process
@@ -117,7 +118,7 @@ class NonFiniteGuard(Callback):
 
 
 def _finite(gradients: list[Tensor]) -> bool:
-    local = [getattr(gradient, "_local_tensor", gradient) for gradient in gradients]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
     if not local:
         return True
     # The sum of squares may overflow where no element is infinite; the largest one cannot.

@@ -1,6 +1,7 @@
 """A checkpoint and a clean exit when the cluster wants the machine back."""
 
 import signal
+import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,8 +42,9 @@ class SaveOnTermination(Callback):
         other one is under way.
         """
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            return
+        requeued = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+        if requeued or threading.current_thread() is not threading.main_thread():
+            return  # Python lets only the main thread listen
         self._asked, self._steps = False, trainer.global_step
 
         def handle(number: int, frame: FrameType | None) -> None:
