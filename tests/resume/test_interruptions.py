@@ -113,3 +113,28 @@ def test_a_process_that_is_lost_is_named_by_step_and_phase(root):
     assert processes[0].exitcode not in {0, None}
     assert "waited for the others in optimizer step 3" in said, said[-3000:]
     assert "while" in said.split("waited for the others")[1]
+
+
+def poison_one_rank():
+    def poisoned(self, trainer, pl_module):
+        if trainer.global_rank == 1 and trainer.train_dataloader.position == 4:
+            gradient = next(p.grad for p in pl_module.parameters() if p.grad is not None)
+            getattr(gradient, "_local_tensor", gradient).fill_(float("nan"))
+
+    Recorder.on_after_backward = poisoned
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_gradient_that_is_not_finite_on_one_rank_is_left_out_on_all(root, strategy):
+    folder = root / f"poisoned_{strategy}"
+    argv = arguments("supervised_kd", strategy, folder)
+    argv[-2:-2] = ["--non_finite.action", "skip", "--non_finite.dirpath", str(folder / "bad")]
+    finish(start(argv, 2, poison_one_rank), folder / "log_0.txt")
+    saved = {path.name for path in (folder / "bad").iterdir()}
+    batches = [f"step2_rank{rank}_batch{number}" for rank in (0, 1) for number in (0, 1)]
+    assert saved == {f"{name}.safetensors" for name in batches}
+    ends = {(folder / f"record_{rank}.end").read_text() for rank in (0, 1)}
+    assert len(ends) == 1
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["callbacks"]["NonFiniteGuard"] == {"skipped": 1}
+    assert all(weight.isfinite().all() for weight in last["state_dict"].values())
