@@ -70,8 +70,7 @@ class NonFiniteGuard(Callback):
         if getattr(trainer.precision_plugin, "scaler", None) is not None:
             return
         own = not _finite([p.grad for p in pl_module.parameters() if p.grad is not None])
-        together = trainer.world_size > 1
-        if not (any_process(own, trainer.strategy.root_device) if together else own):
+        if not any_process(own, trainer.strategy.root_device):
             self._in_a_row = 0
             return
         directory = self._save(trainer)

@@ -62,10 +62,7 @@ class SaveOnTermination(Callback):
         if self._before is None or trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        asked = self._asked
-        if trainer.world_size > 1:
-            asked = any_process(asked, trainer.strategy.root_device)
-        if asked:
+        if any_process(self._asked, trainer.strategy.root_device):
             directory = self._directory(trainer)
             trainer.save_checkpoint(directory / "last.ckpt", weights_only=False)
             rank_zero_info(

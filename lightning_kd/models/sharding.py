@@ -51,7 +51,9 @@ def whole(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 
 def any_process(flag: bool, device: torch.device) -> bool:
-    """Is the flag raised on any process? All of them ask together."""
+    """Is the flag raised on any process? All of them ask together; a single one just knows."""
+    if not torch.distributed.is_initialized():
+        return flag
     raised = torch.tensor(float(flag), device=device)
     torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
     return bool(raised)
