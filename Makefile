@@ -9,8 +9,19 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-.PHONY: install demo test check tensorboard constraints clean help
+# Its import writes to everybody's output, so that it stands beside and sees what is installed here.
+$(VENV)-deepspeed/installed: $(VENV)/installed
+	$(PYTHON) -m venv $(VENV)-deepspeed
+	packages=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$packages')" > \
+	  $$($(VENV)-deepspeed/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet -c constraints.txt deepspeed==0.19.8
+	touch $@
+
+.PHONY: install deepspeed demo test check tensorboard constraints clean help
 install: $(VENV)/installed  ## Make the virtual environment with the tested set
+
+deepspeed: $(VENV)-deepspeed/installed  ## Add an environment with DeepSpeed, for its tests
 
 demo: install  ## Train teachers on arithmetic, distill them, print a table and draw the curves
 	$(BIN)/lightning-kd demo

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import ExactMatch
 from lightning_kd.modules import DistillationModule
+from lightning_kd.strategies import outside_of_steps
 from lightning_kd.types import FILLER_ROW, Batch
 
 Stage = Literal["val", "test"]
@@ -78,7 +79,8 @@ class CompletionSamples(Callback):
         beyond = self.batches != -1 and batch_idx >= self.batches
         if beyond or "prompt_ids" not in batch or not isinstance(module, DistillationModule):
             return
-        written = module.complete(batch, purpose="samples", options=self.options)
+        with outside_of_steps(module.trainer):
+            written = module.complete(batch, purpose="samples", options=self.options)
         texts = written.texts(module.tokenizer)
         rows = [
             (prompt, text, reference)

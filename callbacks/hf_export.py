@@ -7,12 +7,12 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import GenerationConfig
 
 from lightning_kd.generation import end_of_sequence_ids
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
+from lightning_kd.strategies import whole_weights
 
 
 class HFExport(Callback):
@@ -32,9 +32,7 @@ class HFExport(Callback):
         """Export; all ranks gather, the first one writes."""
         if not isinstance(pl_module, DistillationModule) or getattr(trainer, "fast_dev_run", False):
             return
-        # A sharded student is gathered on the first rank; elsewhere the mapping comes out empty.
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(pl_module.student, options=options)
+        weights = whole_weights(trainer, pl_module.student)
         # Asked on every rank: the trainer broadcasts its answer.
         log_dir = trainer.log_dir
         if trainer.is_global_zero:

@@ -14,6 +14,7 @@ from lightning_kd.callbacks.publishing import publish
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
 from lightning_kd.normalization import ConstantLength
+from lightning_kd.strategies import divides_first
 from lightning_kd.types import Batch
 
 _FIELDS = (
@@ -112,9 +113,10 @@ class LossNormalizationDiagnostics(Callback):
         """See whether the gradients can be audited.
 
         Raises:
-            ValueError: If they are in shards.
+            ValueError: If they are in shards, or nowhere to be seen.
         """
-        if self.audit != "never" and any(is_sharded(part) for part in pl_module.modules()):
+        hidden = divides_first(trainer) or any(is_sharded(part) for part in pl_module.modules())
+        if self.audit != "never" and hidden:
             raise ValueError(
                 f"audit is {self.audit!r}, but the gradients of this strategy are in shards, and no "
                 "process can compute another cut by itself; audit with ddp or one process"

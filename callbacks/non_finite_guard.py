@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.models.sharding import any_process
+from lightning_kd.strategies import divides_first, was_left_out
 from lightning_kd.types import Batch
 
 Action = Literal["stop", "skip"]
@@ -24,7 +25,8 @@ class NonFiniteGuard(Callback):
     Before each optimizer step the gradients are looked at, on all ranks together. Where one is not
     finite, the micro-batches of the step are written as safetensors, one file for each and rank, and
     the step is left out or the run stopped; weights and optimizer state are those of the step before
-    it. With a gradient scaler (``16-mixed``), overflows are its own business.
+    it. With a gradient scaler (``16-mixed``), overflows are its own business. DeepSpeed looks and
+    leaves out by itself; what it has left out is dealt with behind the step.
 
     Logs ``train/skipped_steps``, the number of steps left out so far, once there are any.
 
@@ -67,14 +69,35 @@ class NonFiniteGuard(Callback):
         Raises:
             ValueError: If the run is to stop.
         """
-        if getattr(trainer.precision_plugin, "scaler", None) is not None:
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        if scaled or divides_first(trainer):
             return
         own = not _finite([p.grad for p in pl_module.parameters() if p.grad is not None])
         if not any_process(own, trainer.strategy.root_device):
             self._in_a_row = 0
             return
-        directory = self._save(trainer)
-        step = trainer.global_step + 1
+        self._act(trainer, trainer.global_step + 1)
+        # Without gradients an optimizer changes nothing; with zeros it would decay and drift.
+        optimizer.zero_grad(set_to_none=True)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """Log how many steps were left out.
+
+        Raises:
+            ValueError: If DeepSpeed has left one out, and the run is to stop.
+        """
+        if divides_first(trainer) and not trainer.precision_plugin.precision.startswith("16"):
+            if was_left_out(trainer):
+                self._act(trainer, trainer.global_step)
+            else:
+                self._in_a_row = 0
+        if self.skipped:
+            pl_module.log("train/skipped_steps", float(self.skipped))
+
+    def _act(self, trainer: L.Trainer, step: int) -> None:
+        directory = self._save(trainer, step)
         self._in_a_row += 1
         if self.action == "stop" or self._in_a_row > self.max_skips:
             raise ValueError(
@@ -87,15 +110,6 @@ class NonFiniteGuard(Callback):
         rank_zero_warn(
             f"optimizer step {step} was left out: its gradient is not finite ({directory})"
         )
-        # Without gradients an optimizer changes nothing; with zeros it would decay and drift.
-        optimizer.zero_grad(set_to_none=True)
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
-    ) -> None:
-        """Log how many steps were left out."""
-        if self.skipped:
-            pl_module.log("train/skipped_steps", float(self.skipped))
 
     def state_dict(self) -> dict[str, int]:
         """The count goes into checkpoints."""
@@ -105,14 +119,14 @@ class NonFiniteGuard(Callback):
         """Go on counting."""
         self.skipped = state_dict["skipped"]
 
-    def _save(self, trainer: L.Trainer) -> Path:
+    def _save(self, trainer: L.Trainer, step: int) -> Path:
         log_dir = trainer.log_dir  # asked on every rank: the trainer broadcasts its answer
         directory = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "non_finite")
         directory.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(self._window):
             tensors = {k: v.cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
-            step, rank = trainer.global_step + 1, trainer.global_rank
-            save_file(tensors, directory / f"step{step}_rank{rank}_batch{number}.safetensors")
+            name = f"step{step}_rank{trainer.global_rank}_batch{number}.safetensors"
+            save_file(tensors, directory / name)
         return directory
 
 

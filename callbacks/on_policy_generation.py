@@ -25,10 +25,11 @@ from lightning_kd.generation import (
     padding_id,
     rollout_batch,
 )
-from lightning_kd.models.sharding import is_sharded, whole
+from lightning_kd.models.sharding import can_be_whole, whole
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import outside_of_steps
 from lightning_kd.types import Batch
 
 Otherwise = Literal["dataset", "teacher"]
@@ -149,10 +150,10 @@ class OnPolicyGeneration(Callback):
                 f"OnPolicyGeneration writes for modules of this library, not for a "
                 f"{type(pl_module).__name__}; derive it from DistillationModule"
             )
-        if self.unshard and not is_sharded(pl_module.student):
+        if self.unshard and not can_be_whole(pl_module.student):
             raise ValueError(
-                "unshard: true, but under this strategy every process has all weights anyway; "
-                "leave it out, or use --trainer.strategy fsdp2"
+                "unshard: true keeps shards of FSDP2 whole, and this strategy has none; leave it out, "
+                "or use --trainer.strategy fsdp2"
             )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         if pl_module.needs_own_samples and not always:
@@ -258,8 +259,9 @@ class OnPolicyGeneration(Callback):
         batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
         models = [module.student, *getattr(getattr(module, "teacher", None), "models", [])]
         context = trainer.precision_plugin.train_step_context()
-        sharded = [model for model in models if self.unshard and is_sharded(model)]
-        with evaluating(*models), torch.no_grad(), whole(sharded), context:
+        sharded = [model for model in models if self.unshard and can_be_whole(model)]
+        gathered = outside_of_steps(trainer)
+        with evaluating(*models), torch.no_grad(), gathered, whole(sharded), context:
             started = time.perf_counter()
             written = complete(
                 module,

@@ -2,7 +2,7 @@
 
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,17 @@ def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
     Raises:
         ValueError: If one is missing, or has another shape.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in saved.items()}
-    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    compare_shapes({n: t.shape for n, t in saved.items()}, {n: t.shape for n, t in own.items()})
+
+
+def compare_shapes(saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
+    """The same, where nothing but shapes is known of them.
+
+    Raises:
+        ValueError: If a weight is missing, or has another shape.
+    """
+    found = {name: tuple(shape) for name, shape in saved.items()}
+    expected = {name: tuple(shape) for name, shape in own.items()}
     unequal = [n for n in sorted({*found, *expected}) if found.get(n) != expected.get(n)]
     if unequal:
         name = unequal[0]
@@ -101,9 +110,14 @@ def explained(path: _PATH) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
-        (reason, *_) = str(error).splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"{path} is no checkpoint that can be read safely: {reason[:200]}. Give one that this "
-            "library has written, from a source that you trust"
-        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        raise unsafe(path, error) from error
+
+
+def unsafe(path: _PATH, error: BaseException) -> ValueError:
+    """What to say of a file or directory that is not read."""
+    (reason, *_) = str(error).splitlines() or [type(error).__name__]
+    return ValueError(
+        f"{path} is no checkpoint that can be read safely: {reason[:200]}. Give one that this "
+        "library has written, from a source that you trust"
+    )

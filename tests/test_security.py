@@ -1,10 +1,13 @@
 """What comes from elsewhere is data: never code, a path, a format string or markup."""
 
 import json
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.callbacks.completion_samples import markdown_table
@@ -12,6 +15,7 @@ from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import ChatData, PromptCompletionData, arithmetic_tokenizer
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
+from lightning_kd.strategies.directories import read_safely
 from tests.modules.harness import trainer
 from tests.toys import tiny_llama
 
@@ -28,6 +32,43 @@ def test_a_checkpoint_is_not_executed(tmp_path):
     assert not Path("executed").exists()
     # It would have worked: the user may still say so.
     AtomicCheckpointIO().load_checkpoint("evil.ckpt", weights_only=False)
+    assert Path("executed").exists()
+
+
+def shards(folder, state):
+    """A directory as all processes would write it, by one."""
+    torch.distributed.checkpoint.save(state, checkpoint_id=folder)
+    return Path(folder)
+
+
+def read(folder, strategy, **options):
+    state = {"tensor": torch.zeros(2), "bytes": None}
+    with read_safely(strategy, Path(folder), **({"weights_only": True} | options)):
+        torch.distributed.checkpoint.load(state, checkpoint_id=folder)
+    return state
+
+
+@pytest.mark.filterwarnings("ignore:.*no_dist:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_a_directory_of_shards_is_not_executed():
+    """torch reads the index with pickle, and asks for pickle where a shard is no tensor."""
+    strategy = SingleDeviceStrategy("cpu")
+    good = {"tensor": torch.ones(2), "bytes": "linear"}
+    folder = shards("good", good)
+    assert read("good", strategy)["bytes"] == good["bytes"]
+
+    index = folder / ".metadata"
+    index.write_bytes(pickle.dumps({"planner": Command()}))
+    with pytest.raises(ValueError, match=r"\.metadata is no checkpoint that can be read safely"):
+        read("good", strategy)
+    assert not Path("executed").exists()
+
+    shards("evil", {"tensor": torch.ones(2), "bytes": Command()})
+    with pytest.raises(ValueError, match="evil is no checkpoint that can be read safely"):
+        read("evil", strategy)
+    assert not Path("executed").exists()
+    # It would have worked: the user may still say so.
+    read("evil", strategy, weights_only=False)
     assert Path("executed").exists()
 
 

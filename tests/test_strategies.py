@@ -14,13 +14,19 @@ from lightning_kd.callbacks import LossNormalizationDiagnostics, TimeoutReport
 from lightning_kd.models import Student
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import SFT
-from lightning_kd.strategies import FullyShardedStrategy, check_trainer, shard_mesh
+from lightning_kd.strategies import (
+    FlatShardedStrategy,
+    FullyShardedStrategy,
+    ZeroStrategy,
+    check_trainer,
+    shard_mesh,
+)
 from tests.modules.harness import BatchList, trainer
 from tests.toys import ragged_batch, tiny_llama
 
 
 def with_strategy(strategy, **settings):
-    defaults = {"accumulate_grad_batches": 1, "log_every_n_steps": 1}
+    defaults = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "ckpt_path": None}
     return SimpleNamespace(strategy=strategy, **(defaults | settings))
 
 
@@ -30,15 +36,46 @@ def test_fsdp2_is_a_name_for_all_processes_in_shards():
     assert isinstance(found, ModelParallelStrategy)
 
 
-def test_fsdp1_is_refused_with_a_way_out():
-    with pytest.raises(ValueError, match=r"--trainer\.strategy fsdp2"):
-        check_trainer(with_strategy(FSDPStrategy()))
+def without_package(kind):
+    """A strategy of DeepSpeed, whose constructor wants the package."""
+    return kind.__new__(kind)
 
 
-def test_deepspeed_is_refused_with_the_reason():
-    strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)  # its constructor wants the package
-    with pytest.raises(ValueError, match="divides gradients by the number of micro-batches itself"):
+@pytest.mark.parametrize(
+    ("strategy", "own"),
+    [
+        (FSDPStrategy(), "FlatShardedStrategy"),
+        (without_package(DeepSpeedStrategy), "ZeroStrategy"),
+    ],
+)
+def test_lightnings_own_are_refused_with_a_way_out(strategy, own):
+    with pytest.raises(ValueError, match=f"use {own} of lightning_kd"):
         check_trainer(with_strategy(strategy))
+
+
+def test_lightnings_own_fsdp2_does_not_go_on():
+    check_trainer(with_strategy(ModelParallelStrategy()))
+    with pytest.raises(ValueError, match=r"go on from last\.ckpt with --trainer\.strategy fsdp2"):
+        check_trainer(with_strategy(ModelParallelStrategy(), ckpt_path="last.ckpt"))
+
+
+def test_deepspeed_takes_one_micro_batch_per_step():
+    check_trainer(with_strategy(without_package(ZeroStrategy)))
+    with pytest.raises(
+        ValueError, match="accumulate_grad_batches is 2: DeepSpeed divides by it twice"
+    ):
+        check_trainer(with_strategy(without_package(ZeroStrategy), accumulate_grad_batches=2))
+
+
+def test_lightnings_names_are_ours():
+    known = StrategyRegistry.available_strategies()
+    kinds = {name: StrategyRegistry[name]["strategy"] for name in known}
+    ours = {FlatShardedStrategy: "fsdp", ZeroStrategy: "deepspeed", FullyShardedStrategy: "fsdp2"}
+    for name, kind in kinds.items():
+        assert kind in ours if name.startswith(("fsdp", "deepspeed")) else kind not in ours
+    assert kinds["fsdp_cpu_offload"] is FlatShardedStrategy
+    assert StrategyRegistry["deepspeed_stage_3"]["init_params"] == {"stage": 3}
+    assert StrategyRegistry.get("fsdp_cpu_offload").cpu_offload.offload_params
 
 
 @pytest.mark.parametrize(

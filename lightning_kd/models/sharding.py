@@ -1,4 +1,4 @@
-"""Models in shards over processes (FSDP2), and whole again for a while."""
+"""Models in shards over processes, and whole again for a while."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from transformers import PreTrainedModel
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
-    """Give each process a share of every weight; a layer is whole only while it computes.
+    """Give each process a share of every weight (FSDP2); a layer is whole only while it computes.
 
     The units are the layers that transformers says must not be split, and all the rest (embedding,
     last norm, output head) together.
@@ -29,9 +29,16 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
+def can_be_whole(model: nn.Module) -> bool:
+    """Is it in shards of FSDP2, which :func:`whole` gathers?"""
+    return isinstance(model, FSDPModule)
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Must all processes run this model together?"""
-    return isinstance(model, FSDPModule)
+    flat = any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
+    # DeepSpeed numbers the weights of which it leaves a process no more than its share.
+    return can_be_whole(model) or flat or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextmanager

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.generation import GenerationOptions
@@ -28,6 +27,7 @@ from lightning_kd.modules.student import StudentModule
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import clip_gradients, divides_first, gradient_norm
 from lightning_kd.types import Batch
 
 
@@ -118,7 +118,10 @@ class DistillationModule(StudentModule):
     # Steps.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted sum of the micro-batch; its division waits for the optimizer step."""
+        """The weighted sum of the micro-batch; its division waits for the optimizer step.
+
+        Where the gradients will be out of reach, it is the loss of the step already.
+        """
         # Dropout comes from counters, so that a resumed run repeats it.
         torch.manual_seed(
             derive_seed(run_seed(), "step", self.current_epoch, batch_idx, self.global_rank)
@@ -128,18 +131,15 @@ class DistillationModule(StudentModule):
         evaluation = self._evaluate(scores, self.loss_terms(batch, scores), metrics)
         self.micro_batch = evaluation.micro_batch
         self._window.add(weigh(self.micro_batch, self.normalization))
-        return evaluation.total
+        return evaluation.total * self._close_step() if self._divides_first else evaluation.total
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients by the count of the whole step: once, unscaled, before clipping.
-
-        Lightning has divided the sum by the number of micro-batches, and the strategy by the number
-        of ranks; both are taken back here.
-        """
-        reduced = self._window.close(self.sum_over_ranks)
-        cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        if gradients := self._gradients():
-            torch._foreach_mul_(gradients, cut_into / reduced.divisor)
+        """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
+        if not self._divides_first:
+            factor, gradients = self._close_step(), self._gradients()
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
+        reduced = self._step_means
         self.log("train/loss", reduced.means["loss"], prog_bar=True)
         self.log_dict({f"train/{name}": reduced.means[name] for name in self.terms})
         self.log("train/tokens", float(reduced.tokens))
@@ -154,14 +154,14 @@ class DistillationModule(StudentModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
-        if self._logs_this_step():
-            norm = torch.nn.utils.get_total_norm(self._gradients())
-            self.log("train/grad_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        self.clip_gradients(
-            optimizer,
-            gradient_clip_val=gradient_clip_val,
-            gradient_clip_algorithm=gradient_clip_algorithm,
-        )
+        if self._logs_this_step() and not self._divides_first:
+            self.log("train/grad_norm", gradient_norm(self.trainer, self._gradients()))
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Log the norm where none but the optimizer knows it, and only after its step."""
+        if self._divides_first and self._logs_this_step(taken=1):
+            self.log("train/grad_norm", gradient_norm(self.trainer, ()))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
@@ -213,13 +213,27 @@ class DistillationModule(StudentModule):
 
     # Helpers.
 
+    @property
+    def _divides_first(self) -> bool:
+        return divides_first(self.trainer)
+
+    def _close_step(self) -> float:
+        """What the sums of this step are multiplied by, to be its loss.
+
+        Lightning divides a sum by the number of micro-batches, and the strategy by the number of
+        ranks; both are taken back here.
+        """
+        self._step_means = self._window.close(self.sum_over_ranks)
+        cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return cut_into / self._step_means.divisor
+
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank."""
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
-    def _logs_this_step(self) -> bool:
+    def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.global_step + 1) % every == 0
+        return every > 0 and (self.global_step + 1 - taken) % every == 0
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters() if p.grad is not None]

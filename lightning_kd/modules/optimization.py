@@ -8,13 +8,15 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_kd.strategies import shape_of
+
 
 def parameter_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
     """Trainable weights in two groups: matrices, and vectors (biases, norms) without decay."""
     trainable = [p for p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trainable if p.ndim > 1]},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in trainable if len(shape_of(p)) > 1]},
+        {"params": [p for p in trainable if len(shape_of(p)) <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

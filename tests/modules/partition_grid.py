@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
@@ -73,11 +74,18 @@ def micro_batches(world: int, window: int, size: int, rank: int) -> list[Batch]:
     return [rows(picked) for picked in [*first[rank::world], *second[rank::world]]]
 
 
-def build(method: str, normalization: str, placement: str = "replicated") -> DistillationModule:
-    """A method on fresh float64 models."""
+def build(
+    method: str,
+    normalization: str,
+    placement: str = "replicated",
+    *,
+    dtype: torch.dtype = torch.float64,
+    tied: bool = False,
+) -> DistillationModule:
+    """A method on fresh models."""
 
     def llama(seed: int) -> Any:
-        return tiny_llama(seed).double()
+        return tiny_llama(seed, tie_word_embeddings=tied).to(dtype)
 
     common: dict[str, Any] = {
         "student": Student.of(llama(0)),
@@ -156,6 +164,31 @@ def run(
 ) -> Any:
     """Losses (float64, before any logger) and gradients of the two steps, and the last weights."""
     method, normalization, clip = case
+    world, _, _ = cut
+    steps = Steps()
+    module = build(method, normalization, placement)
+    _, losses = fitted(
+        module,
+        method,
+        cut,
+        rank,
+        strategy=strategy if world > 1 else "auto",
+        precision="64-true",
+        gradient_clip_val=clip,
+        callbacks=[writing(method, **rollouts), steps] if method in ON_POLICY else [steps],
+    )
+    weights = flat(list(module.parameters()))
+    return {"losses": losses, "gradients": steps.gradients, "weights": weights}
+
+
+def fitted(
+    module: DistillationModule,
+    method: str,
+    cut: tuple[int, int, int],
+    rank: int,
+    **settings: Any,
+) -> tuple[L.Trainer, list[float]]:
+    """The trainer after two optimizer steps, and their losses."""
     world, window, size = cut
     losses: list[float] = []
     close = LossSums.close
@@ -165,28 +198,18 @@ def run(
         losses.append(reduced.means["loss"])
         return reduced
 
-    steps = Steps()
     LossSums.close = recording
     try:
-        module = build(method, normalization, placement)
-        fit = trainer(
-            devices=world,
-            strategy=strategy if world > 1 else "auto",
-            precision="64-true",
-            accumulate_grad_batches=window,
-            gradient_clip_val=clip,
-            log_every_n_steps=100,
-            callbacks=[writing(method, **rollouts), steps] if method in ON_POLICY else [steps],
-            **({"max_steps": 2, "max_epochs": -1} if method in ON_POLICY else {}),
-        )
+        steps = {"max_steps": 2, "max_epochs": -1} if method in ON_POLICY else {}
+        defaults = {"devices": world, "accumulate_grad_batches": window, "log_every_n_steps": 100}
+        fit = trainer(**(defaults | steps | settings))
         data: Any = Letters(batch_size=size)
         if method not in ON_POLICY:
             data = BatchList(micro_batches(world, window, size, rank))
         fit.fit(module, datamodule=data)
     finally:
         LossSums.close = close
-    weights = flat(list(module.parameters()))
-    return {"losses": losses, "gradients": steps.gradients, "weights": weights}
+    return fit, losses
 
 
 def empty_windows(rank: int) -> list[tuple[list[float], bool]]:

@@ -1,0 +1,66 @@
+"""What a module asks of its trainer before it starts."""
+
+import lightning as L
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh
+
+from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
+from lightning_kd.strategies.fully_sharded import FullyShardedStrategy
+from lightning_kd.strategies.zero import ZeroStrategy
+
+
+def shard_mesh(trainer: L.Trainer) -> DeviceMesh | None:
+    """The processes that share weights under FSDP2; None under another strategy.
+
+    Raises:
+        ValueError: If the strategy splits single tensors, which nothing here does.
+    """
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return None
+    split = strategy.device_mesh["tensor_parallel"].size()
+    if split > 1:
+        raise ValueError(
+            f"tensor_parallel_size is {split}: models are sharded here, not split within a tensor. "
+            "Use --trainer.strategy fsdp2, or tensor_parallel_size: 1 and data_parallel_size: the "
+            "number of processes"
+        )
+    return strategy.device_mesh["data_parallel"]
+
+
+def check_trainer(trainer: L.Trainer) -> None:
+    """Refuse what Lightning lets pass, and what would divide the loss wrongly.
+
+    Raises:
+        ValueError: If there is something to refuse.
+    """
+    for name, least in (("accumulate_grad_batches", 1), ("log_every_n_steps", 0)):
+        value = getattr(trainer, name)
+        if value < least:
+            raise ValueError(f"trainer.{name} is {value}; it must be {least} or more")
+    strategy = trainer.strategy
+    for lightnings, own, name in (
+        (FSDPStrategy, FlatShardedStrategy, "fsdp"),
+        (DeepSpeedStrategy, ZeroStrategy, "deepspeed_stage_2"),
+    ):
+        if isinstance(strategy, lightnings) and not isinstance(strategy, own):
+            raise ValueError(
+                f"{type(strategy).__name__} of Lightning reads checkpoints with pickle and writes "
+                f"over the last one; use {own.__name__} of lightning_kd, or its name, such as "
+                f"--trainer.strategy {name}"
+            )
+    foreign = not isinstance(strategy, FullyShardedStrategy)
+    if isinstance(strategy, ModelParallelStrategy) and foreign and trainer.ckpt_path is not None:
+        raise ValueError(
+            "ModelParallelStrategy of Lightning reads directories with pickle, and gives the states "
+            "of an optimizer with several groups to the wrong weights; go on from "
+            f"{trainer.ckpt_path} with --trainer.strategy fsdp2"
+        )
+    cut_into = trainer.accumulate_grad_batches
+    if isinstance(strategy, DeepSpeedStrategy) and cut_into > 1:
+        raise ValueError(
+            f"accumulate_grad_batches is {cut_into}: DeepSpeed divides by it twice, drops the last "
+            "partial window, and shows no gradient before its step, so the loss could not be divided "
+            "by the count of the whole step. Use accumulate_grad_batches: 1 with a larger "
+            "data.batch_size or more processes, or --trainer.strategy fsdp2"
+        )

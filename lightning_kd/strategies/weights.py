@@ -1,0 +1,24 @@
+"""The weights of a model in one piece, whoever has them."""
+
+from typing import Any
+
+import lightning as L
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
+from lightning_kd.strategies.pieces import collected
+from lightning_kd.strategies.zero import ZeroStrategy
+
+
+def whole_weights(trainer: L.Trainer, model: nn.Module) -> dict[str, Tensor]:
+    """All weights of a model, in memory of the CPU.
+
+    All processes ask together; the first one gets them, and another one may get nothing.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FlatShardedStrategy | ZeroStrategy):
+        return collected(model, strategy.pieces(model), wanted=trainer.is_global_zero)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights: dict[str, Any] = get_model_state_dict(model, options=options)
+    return weights

@@ -1,0 +1,78 @@
+"""ZeRO: DeepSpeed's shards of optimizer (1), gradients (2) and weights (3)."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.types import _PATH
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from torch import Tensor, nn
+
+from lightning_kd.strategies.directories import read_safely, readable_checkpoint, replacing
+from lightning_kd.strategies.pieces import Pieces
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """DeepSpeed, with checkpoints that are complete and read safely; ``deepspeed_stage_1`` to ``_3``.
+
+    The options are those of Lightning's ``DeepSpeedStrategy``. An optimizer step has one micro-batch
+    (``accumulate_grad_batches`` 1). Steps whose gradient is not finite are left out by DeepSpeed.
+    """
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Models are built whole and sharded later: transformers loads weights into nothing less."""
+        yield
+
+    def init_deepspeed(self) -> None:
+        """Start the engine, without the warning that our hook for clipping would not clip."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
+            super().init_deepspeed()
+
+    def pieces(self, model: nn.Module) -> Pieces:
+        """The weights of a model one by one, and what makes each of them whole."""
+        import deepspeed
+
+        for weight in model.parameters():
+            yield deepspeed.zero.GatheredParameters([weight]), [weight]
+
+    def last_gradient_norm(self) -> Tensor:
+        """Of the optimizer step that has been taken, before clipping."""
+        return torch.as_tensor(self.deepspeed_engine.get_global_grad_norm())
+
+    def left_out(self) -> bool:
+        """Has the last optimizer step been left out?"""
+        return not self.deepspeed_engine.was_step_applied()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
+    ) -> None:
+        """Write beside the old checkpoint, and put the new one in its place when it is complete."""
+        with replacing(self, Path(self.broadcast(filepath))) as fresh:
+            super().save_checkpoint(checkpoint, fresh, storage_options)
+
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a directory; the one before it where a process was killed in between.
+
+        Raises:
+            ValueError: If it cannot be read safely, or is of another model.
+        """
+        path = readable_checkpoint(Path(self.broadcast(checkpoint_path)))
+        if not path.is_dir():
+            raise ValueError(
+                f"{path} is a file, and DeepSpeed reads the directories that it has written itself; "
+                "--trainer.strategy fsdp2 reads the files of every other strategy"
+            )
+        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+        from deepspeed.runtime.zero.config import ZeroStageEnum
+        from deepspeed.utils.tensor_fragment import fragment_address
+
+        classes = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
+        with read_safely(self, path, weights_only, classes):
+            return super().load_checkpoint(path, weights_only)

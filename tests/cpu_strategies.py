@@ -1,0 +1,45 @@
+"""Strategies for accelerators on processes of a CPU: to test them, and for nothing else."""
+
+from unittest.mock import patch
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from lightning_kd.strategies import FlatShardedStrategy, ZeroStrategy
+
+
+class FlatOnCPU(FlatShardedStrategy):
+    """FSDP1 where torch would look for an accelerator."""
+
+    def _setup_model(self, model):
+        build = FullyShardedDataParallel.__init__
+
+        def on_cpu(self, *args, **options):
+            build(self, *args, **(options | {"device_id": torch.device("cpu")}))
+
+        with patch.object(FullyShardedDataParallel, "__init__", on_cpu):
+            return super()._setup_model(model)
+
+
+class ZeroOnCPU(ZeroStrategy):
+    """A stage of ZeRO over gloo, which leaves no process a weight that it does not need now."""
+
+    setup_environment = DDPStrategy.setup_environment
+
+    def __init__(self, stage: int) -> None:
+        super().__init__(stage=stage, logging_level=30)
+        kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+        names = (*kept, "prefetch_bucket_size")
+        self.config["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+
+    @property
+    def root_device(self):
+        return torch.device("cpu", self.local_rank)
+
+    def setup_distributed(self):
+        import deepspeed
+
+        self.set_world_ranks()
+        self._set_node_environment_variables()
+        deepspeed.init_distributed("gloo", distributed_port=self.cluster_environment.main_port)

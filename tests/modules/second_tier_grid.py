@@ -1,0 +1,78 @@
+"""Every method under FSDP1 or a stage of ZeRO, on two processes, in float32; run as a user would start
+it: ``python second_tier_grid.py OUT STRATEGY``.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_kd.modules import WarmupCosine
+from lightning_kd.strategies import whole_weights
+from tests.cpu_strategies import FlatOnCPU, ZeroOnCPU
+from tests.modules.partition_grid import METHODS, ON_POLICY, build, fitted, writing
+
+STRATEGIES = {
+    "fsdp": FlatOnCPU,
+    "zero_1": lambda: ZeroOnCPU(1),
+    "zero_2": lambda: ZeroOnCPU(2),
+    "zero_3": lambda: ZeroOnCPU(3),
+}
+CASES = [(method, clip, tied) for method in METHODS for clip, tied in [(None, True), (0.01, False)]]
+CASES += [(method, None, False) for method in ON_POLICY]
+CUTS = {"fsdp": [(2, 1, 4), (2, 2, 2)]}
+"""DeepSpeed takes one micro-batch per step."""
+
+
+def adamw(groups: Any) -> torch.optim.Optimizer:
+    """So much decay that a weight in the wrong group would show."""
+    return torch.optim.AdamW(groups, lr=1e-2, weight_decay=1.0, eps=1e-3)
+
+
+def run(
+    case: tuple[str, float | None, bool],
+    cut: tuple[int, int, int],
+    rank: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Losses of the two steps, the last norm and learning rate, and the weights before and after."""
+    method, clip, tied = case
+    module = build(method, "sequence" if method == "gkd" else "token", dtype=dtype, tied=tied)
+    module._optimizer = adamw
+    module._lr_scheduler = lambda optimizer: WarmupCosine(optimizer, warmup_steps=4, total_steps=8)
+    before = {n: t.clone() for n, t in module.student_source._given.state_dict().items()}
+    fit, losses = fitted(
+        module,
+        method,
+        cut,
+        rank,
+        gradient_clip_val=clip,
+        log_every_n_steps=1,
+        callbacks=[writing(method)] if method in ON_POLICY else [],
+        **settings,
+    )
+    logged = {name: fit.callback_metrics[f"train/{name}"].item() for name in ("grad_norm", "lr")}
+    after = whole_weights(fit, module.student)
+    return {"losses": losses, "logged": logged, "before": before, "after": after}
+
+
+def main() -> None:
+    """All runs; the first rank writes them down."""
+    warnings.simplefilter("ignore")
+    rank, name = int(os.environ.get("LOCAL_RANK", "0")), sys.argv[2]
+    results = {}
+    for cut in CUTS.get(name, [(2, 1, 4)]):
+        for case in CASES:
+            strategy = STRATEGIES[name]()
+            results[case, cut] = run(case, cut, rank, strategy=strategy, precision="32-true")
+    if rank == 0:
+        torch.save(results, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
