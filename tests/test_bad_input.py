@@ -286,8 +286,15 @@ TABLE = {
     ),
     "no such device": ([*KD, "--model.teacher.placement", "cuda:7"], ["cuda:7"]),
     "quantization without its package": (
-        [*KD, "--model.teacher.quantization", "{quant_method: bitsandbytes, load_in_8bit: true}"],
-        ["bitsandbytes"],
+        [*KD, "--model.teacher.quantization", "{quant_method: quanto, weights: int8}"],
+        ["optimum-quanto"],
+    ),
+    "quantized weights elsewhere": (
+        [
+            *(*KD, "--model.teacher.placement", "offloaded"),
+            *("--model.teacher.quantization", "{quant_method: bitsandbytes, load_in_8bit: true}"),
+        ],
+        ["placement 'offloaded' of a quantized model", "placement: replicated"],
     ),
     "unknown quantization": (
         [*KD, "--model.teacher.quantization", "{quant_method: magic}"],

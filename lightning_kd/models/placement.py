@@ -44,9 +44,17 @@ def settle(
         mesh: The processes that share weights; None where none do.
 
     Raises:
-        ValueError: If there are no processes that share weights, or there is no such device.
+        ValueError: If there are no processes that share weights, or there is no such device, or the
+            weights cannot be moved.
     """
-    if placement == "sharded":
+    if getattr(model, "hf_quantizer", None) is not None:
+        # They were loaded where they belong, and not all that belongs to them can be moved.
+        if placement != "replicated":
+            raise ValueError(
+                f"placement {placement!r} of a quantized model: its weights stay where they were "
+                "loaded, on every process; use placement: replicated"
+            )
+    elif placement == "sharded":
         if mesh is None:
             raise ValueError(
                 "placement: sharded needs a strategy that shards; use --trainer.strategy fsdp2, or "
@@ -57,8 +65,7 @@ def settle(
         if device.type == "cuda":
             for tensor in (*model.parameters(), *model.buffers()):
                 tensor.data = tensor.data.pin_memory()
-    elif getattr(model, "hf_quantizer", None) is None:
-        # Quantized weights have been loaded where they belong, and not all of them can be moved.
+    else:
         try:
             model.to(device if placement == "replicated" else torch.device(placement))
         except (RuntimeError, AssertionError) as error:

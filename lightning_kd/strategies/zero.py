@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_kd.strategies.directories import read_safely, readable_checkpoint, replacing
@@ -32,6 +33,10 @@ class ZeroStrategy(DeepSpeedStrategy):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
             super().init_deepspeed()
+
+    def _auto_select_batch_size(self) -> int:
+        # Lightning would build the loader of the training rows to know it; it is for a log line.
+        return 1
 
     def pieces(self, model: nn.Module) -> Pieces:
         """The weights of a model one by one, and what makes each of them whole."""
@@ -68,6 +73,12 @@ class ZeroStrategy(DeepSpeedStrategy):
             raise ValueError(
                 f"{path} is a file, and DeepSpeed reads the directories that it has written itself; "
                 "--trainer.strategy fsdp2 reads the files of every other strategy"
+            )
+        assert self.lightning_module is not None  # the trainer has connected it
+        if self.zero_stage_3 and self.lightning_module.trainer.state.fn != TrainerFn.FITTING:
+            raise ValueError(
+                f"DeepSpeed's third stage reads {path} for nothing but training; give the directory "
+                "that the run exported as model.student.name_or_path instead"
             )
         from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
         from deepspeed.runtime.zero.config import ZeroStageEnum

@@ -63,6 +63,31 @@ def test_rows_with_teachers_of_their_own_cannot_have_them_in_shards():
         RoutedTeacher({"a": ModelSource.of(tiny_llama(0))}, placement="sharded")
 
 
+QUANTIZED = [
+    ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "Linear8bitLt", 0.05),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "Linear4bit", 0.3),
+]
+
+
+@pytest.mark.parametrize(("quantization", "layer", "off"), QUANTIZED)
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt.* inputs will be cast:UserWarning")
+def test_a_quantized_teacher_teaches_nearly_the_same(quantization, layer, off, tmp_path):
+    """Through transformers and bitsandbytes, from a directory, as a user would load it."""
+    size = {"hidden_size": 64, "intermediate_size": 256}
+    tiny_llama(1, **size).save_pretrained(tmp_path)
+    teacher = SingleTeacher(str(tmp_path), quantization=quantization)
+    module = SupervisedKD(student=Student.of(tiny_llama(0)), teacher=teacher)
+    loss, gradient = fit_one_step(module, [BATCH])
+    (small,) = teacher.models
+    assert type(small.model.layers[0].mlp.up_proj).__name__ == layer
+    assert small.get_memory_footprint() < 0.5 * tiny_llama(1, **size).get_memory_footprint()
+
+    whole = SupervisedKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher(str(tmp_path)))
+    expected, reference = fit_one_step(whole, [BATCH])
+    assert loss == pytest.approx(expected, rel=off)
+    assert (gradient - reference).norm() < off * reference.norm()
+
+
 def test_only_weights_that_are_loaded_can_be_quantized():
     with pytest.raises(ValueError, match="give name_or_path"):
         SingleTeacher(config={"model_type": "llama"}, quantization={"quant_method": "bitsandbytes"})
