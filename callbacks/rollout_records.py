@@ -13,6 +13,7 @@ from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.callbacks.rollout_statistics import passes_multiple
 from lightning_kd.generation import completion_texts, evaluating
 from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.strategies import outside_of_steps
 from lightning_kd.types import Batch
 
 
@@ -74,7 +75,8 @@ class RolloutRecords:
         for name in ("input_ids", "attention_mask", "labels", "completion_mask", "row"):
             first[name] = batch[name][: self.table_rows]
         first["extra"] = {k: v[: self.table_rows] for k, v in batch.get("extra", {}).items()}
-        with evaluating(module.student), trainer.precision_plugin.forward_context():
+        context = trainer.precision_plugin.forward_context()
+        with outside_of_steps(trainer), evaluating(module.student), context:
             values = module.reverse_kl(first)
             rows = module.positions(first).rows
         cells = []

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,12 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+_UNREADABLE = (
+    *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
+    *(ValueError, KeyError, TypeError, AttributeError),
+)
+"""What the reading of a file raises that is not what it should be."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -32,14 +39,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         place = Path(path)
-        fresh = place.with_name(f"{place.name}.fresh")
+        fresh = fresh_name(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with fresh.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
-            fresh.replace(place)
+            put_in_place(fresh, place)
         except (OSError, RuntimeError) as error:
             fresh.unlink(missing_ok=True)
             # torch reports the failing write only as the context of its own complaint.
@@ -65,11 +72,36 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if Path(path).is_dir():
             raise ValueError(
                 f"{path} is a directory. If processes have written their shards there, read it with "
-                "--trainer.strategy fsdp2, on any number of processes, one too"
+                "the strategy that wrote it; --trainer.strategy fsdp2 needs no more than one process"
             )
         with explained(path):
             safe = True if weights_only is None else weights_only
             return super().load_checkpoint(path, map_location, safe)
+
+
+def fresh_name(place: Path) -> Path:
+    """What a checkpoint is called while it is written."""
+    return place.with_name(f"{place.name}.fresh")
+
+
+def put_in_place(fresh: Path, place: Path) -> None:
+    """Give a complete checkpoint its name, whose last bearer goes.
+
+    Only a file takes the name of a file at once; otherwise :func:`readable_checkpoint` finds the last
+    bearer where a process is killed in between.
+    """
+    old = _old(place)
+    if place.is_dir() or (fresh.is_dir() and place.exists()):
+        _remove(old)
+        place.rename(old)
+    fresh.replace(place)
+    _remove(old)
+
+
+def readable_checkpoint(path: Path) -> Path:
+    """The checkpoint, or what it was to replace when the process was killed between two renamings."""
+    old = _old(path)
+    return old if not path.exists() and old.exists() else path
 
 
 def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -110,7 +142,7 @@ def explained(path: _PATH) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+    except _UNREADABLE as error:
         raise unsafe(path, error) from error
 
 
@@ -121,3 +153,14 @@ def unsafe(path: _PATH, error: BaseException) -> ValueError:
         f"{path} is no checkpoint that can be read safely: {reason[:200]}. Give one that this "
         "library has written, from a source that you trust"
     )
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -29,11 +29,10 @@ from lightning_kd.callbacks import (
     TimeoutReport,
     TokensPerSecond,
 )
-from lightning_kd.checkpoints import AtomicCheckpointIO
+from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.modules import MiniLLMObjective
-from lightning_kd.strategies import readable_checkpoint
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 

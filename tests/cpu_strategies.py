@@ -23,15 +23,18 @@ class FlatOnCPU(FlatShardedStrategy):
 
 
 class ZeroOnCPU(ZeroStrategy):
-    """A stage of ZeRO over gloo, which leaves no process a weight that it does not need now."""
+    """A stage of ZeRO over gloo, which leaves no process a weight that it does not need now.
+
+    With the default limits a small model would be whole on every process.
+    """
 
     setup_environment = DDPStrategy.setup_environment
 
-    def __init__(self, stage: int) -> None:
+    def __init__(self, stage: int, **limits: int) -> None:
         super().__init__(stage=stage, logging_level=30)
         kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
-        names = (*kept, "prefetch_bucket_size")
-        self.config["zero_optimization"] |= {f"stage3_{name}": 0 for name in names}
+        limits = dict.fromkeys((*kept, "prefetch_bucket_size"), 0) | limits
+        self.config["zero_optimization"] |= {f"stage3_{k}": v for k, v in limits.items()}
 
     @property
     def root_device(self):

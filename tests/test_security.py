@@ -2,7 +2,7 @@
 
 import json
 import pickle
-from pathlib import Path
+from pathlib import Path, PosixPath
 
 import pytest
 import torch
@@ -41,34 +41,64 @@ def shards(folder, state):
     return Path(folder)
 
 
-def read(folder, strategy, **options):
+def read(folder, weights_only=True):
+    strategy = SingleDeviceStrategy("cpu")
     state = {"tensor": torch.zeros(2), "bytes": None}
-    with read_safely(strategy, Path(folder), **({"weights_only": True} | options)):
+    with read_safely(strategy, Path(folder), {"strategy": "fsdp2"}, weights_only):
         torch.distributed.checkpoint.load(state, checkpoint_id=folder)
     return state
 
 
-@pytest.mark.filterwarnings("ignore:.*no_dist:UserWarning")
+def names_a_command(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps({"planner": Command()}))
+
+
+def of_one_process(folder):
+    """torch falls back on it where the common index cannot be read."""
+    (folder / ".metadata").unlink()
+    (folder / "__0.metadata").write_bytes(pickle.dumps(Command()))
+
+
+def no_index(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(1))
+    (folder / "__0.metadata").write_bytes(pickle.dumps(1))
+
+
+def gives_a_class_a_state(folder):
+    """What follows would find another class of this name."""
+    changed = b"\x80\x02cpathlib\nPosixPath\nN}X\x04\x00\x00\x00openK\x01s\x86b."
+    (folder / ".metadata").write_bytes(changed)
+
+
+def of_something_else(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps(torch.distributed.checkpoint.FileSystemReader))
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
-def test_a_directory_of_shards_is_not_executed():
-    """torch reads the index with pickle, and asks for pickle where a shard is no tensor."""
-    strategy = SingleDeviceStrategy("cpu")
+@pytest.mark.parametrize(
+    "attack",
+    [names_a_command, of_one_process, no_index, gives_a_class_a_state, of_something_else],
+)
+def test_the_index_of_shards_is_not_executed(attack):
     good = {"tensor": torch.ones(2), "bytes": "linear"}
-    folder = shards("good", good)
-    assert read("good", strategy)["bytes"] == good["bytes"]
-
-    index = folder / ".metadata"
-    index.write_bytes(pickle.dumps({"planner": Command()}))
+    folder = shards("shards", good)
+    assert read("shards")["bytes"] == "linear"
+    attack(folder)
     with pytest.raises(ValueError, match=r"\.metadata is no checkpoint that can be read safely"):
-        read("good", strategy)
+        read("shards")
     assert not Path("executed").exists()
+    assert callable(PosixPath.open)
 
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_what_is_no_tensor_in_a_shard_is_not_executed():
+    """torch asks for pickle there."""
     shards("evil", {"tensor": torch.ones(2), "bytes": Command()})
     with pytest.raises(ValueError, match="evil is no checkpoint that can be read safely"):
-        read("evil", strategy)
+        read("evil")
     assert not Path("executed").exists()
     # It would have worked: the user may still say so.
-    read("evil", strategy, weights_only=False)
+    read("evil", weights_only=False)
     assert Path("executed").exists()
 
 

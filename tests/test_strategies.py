@@ -1,7 +1,9 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -11,7 +13,7 @@ from lightning.pytorch.strategies import (
 )
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, TimeoutReport
-from lightning_kd.models import Student
+from lightning_kd.models import LoRA, Student
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import SFT
 from lightning_kd.strategies import (
@@ -21,6 +23,7 @@ from lightning_kd.strategies import (
     check_trainer,
     shard_mesh,
 )
+from lightning_kd.strategies.directories import read_safely, replacing
 from tests.modules.harness import BatchList, trainer
 from tests.toys import ragged_batch, tiny_llama
 
@@ -76,6 +79,47 @@ def test_lightnings_names_are_ours():
     assert kinds["fsdp_cpu_offload"] is FlatShardedStrategy
     assert StrategyRegistry["deepspeed_stage_3"]["init_params"] == {"stage": 3}
     assert StrategyRegistry.get("fsdp_cpu_offload").cpu_offload.offload_params
+
+
+@pytest.mark.parametrize("kind", ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"])
+def test_every_kind_of_flat_shards_can_be_had(kind):
+    strategy = FlatShardedStrategy(sharding_strategy=kind)
+    assert strategy.sharding_strategy.name == kind
+    strategy._precision_plugin = FSDPPrecision("bf16-mixed")
+    assert strategy.mixed_precision_config.param_dtype == torch.bfloat16
+    assert strategy.mixed_precision_config.buffer_dtype == torch.float32
+
+
+def test_lora_of_a_model_that_was_handed_over_is_refused_before_it_is_in_shards(monkeypatch):
+    monkeypatch.setattr("lightning_kd.modules.student.shares_weights", lambda trainer: True)
+    student = Student.of(tiny_llama(0))
+    student.lora = LoRA(r=2)
+    with pytest.raises(ValueError, match="lora of a model that was handed over"):
+        trainer(max_steps=1).fit(
+            SFT(student=student), datamodule=BatchList([ragged_batch([(2, 5)])])
+        )
+
+
+def test_a_directory_is_read_as_it_was_written(tmp_path):
+    strategy = SingleDeviceStrategy("cpu")
+    strategy._lightning_module = SFT(student=Student.of(tiny_llama(0)))
+    written = {"strategy": "deepspeed", "stage": 2, "processes": 4}
+    with replacing(strategy, tmp_path / "last.ckpt", written) as fresh:
+        fresh.mkdir()
+    with read_safely(strategy, tmp_path / "last.ckpt", written, True):
+        pass
+    said = "written with strategy deepspeed, stage 2, processes 4, and this run has strategy fsdp;"
+    with (
+        pytest.raises(ValueError, match=said),
+        read_safely(strategy, tmp_path / "last.ckpt", {"strategy": "fsdp"}, True),
+    ):
+        pass
+    (tmp_path / "last.ckpt" / "about.json").write_text("[]")
+    with (
+        pytest.raises(ValueError, match=r"about\.json is no checkpoint that can be read"),
+        read_safely(strategy, tmp_path / "last.ckpt", written, True),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

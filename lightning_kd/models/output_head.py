@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_kd.evaluation import Projection
+from lightning_kd.strategies import gathered_copy, is_released
 
 _SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": float,  # Cohere
@@ -137,6 +138,8 @@ def _under_autocast(states: Tensor) -> bool:
 
 def _whole(weight: Tensor) -> Tensor:
     """A sharded weight in one piece, whose gradient is the mean over all ranks."""
+    if is_released(weight):
+        return gathered_copy(weight)
     if not isinstance(weight, DTensor):
         return weight
     mesh = weight.device_mesh

@@ -57,8 +57,8 @@ def settle(
     elif placement == "sharded":
         if mesh is None:
             raise ValueError(
-                "placement: sharded needs a strategy that shards; use --trainer.strategy fsdp2, or "
-                "placement: replicated or offloaded"
+                "placement: sharded needs --trainer.strategy fsdp2; use it, or placement: replicated "
+                "or offloaded"
             )
         shard(model, mesh)
     elif placement == "offloaded":

@@ -6,6 +6,7 @@ from typing import Literal
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.models.source import check_path
+from lightning_kd.strategies import shape_of
 
 VocabularyPolicy = Literal["equal", "shared"]
 """``equal``: logits of one width, or an error. ``shared``: both are cut to the narrower width before
@@ -16,7 +17,7 @@ the softmax, which is right where the ids agree and the surplus is padding (Qwen
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Width of the model's logits."""
     head = model.get_output_embeddings()
-    return int(model.config.vocab_size if head is None else head.weight.shape[0])
+    return int(model.config.vocab_size if head is None else shape_of(head.weight)[0])
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -10,7 +10,7 @@ from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.models import Student, load_tokenizer
 from lightning_kd.models.sharding import shard
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import check_trainer, shard_mesh
+from lightning_kd.strategies import check_trainer, shard_mesh, shares_weights
 from lightning_kd.types import Batch
 
 CHECKPOINT_KEY = "lightning_kd"
@@ -54,16 +54,18 @@ class StudentModule(L.LightningModule):
         Raises:
             ValueError: If it could not be exported in the end.
         """
-        if not hasattr(self, "student"):
-            self.student = self.student_source.build(self.tokenizer)
-            mesh = shard_mesh(self.trainer)
-            if mesh is not None:
-                if self.student_source.lora is not None and self.student_source.is_given:
-                    raise ValueError(
-                        "lora of a model that was handed over cannot be exported from shards; give "
-                        "the student's name_or_path or config instead"
-                    )
-                shard(self.student, mesh)
+        if hasattr(self, "student"):
+            return
+        adapted = self.student_source.lora is not None and self.student_source.is_given
+        if adapted and shares_weights(self.trainer):
+            raise ValueError(
+                "lora of a model that was handed over cannot be exported from shards; give the "
+                "student's name_or_path or config instead"
+            )
+        self.student = self.student_source.build(self.tokenizer)
+        mesh = shard_mesh(self.trainer)
+        if mesh is not None:
+            shard(self.student, mesh)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

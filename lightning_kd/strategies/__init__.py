@@ -3,9 +3,8 @@
 On import, ``fsdp2``, ``fsdp`` and ``deepspeed_stage_1`` to ``_3`` become names of these classes.
 """
 
-from lightning_kd.strategies.checks import check_trainer, shard_mesh
-from lightning_kd.strategies.directories import readable_checkpoint
-from lightning_kd.strategies.flat_sharded import FlatShardedStrategy, outside_of_steps
+from lightning_kd.strategies.checks import check_trainer, shard_mesh, shares_weights
+from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
 from lightning_kd.strategies.fully_sharded import FullyShardedStrategy
 from lightning_kd.strategies.gradients import (
     clip_gradients,
@@ -15,8 +14,8 @@ from lightning_kd.strategies.gradients import (
 )
 from lightning_kd.strategies.names import register
 from lightning_kd.strategies.pieces import shape_of
-from lightning_kd.strategies.weights import whole_weights
-from lightning_kd.strategies.zero import ZeroStrategy
+from lightning_kd.strategies.weights import outside_of_steps, whole_weights
+from lightning_kd.strategies.zero import ZeroStrategy, gathered_copy, is_released
 
 __all__ = [
     "FlatShardedStrategy",
@@ -25,11 +24,13 @@ __all__ = [
     "check_trainer",
     "clip_gradients",
     "divides_first",
+    "gathered_copy",
     "gradient_norm",
+    "is_released",
     "outside_of_steps",
-    "readable_checkpoint",
     "shape_of",
     "shard_mesh",
+    "shares_weights",
     "was_left_out",
     "whole_weights",
 ]

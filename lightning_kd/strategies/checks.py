@@ -28,6 +28,14 @@ def shard_mesh(trainer: L.Trainer) -> DeviceMesh | None:
     return strategy.device_mesh["data_parallel"]
 
 
+def shares_weights(trainer: L.Trainer) -> bool:
+    """Has each process no more than a share of the student's weights?"""
+    strategy = trainer.strategy
+    if isinstance(strategy, ZeroStrategy):
+        return strategy.zero_stage_3
+    return isinstance(strategy, FlatShardedStrategy | ModelParallelStrategy)
+
+
 def check_trainer(trainer: L.Trainer) -> None:
     """Refuse what Lightning lets pass, and what would divide the loss wrongly.
 

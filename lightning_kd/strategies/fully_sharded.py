@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_kd.checkpoints import compare_weights, explained
-from lightning_kd.strategies.directories import read_safely, readable_checkpoint, replacing
+from lightning_kd.checkpoints import compare_weights, explained, readable_checkpoint
+from lightning_kd.strategies.directories import read_safely, replacing
+
+_WRITER = {"strategy": "fsdp2"}
 
 
 class FullyShardedStrategy(ModelParallelStrategy):
@@ -59,7 +61,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(self, path) as fresh:
+        with replacing(self, path, _WRITER) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(
@@ -73,7 +75,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         path = readable_checkpoint(Path(self.broadcast(checkpoint_path)))
         safe = True if weights_only is None else weights_only
         if path.is_dir():
-            with read_safely(self, path, weights_only):
+            with read_safely(self, path, _WRITER, weights_only):
                 return super().load_checkpoint(path, safe)
         with explained(path):
             checkpoint: dict[str, Any] = torch.load(

@@ -1,5 +1,6 @@
-"""The weights of a model in one piece, whoever has them."""
+"""The weights of a model where they are needed, whoever has them."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -9,6 +10,17 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
 from lightning_kd.strategies.pieces import collected
 from lightning_kd.strategies.zero import ZeroStrategy
+
+
+def outside_of_steps(trainer: L.Trainer) -> AbstractContextManager[None]:
+    """While this is open, the student can run in a callback, outside of the trainer's steps.
+
+    FSDP1 has embedding and output head ready within its own forward pass only.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, FlatShardedStrategy):
+        return strategy.gathered_rest()
+    return nullcontext()
 
 
 def whole_weights(trainer: L.Trainer, model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """ZeRO: DeepSpeed's shards of optimizer (1), gradients (2) and weights (3)."""
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +13,8 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
-from lightning_kd.strategies.directories import read_safely, readable_checkpoint, replacing
+from lightning_kd.checkpoints import readable_checkpoint
+from lightning_kd.strategies.directories import Writer, read_safely, replacing
 from lightning_kd.strategies.pieces import Pieces
 
 
@@ -22,6 +24,12 @@ class ZeroStrategy(DeepSpeedStrategy):
     The options are those of Lightning's ``DeepSpeedStrategy``. An optimizer step has one micro-batch
     (``accumulate_grad_batches`` 1). Steps whose gradient is not finite are left out by DeepSpeed.
     """
+
+    def __init__(self, *options: Any, **named: Any) -> None:
+        super().__init__(*options, **named)
+        assert isinstance(self.config, dict)  # made, or read
+        # Where the optimizer is offloaded DeepSpeed would refuse all but its own.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
@@ -33,6 +41,11 @@ class ZeroStrategy(DeepSpeedStrategy):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
             super().init_deepspeed()
+
+    def _writer(self) -> Writer:
+        assert isinstance(self.config, dict)  # the constructor has made one, or read it
+        stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
+        return {"strategy": "deepspeed", "stage": stage, "processes": self.world_size}
 
     def _auto_select_batch_size(self) -> int:
         # Lightning would build the loader of the training rows to know it; it is for a log line.
@@ -46,8 +59,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             yield deepspeed.zero.GatheredParameters([weight]), [weight]
 
     def last_gradient_norm(self) -> Tensor:
-        """Of the optimizer step that has been taken, before clipping."""
-        return torch.as_tensor(self.deepspeed_engine.get_global_grad_norm())
+        """Of the optimizer step that was taken, before clipping; NaN where it is not computed."""
+        norm = self.deepspeed_engine.get_global_grad_norm()
+        return torch.as_tensor(math.nan if norm is None else norm)
 
     def left_out(self) -> bool:
         """Has the last optimizer step been left out?"""
@@ -57,7 +71,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
     ) -> None:
         """Write beside the old checkpoint, and put the new one in its place when it is complete."""
-        with replacing(self, Path(self.broadcast(filepath))) as fresh:
+        with replacing(self, Path(self.broadcast(filepath)), self._writer()) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(
@@ -85,5 +99,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         from deepspeed.utils.tensor_fragment import fragment_address
 
         classes = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
-        with read_safely(self, path, weights_only, classes):
+        with read_safely(self, path, self._writer(), weights_only, classes):
             return super().load_checkpoint(path, weights_only)
+
+
+def is_released(weight: Tensor) -> bool:
+    """Has DeepSpeed left nothing but its share of a weight on this process?"""
+    return getattr(weight, "ds_numel", weight.numel()) != weight.numel()
+
+
+def gathered_copy(weight: Tensor) -> Tensor:
+    """All of a weight that has been released; every process asks for it, and none has a gradient.
+
+    Within the trainer's steps DeepSpeed gathers what is read by itself.
+    """
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([weight]):
+        return weight.detach().clone()

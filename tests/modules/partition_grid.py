@@ -123,14 +123,12 @@ def longer_is_better(*, completions: list[str], **_: Any) -> list[float]:
 
 def writing(method: str, **more: Any) -> OnPolicyGeneration:
     """Rollouts of ragged lengths; MiniLLM's come twice, from a mixture."""
-    options: dict[str, Any] = {"truncated": "mask"} | more
+    options: dict[str, Any] = {"truncated": "mask", "table_every": 0} | more
     if method.startswith("minillm"):
         options |= {"passes": 2, "mixture_alpha": 0.2, "truncated": "keep"}
     if method == "rl_distillation":
         options |= {"group_size": 4, "truncated": "drop"}
-    return OnPolicyGeneration(
-        generation=SamplingOptions(max_new_tokens=7), table_every=0, **options
-    )
+    return OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=7), **options)
 
 
 class Steps(Callback):

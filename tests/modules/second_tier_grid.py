@@ -20,6 +20,7 @@ STRATEGIES = {
     "zero_1": lambda: ZeroOnCPU(1),
     "zero_2": lambda: ZeroOnCPU(2),
     "zero_3": lambda: ZeroOnCPU(3),
+    "zero_3_ahead": lambda: ZeroOnCPU(3, prefetch_bucket_size=10_000, max_live_parameters=10_000),
 }
 CASES = [(method, clip, tied) for method in METHODS for clip, tied in [(None, True), (0.01, False)]]
 CASES += [(method, None, False) for method in ON_POLICY]
@@ -57,8 +58,13 @@ def run(
         **settings,
     )
     logged = {name: fit.callback_metrics[f"train/{name}"].item() for name in ("grad_norm", "lr")}
-    after = whole_weights(fit, module.student)
-    return {"losses": losses, "logged": logged, "before": before, "after": after}
+    return {
+        "losses": losses,
+        "logged": logged,
+        "before": before,
+        "after": whole_weights(fit, module.student),
+        "buffers": sorted({str(buffer.dtype) for buffer in module.student.buffers()}),
+    }
 
 
 def main() -> None:
@@ -70,6 +76,8 @@ def main() -> None:
         for case in CASES:
             strategy = STRATEGIES[name]()
             results[case, cut] = run(case, cut, rank, strategy=strategy, precision="32-true")
+    strategy = STRATEGIES[name]()
+    results["bf16"] = run(CASES[0], (2, 1, 4), rank, strategy=strategy, precision="bf16-mixed")
     if rank == 0:
         torch.save(results, Path(sys.argv[1]))
 

@@ -30,6 +30,15 @@ def one_process():
     return of
 
 
+def test_bf16_is_near_and_keeps_its_positions(two_processes, one_process):
+    """Frequencies of RoPE that are rounded would turn a token at place 1,000 by radians."""
+    _, results = two_processes
+    found, whole = results["bf16"], one_process(CASES[0])
+    assert found["losses"] == pytest.approx(whole["losses"], rel=0.03)
+    assert found["losses"] != pytest.approx(whole["losses"], rel=1e-6)
+    assert found["buffers"] == ["torch.float32"]
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_two_processes_equal_one(case, two_processes, one_process):
     """Rows are ragged, rank by rank as well; weights are tied, or clipping is active, or rollouts end

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.callbacks import HFExport, NonFiniteGuard
 from lightning_kd.models import SingleTeacher, Student
@@ -66,7 +67,7 @@ def fit(
     student: Any = None,
     **settings: Any,
 ) -> Any:
-    """Losses and last weights of a run."""
+    """Losses and last weights of a run, and a loss of what it has trained."""
     module = GKD(
         student=Student.of(student or tiny_llama(0, attention_dropout=0.2)),
         teacher=SingleTeacher.of(tiny_llama(1)),
@@ -76,11 +77,14 @@ def fit(
     defaults = {"devices": 2, "precision": "32-true", "max_steps": 4, "max_epochs": -1}
     run = trainer(
         strategy=STRATEGIES[strategy](),
-        callbacks=[writing("gkd", steps_per_window=4), losses, *callbacks],
+        callbacks=[writing("gkd", steps_per_window=4, table_every=1), losses, *callbacks],
         **(defaults | settings),
     )
-    run.fit(module, datamodule=Letters(batch_size=2), ckpt_path=resume, weights_only=True)
-    return losses.seen, whole_weights(run, module.student)
+    data = Letters(batch_size=2)
+    run.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
+    weights = whole_weights(run, module.student)
+    (tested,) = run.test(module, datamodule=data, verbose=False)
+    return losses.seen, weights, tested["test/loss"]
 
 
 def refusal(strategy: str, **settings: Any) -> str:
@@ -98,9 +102,10 @@ def main() -> None:
     out, name = Path(sys.argv[1]), sys.argv[2]
     guard = NonFiniteGuard("skip", dirpath=str(out.parent / "bad"))
     keep = ModelCheckpoint(out.parent, "{step}", every_n_train_steps=1, save_top_k=-1)
+    logger = TensorBoardLogger(out.parent, name="")
     export = HFExport(str(out.parent / "student"))
     results = {
-        "whole": fit(name, keep, export, enable_checkpointing=True),
+        "whole": fit(name, keep, export, enable_checkpointing=True, logger=logger),
         "resumed": fit(name, resume=out.parent / "step=2.ckpt"),
         "one_step": fit(name, max_steps=1),
         "poisoned": fit(name, guard, Poison(), max_steps=2),

@@ -103,16 +103,19 @@ def test_no_checkpoint_has_a_teacher(written):
 
 
 def die_at_a_renaming(*, count):
-    rename, seen = Path.rename, []
+    seen = []
 
-    def renaming(self, target):
-        if self.name.startswith("last.ckpt"):
-            seen.append(self)
-            if len(seen) == count:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return rename(self, target)
+    def counted(renaming):
+        def renamed(self, target):
+            if self.name.startswith("last.ckpt"):
+                seen.append(self)
+                if len(seen) == count:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return renaming(self, target)
 
-    Path.rename = renaming
+        return renamed
+
+    Path.rename, Path.replace = counted(Path.rename), counted(Path.replace)
 
 
 @pytest.mark.parametrize("renamed", ["before", "between"])

@@ -1,11 +1,18 @@
 """FSDP1 and ZeRO: what is written on the way, and read again."""
 
+import re
+
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
+from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.modules import GKD
+from tests.modules.harness import Letters, trainer
 from tests.modules.second_tier_grid import STRATEGIES
 from tests.scripts import DEEPSPEED, needs_deepspeed, written_by
+from tests.toys import tiny_llama
 
 
 @pytest.fixture(
@@ -28,11 +35,29 @@ def assert_same(found, expected):
 def test_a_run_goes_on_bit_for_bit(runs):
     """In the middle of a window of rollouts, with dropout and AdamW."""
     _, results = runs
-    losses, weights = results["whole"]
-    later, resumed = results["resumed"]
+    losses, weights, tested = results["whole"]
+    later, resumed, tested_later = results["resumed"]
     assert later == losses[2:]
     assert len({*losses}) == 4
     assert_same(resumed, weights)
+    assert tested_later == tested
+
+
+def test_what_was_trained_is_tested_by_the_same_trainer(runs):
+    folder, results = runs
+    module = GKD(student=Student(str(folder / "student")), teacher=SingleTeacher.of(tiny_llama(1)))
+    (alone,) = trainer().test(module, datamodule=Letters(batch_size=4), verbose=False)
+    assert results["whole"][2] == pytest.approx(alone["test/loss"], rel=1e-5)
+
+
+def test_rollouts_are_shown_with_a_number_for_every_token(runs):
+    """The student is run between steps, where its weights are in shards."""
+    folder, _ = runs
+    seen = EventAccumulator(str(folder / "version_0"), size_guidance={"tensors": 0})
+    seen.Reload()
+    (shown,) = seen.Tensors("rollout/samples/text_summary")
+    numbers = re.findall(r"[a-p]:(\d+\.\d\d)", shown.tensor_proto.string_val[0].decode())
+    assert len({*numbers}) > 5
 
 
 def test_the_student_is_exported_whole(runs):
