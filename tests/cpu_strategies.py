@@ -30,8 +30,10 @@ class ZeroOnCPU(ZeroStrategy):
 
     setup_environment = DDPStrategy.setup_environment
 
-    def __init__(self, stage: int, **limits: int) -> None:
-        super().__init__(stage=stage, logging_level=30)
+    def __init__(self, stage: int, *, offload: bool = False, **limits: int) -> None:
+        super().__init__(
+            stage=stage, offload_optimizer=offload, offload_parameters=offload, logging_level=30
+        )
         kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
         limits = dict.fromkeys((*kept, "prefetch_bucket_size"), 0) | limits
         self.config["zero_optimization"] |= {f"stage3_{k}": v for k, v in limits.items()}

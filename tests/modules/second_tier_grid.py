@@ -20,7 +20,9 @@ STRATEGIES = {
     "zero_1": lambda: ZeroOnCPU(1),
     "zero_2": lambda: ZeroOnCPU(2),
     "zero_3": lambda: ZeroOnCPU(3),
-    "zero_3_ahead": lambda: ZeroOnCPU(3, prefetch_bucket_size=10_000, max_live_parameters=10_000),
+    "zero_3_offload": lambda: ZeroOnCPU(
+        3, offload=True, prefetch_bucket_size=10_000, max_live_parameters=10_000
+    ),
 }
 CASES = [(method, clip, tied) for method in METHODS for clip, tied in [(None, True), (0.01, False)]]
 CASES += [(method, None, False) for method in ON_POLICY]

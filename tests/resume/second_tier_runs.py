@@ -75,9 +75,10 @@ def fit(
     )
     losses = Losses()
     defaults = {"devices": 2, "precision": "32-true", "max_steps": 4, "max_epochs": -1}
+    windows = {"steps_per_window": 4, "table_every": 1, "truncated": "keep"}
     run = trainer(
         strategy=STRATEGIES[strategy](),
-        callbacks=[writing("gkd", steps_per_window=4, table_every=1), losses, *callbacks],
+        callbacks=[writing("gkd", **windows), losses, *callbacks],
         **(defaults | settings),
     )
     data = Letters(batch_size=2)
