@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
+from tests.modules.fsdp1_and_zero_grid import STRATEGIES
 from tests.modules.harness import Letters, trainer
-from tests.modules.second_tier_grid import STRATEGIES
 from tests.scripts import DEEPSPEED, needs_deepspeed, written_by
 from tests.toys import tiny_llama
 
@@ -24,7 +24,7 @@ def runs(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(name)
     python = DEEPSPEED if "zero" in name else None
     out = folder / "runs.pt"
-    return folder, written_by("resume/second_tier_runs.py", out, name, python=python)
+    return folder, written_by("resume/fsdp1_and_zero_runs.py", out, name, python=python)
 
 
 def assert_same(found, expected):

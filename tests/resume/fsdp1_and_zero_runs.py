@@ -1,4 +1,4 @@
-"""What two processes under FSDP1 or ZeRO write and read: ``second_tier_runs.py OUT STRATEGY``.
+"""What two processes under FSDP1 or ZeRO write and read: ``fsdp1_and_zero_runs.py OUT STRATEGY``.
 
 Student-written GKD of four optimizer steps; the same from the checkpoint of the second; a step that is
 not finite; a directory that would run something.
@@ -18,9 +18,9 @@ from lightning_kd.callbacks import HFExport, NonFiniteGuard
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
 from lightning_kd.strategies import whole_weights
+from tests.modules.fsdp1_and_zero_grid import STRATEGIES, adamw
 from tests.modules.harness import Letters, trainer
 from tests.modules.partition_grid import writing
-from tests.modules.second_tier_grid import STRATEGIES, adamw
 from tests.toys import tiny_llama
 
 

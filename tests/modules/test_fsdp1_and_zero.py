@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.modules.second_tier_grid import CASES, CUTS, STRATEGIES, run
+from tests.modules.fsdp1_and_zero_grid import CASES, CUTS, STRATEGIES, run
 from tests.scripts import DEEPSPEED, needs_deepspeed, written_by
 
 NAMES = [pytest.param(name, marks=needs_deepspeed if "zero" in name else ()) for name in STRATEGIES]
@@ -14,7 +14,7 @@ def two_processes(request, tmp_path_factory):
     name = request.param
     python = DEEPSPEED if "zero" in name else None
     out = tmp_path_factory.mktemp(name) / "grid.pt"
-    return name, written_by("modules/second_tier_grid.py", out, name, python=python)
+    return name, written_by("modules/fsdp1_and_zero_grid.py", out, name, python=python)
 
 
 @pytest.fixture(scope="module")

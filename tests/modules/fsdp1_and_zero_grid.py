@@ -1,5 +1,5 @@
 """Every method under FSDP1 or a stage of ZeRO, on two processes, in float32; run as a user would start
-it: ``python second_tier_grid.py OUT STRATEGY``.
+it: ``python fsdp1_and_zero_grid.py OUT STRATEGY``.
 """
 
 import os
