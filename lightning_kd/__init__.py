@@ -59,7 +59,7 @@ from lightning_kd.normalization import (
 )
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
-from lightning_kd.strategies import FullyShardedStrategy
+from lightning_kd.strategies import FlatShardedStrategy, FullyShardedStrategy, ZeroStrategy
 from lightning_kd.types import IGNORE_INDEX, Batch
 
 __version__ = version("lightning-kd")
@@ -82,6 +82,7 @@ __all__ = [
     "DistillationData",
     "DistillationModule",
     "Divergence",
+    "FlatShardedStrategy",
     "FullyShardedStrategy",
     "FusedLogits",
     "GenerationOptions",
@@ -112,6 +113,7 @@ __all__ = [
     "TeacherModule",
     "TokenMean",
     "WarmupCosine",
+    "ZeroStrategy",
     "arithmetic_tokenizer",
     "available_divergences",
     "fused_linear_divergence",
