@@ -2,11 +2,13 @@
 
 from unittest.mock import patch
 
+import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_kd.strategies import FlatShardedStrategy, ZeroStrategy
+from tests.scripts import DEEPSPEED, needs_deepspeed, written_by
 
 
 class FlatOnCPU(FlatShardedStrategy):
@@ -48,3 +50,21 @@ class ZeroOnCPU(ZeroStrategy):
         self.set_world_ranks()
         self._set_node_environment_variables()
         deepspeed.init_distributed("gloo", distributed_port=self.cluster_environment.main_port)
+
+
+STRATEGIES = {
+    "fsdp": FlatOnCPU,
+    "zero_1": lambda: ZeroOnCPU(1),
+    "zero_2": lambda: ZeroOnCPU(2),
+    "zero_3": lambda: ZeroOnCPU(3),
+    "zero_3_offload": lambda: ZeroOnCPU(
+        3, offload=True, prefetch_bucket_size=10_000, max_live_parameters=10_000
+    ),
+}
+
+NAMES = [pytest.param(name, marks=needs_deepspeed if "zero" in name else ()) for name in STRATEGIES]
+
+
+def written_under(name, script, out):
+    """What a script writes that is told the name of a strategy."""
+    return written_by(script, out, name, python=DEEPSPEED if "zero" in name else None)

@@ -12,18 +12,9 @@ import torch
 
 from lightning_kd.modules import WarmupCosine
 from lightning_kd.strategies import whole_weights
-from tests.cpu_strategies import FlatOnCPU, ZeroOnCPU
+from tests.cpu_strategies import STRATEGIES
 from tests.modules.partition_grid import METHODS, ON_POLICY, build, fitted, writing
 
-STRATEGIES = {
-    "fsdp": FlatOnCPU,
-    "zero_1": lambda: ZeroOnCPU(1),
-    "zero_2": lambda: ZeroOnCPU(2),
-    "zero_3": lambda: ZeroOnCPU(3),
-    "zero_3_offload": lambda: ZeroOnCPU(
-        3, offload=True, prefetch_bucket_size=10_000, max_live_parameters=10_000
-    ),
-}
 CASES = [(method, clip, tied) for method in METHODS for clip, tied in [(None, True), (0.01, False)]]
 CASES += [(method, None, False) for method in ON_POLICY]
 CUTS = {"fsdp": [(2, 1, 4), (2, 2, 2)]}

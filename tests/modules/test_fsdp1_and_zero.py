@@ -3,18 +3,15 @@
 import pytest
 import torch
 
-from tests.modules.fsdp1_and_zero_grid import CASES, CUTS, STRATEGIES, run
-from tests.scripts import DEEPSPEED, needs_deepspeed, written_by
-
-NAMES = [pytest.param(name, marks=needs_deepspeed if "zero" in name else ()) for name in STRATEGIES]
+from tests.cpu_strategies import NAMES, written_under
+from tests.modules.fsdp1_and_zero_grid import CASES, CUTS, run
 
 
 @pytest.fixture(scope="module", params=NAMES)
 def two_processes(request, tmp_path_factory):
     name = request.param
-    python = DEEPSPEED if "zero" in name else None
     out = tmp_path_factory.mktemp(name) / "grid.pt"
-    return name, written_by("modules/fsdp1_and_zero_grid.py", out, name, python=python)
+    return name, written_under(name, "modules/fsdp1_and_zero_grid.py", out)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,8 @@ from lightning_kd.callbacks import HFExport, NonFiniteGuard
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
 from lightning_kd.strategies import whole_weights
-from tests.modules.fsdp1_and_zero_grid import STRATEGIES, adamw
+from tests.cpu_strategies import STRATEGIES
+from tests.modules.fsdp1_and_zero_grid import adamw
 from tests.modules.harness import Letters, trainer
 from tests.modules.partition_grid import writing
 from tests.toys import tiny_llama

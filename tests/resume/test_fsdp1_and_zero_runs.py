@@ -9,22 +9,16 @@ from transformers import AutoModelForCausalLM
 
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
-from tests.modules.fsdp1_and_zero_grid import STRATEGIES
+from tests.cpu_strategies import NAMES, written_under
 from tests.modules.harness import Letters, trainer
-from tests.scripts import DEEPSPEED, needs_deepspeed, written_by
 from tests.toys import tiny_llama
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(n, marks=needs_deepspeed if "zero" in n else ()) for n in STRATEGIES],
-)
+@pytest.fixture(scope="module", params=NAMES)
 def runs(request, tmp_path_factory):
     name = request.param
     folder = tmp_path_factory.mktemp(name)
-    python = DEEPSPEED if "zero" in name else None
-    out = folder / "runs.pt"
-    return folder, written_by("resume/fsdp1_and_zero_runs.py", out, name, python=python)
+    return folder, written_under(name, "resume/fsdp1_and_zero_runs.py", folder / "runs.pt")
 
 
 def assert_same(found, expected):
