@@ -1,9 +1,11 @@
 """The adaptive KL divergence: forward KL for the head of the teacher, reverse KL for the tail."""
 
+import torch
 from torch import Tensor
 
 from lightning_kd.divergences.base import Divergence, register_divergence
 from lightning_kd.divergences.forward_kl import ForwardKL
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.divergences.reverse_kl import ReverseKL
 
 
@@ -16,10 +18,11 @@ class AdaptiveKL(Divergence):
     .. math:: D = g\,\mathrm{KL}(p \| q) + (1 - g)\,\mathrm{KL}(q \| p), \qquad
               g = \frac{\sum_{v \in H} |p(v) - q(v)|}{\sum_v |p(v) - q(v)|}
 
-    The head is the teacher's most likely tokens with a total probability of at most ``mu``, the
-    most likely one always, and every token as likely as the last of them (so that the order of the
-    vocabulary does not matter). Lies between the two KL divergences and, like the reverse KL, is
-    infinite where the teacher excludes a token that the student may say.
+    The head is the longest prefix of the tokens, sorted by the teacher's probability, whose total
+    is at most ``mu``; the most likely token always belongs to it. Of equally likely tokens (which
+    bfloat16 logits have many of) those with lower ids come first, as in a stable sort. Lies between
+    the two KL divergences and, like the reverse KL, is infinite where the teacher excludes a token
+    that the student may say.
 
     The weight is a constant to the gradient: this is the gradient of the formula at a fixed
     :math:`g`, not the slope of the value.
@@ -56,7 +59,7 @@ class AdaptiveKL(Divergence):
         head, tail = self._weights(student_log_probs, teacher_log_probs)
         forward = self._forward.value(student_log_probs, teacher_log_probs)
         reverse = self._reverse.value(student_log_probs, teacher_log_probs)
-        return head * forward + tail * reverse
+        return weighted(head, forward) + weighted(tail, reverse)
 
     def value_and_logit_gradient(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor
@@ -65,18 +68,18 @@ class AdaptiveKL(Divergence):
         head, tail = self._weights(student_log_probs, teacher_log_probs)
         forward = self._forward.value_and_logit_gradient(student_log_probs, teacher_log_probs)
         reverse = self._reverse.value_and_logit_gradient(student_log_probs, teacher_log_probs)
-        value = head * forward[0] + tail * reverse[0]
+        value = weighted(head, forward[0]) + weighted(tail, reverse[0])
         return value, head.unsqueeze(-1) * forward[1] + tail.unsqueeze(-1) * reverse[1]
 
     def _weights(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        teacher_probs = teacher_log_probs.exp()
-        ranked = teacher_probs.sort(dim=-1, descending=True).values
-        size = (ranked.cumsum(-1) <= self.mu).sum(-1, keepdim=True).clamp_min(1)
-        in_head = teacher_probs >= ranked.gather(-1, size - 1)
+        ranked, order = teacher_log_probs.sort(dim=-1, descending=True, stable=True)
+        # Float64: the last of 100,000 float32 additions would decide which token passes mu.
+        in_head = ranked.exp().cumsum(-1, dtype=torch.float64) <= self.mu
+        in_head[..., 0] = True
 
-        gap = (teacher_probs - student_log_probs.detach().exp()).abs()
+        gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs().gather(-1, order)
         head = gap.masked_fill(~in_head, 0.0).sum(-1)
         tail = gap.masked_fill(in_head, 0.0).sum(-1)
         total = head + tail

@@ -13,6 +13,18 @@ the distance, and is 0 / 0 in the end.
 """
 
 
+def weighted(weight: Tensor | float, value: Tensor) -> Tensor:
+    """``weight * value``, where a weight of 0 leaves 0 of an infinite value.
+
+    Example:
+        >>> weighted(torch.tensor([0.0, 0.5]), torch.tensor([torch.inf, 3.0]))
+        tensor([0.0000, 1.5000])
+    """
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, weight * value)
+    return weight * value if weight != 0 else torch.zeros_like(value)
+
+
 def kl_terms(log_probs: Tensor, log_ratio: Tensor) -> Tensor:
     r"""The summands :math:`a_v \log (a_v / b_v)` of a KL divergence, shape ``(..., V)``.
 

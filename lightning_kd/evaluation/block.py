@@ -52,6 +52,17 @@ class Block:
         block._teacher = self._teacher
         return block
 
+    def without_gradient_where(self, weight: Tensor) -> "Block":
+        """The same block, whose rows with a weight of 0 have no gradient.
+
+        Not even that of an infinite value, which times 0 would be NaN.
+        """
+        muted = weight == 0
+        if not muted.any():
+            return self
+        logits = self.student_logits
+        return self.on(torch.where(muted[:, None], logits.detach(), logits))
+
 
 class Quantity(ABC):
     """A number at each scored position that depends on the logits there, and on no others.

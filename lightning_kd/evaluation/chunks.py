@@ -69,6 +69,8 @@ class Sweep:
             torch.empty(size, source.shape[1], dtype=source.dtype, device=device)
             for source in teachers
         ]
+        # Asked once for all chunks: on an accelerator every answer waits for what was launched.
+        muting = [weight is not None and bool((weight == 0).any()) for weight in weights]
         for rows in _slices(0, count, size):
             length = rows.stop - rows.start
             if student is not None:
@@ -79,7 +81,7 @@ class Sweep:
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
                 block = Block(here, own[part], seen, combine)
-                gradients = self._look(block, weights, values)
+                gradients = self._look(block, weights, muting, values)
                 if into:
                     self._leave_gradient(block.student_logits, gradients)
             if into:
@@ -87,7 +89,9 @@ class Sweep:
                 student.add_gradients(rows, own[:length], into)
         return values
 
-    def _look(self, block: Block, weights: Weights, values: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def _look(
+        self, block: Block, weights: Weights, muting: Sequence[bool], values: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
         """Note the values of a block; what has a weight comes back as gradient and weight."""
         gradients = []
         for number, (quantity, weight) in enumerate(zip(self.quantities, weights, strict=True)):
@@ -95,7 +99,10 @@ class Sweep:
                 values[number, block.rows] = quantity.values(block)
             else:
                 values[number, block.rows], gradient = quantity.values_and_gradient(block)
-                gradients.append((gradient, weight[block.rows, None].to(gradient.dtype)))
+                factors = weight[block.rows, None]
+                if muting[number]:  # of an infinite gradient a weight of 0 would leave NaN
+                    gradient = gradient.masked_fill(factors == 0, 0.0)
+                gradients.append((gradient, factors.to(gradient.dtype)))
         return gradients
 
     def _leave_gradient(self, logits: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> None:

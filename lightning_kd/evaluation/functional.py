@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.evaluation.chunks import CHUNK_BYTES, Sweep
-from lightning_kd.evaluation.fused import per_token, weighted_sum
+from lightning_kd.evaluation.fused import per_token, total_of, weighted_sum
 from lightning_kd.evaluation.quantities import Matching
 from lightning_kd.evaluation.sources import Projection, TeacherLogits
 
@@ -116,7 +116,7 @@ def fused_linear_divergence(
         total, values = weighted_sum(sweep, [weight[mask].detach().double()])
     else:
         values = per_token(sweep)
-        total = (values[0].double() * weight[mask]).sum()
+        total = total_of(values, [weight[mask].double()])
     laid_out = values.new_zeros(positions).masked_scatter(mask, values[0])
     return FusedDivergence(total, laid_out)
 

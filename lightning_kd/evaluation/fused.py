@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.evaluation.chunks import Sweep, Weights
 from lightning_kd.evaluation.sources import Projection
 
@@ -30,7 +31,7 @@ def weighted_sum(sweep: Sweep, weights: Weights) -> tuple[Tensor, Tensor]:
         total, values = _WeightedSum.apply(sweep, weights, *student.inputs)  # type: ignore[no-untyped-call]
         return total, values
     values = look(sweep)
-    return _total(values, weights), values
+    return total_of(values, weights), values
 
 
 def per_token(sweep: Sweep) -> Tensor:
@@ -54,7 +55,7 @@ class _WeightedSum(torch.autograd.Function):
         ctx.save_for_backward(*(g for g in gradients if g is not None))
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         ctx.mark_non_differentiable(values)
-        return _total(values, weights), values
+        return total_of(values, weights), values
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,11 +102,12 @@ def _refuse_second_derivative() -> None:
         )
 
 
-def _total(values: Tensor, weights: Weights) -> Tensor:
+def total_of(values: Tensor, weights: Weights) -> Tensor:
+    """The weighted sum in float64, to which a weight of 0 adds 0 even of an infinite value."""
     total = values.new_zeros((), dtype=torch.float64)
     for value, weight in zip(values, weights, strict=True):
         if weight is not None:
-            total = total + (value * weight).sum(dtype=torch.float64)
+            total = total + weighted(weight, value).sum(dtype=torch.float64)
     return total
 
 

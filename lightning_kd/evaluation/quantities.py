@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.evaluation.block import Block, Quantity
 from lightning_kd.types import IGNORE_INDEX
 
@@ -128,7 +129,11 @@ class Combination(Quantity):
 
     def values(self, block: Block) -> Tensor:
         """The sum."""
-        products = [q.values(block) * _at(factor, block.rows) for q, factor in self.parts]
+        products = []
+        for quantity, factor in self.parts:
+            own = _at(factor, block.rows)
+            here = block.without_gradient_where(own) if isinstance(own, Tensor) else block
+            products.append(weighted(own, quantity.values(here)))
         return torch.stack(products).sum(0)
 
     def values_and_gradient(self, block: Block) -> tuple[Tensor, Tensor]:
@@ -137,9 +142,9 @@ class Combination(Quantity):
         slope = torch.zeros_like(block.student_logits)
         for quantity, factor in self.parts:
             values, gradient = quantity.values_and_gradient(block)
-            factors = total.new_zeros(()) + _at(factor, block.rows)
-            total += factors * values
-            slope += factors[..., None] * gradient
+            own = _at(factor, block.rows)
+            total += weighted(own, values)
+            slope += weighted(own[:, None] if isinstance(own, Tensor) else own, gradient)
         return total, slope
 
 
@@ -147,8 +152,8 @@ class Nothing(Quantity):
     """0 everywhere: a term that a micro-batch has no data for."""
 
     def values(self, block: Block) -> Tensor:
-        """Zeros."""
-        return block.student_logits.sum(-1) * 0
+        """Zeros, also where logits are infinite."""
+        return block.student_logits[:, :0].sum(-1)
 
 
 class Entropy(Quantity):
@@ -226,4 +231,5 @@ def _at(factor: float | Tensor, rows: slice) -> float | Tensor:
 def _expectation(weights: Tensor, log_probs: Tensor) -> Tensor:
     """``sum exp(weights) log_probs``, where 0 times minus infinity is 0."""
     probabilities = weights.exp()
-    return torch.where(probabilities > 0, probabilities * log_probs, 0.0).sum(-1)
+    # Masked before the product, whose gradient is NaN as well.
+    return (probabilities * log_probs.masked_fill(probabilities == 0, 0.0)).sum(-1)

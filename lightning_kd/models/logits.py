@@ -8,6 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.evaluation import (
     CHUNK_BYTES,
     Block,
@@ -68,13 +69,15 @@ class DenseLogits(Logits):
         rows = slice(0, student.shape[0])
         theirs = tuple(_whole(source) for source in teacher.sources) if teacher else ()
         block = Block(rows, student.logits, theirs, teacher.combine if teacher else None)
-        # A sum over the logits keeps a graph where nothing has a weight, or nothing is scored.
-        total = student.logits.sum(dtype=torch.float64) * 0
+        # An empty sum keeps a graph where nothing has a weight, or nothing is scored.
+        total = student.logits[:0].sum(dtype=torch.float64)
         values = []
         for quantity, weight in zip(quantities, weights, strict=True):
-            value = quantity.values(block)
+            value = quantity.values(
+                block if weight is None else block.without_gradient_where(weight)
+            )
             if weight is not None:
-                total = total + (value * weight).sum(dtype=torch.float64)
+                total = total + weighted(weight, value).sum(dtype=torch.float64)
             values.append(value.detach())
         return total, torch.stack(values)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.evaluation import LogitSource, Quantity, TeacherLogits
 from lightning_kd.models import Logits
 from lightning_kd.normalization import Normalization
@@ -87,9 +88,9 @@ class MicroBatch:
         for term in self.terms.values():
             if term.stream is not None:
                 continue
-            values = term.coefficient * term.values.double()
             scale = 1.0 if term.row_scale is None else term.row_scale[rows]
-            total.index_add_(0, rows, values * scale)
+            values = weighted(term.coefficient, weighted(scale, term.values.double()))
+            total.index_add_(0, rows, values)
         return total
 
 
@@ -165,8 +166,10 @@ def weigh(micro_batch: MicroBatch, normalization: Normalization) -> WeightedSums
     does not show.
     """
     scored, terms = micro_batch.positions, micro_batch.terms.values()
-    sums = [(t.values * t.row_weights[(t.stream or scored).rows]).sum() for t in terms]
-    total = torch.stack([t.coefficient * s for t, s in zip(terms, sums, strict=True)]).sum()
+    sums = [weighted(t.row_weights[(t.stream or scored).rows], t.values).sum() for t in terms]
+    total = torch.stack(
+        [weighted(t.coefficient, s) for t, s in zip(terms, sums, strict=True)]
+    ).sum()
     return WeightedSums(
         sums=torch.stack([total, *sums]),
         count=normalization.count(scored.tokens_per_row),
