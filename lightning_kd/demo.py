@@ -157,6 +157,7 @@ def _run(
         logger=logger,
         max_steps=steps,
         val_check_interval=max(1, steps // 8),
+        check_val_every_n_epoch=None,
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         log_every_n_steps=min(10, steps),

@@ -203,12 +203,16 @@ def test_prompts_and_text_through_minillm(cli, teacher):
     assert all(1 < value < 20 for value in losses)
 
 
-def test_epochs_become_steps(cli):
+def test_epochs_are_passes_over_the_data(cli):
     cli(
         *fit("sft", "--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--data.train_size", 10),
-        *("--data.batch_size", 4, "--trainer.val_check_interval", 1.0),
+        *("--data.batch_size", 4, "--trainer.check_val_every_n_epoch", 1),
+        *("--trainer.val_check_interval", 1.0),
     )
-    assert len(scalars("runs").Scalars("train/loss")) == 8
+    seen = scalars("runs")
+    assert [event.step for event in seen.Scalars("val/loss")] == [2, 4, 7]
+    assert [event.value for event in seen.Scalars("epoch")][-1] == 2
+    assert len(seen.Scalars("train/loss")) == 8
 
 
 def test_the_console_script_and_the_module_are_the_same_command():

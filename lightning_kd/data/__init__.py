@@ -4,8 +4,9 @@ from lightning_kd.data.arithmetic import ArithmeticData, arithmetic_tokenizer
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.encoding import Example, LengthLimit
-from lightning_kd.data.loader import EvaluationLoader, RolloutPlan, Rows, TrainingLoader
+from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
 from lightning_kd.data.paired import PairedLoader, PromptsAndText
+from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.data.rows import EncodedRows, PackedRows
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import ChatData, PackedTextData, PromptCompletionData
@@ -17,6 +18,7 @@ __all__ = [
     "Collator",
     "DistillationData",
     "EncodedRows",
+    "Epochs",
     "EvaluationLoader",
     "Example",
     "LengthLimit",

@@ -1,16 +1,16 @@
-"""What every data module shares: the tokenizer, the loaders, and steps instead of epochs."""
+"""What every data module shares: the tokenizer and the loaders."""
 
-import math
 from abc import abstractmethod
 from typing import Literal, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.collate import Collator
-from lightning_kd.data.loader import EvaluationLoader, RolloutPlan, Rows, TrainingLoader
+from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
+from lightning_kd.data.plan import RolloutPlan
+from lightning_kd.loops import check_epochs, prepare_trainer
 from lightning_kd.models.vocabulary import load_tokenizer
 from lightning_kd.seeding import run_seed
 
@@ -93,16 +93,19 @@ class DistillationData(L.LightningDataModule):
         """Read and tokenize the splits of a stage.
 
         Raises:
-            ValueError: If a split that the stage needs was not given.
+            ValueError: If a split that the stage needs was not given, or the trainer is asked for
+                what these epochs cannot do.
         """
         stage = TrainerFn(stage).value
+        if stage == "fit":
+            prepare_trainer(self._attached_trainer())
         for split in _SPLITS_OF[stage]:
             self.read(split, optional=stage == "fit" and split == "validation")
         if stage == "fit":
-            self._count_steps()
             if self._rows["validation"] is None:
                 # An empty loader in its place would make Lightning warn at every run.
                 self._attached_trainer().limit_val_batches = 0
+            check_epochs(self._attached_trainer(), self.train_dataloader())
 
     def read(self, split: Split, *, optional: bool = False) -> None:
         """Read and tokenize a split, once.
@@ -116,22 +119,21 @@ class DistillationData(L.LightningDataModule):
             raise ValueError(f"{type(self).__name__} was not given data.{split}, which is needed")
 
     def train_dataloader(self) -> TrainingLoader:
-        """The whole run as one stream."""
+        """The training rows, an epoch at a time."""
         return self.stream(self._plan())
 
-    def stream(self, plan: RolloutPlan) -> TrainingLoader:
-        """The training rows of the whole run, in the windows of a plan."""
+    def stream(self, plan: RolloutPlan | None = None) -> TrainingLoader:
+        """The training rows in the windows of a plan; in optimizer steps when not given."""
         rows, trainer = self._ready("train"), self._attached_trainer()
         return TrainingLoader(
             rows,
             self._collator,
             batch_size=self.batch_size,
-            micro_batches=trainer.max_steps * trainer.accumulate_grad_batches,
             seed=run_seed(),
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             num_workers=self.num_workers,
-            plan=plan,
+            plan=plan or RolloutPlan(trainer.accumulate_grad_batches),
             files=self.files("train"),
         )
 
@@ -176,32 +178,9 @@ class DistillationData(L.LightningDataModule):
             raise ValueError("the loaders follow the trainer: pass datamodule=... to trainer.fit")
         return self.trainer
 
-    def _plan(self) -> RolloutPlan:
+    def _plan(self) -> RolloutPlan | None:
         trainer = self._attached_trainer()
         planners = [c for c in trainer.callbacks if isinstance(c, PlansRollouts)]  # type: ignore[attr-defined]
         if len(planners) > 1:
             raise ValueError(f"{len(planners)} callbacks write completions; give only one")
-        return planners[0].rollout_plan(trainer) if planners else RolloutPlan()
-
-    def _count_steps(self) -> None:
-        """Turn epochs into optimizer steps: for Lightning, the whole run is one epoch.
-
-        A position in one long stream is all the state that an exact resume needs; a position in an
-        epoch and a count of epochs can disagree.
-        """
-        trainer, rows, plan = self._attached_trainer(), self._rows["train"], self._plan()
-        if trainer.max_steps != -1:
-            return
-        assert rows is not None
-        samples = len(rows) * plan.group_size * plan.passes
-        global_batch = self.batch_size * trainer.world_size * trainer.accumulate_grad_batches
-        epochs = trainer.max_epochs
-        if epochs is None or epochs < 1:
-            raise ValueError(
-                "give trainer.max_steps or trainer.max_epochs: one pass over "
-                f"{len(rows)} rows is {math.ceil(samples / global_batch)} steps"
-            )
-        steps = math.ceil(epochs * samples / global_batch)
-        trainer.fit_loop.epoch_loop.max_steps = steps
-        trainer.fit_loop.max_epochs = 1
-        rank_zero_info(f"{epochs} epochs over {len(rows)} rows are {steps} optimizer steps")
+        return planners[0].rollout_plan(trainer) if planners else None

@@ -1,7 +1,6 @@
 """Loaders that count what was consumed, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -9,6 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import Example
+from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.seeding import derive_seed
 from lightning_kd.types import FILLER_ROW, Batch
 
@@ -28,41 +28,6 @@ class Rows(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class RolloutPlan:
-    """How training comes back to what was written on the way.
-
-    Attributes:
-        micro_batches: Of a window, on each rank: what is written at once.
-        passes: How often each window is trained on before the next.
-        group_size: Samples of each prompt, one after the other.
-
-    Raises:
-        ValueError: If a value is not 1 or more.
-    """
-
-    micro_batches: int = 1
-    passes: int = 1
-    group_size: int = 1
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in ("micro_batches", "passes", "group_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
-
-    def fresh(self, position: int) -> int:
-        """Which of the micro-batches that differ stands at a position of the run.
-
-        Example:
-            >>> plan = RolloutPlan(micro_batches=2, passes=2)
-            >>> [plan.fresh(position) for position in range(8)]
-            [0, 1, 0, 1, 2, 3, 2, 3]
-        """
-        window, within = divmod(position, self.micro_batches * self.passes)
-        return window * self.micro_batches + within % self.micro_batches
-
-
 class _Examples(Dataset[tuple[int, int, Example]]):
     def __init__(self, rows: Rows) -> None:
         self.rows = rows
@@ -73,20 +38,20 @@ class _Examples(Dataset[tuple[int, int, Example]]):
 
 
 class TrainingLoader:
-    r"""An endless stream of shuffled passes, cut into micro-batches.
+    r"""A stream of shuffled passes over the data, cut into micro-batches and epochs.
 
     Sample :math:`s` of the run is row :math:`\pi_k(s \bmod N)` of pass :math:`k = s \div N`, with a
     permutation :math:`\pi_k` that only the seed and :math:`k` decide. A micro-batch takes the next
     ``batch_size`` samples on every rank. A plan may repeat windows of micro-batches, and take a row
     for several samples in a row. So every pass visits every row once, no micro-batch is
     short, and the rows of an optimizer step do not depend on how many ranks or micro-batches share
-    it. For Lightning the run is one long epoch.
+    it. An epoch ends with the window in which its pass is complete (:class:`Epochs`); the next goes
+    on behind it.
 
     Args:
         rows: The data.
         collate: Makes a batch.
         batch_size: Rows of a micro-batch on one rank.
-        micro_batches: How many there are in the whole run, on each rank.
         seed: Decides the order.
         rank: This process.
         world_size: All of them.
@@ -94,16 +59,25 @@ class TrainingLoader:
         plan: Windows that are passed over several times, groups of samples of one row.
         files: What the rows were read from, and a digest of each: a resumed run must find the same.
 
+    Attributes:
+        position: Micro-batches of the run, on each rank, up to the last that was handed out.
+        epoch: The epoch that is iterated over.
+        end: The position at which it ends.
+
     Example:
         >>> class Letters:
         ...     def __len__(self):
-        ...         return 3
+        ...         return 4
         ...     def example(self, row, pass_):
         ...         return Example([row])
-        >>> loader = TrainingLoader(Letters(), Collator(0), batch_size=2, micro_batches=3, seed=0)
-        >>> stream = [row for batch in loader for row in batch["row"].tolist()]
-        >>> sorted(stream[:3]), sorted(stream[3:])
-        ([0, 1, 2], [0, 1, 2])
+        >>> loader = TrainingLoader(Letters(), Collator(0), batch_size=3, seed=0)
+        >>> first = [row for batch in loader for row in batch["row"].tolist()]
+        >>> sorted(first[:4]), len(first)
+        ([0, 1, 2, 3], 6)
+        >>> loader.set_epoch(1)
+        >>> second = first[4:] + [row for batch in loader for row in batch["row"].tolist()]
+        >>> sorted(second[:4]), len(second)
+        ([0, 1, 2, 3], 5)
     """
 
     def __init__(
@@ -112,7 +86,6 @@ class TrainingLoader:
         collate: Collator,
         *,
         batch_size: int,
-        micro_batches: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -123,16 +96,41 @@ class TrainingLoader:
         self.plan = plan or RolloutPlan()
         self.files = dict(files or {})
         self.rows, self.collate, self.num_workers = rows, collate, num_workers
-        self.batch_size, self.micro_batches = batch_size, micro_batches
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.batch_size, self.seed = batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.samples_per_micro_batch = batch_size * world_size
+        self.window_length = self.plan.window
+        self.epochs = Epochs(
+            len(rows) * self.plan.group_size, self.plan.micro_batches * self.samples_per_micro_batch
+        )
         self.position = 0
+        self.set_epoch(0)
+
+    def start_of(self, epoch: int) -> int:
+        """The position at which an epoch begins."""
+        return self.epochs.start(epoch) * self.plan.window
+
+    def epoch_of(self, position: int) -> int:
+        """The epoch of the micro-batch that follows a position."""
+        return self.epochs.of(position // self.plan.window)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch, unless the position is in it, or at its end."""
+        self.epoch = epoch
+        start, self.end = self.start_of(epoch), self.start_of(epoch + 1)
+        if not start <= self.position <= self.end:
+            self.position = start
+
+    def length_of(self, epoch: int) -> int:
+        """Micro-batches of an epoch, on each rank."""
+        return self.start_of(epoch + 1) - self.start_of(epoch)
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run; Lightning takes it for the epoch's."""
-        return self.micro_batches
+        """Micro-batches of the epoch, on each rank."""
+        return self.length_of(self.epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go on after the last batch that was handed out."""
+        """Go on behind the last batch that was handed out, to the end of the epoch."""
         for batch in _loader(self.rows, self._keys(), self.collate, self.num_workers):
             # Counted before it is handed out: whoever has the batch sees it as consumed.
             self.position += 1
@@ -146,25 +144,23 @@ class TrainingLoader:
 
     def window_of(self, batch: Batch) -> tuple[int, int]:
         """The window a batch of this loader is in, and its place there."""
-        number = int(batch["sample"][0]) // (self.batch_size * self.world_size)
+        number = int(batch["sample"][0]) // self.samples_per_micro_batch
         return divmod(number, self.plan.micro_batches)
 
     @property
     def ends_window(self) -> bool:
         """Is the batch that was handed out last the last of its window, in its last pass?"""
-        return self.position % (self.plan.micro_batches * self.plan.passes) == 0
+        return self.position % self.plan.window == 0
 
     def state_dict(self) -> dict[str, Any]:
         """How far the run is, in samples of all ranks, and what the order depends on."""
-        of_all_ranks = self.batch_size * self.world_size
         return {
-            "samples": self.position * of_all_ranks,
+            "samples": self.position * self.samples_per_micro_batch,
             "rows": len(self.rows),
             "seed": self.seed,
             "passes": self.plan.passes,
             "group_size": self.plan.group_size,
-            # How long a window is only matters for the order where it comes again.
-            "window": self.plan.micro_batches * of_all_ranks if self.plan.passes > 1 else 0,
+            "window": self.epochs.window,
             "files": self.files,
         }
 
@@ -173,28 +169,37 @@ class TrainingLoader:
 
         Raises:
             ValueError: If the state is another loader's, the data or the seed is another one, a
-                file has changed, or the samples do not fill whole micro-batches.
+                file has changed, or steps or windows have another number of samples.
         """
-        if state.keys() != self.state_dict().keys():
+        own = self.state_dict()
+        if state.keys() != own.keys():
             raise ValueError(
                 f"the checkpoint holds a loader's state with {sorted(state)}, this one needs "
-                f"{sorted(self.state_dict())}: it was written with another data loader; start anew "
+                f"{sorted(own)}: it was written with another data loader; start anew "
                 "from the exported student"
             )
         self._compare_files(state["files"])
-        for what in ("rows", "seed", "passes", "group_size", "window"):
-            if state[what] != self.state_dict()[what]:
+        for what in ("rows", "seed", "passes", "group_size"):
+            if state[what] != own[what]:
                 raise ValueError(
                     f"the checkpoint was written with {what} {state[what]}, this run has "
-                    f"{self.state_dict()[what]}: resume with the same data, seed and rollouts, or "
+                    f"{own[what]}: resume with the same data, seed and rollouts, or "
                     "start anew from the exported student"
                 )
-        self.position, rest = divmod(state["samples"], self.batch_size * self.world_size)
+        # Earlier versions wrote 0 where windows were not repeated.
+        if state["window"] not in {0, own["window"]}:
+            raise ValueError(
+                f"the checkpoint was written with {state['window']} samples in an optimizer step or "
+                f"window of rollouts, this run has {own['window']}: keep batch_size x processes x "
+                "accumulate_grad_batches (x steps_per_window) as it was"
+            )
+        self.position, rest = divmod(state["samples"], self.samples_per_micro_batch)
         if rest:
             raise ValueError(
                 f"the checkpoint is at sample {state['samples']}, which batch_size "
                 f"{self.batch_size} on {self.world_size} processes does not divide"
             )
+        self.set_epoch(self.epoch_of(self.position))
 
     def _compare_files(self, before: Mapping[str, str]) -> None:
         """A file may have another name, as long as what is in it, and their order, is the same."""
@@ -209,7 +214,7 @@ class TrainingLoader:
 
     def _keys(self) -> Iterator[list[Key]]:
         orders: dict[int, list[int]] = {}
-        for position in range(self.position, self.micro_batches):
+        for position in range(self.position, self.end):
             yield self._samples(self.plan.fresh(position), orders)
 
     def _samples(self, micro_batch: int, orders: dict[int, list[int]]) -> list[Key]:

@@ -8,13 +8,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import DistillationData
-from lightning_kd.data.loader import EvaluationLoader, RolloutPlan, TrainingLoader
+from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
+from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.text import PackedTextData
 from lightning_kd.types import Batch
 
 
 class PairedLoader:
     """The batches of one loader, each with one of the other's as ``batch["text"]``.
+
+    Epochs are the main loader's; text is taken at the same positions of the run.
 
     Args:
         main: Gives the batches, and its windows to what writes completions.
@@ -23,16 +26,58 @@ class PairedLoader:
 
     def __init__(self, main: TrainingLoader, text: TrainingLoader) -> None:
         self.main, self.text = main, text
+        self._follow()
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run."""
+        """Micro-batches of the epoch."""
         return len(self.main)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go on after the last batch that was handed out."""
+        """Go on behind the last batch that was handed out, to the end of the epoch."""
+        self._follow()
         for batch, text in zip(self.main, self.text, strict=True):
             batch["text"] = text
             yield batch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the start of an epoch, unless the position is in it."""
+        self.main.set_epoch(epoch)
+        self._follow()
+
+    def _follow(self) -> None:
+        self.text.position, self.text.end = self.main.position, self.main.end
+
+    def start_of(self, epoch: int) -> int:
+        """The position at which an epoch begins."""
+        return self.main.start_of(epoch)
+
+    def epoch_of(self, position: int) -> int:
+        """The epoch of the micro-batch that follows a position."""
+        return self.main.epoch_of(position)
+
+    def length_of(self, epoch: int) -> int:
+        """Micro-batches of an epoch."""
+        return self.main.length_of(epoch)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is iterated over."""
+        return self.main.epoch
+
+    @property
+    def position(self) -> int:
+        """Micro-batches of the run up to the last that was handed out."""
+        return self.main.position
+
+    @property
+    def samples_per_micro_batch(self) -> int:
+        """Samples of a micro-batch of the main loader, over all ranks."""
+        return self.main.samples_per_micro_batch
+
+    @property
+    def window_length(self) -> int:
+        """Micro-batches of a window, in all of its passes."""
+        return self.main.window_length
 
     def window(self, index: int) -> list[Batch]:
         """The main loader's window; text is no part of it."""
@@ -69,6 +114,7 @@ class PairedLoader:
             )
         self.main.load_state_dict(state["main"])
         self.text.load_state_dict(state["text"])
+        self._follow()
 
 
 class PromptsAndText(L.LightningDataModule):
@@ -108,7 +154,7 @@ class PromptsAndText(L.LightningDataModule):
 
     def train_dataloader(self) -> PairedLoader:
         """Both streams in step."""
-        return PairedLoader(self.prompts.train_dataloader(), self.text.stream(RolloutPlan()))
+        return PairedLoader(self.prompts.train_dataloader(), self.text.stream())
 
     def val_dataloader(self) -> EvaluationLoader:
         """Every validation row once."""

@@ -1,5 +1,6 @@
 """What every method shares: the steps, the division, the optimizer, the logs."""
 
+import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
@@ -122,9 +123,12 @@ class DistillationModule(StudentModule):
 
         Where the gradients will be out of reach, it is the loss of the step already.
         """
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if micro_batch == 0:
+            self._window.clear()  # a step that was broken off has left its sums
         # Dropout comes from counters, so that a resumed run repeats it.
         torch.manual_seed(
-            derive_seed(run_seed(), "step", self.current_epoch, batch_idx, self.global_rank)
+            derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
         )
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
@@ -205,11 +209,20 @@ class DistillationModule(StudentModule):
         """Give a cosine without an end the trainer's.
 
         Not in :meth:`configure_optimizers`: asking the trainer there makes it set up the loader
-        before its state is restored, and a resumed run would start over on the first rows.
+        before its state is restored.
+
+        Raises:
+            ValueError: If the run has no end.
         """
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
-                config.scheduler.total_steps = int(self.trainer.estimated_stepping_batches)
+                steps = self.trainer.estimated_stepping_batches
+                if math.isinf(steps):
+                    raise ValueError(
+                        "WarmupCosine ends with the run, and this run has no end: give "
+                        "trainer.max_steps, trainer.max_epochs or lr_scheduler.total_steps"
+                    )
+                config.scheduler.total_steps = int(steps)
 
     # Helpers.
 

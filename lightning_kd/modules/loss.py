@@ -193,6 +193,10 @@ class LossSums:
         row = torch.cat([torch.stack([loss.count.double(), loss.tokens.double()]), loss.sums])
         self._sums = row if self._sums is None else self._sums + row
 
+    def clear(self) -> None:
+        """Start again from zero."""
+        self._sums = None
+
     def close(self, all_reduce: Callable[[Tensor], Tensor]) -> "ReducedLoss":
         """Add up over all ranks, in one call, and start again from zero.
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.checkpoints import compare_weights
 from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import Student, load_tokenizer
 from lightning_kd.models.sharding import shard
 from lightning_kd.seeding import derive_seed, run_seed
@@ -47,6 +48,8 @@ class StudentModule(L.LightningModule):
             ValueError: If the loss would be divided wrongly under it.
         """
         check_trainer(self.trainer)
+        if stage == "fit":
+            prepare_trainer(self.trainer)
 
     def configure_model(self) -> None:
         """Build the student, once; in shards, where the strategy shares weights.

@@ -1,7 +1,17 @@
+from itertools import islice
+
 import pytest
 import torch
 
-from lightning_kd.data import Collator, EvaluationLoader, Example, RolloutPlan, TrainingLoader
+from lightning_kd.data import (
+    Collator,
+    Epochs,
+    EvaluationLoader,
+    Example,
+    PairedLoader,
+    RolloutPlan,
+    TrainingLoader,
+)
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
 
 
@@ -18,19 +28,24 @@ class Numbers:
         return Example([row, pass_])
 
 
-def training(rows=10, batch_size=3, micro_batches=8, seed=0, **settings):
-    return TrainingLoader(
-        Numbers(rows),
-        Collator(0),
-        batch_size=batch_size,
-        micro_batches=micro_batches,
-        seed=seed,
-        **settings,
-    )
+def training(rows=10, batch_size=3, seed=0, **settings):
+    return TrainingLoader(Numbers(rows), Collator(0), batch_size=batch_size, seed=seed, **settings)
 
 
-def stream(loader):
-    return [batch["input_ids"].tolist() for batch in loader]
+def endless(loader):
+    """The batches of one epoch after the other."""
+    while True:
+        yield from loader
+        loader.set_epoch(loader.epoch + 1)
+
+
+def head(loader, count):
+    """Batches up to a position of the run."""
+    return list(islice(endless(loader), count - loader.position))
+
+
+def stream(loader, count=8):
+    return [batch["input_ids"].tolist() for batch in head(loader, count)]
 
 
 def rows(batches):
@@ -55,16 +70,16 @@ def test_the_order_comes_from_the_seed_alone():
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (2, 3), (3, 2), (6, 1)])
 def test_the_rows_of_a_step_do_not_depend_on_the_cut(world_size, batch_size):
     ranks = [
-        stream(training(batch_size=batch_size, micro_batches=4, rank=r, world_size=world_size))
+        stream(training(batch_size=batch_size, rank=r, world_size=world_size), 4)
         for r in range(world_size)
     ]
     steps = [[row for rank in ranks for row in rank[step]] for step in range(4)]
-    assert steps == stream(training(batch_size=6, micro_batches=4))
+    assert steps == stream(training(batch_size=6), 4)
 
 
 def test_the_rows_of_a_window_do_not_depend_on_accumulation():
-    whole = stream(training(batch_size=6, micro_batches=4))
-    halves = stream(training(batch_size=3, micro_batches=8))
+    whole = stream(training(batch_size=6), 4)
+    halves = stream(training(batch_size=3), 8)
     assert [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)] == whole
 
 
@@ -74,7 +89,7 @@ def test_the_rows_of_a_window_do_not_depend_on_accumulation():
 def test_resuming_anywhere_gives_the_rest(consumed, num_workers):
     whole = stream(training())
     first = training(num_workers=num_workers)
-    iterator = iter(first)
+    iterator = endless(first)
     begun = [next(iterator)["input_ids"].tolist() for _ in range(consumed)]
     second = training(num_workers=num_workers)
     second.load_state_dict(first.state_dict())
@@ -82,13 +97,13 @@ def test_resuming_anywhere_gives_the_rest(consumed, num_workers):
 
 
 def test_a_run_can_be_resumed_on_other_ranks_and_made_longer():
-    first = training(batch_size=6, micro_batches=2)
-    list(first)
-    halves = [training(batch_size=3, micro_batches=4, rank=rank, world_size=2) for rank in range(2)]
+    first = training(batch_size=6)
+    head(first, 2)
+    halves = [training(batch_size=3, rank=rank, world_size=2) for rank in range(2)]
     for loader in halves:
         loader.load_state_dict(first.state_dict())
-    rest = [a + b for a, b in zip(*map(stream, halves), strict=True)]
-    assert rest == stream(training(batch_size=6, micro_batches=4))[2:]
+    rest = [a + b for a, b in zip(*(stream(half, 4) for half in halves), strict=True)]
+    assert rest == stream(training(batch_size=6), 4)[2:]
 
 
 def test_other_data_another_seed_or_half_a_micro_batch_are_refused():
@@ -97,22 +112,24 @@ def test_other_data_another_seed_or_half_a_micro_batch_are_refused():
         training(rows=11).load_state_dict(state)
     with pytest.raises(ValueError, match="written with seed 0, this run has 1"):
         training(seed=1).load_state_dict(state)
-    with pytest.raises(ValueError, match="sample 6, which batch_size 4 on 1 processes"):
+    with pytest.raises(ValueError, match=r"with 3 samples in an optimizer step .* this run has 4"):
         training(batch_size=4).load_state_dict(state)
+    with pytest.raises(ValueError, match="sample 6, which batch_size 4 on 1 processes"):
+        training(batch_size=4).load_state_dict(state | {"window": 0})
 
 
 PLAN = RolloutPlan(micro_batches=2, passes=3)
 
 
 def test_windows_come_again_before_the_next():
-    fresh = stream(training(micro_batches=4))
-    repeated = stream(training(micro_batches=12, plan=PLAN))
+    fresh = stream(training(), 4)
+    repeated = stream(training(plan=PLAN), 12)
     assert repeated == fresh[:2] * 3 + fresh[2:] * 3
-    loader = training(micro_batches=12, plan=PLAN)
+    loader = training(plan=PLAN)
     windows = [[batch["input_ids"].tolist() for batch in loader.window(k)] for k in range(2)]
     assert windows == [fresh[:2], fresh[2:]]
     places, ends = [], []
-    for batch in loader:
+    for batch in islice(endless(loader), 12):
         places.append(loader.window_of(batch))
         ends.append(loader.ends_window)
     assert places == [(0, 0), (0, 1)] * 3 + [(1, 0), (1, 1)] * 3
@@ -127,12 +144,9 @@ def test_no_cut_changes_the_samples_of_a_repeated_window(world_size, batch_size)
     ranks = [
         [
             (batch["sample"].tolist(), batch["row"].tolist())
-            for batch in training(
-                batch_size=batch_size,
-                micro_batches=4 * cut,
-                rank=rank,
-                world_size=world_size,
-                plan=plan,
+            for batch in head(
+                training(batch_size=batch_size, rank=rank, world_size=world_size, plan=plan),
+                4 * cut,
             )
         ]
         for rank in range(world_size)
@@ -140,38 +154,119 @@ def test_no_cut_changes_the_samples_of_a_repeated_window(world_size, batch_size)
     pairs = [pair for rank in ranks for batch in rank[:cut] for pair in zip(*batch, strict=True)]
     samples, numbers = zip(*sorted(pairs), strict=True)
     assert samples == tuple(range(12))
-    assert list(numbers) == rows(stream(training(batch_size=12, micro_batches=1)))
+    assert list(numbers) == rows(stream(training(batch_size=12), 1))
 
 
 def test_a_group_is_several_samples_of_one_row():
     plan = RolloutPlan(group_size=3)
-    batches = list(training(batch_size=6, micro_batches=2, plan=plan))
-    single = rows(stream(training(batch_size=4, micro_batches=1)))
+    batches = head(training(batch_size=6, plan=plan), 2)
+    single = rows(stream(training(batch_size=4), 1))
     assert [row for b in batches for row in b["row"].tolist()] == [
         r for r in single for _ in range(3)
     ]
     assert [s for b in batches for s in b["sample"].tolist()] == list(range(12))
 
 
-@pytest.mark.parametrize("consumed", range(13))
+@pytest.mark.parametrize("consumed", range(25))
 def test_resuming_inside_a_window_gives_the_rest(consumed):
-    whole = stream(training(micro_batches=12, plan=PLAN))
-    first = training(micro_batches=12, plan=PLAN)
-    iterator = iter(first)
+    whole = stream(training(plan=PLAN), 24)
+    first = training(plan=PLAN)
+    iterator = endless(first)
     begun = [next(iterator)["input_ids"].tolist() for _ in range(consumed)]
-    second = training(micro_batches=12, plan=PLAN)
+    second = training(plan=PLAN)
     second.load_state_dict(first.state_dict())
-    assert begun + stream(second) == whole
+    assert begun + stream(second, 24) == whole
 
 
 def test_other_rollouts_are_refused():
     state = training(plan=PLAN).state_dict()
     with pytest.raises(ValueError, match="written with passes 3, this run has 1"):
         training().load_state_dict(state)
-    with pytest.raises(ValueError, match="written with window 6, this run has 12"):
+    with pytest.raises(ValueError, match=r"6 samples in an optimizer step or window .* has 12"):
         training(plan=RolloutPlan(micro_batches=4, passes=3)).load_state_dict(state)
     with pytest.raises(ValueError, match="passes is 0; it must be 1 or more"):
         RolloutPlan(passes=0)
+
+
+def windows_until_complete(rows, window, epochs):
+    """The last window of each pass, one row after the other."""
+    ends, taken = [], 0
+    for pass_ in range(epochs):
+        complete = (pass_ + 1) * rows
+        while taken < complete or (ends and taken // window <= ends[-1]):
+            taken += window
+        ends.append(taken // window)
+    return ends
+
+
+@pytest.mark.parametrize(("rows", "window"), [(10, 4), (12, 4), (13, 5), (7, 7), (3, 8), (1, 2)])
+def test_an_epoch_ends_with_the_window_in_which_its_pass_is_complete(rows, window):
+    epochs = Epochs(samples=rows, window=window)
+    assert [epochs.start(e + 1) for e in range(12)] == windows_until_complete(rows, window, 12)
+    lengths = [epochs.start(e + 1) - epochs.start(e) for e in range(12)]
+    assert max(lengths) == lengths[0] <= min(lengths) + 1
+    assert min(lengths) >= 1
+    assert [epochs.of(w) for w in range(epochs.start(12))] == [
+        epoch for epoch, length in enumerate(lengths) for _ in range(length)
+    ]
+
+
+CUTS = [(1, 6, 2), (2, 3, 2), (3, 2, 2), (1, 3, 4), (1, 12, 1)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"passes": 3}, {"group_size": 2}])
+@pytest.mark.parametrize(("world_size", "batch_size", "cut_into"), CUTS)
+def test_where_an_epoch_ends_does_not_depend_on_the_cut(world_size, batch_size, cut_into, settings):
+    """Ten rows, and windows of 12 samples."""
+    plan = RolloutPlan(cut_into, **settings)
+    loader = training(batch_size=batch_size, world_size=world_size, plan=plan)
+    reference = training(batch_size=12, plan=RolloutPlan(1, **settings))
+    for epoch in range(6):
+        assert loader.start_of(epoch) == reference.start_of(epoch) * cut_into
+        assert loader.length_of(epoch) % plan.window == 0
+
+
+def test_the_next_epoch_goes_on_behind_the_last():
+    loader = training(batch_size=4)
+    lengths, seen = [], []
+    for epoch in range(3):
+        loader.set_epoch(epoch)
+        batches = [batch["input_ids"].tolist() for batch in loader]
+        lengths.append(len(batches))
+        assert len(loader) == len(batches)
+        seen += batches
+    assert lengths == [3, 2, 3]
+    assert seen == stream(training(batch_size=4), 8)
+
+
+def test_an_epoch_that_was_broken_off_is_left_behind():
+    loader = training(batch_size=5)
+    next(iter(loader))
+    loader.set_epoch(1)
+    rest = [batch["input_ids"].tolist() for batch in loader]
+    assert rest == stream(training(batch_size=5), 4)[2:]
+
+
+@pytest.mark.parametrize("consumed", range(9))
+def test_text_beside_a_stream_keeps_its_place(consumed):
+    """Also where epochs of the text would end elsewhere."""
+
+    def paired():
+        return PairedLoader(training(batch_size=4), training(rows=7, batch_size=4, seed=1))
+
+    def pairs(loader, count):
+        return [
+            (b["input_ids"].tolist(), b["text"]["input_ids"].tolist()) for b in head(loader, count)
+        ]
+
+    first, second = paired(), paired()
+    first.set_epoch(0)
+    begun = pairs(first, consumed)
+    second.load_state_dict(first.state_dict())
+    assert begun + pairs(second, 8) == pairs(paired(), 8)
+    assert [text for _, text in pairs(paired(), 8)] == stream(
+        training(rows=7, batch_size=4, seed=1), 8
+    )
 
 
 def test_the_state_of_another_loader_is_refused():
@@ -184,7 +279,7 @@ def test_the_state_of_another_loader_is_refused():
 def test_iterating_draws_nothing_from_the_global_generator():
     evaluation = EvaluationLoader(Numbers(5), Collator(0), batch_size=2)
     before = torch.get_rng_state()
-    list(training())
+    head(training(), 8)
     list(evaluation)
     assert torch.equal(torch.get_rng_state(), before)
 
@@ -211,9 +306,7 @@ def test_evaluation_sees_every_row_once_and_ranks_stay_in_step(world_size, count
 
 def test_a_file_that_has_changed_is_named():
     def reading(**files):
-        return TrainingLoader(
-            Numbers(12), Collator(0), batch_size=2, micro_batches=9, seed=0, files=files
-        )
+        return TrainingLoader(Numbers(12), Collator(0), batch_size=2, seed=0, files=files)
 
     state = reading(a="1", b="2").state_dict()
     reading(a="1", b="2").load_state_dict(state)

@@ -1,0 +1,135 @@
+"""Which of Lightning's options go together with epochs that end with a step."""
+
+import math
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
+    Timer,
+)
+
+from lightning_kd.loops.fit import EpochLoader, checkpoint_callbacks, limited
+
+_EPOCHS_LOOKED_AT = 1000
+"""Epochs have two lengths; more than this many are not looked through for the second."""
+
+
+def check_limits(trainer: L.Trainer) -> None:
+    """Refuse limits of a run, and intervals in it, that cannot be kept.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    cut_into, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    if cut_into < 1:
+        raise ValueError(f"trainer.accumulate_grad_batches is {cut_into}; it must be 1 or more")
+    for what in ("steps", "epochs"):
+        least, most = getattr(trainer, f"min_{what}"), getattr(trainer, f"max_{what}")
+        if least is not None and most not in {None, -1} and least > most:
+            raise ValueError(f"trainer.min_{what} is {least}, above trainer.max_{what}, {most}")
+    clip = trainer.gradient_clip_val
+    if clip is not None and not (math.isfinite(clip) and clip >= 0):
+        raise ValueError(f"trainer.gradient_clip_val is {clip}; it must be 0 (none) or more")
+    if isinstance(interval, int) and interval % cut_into and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"trainer.val_check_interval is {interval} micro-batches, which accumulate_grad_batches "
+            f"{cut_into} does not divide: validation would fall inside an optimizer step, where "
+            f"nothing can be saved. Use {_multiples(interval, cut_into)}"
+        )
+    callbacks = [type(c).__name__ for c in checkpoint_callbacks(trainer) if c.save_on_exception]
+    callbacks += [
+        type(c).__name__
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(c, OnExceptionCheckpoint)
+    ]
+    if callbacks:
+        raise ValueError(
+            f"{callbacks[0]} is to save on an exception, which comes inside an optimizer step: no run "
+            "could go on from there. Use ModelCheckpoint with every_n_train_steps and save_last, and "
+            "SaveOnTermination for signals"
+        )
+
+
+def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:
+    """Refuse what epochs of this library's loaders do not do.
+
+    Raises:
+        ValueError: If the trainer is asked for it.
+    """
+    if trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"trainer.overfit_batches is {trainer.overfit_batches}: it wants the same batches in "  # type: ignore[attr-defined]
+            "every epoch, and each epoch has an order of its own. Give data.train only the rows to "
+            "overfit, as data.validation too, and trainer.max_epochs"
+        )
+    for callback, instead in (
+        (GradientAccumulationScheduler, "set trainer.accumulate_grad_batches, for the run"),
+        (StochasticWeightAveraging, "use WeightAveraging or EMAWeightAveraging of Lightning"),
+    ):
+        if any(isinstance(c, callback) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(f"{callback.__name__} {_REASONS[callback]}; {instead}")
+    ends = (EarlyStopping, Timer)
+    if trainer.max_steps == trainer.max_epochs == -1 and not any(
+        isinstance(c, ends)
+        for c in trainer.callbacks  # type: ignore[attr-defined]
+    ):
+        raise ValueError(
+            "the run has no end: give trainer.max_steps or trainer.max_epochs (one pass is "
+            f"{loader.length_of(0) // trainer.accumulate_grad_batches} optimizer steps), max_time, or "
+            "EarlyStopping"
+        )
+    _check_lengths(trainer, loader)
+
+
+_REASONS = {
+    GradientAccumulationScheduler: (
+        "changes the rows of an optimizer step from epoch to epoch, and no run could go on exactly"
+    ),
+    StochasticWeightAveraging: (
+        "copies the module before its student is there, and would average nothing"
+    ),
+}
+
+
+def _check_lengths(trainer: L.Trainer, loader: EpochLoader) -> None:
+    epochs = trainer.max_epochs if trainer.max_epochs not in {None, -1} else _EPOCHS_LOOKED_AT
+    lengths = {loader.length_of(e) for e in range(min(epochs or 1, _EPOCHS_LOOKED_AT))}
+    limit, window = trainer.limit_train_batches, loader.window_length
+    cut = [limited(length, limit) for length in lengths]
+    if limit and any(length % window for length in cut):
+        name = "fast_dev_run" if trainer.fast_dev_run else "limit_train_batches"  # type: ignore[attr-defined]
+        raise ValueError(
+            f"trainer.{name} is {limit}: it would end an epoch after {min(cut)} micro-batches, inside "
+            f"an optimizer step or window of rollouts, which have {window}. Use "
+            f"{_multiples(min(cut), window)}"
+        )
+    interval = trainer.val_check_interval
+    if not isinstance(interval, int) or not trainer.enable_validation or not limit:
+        return
+    by_epoch = trainer.check_val_every_n_epoch is not None
+    if by_epoch and interval > min(cut):
+        raise ValueError(
+            f"trainer.val_check_interval is {interval} micro-batches of an epoch, and epochs have "
+            f"{min(cut)}. For every {interval} micro-batches of the run, set "
+            "trainer.check_val_every_n_epoch: null"
+        )
+    whole = trainer.max_steps * trainer.accumulate_grad_batches
+    if not by_epoch and interval > whole > 0:
+        raise ValueError(
+            f"trainer.val_check_interval is {interval} micro-batches, and the run has {whole}: there "
+            f"would be no validation. Use {whole} or less, or trainer.limit_val_batches: 0"
+        )
+
+
+def _multiples(value: int, unit: int) -> str:
+    """The multiples around a value, in words.
+
+    Example:
+        >>> _multiples(5, 2), _multiples(1, 4)
+        ('4 or 6', '4')
+    """
+    below = value // unit * unit
+    return f"{below} or {below + unit}" if below else str(unit)

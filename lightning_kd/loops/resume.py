@@ -1,0 +1,182 @@
+"""A run that goes on as if it had not stopped: what Lightning's checkpoints leave out."""
+
+import os
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_kd.loops.checks import check_limits
+from lightning_kd.loops.fit import (
+    ENDED,
+    TRAINED,
+    VALIDATED,
+    EpochLoop,
+    FitLoop,
+    FitTrainer,
+    checkpoint_callbacks,
+    epoch_loader,
+)
+from lightning_kd.loops.place import place_of
+
+CHECKPOINT_KEY = "lightning_kd_run"
+
+
+def prepare_trainer(trainer: L.Trainer) -> None:
+    """Give a trainer the loops and the callback of this package, once, before it fits.
+
+    Its loops and the trainer itself become those of this package where they stand, with all that was
+    set up in them: Lightning has no way to hand it other ones after it was built.
+
+    Raises:
+        ValueError: If its limits cannot be kept.
+    """
+    check_limits(trainer)
+    if not any(isinstance(callback, ResumeState) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        # In front of all others, so that a moment is known when they save.
+        trainer.callbacks.insert(0, ResumeState())  # type: ignore[attr-defined]
+    if not isinstance(trainer.fit_loop, FitLoop):
+        trainer.fit_loop.__class__ = FitLoop
+        trainer.fit_loop.epoch_loop.__class__ = EpochLoop
+    if type(trainer) is L.Trainer:
+        trainer.__class__ = FitTrainer
+    elif not isinstance(trainer, FitTrainer):
+        own = type(trainer)
+        trainer.__class__ = type(own.__name__, (FitTrainer, own), {})
+
+
+class ResumeState(Callback):
+    """Write into checkpoints where training is, and go on from there.
+
+    Lightning writes its counters, but not which hooks have been called after a micro-batch, what
+    metrics callbacks see, and which step was saved last. Here is what it needs besides; the counters
+    are brought into the one form from which it goes on without a step, a validation or a checkpoint
+    too few or too many. :class:`~lightning_kd.loops.prepare_trainer` adds it to a trainer.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, Any] | None = None
+
+    # The moments.
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
+    ) -> None:
+        """After a micro-batch: none but the last one of an optimizer step may be saved behind."""
+        loop = _epoch_loop(trainer)
+        loop.moment = TRAINED
+        for callback in checkpoint_callbacks(trainer):
+            if loop.in_step:
+                callback._last_global_step_saved = trainer.global_step
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After a validation."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            _epoch_loop(trainer).moment = VALIDATED
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After an epoch."""
+        _epoch_loop(trainer).moment = ENDED
+
+    # The checkpoint.
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add what Lightning leaves out."""
+        loop, loader = _epoch_loop(trainer), epoch_loader(trainer)
+        now = loop.batch_progress.current
+        checkpoint[CHECKPOINT_KEY] = {
+            "moment": loop.moment or loop.pending,
+            "epoch_complete": now.ready > 0 and loop._num_ready_batches_reached(),
+            "samples_per_micro_batch": None if loader is None else loader.samples_per_micro_batch,
+            "metrics": {
+                name: value.detach().cpu().clone()
+                for name, value in trainer.callback_metrics.items()
+            },
+            "row": _row_to_come(trainer, loop),
+            "saved": {
+                callback.state_key: _saved(trainer, callback, loop.moment)
+                for callback in checkpoint_callbacks(trainer)
+            },
+        }
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Bring the counters into the form from which training goes on.
+
+        Raises:
+            ValueError: If the checkpoint is from the inside of an optimizer step.
+        """
+        if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
+            return
+        self._restored = checkpoint.get(CHECKPOINT_KEY)
+        loops = checkpoint["loops"]["fit_loop"]
+        place = place_of(trainer, self._restored, loops, checkpoint["global_step"])
+        _epoch_loop(trainer).pending = place.pending
+        loops.update(place.counters(loops))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give callbacks back what they saw and did before the checkpoint."""
+        restored, self._restored = self._restored, None
+        if restored is None:
+            return
+        trainer.callback_metrics.update(restored["metrics"])
+        _epoch_loop(trainer).row_to_come = restored["row"]
+        for callback in checkpoint_callbacks(trainer):
+            _restore_saved(callback, restored["saved"].get(callback.state_key))
+        stopped = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, EarlyStopping)
+            and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+        ]
+        if stopped:
+            rank_zero_info(f"{type(stopped[0]).__name__} had asked this run to stop")
+            trainer.should_stop = True
+
+
+def _row_to_come(trainer: L.Trainer, loop: EpochLoop) -> dict[str, Any]:
+    """What Lightning will send to the loggers after the hooks in which it saves."""
+    connector = trainer._logger_connector
+    if loop.moment == ENDED or (loop.moment == TRAINED and connector.should_update_logs):
+        return {
+            name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for name, value in connector.metrics["log"].items()
+        }
+    return {}
+
+
+def _saved(trainer: L.Trainer, callback: ModelCheckpoint, moment: str) -> dict[str, Any]:
+    """What a checkpoint callback will know of its last save, when this one is written."""
+    path = trainer.saving if isinstance(trainer, FitTrainer) else ""
+    names = {callback.last_model_path, callback.best_model_path, *callback.best_k_models}
+    own = path in {os.path.realpath(name) for name in names if name}
+    return {
+        "step": trainer.global_step if own else callback._last_global_step_saved,
+        "path": path if own else callback._last_checkpoint_saved,
+        "deferred": callback._defer_save_until_validation and not (own and moment == VALIDATED),
+        "dirpath": str(callback.dirpath),
+        "score": callback.current_score,
+    }
+
+
+def _restore_saved(callback: ModelCheckpoint, saved: dict[str, Any] | None) -> None:
+    if saved is None:
+        return
+    callback._last_global_step_saved = saved["step"]
+    callback._defer_save_until_validation = saved["deferred"]
+    callback.current_score = saved["score"]
+    if saved["dirpath"] == str(callback.dirpath):
+        callback._last_checkpoint_saved = saved["path"]
+
+
+def _epoch_loop(trainer: L.Trainer) -> EpochLoop:
+    loop = trainer.fit_loop.epoch_loop
+    assert isinstance(loop, EpochLoop)  # prepare_trainer has seen to it
+    return loop
