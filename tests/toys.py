@@ -24,7 +24,7 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
         "intermediate_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 256,
         "pad_token_id": 0,
         "eos_token_id": 1,
         "bos_token_id": None,

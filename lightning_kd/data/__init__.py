@@ -9,7 +9,7 @@ from lightning_kd.data.paired import PairedLoader, PromptsAndText
 from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.data.rows import EncodedRows, PackedRows
 from lightning_kd.data.sources import load_rows
-from lightning_kd.data.text import ChatData, PackedTextData, PromptCompletionData
+from lightning_kd.data.text import ChatData, DocumentData, PackedTextData, PromptCompletionData
 from lightning_kd.data.tokenizer_training import train_tokenizer, write_tokenizer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "ChatData",
     "Collator",
     "DistillationData",
+    "DocumentData",
     "EncodedRows",
     "Epochs",
     "EvaluationLoader",

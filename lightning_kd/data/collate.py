@@ -44,6 +44,7 @@ class Collator:
             batch["prompt_mask"] = _pad([[1] * len(row) for row in prompts], 0, left=True)
             batch["prompt"] = [example.prompt or "" for example in examples]
             batch["completion"] = [example.completion for example in examples]
+        if "prompt" in batch or examples[0].extra:
             batch["extra"] = {
                 name: [example.extra[name] for example in examples] for name in examples[0].extra
             }

@@ -1,11 +1,12 @@
 """From a row to tokens: what is prompt, what is completion, and what happens to long rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.data.rendering import render_chats
 
 TruncationPolicy = Literal["error", "drop", "left", "right"]
 ROLES = ("system", "user", "assistant", "tool")
@@ -71,12 +72,7 @@ class LengthLimit:
         if len(prompt) <= longest_prompt and len(prompt) + len(completion) <= self.max_length:
             return prompt, completion
         if self.truncation == "error":
-            raise ValueError(
-                f"{where}: the prompt has {len(prompt)} tokens and the completion "
-                f"{len(completion)}; allowed are {longest_prompt} for the prompt and "
-                f"{self.max_length} together. Raise max_length or max_prompt_length, or choose "
-                "truncation: drop, left or right"
-            )
+            raise ValueError(f"{where}: {self._too_long(prompt, completion, longest_prompt)}")
         if self.truncation == "drop":
             return None
         if self.truncation == "left":
@@ -89,28 +85,134 @@ class LengthLimit:
         nothing_to_learn = completion and not kept[1]
         return None if nothing_to_learn else kept
 
+    def _too_long(self, prompt: list[int], completion: list[int], longest_prompt: int) -> str:
+        if not prompt:
+            return (
+                f"the document has {len(completion)} tokens; allowed are {self.max_length}. Raise "
+                "max_length, or choose truncation: drop or right"
+            )
+        return (
+            f"the prompt has {len(prompt)} tokens and the completion {len(completion)}; allowed are "
+            f"{longest_prompt} for the prompt and {self.max_length} together. Raise max_length or "
+            "max_prompt_length, or choose truncation: drop, left or right"
+        )
 
-Encoded = tuple[list[int], list[int], str, str]
-"""Tokens of prompt and completion, then their texts."""
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as tokens, before any limit on its length."""
+
+    prompt: list[int]
+    completion: list[int]
+    """What is trained on; of a document, all of it."""
+    prompt_text: str | None = None
+    """None for a document, which has no prompt."""
+    completion_text: str = ""
+    after_eos: str = ""
+    """Text behind the first EOS of the completion, which is left out."""
+
+
+@dataclass(frozen=True)
+class EncodedCompletion:
+    """The tokens of a completion up to its first EOS, and the text behind that."""
+
+    ids: list[int]
+    after_eos: str = ""
+
+
+def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the special tokens that a tokenizer puts before and after a text.
+
+    Raises:
+        ValueError: If the tokenizer does more to a text than to put tokens around it.
+
+    Example:
+        >>> from lightning_kd.data import arithmetic_tokenizer
+        >>> special_token_frame(arithmetic_tokenizer())
+        ([], [])
+    """
+    text, bare = "a", _bare(["a"], tokenizer)[0]
+    if not bare:  # none of the tokenizer's letters
+        for text in tokenizer.get_vocab():
+            bare = _bare([text], tokenizer)[0]
+            if bare:
+                break
+    framed: list[int] = tokenizer(text)["input_ids"]
+    for start in range(len(framed) - len(bare) + 1):
+        if framed[start : start + len(bare)] == bare:
+            return framed[:start], framed[start + len(bare) :]
+    raise ValueError(
+        f"the tokenizer makes {framed} of {text!r} and {bare} without special tokens: it does more "
+        "than put tokens before and after a text, so documents and prompts cannot be framed as it "
+        "does; use a tokenizer that only adds tokens such as BOS and EOS"
+    )
+
+
+def _bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of texts, nothing added; names of special tokens in the text are those tokens."""
+    batch: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return batch
+
+
+def _begun(ids: list[int], before: list[int]) -> list[int]:
+    """The tokens with those that begin a text before them, once."""
+    return ids if before and ids[: len(before)] == before else [*before, *ids]
+
+
+def encode_documents(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_eos: bool
+) -> list[list[int]]:
+    """Tokens of documents, each framed as the tokenizer frames a text.
+
+    Args:
+        texts: One document each.
+        tokenizer: Decides what a document begins with (BOS, or nothing).
+        add_eos: Whether each ends with an EOS, once, also where the tokenizer appends none. Without,
+            none is at the end, also where the tokenizer appends one.
+    """
+    before, after = special_token_frame(tokenizer)
+    eos = tokenizer.eos_token_id
+    without_eos = [token for token in after if token != eos]
+    with_eos = after if eos in after else [*after, eos]
+    return [
+        _begun(ids, before) + (with_eos if add_eos and ids[-1:] != [eos] else without_eos)
+        for ids in _bare(texts, tokenizer)
+    ]
 
 
 def encode_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of prompts: with the tokenizer's own BOS, without an EOS at their end."""
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    batch: list[list[int]] = tokenizer(texts)["input_ids"]
-    return [ids[:-1] if ids and ids[-1] == eos != bos else ids for ids in batch]
+    """Tokens of prompts: begun as the tokenizer begins a text, without what it ends one with."""
+    before, _ = special_token_frame(tokenizer)
+    return [_begun(ids, before) for ids in _bare(texts, tokenizer)]
 
 
-def encode_completions(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of completions, each ending with the EOS, which is trained on."""
-    batch = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return [end_with_eos(ids, tokenizer) for ids in batch]
+def encode_completions(
+    texts: list[str], tokenizer: PreTrainedTokenizerBase, ended: Sequence[bool] | None = None
+) -> list[EncodedCompletion]:
+    """Tokens of completions, each ending with the EOS, which is trained on.
+
+    Args:
+        texts: One completion each.
+        tokenizer: Gives the EOS.
+        ended: Whether each was written to its end; the others get no EOS. All, when not given.
+    """
+    return [
+        end_with_eos(ids, tokenizer, ended=ended is None or ended[number])
+        for number, ids in enumerate(_bare(texts, tokenizer))
+    ]
 
 
-def end_with_eos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Cut after the first EOS, or append one."""
+def end_with_eos(
+    ids: list[int], tokenizer: PreTrainedTokenizerBase, *, ended: bool = True
+) -> EncodedCompletion:
+    """Cut after the first EOS; where there is none and the text has ended, append one."""
     eos = tokenizer.eos_token_id
-    return ids[: ids.index(eos) + 1] if eos in ids else [*ids, eos]
+    if eos not in ids:
+        return EncodedCompletion([*ids, eos] if ended else ids)
+    end = ids.index(eos) + 1
+    # A template's own line break behind the EOS is no text that anyone would miss.
+    rest = tokenizer.decode(ids[end:], skip_special_tokens=True).strip()
+    return EncodedCompletion(ids[:end], rest)
 
 
 def encode_chats(
@@ -122,39 +224,33 @@ def encode_chats(
 
     Raises:
         ValueError: If the messages are not a chat that ends with the assistant, the tokenizer has no
-            template, or its template changes earlier messages when one is added.
+            template, or its template changes earlier messages when one is added, takes too long or
+            writes too much.
     """
     if not tokenizer.chat_template:
         raise ValueError("the tokenizer has no chat template; use one that has, or prompt columns")
-    texts = [_render(chat, tokenizer, place) for chat, place in zip(chats, where, strict=True)]
-    prompts = tokenizer([prompt for prompt, _ in texts], add_special_tokens=False)["input_ids"]
+    for chat, place in zip(chats, where, strict=True):
+        _check_messages(chat, place)
+    rendered = render_chats(chats, tokenizer, where)
+    texts = [_split(*both, place) for both, place in zip(rendered, where, strict=True)]
+    prompts = _bare([prompt for prompt, _ in texts], tokenizer)
     completions = encode_completions([completion for _, completion in texts], tokenizer)
     return [
-        (prompt, completion, text, str(chat[-1]["content"]))
+        Encoded(prompt, completion.ids, text, str(chat[-1]["content"]), completion.after_eos)
         for prompt, completion, (text, _), chat in zip(
             prompts, completions, texts, chats, strict=True
         )
     ]
 
 
-def _render(
-    messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, where: str
-) -> tuple[str, str]:
+def _split(prompt: str, chat: str, where: str) -> tuple[str, str]:
     """Texts of prompt and completion, with the template's own marks."""
-    _check_messages(messages, where)
-    try:
-        prompt: str = tokenizer.apply_chat_template(
-            messages[:-1], tokenize=False, add_generation_prompt=True
-        )
-        whole: str = tokenizer.apply_chat_template(messages, tokenize=False)
-    except TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses the messages: {error}") from error
-    if not whole.startswith(prompt):
+    if not chat.startswith(prompt):
         raise ValueError(
             f"{where}: the chat template does not render the prompt as the beginning of the whole "
             f"chat, so prompt and completion cannot be told apart: {prompt[-60:]!r}"
         )
-    return prompt, whole[len(prompt) :]
+    return prompt, chat[len(prompt) :]
 
 
 def _check_messages(messages: list[dict[str, Any]], where: str) -> None:

@@ -2,13 +2,12 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import datasets
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.encoding import Encoded, Example, LengthLimit
 from lightning_kd.data.sources import WHERE
@@ -16,14 +15,15 @@ from lightning_kd.seeding import derive_seed
 
 log = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 1000
+ROWS_AT_ONCE = 1000
+"""Rows that are tokenized together."""
 
 Encode = Callable[[dict[str, list[Any]]], list[Encoded]]
 """Columns of some rows to the tokens and texts of their prompts and completions."""
 
 
 class EncodedRows:
-    """Rows of prompt and completion, tokenized once, within a length limit.
+    """Rows of prompt and completion, or documents, tokenized once, within a length limit.
 
     Args:
         raw: The rows, as :func:`~lightning_kd.data.sources.load_rows` gives them.
@@ -44,7 +44,7 @@ class EncodedRows:
     ) -> None:
         self._extra = extra
         columns: dict[str, list[Any]] = defaultdict(list)
-        for rows in raw.iter(_ROWS_AT_ONCE):
+        for rows in raw.iter(ROWS_AT_ONCE):
             for encoded, where in zip(encode(rows), rows[WHERE], strict=True):
                 for name, value in _limited(encoded, limit, where).items():
                     columns[name].append(value)
@@ -60,6 +60,7 @@ class EncodedRows:
             )
         self._tokenized = tokenized if not self.dropped else tokenized.select(keep)
         self.cut = sum(self._tokenized["cut"])
+        self.cut_at_eos = self._count_cut_at_eos()
         if self.dropped or self.cut:
             log.warning(
                 "of %d rows, %d were dropped and %d cut (max_length=%d, truncation=%s)",
@@ -69,6 +70,22 @@ class EncodedRows:
                 limit.max_length,
                 limit.truncation,
             )
+
+    def _count_cut_at_eos(self) -> int:
+        """Count the rows whose completions go on behind an EOS in their text, and say so."""
+        behind = [row for row, text in enumerate(self._tokenized["after_eos"]) if text]
+        if behind:
+            first = self._tokenized[behind[0]]
+            log.warning(
+                "of %d rows, %d have text behind an EOS inside their completion, and that text is "
+                "left out: generation would have stopped there. The first is %s, which goes on with "
+                "%r; names of special tokens in a text are read as those tokens",
+                len(self._tokenized),
+                len(behind),
+                first["where"],
+                first["after_eos"][:60],
+            )
+        return len(behind)
 
     def __len__(self) -> int:
         """Rows that were kept."""
@@ -87,8 +104,13 @@ class EncodedRows:
 
 
 def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]:
-    prompt, completion, prompt_text, completion_text = encoded
-    if not prompt:
+    prompt, completion = encoded.prompt, encoded.completion
+    if encoded.prompt_text is None and len(completion) < 2:
+        raise ValueError(
+            f"{where}: the document has {len(completion)} tokens, so there is none to predict from "
+            "another; leave the row out"
+        )
+    if encoded.prompt_text is not None and not prompt:
         raise ValueError(
             f"{where}: the prompt has no tokens, so nothing predicts the first of the completion; "
             "leave the row out, or give a prompt_template with some text"
@@ -98,17 +120,19 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
     return {
         "input_ids": ids,
         "prompt_length": len(kept[0]) if kept else 0,
-        "prompt": prompt_text,
-        "completion": completion_text,
+        "prompt": encoded.prompt_text,
+        "completion": encoded.completion_text,
         "dropped": kept is None,
         "cut": kept is not None and len(ids) < len(prompt) + len(completion),
+        "after_eos": encoded.after_eos,
+        "where": where,
     }
 
 
 class PackedRows:
     """Plain text as blocks of equal length, every token trained on.
 
-    Documents are joined with an EOS after each. In training, each pass starts at a random offset, so
+    In training, each pass starts at a random offset, so
     that over the passes every token sees every context length; there is one block less than fits, so
     that the number of blocks is the same for every offset (as BabyLlama does).
 
@@ -146,11 +170,6 @@ class PackedRows:
         return Example(self.tokens[start : start + self.block_length].tolist())
 
 
-def pack(raw: datasets.Dataset, column: str, tokenizer: PreTrainedTokenizerBase) -> Tensor:
-    """All documents as one row of tokens, an EOS after each."""
-    documents = [
-        torch.tensor([*tokenizer(row[column], add_special_tokens=False)["input_ids"], eos])
-        for eos in [tokenizer.eos_token_id]
-        for row in raw
-    ]
-    return torch.cat(documents)
+def pack(documents: Iterable[list[int]]) -> Tensor:
+    """All documents as one row of tokens, ``(tokens,)``."""
+    return torch.cat([torch.tensor(ids, dtype=torch.long) for ids in documents])

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ WHERE = "__where__"
 """Column with the place of each row: ``train.jsonl:17``."""
 
 
-_FORMAT = 2
+_FORMAT = 3
 """Changes with what :func:`load_rows` makes of a file: an older cache is not used then."""
 
 
@@ -24,7 +24,7 @@ def load_rows(
     path: str,
     required: dict[str, type],
     *,
-    optional: tuple[str, ...] = (),
+    optional: Mapping[str, type] | None = None,
     split: str = "train",
     subset: str | None = None,
 ) -> datasets.Dataset:
@@ -33,19 +33,21 @@ def load_rows(
     Args:
         path: A ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file, a glob of such files,
             a directory that ``datasets`` wrote or understands, or the name of a data set on the hub.
-        required: Columns that must be there, and the type of their values (``str`` or ``list``).
-        optional: Columns of text that are taken along where they exist.
+        required: Columns that must be there, and the type of their values: ``str``, ``list`` or
+            ``bool``.
+        optional: Columns that are taken along where they exist, and their types.
         split: Split of a hub data set or directory; a file is one split.
         subset: Configuration of a hub data set.
 
     Returns:
-        The rows, with the column :data:`WHERE`. A list is written as JSON: a table would want all of
-        them to be alike, and one message has a name where another has none.
+        The rows, with the column :data:`WHERE`. A list or truth value is written as JSON: a table
+        would want all of them to be alike, and one message has a name where another has none.
 
     Raises:
         ValueError: If there is no such data, a column is missing, a value has the wrong type, a line
             is not JSON, or there are no rows. The message names file and line.
     """
+    optional = optional or {}
     if path.startswith("~"):
         path = str(Path(path).expanduser())
     if has_magic(path) or Path(path).suffix in READERS:
@@ -91,7 +93,9 @@ def _files(path: str) -> list[str]:
     return found
 
 
-def _from_file(path: str, required: dict[str, type], optional: tuple[str, ...]) -> datasets.Dataset:
+def _from_file(
+    path: str, required: dict[str, type], optional: Mapping[str, type]
+) -> datasets.Dataset:
     status = Path(path).stat()
     # The stamp is part of the cache's key: a changed file is read again, also one that was put in
     # place of another with its date kept, and so is the file of this name in another directory.
@@ -117,7 +121,7 @@ def _of_file(path: str, stamp: tuple[int | str, ...]) -> Iterator[Row]:
 def _from_datasets(
     path: str,
     required: dict[str, type],
-    optional: tuple[str, ...],
+    optional: Mapping[str, type],
     split: str,
     subset: str | None,
 ) -> datasets.Dataset:
@@ -155,7 +159,7 @@ def _of_rows(rows: datasets.Dataset, name: str) -> Iterator[Row]:
 def _table(
     read: Callable[..., Iterator[Row]],
     required: dict[str, type],
-    optional: tuple[str, ...],
+    optional: Mapping[str, type],
     **source: Any,
 ) -> datasets.Dataset:
     columns = (*required, *optional, WHERE)
@@ -181,7 +185,7 @@ def _checked(
     read: Callable[..., Iterator[Row]],
     source: dict[str, Any],
     required: dict[str, type],
-    optional: tuple[str, ...],
+    optional: Mapping[str, type],
 ) -> Iterator[dict[str, str | None]]:
     for where, row in read(**source):
         values: dict[str, str | None] = {WHERE: where}
@@ -189,17 +193,20 @@ def _checked(
             if column not in row:
                 raise ValueError(f"{where}: column {column!r} is missing; there are {sorted(row)}")
             values[column] = _as_text(row[column], expected, f"{where}: column {column!r}")
-        for column in optional:
+        for column, expected in optional.items():
             value = row.get(column)
             place = f"{where}: column {column!r}"
-            values[column] = None if value is None else _as_text(value, str, place)
+            values[column] = None if value is None else _as_text(value, expected, place)
         yield values
+
+
+_KINDS = {str: "text", list: "a list", bool: "true or false"}
 
 
 def _as_text(value: Any, expected: type, place: str) -> str:
     if not isinstance(value, expected):
         got = "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
-        raise ValueError(f"{place} must be {'text' if expected is str else 'a list'}, got {got}")
+        raise ValueError(f"{place} must be {_KINDS[expected]}, got {got}")
     try:
         text = str(value) if expected is str else json.dumps(value, ensure_ascii=False)
         text.encode()

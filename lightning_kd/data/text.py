@@ -1,7 +1,10 @@
 """Data modules for prompts and completions, chats, and plain text."""
 
 import json
+from dataclasses import replace
 from typing import Any
+
+import datasets
 
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import (
@@ -10,10 +13,12 @@ from lightning_kd.data.encoding import (
     TruncationPolicy,
     encode_chats,
     encode_completions,
+    encode_documents,
     encode_prompts,
 )
+from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
 from lightning_kd.data.loader import Rows
-from lightning_kd.data.rows import EncodedRows, PackedRows, pack
+from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import WHERE, digests, load_rows
 from lightning_kd.seeding import run_seed
 
@@ -64,12 +69,23 @@ class PromptCompletionData(TextData):
     """Rows with a prompt and its completion; the loss is on the completion and its EOS.
 
     Prompt and completion are tokenized apart, so that what is trained on is what generation
-    continues from.
+    continues from. Names of special tokens in a text are read as those tokens; what a completion has
+    behind its first EOS is left out, counted and logged.
+
+    Rows that ``predict`` wrote (:class:`~lightning_kd.callbacks.JsonlPredictions`) are taken as they
+    are: the columns ``prompt_ids`` and ``completion_ids`` instead of the texts, no template around
+    the prompt again, and no EOS where the completion was cut at its longest.
 
     Args:
         prompt_column: Column of the prompt.
         completion_column: Column of the completion; ``predict`` does without. None for prompts that
             only a model completes: nothing of the data itself is then trained on.
+        ended_column: Column that is true or false, where there is one: an EOS is appended to
+            completions that ended, and to none that were cut. Without it all have ended. None
+            leaves a column of this name alone.
+        use_token_ids: Whether rows with the columns ``prompt_ids`` and ``completion_ids`` are
+            trained on these. They must be of the same tokenizer, by ``tokenizer_fingerprint``; with
+            another one, false tokenizes the texts.
         prompt_template: Text around the prompt, which takes the place of ``{prompt}``.
         max_length: Longest prompt and completion together, in tokens.
         max_prompt_length: Longest prompt, in tokens.
@@ -86,6 +102,8 @@ class PromptCompletionData(TextData):
         *,
         prompt_column: str = "prompt",
         completion_column: str | None = "completion",
+        ended_column: str | None = ENDED,
+        use_token_ids: bool = True,
         prompt_template: str = "{prompt}",
         max_length: int = 1024,
         max_prompt_length: int | None = None,
@@ -96,6 +114,7 @@ class PromptCompletionData(TextData):
         if "{prompt}" not in prompt_template:
             raise ValueError(f"prompt_template {prompt_template!r} lacks the place of {{prompt}}")
         self.prompt_column, self.completion_column = prompt_column, completion_column
+        self.ended_column, self.use_token_ids = ended_column, use_token_ids
         self.prompt_template = prompt_template
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
 
@@ -105,12 +124,20 @@ class PromptCompletionData(TextData):
         if path is None:
             return None
         completed = self.completion_column is not None and split != "predict"
-        columns = [self.prompt_column, *self.extra_columns]
-        reference = [] if self.completion_column is None else [self.completion_column]
+        required = [self.prompt_column, *self.extra_columns]
+        optional: dict[str, type] = {FINGERPRINT: str}
+        if self.use_token_ids:
+            optional[PROMPT_IDS] = list
+        if self.completion_column is not None and completed:
+            required.append(self.completion_column)
+            optional |= {COMPLETION_IDS: list} if self.use_token_ids else {}
+            optional |= {} if self.ended_column is None else {self.ended_column: bool}
+        elif self.completion_column is not None:
+            optional[self.completion_column] = str
         raw = load_rows(
             path,
-            dict.fromkeys([*columns, *reference] if completed else columns, str),
-            optional=() if completed else tuple(reference),
+            dict.fromkeys(required, str),
+            optional={name: kind for name, kind in optional.items() if name not in required},
             split=split,
             subset=self.subset,
         )
@@ -118,24 +145,43 @@ class PromptCompletionData(TextData):
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
-        completions = encode_completions(columns[self.completion_column or ""], self.tokenizer)
-        return [
-            (prompt, completion, prompt_text, text)
-            for (prompt, _, prompt_text, text), completion in zip(
-                self._encode_prompts(columns), completions, strict=True
-            )
-        ]
+        ended = columns.get(self.ended_column or "", [None] * len(columns[WHERE]))
+        completions = encode_completions(
+            columns[self.completion_column or ""],
+            self.tokenizer,
+            [value != "false" for value in ended],
+        )
+        given = given_ids(columns, COMPLETION_IDS, self.tokenizer)
+        rows = []
+        for number, (row, completion) in enumerate(
+            zip(self._encode_prompts(columns), completions, strict=True)
+        ):
+            ids, after_eos = given[number], ""
+            if ids is None:
+                ids, after_eos = completion.ids, completion.after_eos
+            if not ids:
+                raise ValueError(
+                    f"{columns[WHERE][number]}: the completion has no tokens and did not end, so "
+                    "there is nothing to train on; leave the row out"
+                )
+            rows.append(replace(row, completion=ids, after_eos=after_eos))
+        return rows
 
     def _encode_prompts(self, columns: dict[str, list[Any]]) -> list[Encoded]:
-        # replace, not format: the text of a row is never a format string.
+        # replace, not format: the text of a row is never a format string. What predict wrote has
+        # the template in it already.
         texts = [
-            self.prompt_template.replace("{prompt}", text) for text in columns[self.prompt_column]
+            text if fingerprint else self.prompt_template.replace("{prompt}", text)
+            for text, fingerprint in zip(
+                columns[self.prompt_column], columns[FINGERPRINT], strict=True
+            )
         ]
         references = columns.get(self.completion_column or "") or [""] * len(texts)
+        given = given_ids(columns, PROMPT_IDS, self.tokenizer)
         return [
-            (prompt, [], text, reference or "")
-            for prompt, text, reference in zip(
-                encode_prompts(texts, self.tokenizer), texts, references, strict=True
+            Encoded(prompt if ids is None else ids, [], text, reference or "")
+            for prompt, ids, text, reference in zip(
+                encode_prompts(texts, self.tokenizer), given, texts, references, strict=True
             )
         ]
 
@@ -144,6 +190,9 @@ class ChatData(TextData):
     """Rows with a list of messages, rendered by the tokenizer's chat template.
 
     The last message, which must be the assistant's, is the completion; all before it is the prompt.
+    Names of special tokens in a text are read as those tokens; what a completion has behind its
+    first EOS is left out, counted and logged. The template is rendered within limits on time and
+    memory (:class:`~lightning_kd.data.rendering.RenderLimits`).
 
     Args:
         messages_column: Column with the messages: a list of ``{role, content}``.
@@ -187,24 +236,116 @@ class ChatData(TextData):
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
 
 
-class PackedTextData(TextData):
-    """Plain text, joined and cut into blocks of equal length; every token is trained on.
+class PlainTextData(TextData):
+    """Data modules of documents, each framed as the tokenizer frames a text.
+
+    A document begins with what the tokenizer puts there (BOS, or nothing). Names of special tokens
+    in a text are read as those tokens.
 
     Args:
-        block_length: Tokens of a block.
         text_column: Column of the text; a ``.txt`` file is one document.
+        add_eos: Whether each document ends with an EOS, which is trained on and scored; one, also
+            where the tokenizer appends it. False for pieces of text that end nowhere.
+        strip: Whether white space at both ends of a document is left out.
         base: The options of :class:`TextData`.
     """
 
-    def __init__(self, *, block_length: int = 128, text_column: str = "text", **base: Any) -> None:
+    def __init__(
+        self, *, text_column: str = "text", add_eos: bool = True, strip: bool = False, **base: Any
+    ) -> None:
         super().__init__(**base)
-        self.block_length, self.text_column = block_length, text_column
+        self.text_column, self.add_eos, self.strip = text_column, add_eos, strip
 
-    def rows(self, split: Split) -> Rows | None:
-        """Blocks of a split; training blocks start elsewhere in each pass."""
+    def load(self, split: Split) -> datasets.Dataset | None:
+        """The documents of a split, as text."""
         path = self.paths[split]
         if path is None:
             return None
-        raw = load_rows(path, {self.text_column: str}, split=split, subset=self.subset)
-        tokens = pack(raw, self.text_column, self.tokenizer)
+        columns: dict[str, type] = dict.fromkeys([self.text_column, *self.extra_columns], str)
+        return load_rows(path, columns, split=split, subset=self.subset)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of documents."""
+        texts = [text.strip() for text in texts] if self.strip else texts
+        return encode_documents(texts, self.tokenizer, add_eos=self.add_eos)
+
+
+class DocumentData(PlainTextData):
+    """Plain text, one document in a row and no other beside it; every token is trained on.
+
+    For models that read each text from its beginning, and to score texts one by one. A batch is as
+    wide as its longest document.
+
+    Args:
+        max_length: Longest document, in tokens, with what the tokenizer adds.
+        truncation: What happens to longer ones: ``error``, ``drop``, or ``right`` (cut the end, and
+            with it the EOS). Counted and logged.
+        base: The options of :class:`PlainTextData`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_length: int = 1024,
+        truncation: TruncationPolicy = "error",
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        if truncation == "left":
+            raise ValueError(
+                "truncation is 'left', which cuts prompts, and a document has none; choose error, "
+                "drop or right"
+            )
+        if max_length < 2:
+            raise ValueError(
+                f"max_length is {max_length}; it must be 2 or more, for one token to predict another"
+            )
+        self.limit = LengthLimit(max_length, truncation=truncation)
+
+    def rows(self, split: Split) -> Rows | None:
+        """Documents of a split."""
+        raw = self.load(split)
+        if raw is None:
+            return None
+
+        def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
+            return [Encoded([], ids) for ids in self.encode(columns[self.text_column])]
+
+        return EncodedRows(raw, encode, self.limit, self.extra_columns)
+
+
+class PackedTextData(PlainTextData):
+    """Plain text, joined and cut into blocks of equal length; every token is trained on.
+
+    Blocks begin and end anywhere in a document, and a model sees the document before. To keep
+    documents apart, use :class:`DocumentData`.
+
+    Args:
+        block_length: Tokens of a block.
+        base: The options of :class:`PlainTextData`, without ``extra_columns``: a block has parts of
+            several documents.
+
+    Raises:
+        ValueError: If there are extra columns.
+    """
+
+    def __init__(self, *, block_length: int = 128, **base: Any) -> None:
+        super().__init__(**base)
+        if self.extra_columns:
+            raise ValueError(
+                f"extra_columns is {self.extra_columns}, but a block of packed text has parts of "
+                "several rows; leave it out, or use DocumentData"
+            )
+        self.block_length = block_length
+
+    def rows(self, split: Split) -> Rows | None:
+        """Blocks of a split; training blocks start elsewhere in each pass."""
+        raw = self.load(split)
+        if raw is None:
+            return None
+        texts = (rows[self.text_column] for rows in raw.iter(ROWS_AT_ONCE))
+        tokens = pack(ids for some in texts for ids in self.encode(some))
         return PackedRows(tokens, self.block_length, run_seed() if split == "train" else None)

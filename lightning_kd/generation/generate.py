@@ -6,10 +6,12 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_kd.generation.checkpoint_config import say_what_is_ignored
 from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.huggingface import generate_with_transformers
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.sampler import sample
+from lightning_kd.models.context import context_length
 
 
 def generate(
@@ -36,8 +38,13 @@ def generate(
         width: Tokens from here on are never written: those that a teacher does not know.
 
     Raises:
-        ValueError: If a mixture is asked for with options that have none.
+        ValueError: If a mixture is asked for with options that have none, or prompts and completions
+            could be longer than the models can read.
     """
+    writers = [model] if mixed_with is None else [model, mixed_with[0]]
+    for writer in writers:
+        check_length(writer, prompt_mask, options)
+        say_what_is_ignored(writer)
     engine = options.engine
     if engine == "auto":
         engine = "transformers" if options.num_beams > 1 else "cached"
@@ -53,8 +60,23 @@ def generate(
         return generate_with_transformers(model, prompt_ids, prompt_mask, options, **ends)
     if mixed_with is None:
         return sample([(model, 1.0)], prompt_ids, prompt_mask, options, **ends)
-    writers = [(model, 1 - mixed_with[1]), mixed_with]
-    return sample(writers, prompt_ids, prompt_mask, options, **ends)
+    mixture = [(model, 1 - mixed_with[1]), mixed_with]
+    return sample(mixture, prompt_ids, prompt_mask, options, **ends)
+
+
+def check_length(model: PreTrainedModel, prompt_mask: Tensor, options: GenerationOptions) -> None:
+    """Check that prompts and completions are within a model's context.
+
+    Raises:
+        ValueError: If they could be longer.
+    """
+    limit, prompt = context_length(model.config), int(prompt_mask.sum(-1).max())
+    if limit is not None and prompt + options.max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens is {options.max_new_tokens} and the longest prompt here has {prompt} "
+            f"tokens, but {type(model).__name__} has {limit} positions (max_position_embeddings) for "
+            "both; set a smaller max_new_tokens or max_prompt_length"
+        )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from lightning_kd.generation.checkpoint_config import generation_config_of
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import evaluating
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.models.sharding import is_sharded
+from lightning_kd.models.vocabulary import vocabulary_size
 from lightning_kd.seeding import derive_seed
 
 
@@ -28,7 +30,8 @@ def generate_with_transformers(
     """Complete prompts with ``model.generate``; the global random state stays as it was.
 
     ``generate`` draws all rows from one generator, so a row's text depends on the rows beside it.
-    Log-probabilities come from a forward pass over what was written.
+    Log-probabilities come from a forward pass over what was written; greedily and by beam search they
+    are those at temperature 1.
 
     Args:
         model: Any causal language model of transformers.
@@ -40,7 +43,7 @@ def generate_with_transformers(
         seeds: One for each row; together they decide the samples.
         width: Tokens from here on are never drawn.
     """
-    beyond = list(range(width, model.config.vocab_size)) if width is not None else []
+    beyond = [] if width is None else list(range(width, vocabulary_size(model)))
     sampling = (
         {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
         if options.temperature > 0
@@ -56,7 +59,11 @@ def generate_with_transformers(
         **sampling,
     )
     devices = [prompt_ids.device] if prompt_ids.is_cuda else []
-    with evaluating(model), torch.random.fork_rng(devices=devices):
+    with (
+        evaluating(model),
+        generation_config_of(model, config),
+        torch.random.fork_rng(devices=devices),
+    ):
         torch.manual_seed(derive_seed(*seeds))
         output = model.generate(
             input_ids=prompt_ids,

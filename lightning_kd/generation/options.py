@@ -5,13 +5,21 @@ from typing import Literal, get_args
 
 Engine = Literal["auto", "cached", "transformers"]
 
+_MOST_TOKENS = 2**24
+_MOST_BEAMS = 1000
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How completions are written.
+    """How completions are written: by these values alone.
+
+    Nothing that a checkpoint's generation config asks for (``repetition_penalty``, ``min_p``,
+    ``suppress_tokens``, a temperature of its own, ...) is done, by any engine: samples come from the
+    distribution whose log-probabilities are recorded. Only its EOS tokens end a completion too.
 
     Attributes:
-        max_new_tokens: Longest completion, its EOS included.
+        max_new_tokens: Longest completion, its EOS included. With the prompt it must be within the
+            model's context.
         temperature: 0 takes the most likely token; above 0, samples at this temperature.
         top_k: When sampling, keep only the ``top_k`` most likely tokens; 0 keeps all.
         top_p: When sampling, keep the smallest set of tokens with this probability; 1 keeps all.
@@ -35,11 +43,19 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         for name, ok, expected in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            (
+                "max_new_tokens",
+                1 <= self.max_new_tokens <= _MOST_TOKENS,
+                f"1 or more, and at most {_MOST_TOKENS:,}",
+            ),
             ("temperature", self.temperature >= 0, "0 (greedy) or more"),
             ("top_k", self.top_k >= 0, "0 (keep all) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("num_beams", self.num_beams >= 1, "1 or more"),
+            (
+                "num_beams",
+                1 <= self.num_beams <= _MOST_BEAMS,
+                f"1 or more, and at most {_MOST_BEAMS:,}",
+            ),
             ("engine", self.engine in get_args(Engine), f"one of {get_args(Engine)}"),
         ):
             if not ok:

@@ -18,6 +18,9 @@ _IDLE_SHARE = 1 / 16
 """Ended rows are taken out of the batch when they are more than this share of it: more often costs
 copies of the cache, less often forward passes for nobody."""
 
+_DRAWN_AT_ONCE = 256
+"""Random numbers of a row that are drawn together."""
+
 
 def sample(
     writers: Sequence[tuple[PreTrainedModel, float]],
@@ -58,29 +61,35 @@ def sample(
             "temperature above 0, top_k 0 and top_p 1"
         )
     rows, longest = len(prompt_ids), options.max_new_tokens
-    uniforms = _uniforms(seeds, longest).to(prompt_ids.device)
-    ids = prompt_ids.new_full((rows, longest), pad_id)
+    uniforms = _Uniforms(seeds, prompt_ids.device)
+    # A column for each token that is written: a limit that is never reached takes no memory.
+    ids: list[Tensor] = []
+    own: list[Tensor] = []
+    drawn_from: list[Tensor] = []
     together = any(is_sharded(model) for model in models)
     # The whole weights of a shard are allocated once, and the backward pass would refuse them.
     mode = torch.no_grad() if together else torch.inference_mode()
     with evaluating(*models), mode:
         decoders = [Decoder(model, prompt_ids, prompt_mask) for model in models]
-        own = decoders[0].logits.new_zeros(rows, longest)
-        drawn_from = torch.zeros_like(own)
-        writing = torch.arange(rows, device=ids.device)
+        writing = torch.arange(rows, device=prompt_ids.device)
         ended = torch.zeros_like(writing, dtype=torch.bool)
         for place in range(longest):
             of_first, of_mixture = _next_token(decoders, [w for _, w in writers], options, width)
-            tokens = _draw(of_mixture, uniforms[writing, place], options)
+            tokens = _draw(of_mixture, uniforms.at(place)[writing], options)
             going, chosen = ~ended, tokens[:, None]
-            ids[writing[going], place] = tokens[going]
-            own[writing[going], place] = of_first.gather(-1, chosen)[going, 0]
-            drawn_from[writing[going], place] = of_mixture.gather(-1, chosen)[going, 0]
+            for columns, values, fill in (
+                (ids, tokens, pad_id),
+                (own, of_first.gather(-1, chosen)[:, 0], 0),
+                (drawn_from, of_mixture.gather(-1, chosen)[:, 0], 0),
+            ):
+                column = values.new_full((rows,), fill)
+                column[writing[going]] = values[going]
+                columns.append(column)
             ended = ended | is_end(tokens, eos_ids)
             idle = int(ended.sum())
             done = idle == len(ended)
             if together:
-                done = not any_process(not done, ids.device)
+                done = not any_process(not done, prompt_ids.device)
             if done or place == longest - 1:
                 break
             for decoder in decoders:
@@ -94,10 +103,11 @@ def sample(
                 writing, ended = writing[kept], ended[kept]
     for model in models:
         leave_inference_mode(model)
-    # Cut to what was written, and ordinary tensors again: what is trained on them needs that.
-    ids, own, drawn_from = (x[:, : place + 1].clone() for x in (ids, own, drawn_from))
-    mask = completion_mask(ids, eos_ids)
-    return Completions(ids, mask, own, drawn_from, (is_end(ids, eos_ids) & mask).any(-1))
+    # Outside of inference mode, where stacking makes ordinary tensors that can be trained on.
+    written, log_probs, sampling_log_probs = (torch.stack(c, 1) for c in (ids, own, drawn_from))
+    mask = completion_mask(written, eos_ids)
+    ended_rows = (is_end(written, eos_ids) & mask).any(-1)
+    return Completions(written, mask, log_probs, sampling_log_probs, ended_rows)
 
 
 def _next_token(
@@ -142,9 +152,20 @@ def _truncated(log_probs: Tensor, options: GenerationOptions) -> Tensor:
     return log_probs
 
 
-def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """Random numbers in [0, 1) for each row, from its own generator: ``(rows, count)``."""
-    generator = torch.Generator()
-    return torch.stack(
-        [torch.rand(count, generator=generator.manual_seed(s), dtype=torch.float64) for s in seeds]
-    )
+class _Uniforms:
+    """Random numbers in [0, 1) for each row, from its own generator, as far as they are needed."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self._device = device
+        self._drawn = torch.empty(0)
+
+    def at(self, place: int) -> Tensor:
+        """The numbers of a place, ``(rows,)``; places are asked for in order."""
+        if place % _DRAWN_AT_ONCE == 0:
+            drawn = [
+                torch.rand(_DRAWN_AT_ONCE, generator=generator, dtype=torch.float64)
+                for generator in self._generators
+            ]
+            self._drawn = torch.stack(drawn).to(self._device)
+        return self._drawn[:, place % _DRAWN_AT_ONCE]

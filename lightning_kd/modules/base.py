@@ -268,6 +268,7 @@ class DistillationModule(StudentModule):
         self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
         means = {f"{stage}/{name}": reduced.means[name] for name in self._evaluation.terms}
         self.log_dict(means, sync_dist=True)
+        self.log(f"{stage}/tokens", float(reduced.tokens), sync_dist=True)
         self._log_distribution(stage, self.eval_distribution)
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> None:

@@ -29,8 +29,10 @@ def ids(tokenizer, text):
 
 def test_completions_end_with_one_eos_and_prompts_with_none(tokenizer):
     assert encode_prompts(["ab"], tokenizer) == [ids(tokenizer, "ab")]
-    assert encode_completions(["ab", ""], tokenizer) == [[*ids(tokenizer, "ab"), EOS], [EOS]]
-    assert encode_completions(["a<eos>b"], tokenizer) == [[*ids(tokenizer, "a"), EOS]]
+    both = encode_completions(["ab", ""], tokenizer)
+    assert [c.ids for c in both] == [[*ids(tokenizer, "ab"), EOS], [EOS]]
+    (cut,) = encode_completions(["a<eos>b"], tokenizer)
+    assert cut.ids == [*ids(tokenizer, "a"), EOS]
 
 
 def test_a_chat_is_split_before_the_last_answer(chat):
@@ -42,11 +44,11 @@ def test_a_chat_is_split_before_the_last_answer(chat):
     ]
     # The template of the fixture writes the role's first letter; 'u' is not among the letters.
     messages = [m | {"role": m["role"]} for m in messages]
-    ((prompt, completion, text, reference),) = encode_chats([messages], chat, ["row"])
-    assert text == "ubc<eos>ad<eos>ue<eos>a"
-    assert completion == [*ids(chat, "fg"), EOS]
-    assert prompt[-1] == ids(chat, "a")[0]
-    assert reference == "fg"
+    (row,) = encode_chats([messages], chat, ["row"])
+    assert row.prompt_text == "ubc<eos>ad<eos>ue<eos>a"
+    assert row.completion == [*ids(chat, "fg"), EOS]
+    assert row.prompt[-1] == ids(chat, "a")[0]
+    assert row.completion_text == "fg"
 
 
 @pytest.mark.parametrize(

@@ -97,13 +97,13 @@ def test_lists_come_as_json_whatever_else_is_in_them():
 
 def test_optional_columns_are_text_or_nothing():
     rows = [{"prompt": "a"}] * 2500 + [{"prompt": "b", "completion": "c"}]
-    loaded = load_rows(jsonl("a.jsonl", *rows), {"prompt": str}, optional=("completion",))
+    loaded = load_rows(jsonl("a.jsonl", *rows), {"prompt": str}, optional={"completion": str})
     assert [loaded[0]["completion"], loaded[2500]["completion"]] == [None, "c"]
     wrong = jsonl("b.jsonl", {"prompt": "a", "completion": 5})
     with pytest.raises(
         ValueError, match=r"b\.jsonl:1: column 'completion' must be text, got int 5"
     ):
-        load_rows(wrong, {"prompt": str}, optional=("completion",))
+        load_rows(wrong, {"prompt": str}, optional={"completion": str})
 
 
 def test_a_directory_has_the_splits_of_its_files():

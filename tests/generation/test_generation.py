@@ -1,7 +1,12 @@
 import pytest
 import torch
 
-from lightning_kd.generation import GenerationOptions, completion_mask, generate
+from lightning_kd.generation import (
+    GenerationOptions,
+    SamplingOptions,
+    completion_mask,
+    generate,
+)
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
 BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 2)]))
@@ -72,6 +77,8 @@ def test_the_first_eos_belongs_to_the_completion_also_where_pad_is_eos():
     ("name", "value", "expected"),
     [
         ("max_new_tokens", 0, "1 or more"),
+        ("max_new_tokens", 10**9, "at most 16,777,216"),
+        ("num_beams", 10**6, "at most 1,000"),
         ("temperature", -1.0, "0 \\(greedy\\) or more"),
         ("top_k", -1, "0 \\(keep all\\)"),
         ("top_p", 0.0, "above 0"),
@@ -87,3 +94,36 @@ def test_wrong_options_are_refused(name, value, expected):
 def test_beam_search_without_the_engine_that_has_it_is_refused():
     with pytest.raises(ValueError, match="no beam search; choose auto or transformers"):
         GenerationOptions(num_beams=2, engine="cached")
+
+
+@pytest.mark.parametrize("engine", ["cached", "transformers"])
+def test_completions_beyond_the_model_s_positions_are_refused_before_the_first_token(
+    tokenizer, engine
+):
+    model = tiny_llama(0, max_position_embeddings=64)  # the longest prompt has 5 tokens
+    refused = "max_new_tokens is 60 and the longest prompt here has 5 tokens, .* 64 positions"
+    with pytest.raises(ValueError, match=refused):
+        generate(
+            model,
+            tokenizer,
+            *PROMPTS,
+            GenerationOptions(max_new_tokens=60, engine=engine),
+            seeds=SEEDS,
+        )
+    written = generate(
+        model,
+        tokenizer,
+        *PROMPTS,
+        GenerationOptions(max_new_tokens=59, engine=engine),
+        seeds=SEEDS,
+    )
+    assert written.ids.shape[1] <= 59
+    with pytest.raises(ValueError, match=r"max_new_tokens is 59 .* 32 positions"):
+        generate(
+            model,
+            tokenizer,
+            *PROMPTS,
+            SamplingOptions(max_new_tokens=59),
+            seeds=SEEDS,
+            mixed_with=(tiny_llama(1, max_position_embeddings=32), 0.2),
+        )

@@ -18,6 +18,7 @@ from transformers import (
 
 from lightning_kd.generation import GenerationOptions, SamplingOptions, sample
 from lightning_kd.generation.completions import Completions
+from lightning_kd.generation.sampler import _Uniforms
 from lightning_kd.models import LoRA
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
@@ -300,3 +301,69 @@ def test_parts_join_to_what_they_were():
     assert torch.equal(joined.ids, whole.ids)
     assert torch.equal(joined.log_probs, whole.log_probs)
     assert torch.equal(joined.ended, whole.ended)
+
+
+def test_joined_parts_are_filled_up_with_padding_and_log_probs_with_zero():
+    """The padding is no zero here, and no log-probability is: neither can stand for the other."""
+    short = Completions(
+        torch.tensor([[4, 1]]), torch.ones(1, 2, dtype=torch.bool), *torch.full((2, 1, 2), -0.5), T
+    )
+    long = Completions(
+        torch.tensor([[5, 6, 7, 8]]),
+        torch.ones(1, 4, dtype=torch.bool),
+        *torch.full((2, 1, 4), -0.25),
+        ~T,
+    )
+    joined = Completions.join([short, long], pad_id=9)
+    assert joined.ids.tolist() == [[4, 1, 9, 9], [5, 6, 7, 8]]
+    assert joined.mask.tolist() == [[True, True, False, False], [True] * 4]
+    assert joined.log_probs.tolist() == [[-0.5, -0.5, 0.0, 0.0], [-0.25] * 4]
+    assert joined.sampling_log_probs.tolist() == [[-0.5, -0.5, 0.0, 0.0], [-0.25] * 4]
+    assert joined.ended.tolist() == [True, False]
+
+
+T = torch.tensor([True])
+
+
+@torch.no_grad()
+def test_greedy_log_probs_are_those_at_temperature_1():
+    model = tiny_llama(0).eval()
+    written = sample(
+        [(model, 1.0)], *PROMPTS, GenerationOptions(max_new_tokens=6), seeds=range(6), **ENDS
+    )
+    for row, (prompt, mask) in enumerate(zip(*PROMPTS, strict=True)):
+        prompt, completion = prompt[mask.bool()], written.ids[row][written.mask[row]]
+        logits = model(torch.cat([prompt, completion])[None]).logits[0, len(prompt) - 1 : -1]
+        expected = logits.log_softmax(-1).max(-1).values
+        got = written.log_probs[row][written.mask[row]]
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_a_limit_that_is_never_reached_takes_no_memory():
+    """Without a limit of positions a model may be given any; its random numbers do not change."""
+    config = BloomConfig(vocab_size=6, hidden_size=16, n_layer=1, n_head=2, eos_token_id=1)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    prompts = torch.full((3, 2), 2)
+    few, many = (
+        sample(
+            [(model, 1.0)],
+            prompts,
+            torch.ones_like(prompts),
+            SamplingOptions(max_new_tokens=count),
+            seeds=range(3),
+            **ENDS,
+        )
+        for count in (200, 2**24)
+    )
+    assert few.ended.all()
+    assert torch.equal(few.ids, many.ids)
+
+
+def test_random_numbers_do_not_depend_on_how_many_are_drawn_at_once():
+    numbers = _Uniforms([5, 6], torch.device("cpu"))
+    drawn = torch.stack([numbers.at(place) for place in range(600)], 1)
+    for row, seed in enumerate((5, 6)):
+        generator = torch.Generator().manual_seed(seed)
+        expected = torch.rand(600, generator=generator, dtype=torch.float64)
+        assert torch.equal(drawn[row], expected)

@@ -1,0 +1,72 @@
+"""Rows that ``predict`` wrote: their token ids, whether they ended, and whose tokens they are."""
+
+import hashlib
+import json
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.data.sources import WHERE
+
+PROMPT_IDS = "prompt_ids"
+"""Column with the tokens of the prompt, as the model read them."""
+COMPLETION_IDS = "completion_ids"
+"""Column with the tokens of the completion, its EOS included where it ended."""
+ENDED = "ended"
+"""Column that is false where a completion was cut at its longest."""
+FINGERPRINT = "tokenizer_fingerprint"
+"""Column with :func:`tokenizer_fingerprint` of the tokenizer that the ids belong to."""
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of which token each id stands for.
+
+    Example:
+        >>> from lightning_kd.data import arithmetic_tokenizer
+        >>> tokenizer_fingerprint(arithmetic_tokenizer())
+        'c74d1c17e6a0c8f8'
+    """
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+    return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=8).hexdigest()
+
+
+def given_ids(
+    columns: dict[str, list[Any]], name: str, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int] | None]:
+    """Token ids of a column of rows, None where a row has none.
+
+    Args:
+        columns: Some rows, with the columns ``name`` and :data:`FINGERPRINT`, if there are any.
+        name: :data:`PROMPT_IDS` or :data:`COMPLETION_IDS`.
+        tokenizer: The one that the ids must belong to.
+
+    Raises:
+        ValueError: If the ids are another tokenizer's, nobody's, or none of this tokenizer.
+    """
+    if not any(columns.get(name, ())):
+        return [None] * len(columns[WHERE])
+    ours, size = tokenizer_fingerprint(tokenizer), max(tokenizer.get_vocab().values()) + 1
+    result: list[list[int] | None] = []
+    for text, theirs, where in zip(
+        columns[name], columns[FINGERPRINT], columns[WHERE], strict=True
+    ):
+        if text is None:
+            result.append(None)
+            continue
+        if theirs != ours:
+            whose = "no tokenizer_fingerprint" if theirs is None else f"tokenizer {theirs}"
+            raise ValueError(
+                f"{where}: column {name!r} has token ids, but of {whose}, and data.tokenizer is "
+                f"{ours}: they may stand for other tokens. Use the tokenizer that wrote them, or set "
+                "data.use_token_ids: false to tokenize the texts"
+            )
+        ids = json.loads(text)
+        wrong = [i for i in ids if type(i) is not int or not 0 <= i < size]
+        if wrong:
+            raise ValueError(
+                f"{where}: column {name!r} has {wrong[0]!r}, which is no token of the tokenizer: its "
+                f"ids go from 0 to {size - 1}. Leave the row out, or set data.use_token_ids: false "
+                "to tokenize the texts"
+            )
+        result.append(ids)
+    return result
