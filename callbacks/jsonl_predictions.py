@@ -7,14 +7,28 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
+from lightning_kd.data.generated import (
+    COMPLETION_IDS,
+    ENDED,
+    FINGERPRINT,
+    PROMPT_IDS,
+    tokenizer_fingerprint,
+)
 from lightning_kd.generation import Completions
 from lightning_kd.modules import DistillationModule
 from lightning_kd.types import FILLER_ROW, Batch
 
 
 class JsonlPredictions(Callback):
-    """Write one JSON object per row: ``row``, ``prompt``, ``completion``, and ``reference`` if any.
+    """Write one JSON object per row of ``predict``.
+
+    Its columns: ``row``; the texts ``prompt``, ``completion`` and, if any, ``reference``;
+    ``prompt_ids`` and ``completion_ids``, the tokens that the model read and wrote, its EOS included;
+    ``ended``, false where the completion was cut at its longest; and ``tokenizer_fingerprint``, which
+    says whose tokens they are. :class:`~lightning_kd.data.PromptCompletionData` trains on these
+    tokens, and on an EOS only where there is one.
 
     Each rank writes its own part as it goes; at the end the first rank joins them in row order, so
     the file does not depend on the number of ranks and is never half written.
@@ -25,9 +39,12 @@ class JsonlPredictions(Callback):
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
         self.path = Path(path)
+        self._fingerprint = ""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start an empty part."""
+        assert isinstance(pl_module, DistillationModule)
+        self._fingerprint = tokenizer_fingerprint(pl_module.tokenizer)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("", encoding="utf-8")
 
@@ -43,6 +60,8 @@ class JsonlPredictions(Callback):
         """Append a batch to this rank's part."""
         assert isinstance(pl_module, DistillationModule)
         texts = outputs.texts(pl_module.tokenizer)
+        prompts = _real(batch["prompt_ids"], batch["prompt_mask"].bool())
+        completions, ended = _real(outputs.ids, outputs.mask), outputs.ended.tolist()
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, (row, text) in enumerate(zip(batch["row"].tolist(), texts, strict=True)):
                 if row == FILLER_ROW:
@@ -54,6 +73,10 @@ class JsonlPredictions(Callback):
                 }
                 if batch.get("completion"):
                     record["reference"] = batch["completion"][index]
+                record[PROMPT_IDS] = prompts[index]
+                record[COMPLETION_IDS] = completions[index]
+                record[ENDED] = ended[index]
+                record[FINGERPRINT] = self._fingerprint
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -73,3 +96,9 @@ class JsonlPredictions(Callback):
 
     def _part(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.rank{rank}")
+
+
+def _real(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """The tokens of each row without its padding."""
+    pairs = zip(ids.cpu(), mask.cpu(), strict=True)
+    return [row[kept].tolist() for row, kept in pairs]

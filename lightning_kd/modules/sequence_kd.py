@@ -12,9 +12,10 @@ from lightning_kd.strategies import shard_mesh
 class SequenceKD(SFT):
     r"""Maximum likelihood of completions that the teacher wrote.
 
-    Two commands: ``predict`` lets the *teacher* complete the prompts and writes them as JSONL with
-    the columns ``prompt`` and ``completion``; ``fit`` on that file trains the student,
-    :math:`\ell_t = -\log q(\hat y_t \mid \hat y_{<t}, x)` with :math:`\hat y \sim p(\cdot \mid x)`.
+    Two commands: ``predict`` lets the *teacher* complete the prompts and writes texts and tokens as
+    JSONL; ``fit`` on that file trains the student,
+    :math:`\ell_t = -\log q(\hat y_t \mid \hat y_{<t}, x)` with :math:`\hat y \sim p(\cdot \mid x)`,
+    on the tokens as the teacher wrote them: an end is learned only where the teacher ended.
 
     Args:
         teacher: Writes the completions; only ``predict`` loads it.
