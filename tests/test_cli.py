@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_kd.data import arithmetic_tokenizer
+from lightning_kd.data import PromptCompletionData, arithmetic_tokenizer
 from tests.command_line import CONFIGS, DEBUG, EXPECTED_WARNINGS, QUIET, SMALL, fit, run, scalars
 from tests.toys import tiny_llama
 
@@ -127,17 +127,33 @@ def test_baby_llama_on_ones_own_text(cli, tmp_path):
     assert {"val/forward_kl", "val/perplexity"} <= set(scalars("runs").Tags()["scalars"])
 
 
-def test_sequence_kd_in_two_commands(cli, teacher, capsys):
-    prompts = [{"prompt": f"{a}21+654="} for a in range(5)]
+@pytest.mark.parametrize("num_beams", [5, 1])
+def test_sequence_kd_in_two_commands(cli, teacher, num_beams):
+    """What is trained on is what transformers writes by itself, with no end that it did not write."""
+    prompts = [{"prompt": f"{a}{b}1+654="} for a in range(9) for b in range(3)]
     Path("prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
     config = ["--config", CONFIGS / "sequence_kd.yaml", *DEBUG, *QUIET]
     config += ["--data.tokenizer", teacher, "--model.teacher.name_or_path", teacher]
     config += ["--model.student.config", SMALL, "--model.generation.max_new_tokens", 4]
+    config += ["--model.generation.num_beams", num_beams]
     cli("predict", *config, "--data.predict", "prompts.jsonl", "--predictions.path", "w.jsonl")
     written = [json.loads(line) for line in Path("w.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in written] == [row["prompt"] for row in prompts]
-    cli("fit", *config, "--data.train", "w.jsonl")
-    assert Path("runs/version_1/student/model.safetensors").exists()
+    tokenizer, model = arithmetic_tokenizer(), AutoModelForCausalLM.from_pretrained(teacher)
+    data = PromptCompletionData(tokenizer=tokenizer, train="w.jsonl").rows("train")
+    ended = []
+    for number, row in enumerate(prompts):
+        ids = torch.tensor([tokenizer(row["prompt"])["input_ids"]])
+        options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False}
+        by_itself = model.generate(ids, **options, eos_token_id=1, pad_token_id=0)[0].tolist()
+        end = by_itself.index(1) + 1 if 1 in by_itself else len(by_itself)
+        assert data.example(number, 0).input_ids == by_itself[:end]
+        ended.append(1 in by_itself)
+    assert [row["ended"] for row in written] == ended
+    assert set(ended) == {True, False}
+    if num_beams == 5:
+        cli("fit", *config, "--data.train", "w.jsonl")
+        assert Path("runs/version_1/student/model.safetensors").exists()
 
 
 ON_POLICY = {

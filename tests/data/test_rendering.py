@@ -1,0 +1,101 @@
+"""A chat template is a program that came from elsewhere: it ends, within time and memory."""
+
+import json
+import os
+import resource
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from lightning_kd.data import ChatData
+from lightning_kd.data.rendering import RenderLimits, render_chats
+from tests.toys import letter_tokenizer
+
+CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c\u20ac\n"}]
+PLAIN = (
+    "{% for m in messages %}{{ m.role }}: {{ m['content'] | trim }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SMALL = RenderLimits(seconds=1, megabytes=200, characters=100_000)
+
+
+def with_template(template):
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_it_renders_what_transformers_does():
+    tokenizer = with_template(PLAIN)
+    chats = [CHAT, [CHAT[0], CHAT[1], CHAT[0], CHAT[1]]]
+    expected = [
+        (
+            tokenizer.apply_chat_template(chat[:-1], tokenize=False, add_generation_prompt=True),
+            tokenizer.apply_chat_template(chat, tokenize=False),
+        )
+        for chat in chats
+    ]
+    assert render_chats(chats, tokenizer, ["a", "b"]) == expected
+    assert expected[0][1] == "user: ab<eos>assistant: c\u20ac<eos>"
+
+
+ENDLESS = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+ATTACKS = {
+    "nested loops": (ENDLESS, "more than 1 seconds"),
+    "a power": ("{{ 9**(9**9) }}", "more than 1 seconds"),
+    "a repeated string": ("{{ 'a' * 10**10 }}", "needs more than 200 MB"),
+    "a padded string": ("{{ 'a' | center(10**10) }}", "needs more than 200 MB"),
+    "a formatted number": ("{{ '%10000000000d' | format(1) }}", "needs more than 200 MB"),
+    "a string doubled": (
+        "{% set n = namespace(s='ab') %}{% for i in range(60) %}"
+        "{% set n.s = n.s ~ n.s %}{% endfor %}",
+        "needs more than 200 MB",
+    ),
+    "calls of itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    "long text": ("{{ 'a' * 100001 }}", "renders more than 100,000 characters"),
+    "an error": ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_it_ends_in_bounded_time_and_memory_and_names_the_row(attack):
+    template, message = ATTACKS[attack]
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(ValueError, match=rf"file:1: the chat template .*{message}"):
+        render_chats([CHAT, CHAT], with_template(template), ["file:1", "file:2"], SMALL)
+    assert time.monotonic() - start < 30  # three times the limit, and a busy machine
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # in KB
+    with pytest.raises(ChildProcessError):  # no child is left
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_the_chat_that_takes_too_long_is_named_not_the_first():
+    template = f"{{% if messages[0]['content'] == 'b' %}}{ENDLESS}{{% endif %}}{PLAIN}"
+    chats = [CHAT, [CHAT[0] | {"content": "b"}, CHAT[1]], CHAT]
+    with pytest.raises(ValueError, match="file:2: the chat template takes more than 1 seconds"):
+        render_chats(chats, with_template(template), ["file:1", "file:2", "file:3"], SMALL)
+
+
+def test_a_thread_that_is_not_the_main_one_is_no_way_around(monkeypatch):
+    said = []
+
+    def render():
+        try:
+            render_chats([CHAT], with_template(ENDLESS), ["file:1"], SMALL)
+        except ValueError as error:
+            said.append(str(error))
+
+    thread = threading.Thread(target=render)
+    thread.start()
+    thread.join(60)
+    assert "takes more than 1 seconds" in said[0]
+
+
+def test_chats_of_a_data_module_are_rendered_so(monkeypatch):
+    monkeypatch.setattr("lightning_kd.data.rendering.RenderLimits", lambda: SMALL)
+    Path("chats.jsonl").write_text(json.dumps({"messages": CHAT}))
+    data = ChatData(tokenizer=with_template(ENDLESS), train="chats.jsonl")
+    with pytest.raises(ValueError, match=r"chats\.jsonl:1: the chat template takes more than"):
+        data.rows("train")
