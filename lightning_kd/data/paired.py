@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
+from lightning_kd.data.plain_text import PackedTextData
 from lightning_kd.data.plan import RolloutPlan
-from lightning_kd.data.text import PackedTextData
 from lightning_kd.types import Batch
 
 

@@ -1,0 +1,128 @@
+"""Data modules for plain text: documents alone, or packed into blocks."""
+
+from typing import Any
+
+import datasets
+
+from lightning_kd.data.datamodule import Split
+from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
+from lightning_kd.data.loader import Rows
+from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
+from lightning_kd.data.sources import load_rows
+from lightning_kd.data.text import TextData
+from lightning_kd.seeding import run_seed
+
+
+class PlainTextData(TextData):
+    """Data modules of documents, each framed as the tokenizer frames a text.
+
+    A document begins with what the tokenizer puts there (BOS, or nothing). Names of special tokens
+    in a text are read as those tokens.
+
+    Args:
+        text_column: Column of the text; a ``.txt`` file is one document.
+        add_eos: Whether each document ends with an EOS, which is trained on and scored; one, also
+            where the tokenizer appends it. False for pieces of text that end nowhere.
+        strip: Whether white space at both ends of a document is left out.
+        base: The options of :class:`TextData`.
+    """
+
+    def __init__(
+        self, *, text_column: str = "text", add_eos: bool = True, strip: bool = False, **base: Any
+    ) -> None:
+        super().__init__(**base)
+        self.text_column, self.add_eos, self.strip = text_column, add_eos, strip
+
+    def load(self, split: Split) -> datasets.Dataset | None:
+        """The documents of a split, as text."""
+        path = self.paths[split]
+        if path is None:
+            return None
+        columns: dict[str, type] = dict.fromkeys([self.text_column, *self.extra_columns], str)
+        return load_rows(path, columns, split=split, subset=self.subset)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Tokens of documents."""
+        texts = [text.strip() for text in texts] if self.strip else texts
+        return encode_documents(texts, self.tokenizer, add_eos=self.add_eos)
+
+
+class DocumentData(PlainTextData):
+    """Plain text, one document in a row and no other beside it; every token is trained on.
+
+    For models that read each text from its beginning, and to score texts one by one. A batch is as
+    wide as its longest document.
+
+    Args:
+        max_length: Longest document, in tokens, with what the tokenizer adds.
+        truncation: What happens to longer ones: ``error``, ``drop``, or ``right`` (cut the end, and
+            with it the EOS). Counted and logged.
+        base: The options of :class:`PlainTextData`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_length: int = 1024,
+        truncation: TruncationPolicy = "error",
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        if truncation == "left":
+            raise ValueError(
+                "truncation is 'left', which cuts prompts, and a document has none; choose error, "
+                "drop or right"
+            )
+        if max_length < 2:
+            raise ValueError(
+                f"max_length is {max_length}; it must be 2 or more, for one token to predict another"
+            )
+        self.limit = LengthLimit(max_length, truncation=truncation)
+
+    def rows(self, split: Split) -> Rows | None:
+        """Documents of a split."""
+        raw = self.load(split)
+        if raw is None:
+            return None
+
+        def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
+            return [Encoded([], ids) for ids in self.encode(columns[self.text_column])]
+
+        return EncodedRows(raw, encode, self.limit, self.extra_columns)
+
+
+class PackedTextData(PlainTextData):
+    """Plain text, joined and cut into blocks of equal length; every token is trained on.
+
+    Blocks begin and end anywhere in a document, and a model sees the document before. To keep
+    documents apart, use :class:`DocumentData`.
+
+    Args:
+        block_length: Tokens of a block.
+        base: The options of :class:`PlainTextData`, without ``extra_columns``: a block has parts of
+            several documents.
+
+    Raises:
+        ValueError: If there are extra columns.
+    """
+
+    def __init__(self, *, block_length: int = 128, **base: Any) -> None:
+        super().__init__(**base)
+        if self.extra_columns:
+            raise ValueError(
+                f"extra_columns is {self.extra_columns}, but a block of packed text has parts of "
+                "several rows; leave it out, or use DocumentData"
+            )
+        self.block_length = block_length
+
+    def rows(self, split: Split) -> Rows | None:
+        """Blocks of a split; training blocks start elsewhere in each pass."""
+        raw = self.load(split)
+        if raw is None:
+            return None
+        texts = (rows[self.text_column] for rows in raw.iter(ROWS_AT_ONCE))
+        tokens = pack(ids for some in texts for ids in self.encode(some))
+        return PackedRows(tokens, self.block_length, run_seed() if split == "train" else None)
