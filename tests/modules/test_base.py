@@ -62,13 +62,14 @@ def test_loggers_see_the_same_names():
     fit = trainer(max_steps=1, limit_val_batches=1.0)
     fit.fit(kd(), datamodule=BatchList(cut(8), evaluate=cut(4)))
     both = {
-        *("loss", "cross_entropy", "divergence", "perplexity", "forward_kl", "reverse_kl"),
-        *("top1_agreement", "student_entropy", "teacher_entropy"),
+        *("loss", "tokens", "cross_entropy", "divergence", "perplexity", "forward_kl"),
+        *("reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy"),
     }
     assert set(fit.callback_metrics) == (
         {f"{stage}/{name}" for stage in ("train", "val") for name in both}
-        | {"train/tokens", "train/lr", "train/grad_norm"}
+        | {"train/lr", "train/grad_norm"}
     )
+    assert fit.callback_metrics["val/tokens"].item() == sum(c for _, c in LENGTHS)
     assert fit.callback_metrics["train/tokens"].item() == sum(c for _, c in LENGTHS)
 
 
