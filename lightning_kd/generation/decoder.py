@@ -1,8 +1,6 @@
 """A causal language model that reads its prompts once and then one token at a time."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.generation.cache import can_drop_rows, with_room
+from lightning_kd.models.modes import evaluating
+
+__all__ = ["Decoder", "evaluating"]
 
 
 class Decoder:
@@ -75,20 +76,3 @@ class Decoder:
         self.forwarded += ids.numel()
         logits: Tensor = output.logits[:, -1]
         return logits if logits.dtype == torch.float64 else logits.float()
-
-
-@contextmanager
-def evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """Models in evaluation mode; afterwards every part is in the mode it was in.
-
-    In evaluation mode there is no dropout, and gradient checkpointing, which would switch the cache
-    off, stands still.
-    """
-    modes = [(part, part.training) for model in models for part in model.modules()]
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training

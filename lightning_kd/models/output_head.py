@@ -1,8 +1,9 @@
 """The output head of a model, apart from the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,14 +12,24 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_kd.evaluation import Projection
-from lightning_kd.strategies import gathered_copy, is_released
+from lightning_kd.models.modes import evaluating
+from lightning_kd.strategies import gathered_copy, is_released, shape_of
 
 _SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": float,  # Cohere
     "logits_scaling": lambda value: 1 / value,  # Granite
     "lm_head_multiplier": float,  # Falcon-H1
+    "output_multiplier": float,
 }
 """What configurations call the factor on their logits."""
+
+_SOFTCAPS = (
+    "final_logit_softcapping",  # Gemma
+    "logits_soft_cap",  # RecurrentGemma
+    "output_logit_soft_cap",  # xLSTM
+    "softcap",
+)
+"""What they call the bound of their logits."""
 
 
 class UnsupportedHeadError(ValueError):
@@ -40,7 +51,8 @@ class OutputHead:
         if base is not self.module:
             adapter: Any = self.module
             for name in adapter.active_adapters if not adapter.disable_adapters else ():
-                low = adapter.lora_A[name](adapter.lora_dropout[name](states))
+                down = adapter.lora_A[name]
+                low = down(adapter.lora_dropout[name](states.to(down.weight.dtype)))
                 factors.append((low * adapter.scaling[name], _whole(adapter.lora_B[name].weight)))
         bias = getattr(base, "bias", None)
         bias = None if bias is None else _whole(bias)
@@ -51,50 +63,153 @@ class OutputHead:
 
     @contextmanager
     def bypassed(self) -> Iterator[list[Tensor]]:
-        """While this is open, the head hands on its hidden states; they are in the list."""
+        """While this is open, the head hands on its hidden states; they are in the list.
+
+        Raises:
+            RuntimeError: If the model has written over them, for it may do so with logits.
+        """
         seen: list[Tensor] = []
+        versions: list[int] = []
 
         def hand_on(states: Tensor) -> Tensor:
             seen.append(states)
+            if not torch.is_grad_enabled():
+                return states.clone()
+            # Not a copy: FSDP2 waits for the gradient of what a model returns.
+            versions.append(states._version)
             return states
 
-        before = self.module.__dict__.get("forward")
-        self.module.forward = hand_on
-        try:
+        with _in_place_of(self.module, hand_on):
             yield seen
-        finally:
-            del self.module.forward
-            if before is not None:
-                self.module.forward = before
+        if versions and [states._version for states in seen] != versions:
+            raise RuntimeError(
+                "the model writes over its logits in place, which it did not when its output head "
+                "was looked at; use model.logits: DenseLogits"
+            )
 
 
 def find_head(model: PreTrainedModel) -> OutputHead:
-    """The head of a model, which has been seen to give the model's own logits on a few tokens.
+    """Find out what a model makes of its last hidden states, on a few tokens.
+
+    The head is given known hidden states and compared with its product; then the model is given
+    known logits, and what it makes of them is compared with every scale and soft cap that its
+    configuration declares. So nothing depends on how large its own logits are.
 
     Raises:
-        UnsupportedHeadError: If there is no such head.
+        UnsupportedHeadError: If the model does anything else to its logits.
     """
     core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
     module = core.get_output_embeddings()
     _check_kind(module)
-    ids = torch.arange(8, device=module.weight.device)[None] % core.config.vocab_size
-    trains = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            expected = model(input_ids=ids, use_cache=False).logits[0]
-            heads = [OutputHead(module, s, c) for s, c in _candidates(core.config)]
-            for head in heads:
-                with head.bypassed() as seen:
-                    model(input_ids=ids, use_cache=False)
-                if len(seen) == 1 and _equals(head.project(seen[0][0]), expected):
-                    return head
-    finally:
-        model.train(trains)
+    ids = torch.arange(8, device=module.weight.device)[None] % shape_of(module.weight)[0]
+    probe = _Probe(module)
+    with evaluating(model), torch.no_grad(), _in_place_of(module, probe):
+        logits = model(input_ids=ids, use_cache=False).logits
+    if probe.is_understood:
+        for scale, softcap in _candidates(core.config.get_text_config(), core.config):
+            if probe.becomes(logits, scale, softcap):
+                return OutputHead(module, scale, softcap)
     raise UnsupportedHeadError(
         f"{type(core).__name__} makes its logits in a way that its output head and its "
         "configuration do not explain"
     )
+
+
+class _Probe:
+    """Stands in for a head once: compares it with its product, and gives known logits instead.
+
+    Args:
+        module: The head, with its own ``forward``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.forward = module, module.forward
+        self.calls = 0
+        self.is_linear = False
+
+    def __call__(self, states: Tensor) -> Tensor:
+        """Look at the head; hand on the known logits."""
+        self.calls += 1
+        own = self.forward(states)
+        with torch.autocast(states.device.type, enabled=False):
+            self.is_linear = self._is_linear(states)
+        # Float32 also in a narrow model, where roundings would hide a scale or a wide soft cap.
+        self.known = _ramp(own.shape).to(own.device, torch.promote_types(own.dtype, torch.float32))
+        self.handed_on = self.known.clone()
+        return self.handed_on
+
+    @property
+    def is_understood(self) -> bool:
+        """Is the head a product that the model asks for once, and does not write over?"""
+        return self.calls == 1 and self.is_linear and torch.equal(self.handed_on, self.known)
+
+    def becomes(self, logits: Tensor, scale: float, softcap: float | None) -> bool:
+        """Has the model scaled and capped the known logits, and done nothing else?"""
+        if logits.shape != self.known.shape:
+            return False
+        expected = self.known.double() * scale
+        if softcap is not None:
+            expected = softcap * (expected / softcap).tanh()
+        rounded = logits.dtype != self.known.dtype or scale != 1 or softcap is not None
+        tolerance = 8 * torch.finfo(logits.dtype).eps * expected.abs() if rounded else 0.0
+        # Entry by entry: one that is infinite, or not a number, is no other one's excuse.
+        return bool(((logits.double() - expected).abs() <= tolerance).all())
+
+    def _is_linear(self, like: Tensor) -> bool:
+        """Is the head its product, bias and adapter, for small logits and for large ones?"""
+        head, weight = OutputHead(self.module), self.module.weight
+        assert isinstance(weight, Tensor)  # _check_kind has looked
+        draws = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(weight)
+        rows = draws.reshape(-1, draws.shape[-1])
+        sizes = _bound(head.project(rows)).amax(-1, keepdim=True)
+        wanted = 4.0 ** (torch.arange(len(rows), device=like.device) % 8)[:, None]
+        rows = (rows * (wanted / sizes.clamp(min=1e-30))).to(weight)
+        found = self.forward(rows.reshape(like.shape)).reshape(len(rows), -1)
+        projection = head.project(rows)
+        expected = torch.empty(found.shape, dtype=projection.dtype, device=found.device)
+        projection.fill(slice(0, len(rows)), expected)
+        finite = expected.isfinite()
+        if not torch.equal(found[~finite].to(expected), expected[~finite]):
+            return False
+        size = expected.where(finite, 0.0)
+        error = (found - expected).where(finite, 0.0)
+        # A result is rounded once, or twice with an adapter; its sum adds up in a wider type.
+        once, summed = (torch.finfo(tensor.dtype).eps for tensor in (found, expected))
+        of_entries = 2 * once * size.abs() + (once / 8 + 64 * summed) * _bound(projection)
+        of_rows = (4 * once + 64 * summed) * size.norm(dim=-1)
+        return bool((error.abs() <= of_entries).all() and (error.norm(dim=-1) <= of_rows).all())
+
+
+def _ramp(shape: torch.Size) -> Tensor:
+    """Logits of every size up to 4096, of both signs, and 0; each token has several of them."""
+    powers = 2.0 ** torch.arange(-6, 13)
+    steps = torch.cat([-powers.flip(0), torch.zeros(1), powers])
+    rows, width = shape[:-1].numel(), shape[-1]
+    places = 11 * torch.arange(rows)[:, None] + 7 * torch.arange(width)
+    return steps[places % len(steps)].reshape(shape)
+
+
+def _bound(projection: Projection) -> Tensor:
+    """What the logits cannot exceed, by the norms of states and weights; without the bias: (N, V)."""
+    norms = [
+        torch.linalg.vector_norm(states, dim=-1, dtype=projection.dtype)[:, None]
+        * torch.linalg.vector_norm(weight, dim=-1, dtype=projection.dtype)
+        for states, weight in projection.factors
+    ]
+    return torch.stack(norms).sum(0)
+
+
+@contextmanager
+def _in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While this is open, a module's forward pass is another function."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def _check_kind(module: nn.Module | None) -> None:
@@ -112,24 +227,16 @@ def _check_kind(module: nn.Module | None) -> None:
             raise UnsupportedHeadError("the adapter of its output head is a variant, or merged")
 
 
-def _candidates(config: PretrainedConfig) -> Iterator[tuple[float, float | None]]:
-    """Scales and soft caps to try, what the configuration declares first.
-
-    Small random logits do not tell a soft cap from none, and would not be small for long.
-    """
-    softcap = getattr(config, "final_logit_softcapping", None)
-    declared = [f(getattr(config, name)) for name, f in _SCALES.items() if getattr(config, name, 0)]
-    for scale in (*declared, 1.0):
-        yield scale, softcap
+def _candidates(*configs: PretrainedConfig) -> Iterator[tuple[float, float | None]]:
+    """Scales and soft caps that configurations declare, and none."""
+    scales = [f(v) for name, f in _SCALES.items() for v in _declared(configs, name)]
+    softcaps = [float(value) for name in _SOFTCAPS for value in _declared(configs, name)]
+    return product((*scales, 1.0), (*softcaps, None))
 
 
-def _equals(projection: Projection, expected: Tensor) -> bool:
-    own = torch.empty(projection.shape, dtype=projection.dtype, device=expected.device)
-    projection.fill(slice(0, len(own)), own)
-    if own.shape != expected.shape:
-        return False
-    tolerance = 16 * torch.finfo(expected.dtype).eps * max(1.0, expected.abs().max().item())
-    return bool((own - expected).abs().max() <= tolerance)
+def _declared(configs: Sequence[PretrainedConfig], name: str) -> list[float]:
+    values = [getattr(config, name, None) for config in configs]
+    return [value for value in values if isinstance(value, int | float) and value]
 
 
 def _under_autocast(states: Tensor) -> bool:

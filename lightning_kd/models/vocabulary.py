@@ -17,7 +17,8 @@ the softmax, which is right where the ids agree and the surplus is padding (Qwen
 def vocabulary_size(model: PreTrainedModel) -> int:
     """Width of the model's logits."""
     head = model.get_output_embeddings()
-    return int(model.config.vocab_size if head is None else shape_of(head.weight)[0])
+    text = model.config.get_text_config()  # a composite configuration has no vocabulary itself
+    return int(text.vocab_size if head is None else shape_of(head.weight)[0])
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
