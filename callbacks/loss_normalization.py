@@ -1,5 +1,6 @@
 """What a loss was divided by, and what another division would have made of it."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -11,8 +12,10 @@ from torch import Tensor
 
 from lightning_kd.callbacks.gradient_audit import audit_window
 from lightning_kd.callbacks.publishing import publish
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
+from lightning_kd.modules.loss import EvaluatedTerm
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.strategies import divides_first
 from lightning_kd.types import Batch
@@ -28,8 +31,11 @@ _FIELDS = (
     "weight_max",
     "real_tokens",
     "padded_tokens",
+    "own_sum",
+    "disagreements",
 )
 _COLUMN = {name: column for column, name in enumerate(_FIELDS)}
+_TERM_FIELDS = ("weight", "tokens")
 
 
 class LossNormalizationDiagnostics(Callback):
@@ -39,7 +45,8 @@ class LossNormalizationDiagnostics(Callback):
     ``count``                   what the step was divided by, over all ranks and micro-batches
     ``tokens``, ``sequences``   what was scored
     ``loss_token`` ...          the loss under each normalization (under `constant` where it is
-                                the module's, which knows the length)
+                                the module's, which knows the length); terms with one of their own
+                                keep it
     ``sequence_over_token``     ratio of two of them
     ``weight_min``, ``_max``    effective weight of a token in the loss
     ``padding_share``           share of the batch that is padding
@@ -48,8 +55,9 @@ class LossNormalizationDiagnostics(Callback):
     ``mean_of_means_error``     relative error of the loss, had each micro-batch been divided by its
                                 own count and the means averaged
     ``<term>/weight``           total effective weight of a term: its coefficient, for a plain mean
-    ``<term>/denominator``      what its plain sum over tokens is in effect divided by
-    ``terms_agree``             1 where all terms are divided alike
+    ``<term>/denominator``      what its plain sum over its own tokens is in effect divided by; not
+                                for a term with coefficient 0
+    ``terms_agree``             1 where all terms are over the same tokens and divided alike
     ==========================  ===============================================================
 
     Token and sequence normalization differ exactly by how length and loss go together:
@@ -185,10 +193,12 @@ class LossNormalizationDiagnostics(Callback):
         scored = lengths > 0
         some = weights[scored] if scored.any() else weights.new_tensor([torch.nan])
         means = losses / lengths.clamp(min=1)
-        positions = module.micro_batch.positions
-        terms = [
-            (term.row_weights * (term.stream or positions).tokens_per_row).sum()
-            for term in module.micro_batch.terms.values()
+        terms = module.micro_batch.terms
+        own = [weighted(t.coefficient * t.count_ratio, t.sum) for t in terms.values() if t.is_own]
+        of_terms = [
+            value
+            for name in module.terms
+            for value in (_weight(terms[name]), terms[name].positions.tokens_per_row.sum())
         ]
         record = [
             module.normalization.count(lengths),
@@ -201,7 +211,9 @@ class LossNormalizationDiagnostics(Callback):
             some.max(),
             batch["attention_mask"].sum(),
             torch.tensor(batch["attention_mask"].numel(), device=lengths.device),
-            *terms,
+            torch.stack(own).sum() if own else losses.new_zeros(()),
+            torch.tensor(not _agree(list(terms.values())), device=lengths.device),
+            *of_terms,
         ]
         self._records.append(torch.stack([value.double() for value in record]))
         self._rows.append((lengths[scored], means[scored]))
@@ -223,6 +235,23 @@ class LossNormalizationDiagnostics(Callback):
         self._records, self._rows = [], []
 
 
+def _weight(term: EvaluatedTerm) -> Tensor:
+    """What the term's tokens weigh together before the division, its coefficient aside."""
+    return (term.count_ratio * term.row_weights * term.positions.tokens_per_row).sum()
+
+
+def _agree(terms: Sequence[EvaluatedTerm]) -> bool:
+    """Do all terms of the loss give the same tokens the same weights?"""
+    first, *others = [term for term in terms if term.coefficient != 0] or [terms[0]]
+    return all(
+        torch.equal(term.positions.mask, first.positions.mask)
+        and torch.allclose(
+            term.count_ratio * term.row_weights, first.count_ratio * first.row_weights
+        )
+        for term in others
+    )
+
+
 def window_statistics(records: Tensor, module: DistillationModule) -> dict[str, Tensor]:
     """What is logged of one optimizer step, from a row of numbers for each micro-batch and rank."""
     total = {name: records[:, column].sum() for name, column in _COLUMN.items()}
@@ -231,31 +260,35 @@ def window_statistics(records: Tensor, module: DistillationModule) -> dict[str, 
     )
     counts = records[:, _COLUMN["count"]]
     sums = records[:, _COLUMN["weighted_sum"]]
-    loss = total["weighted_sum"] / count
-    mean_of_means = (sums / counts.clamp(min=1)).mean()
+    own = total["own_sum"] / count
+    loss = total["weighted_sum"] / count + own
+    mean_of_means = (sums / counts.clamp(min=1)).mean() + own
     by_token, by_sequence = total["token_sum"] / tokens, total["sequence_sum"] / sequences
+    by_batch = total["token_sum"] / sequences
     mean_length = tokens / sequences
     logs = {
         "count": total["count"],
         "tokens": total["tokens"],
         "sequences": total["sequences"],
-        "loss_token": by_token,
-        "loss_sequence": by_sequence,
-        "loss_batch": total["token_sum"] / sequences,
-        "sequence_over_token": by_sequence / by_token,
+        "loss_token": by_token + own,
+        "loss_sequence": by_sequence + own,
+        "loss_batch": by_batch + own,
+        "sequence_over_token": (by_sequence + own) / (by_token + own),
         "weight_min": records[:, _COLUMN["weight_min"]].nan_to_num(torch.inf).min() / count,
         "weight_max": records[:, _COLUMN["weight_max"]].nan_to_num(-torch.inf).max() / count,
         "padding_share": 1 - total["real_tokens"] / total["padded_tokens"],
-        "length_loss_covariance": total["token_sum"] / sequences - mean_length * by_sequence,
+        "length_loss_covariance": by_batch - mean_length * by_sequence,
         "count_min": counts.min(),
         "count_max": counts.max(),
         "mean_of_means_error": (mean_of_means - loss).abs() / loss.abs(),
     }
     if isinstance(module.normalization, ConstantLength):
-        logs["loss_constant"] = total["token_sum"] / (sequences * module.normalization.max_length)
-    shares = records[:, len(_FIELDS) :].sum(0) / count
-    logs["terms_agree"] = (shares == shares[0]).all().double()
-    for name, share in zip(module.terms, shares, strict=True):
-        logs[f"{name}/weight"] = module.micro_batch.terms[name].coefficient * share
-        logs[f"{name}/denominator"] = total["tokens"] / share
+        logs["loss_constant"] = by_batch / module.normalization.max_length + own
+    logs["terms_agree"] = (total["disagreements"] == 0).double()
+    of_terms = records[:, len(_FIELDS) :].sum(0).reshape(len(module.terms), len(_TERM_FIELDS))
+    for name, (weight, of_term) in zip(module.terms, of_terms, strict=True):
+        coefficient = module.micro_batch.terms[name].coefficient
+        logs[f"{name}/weight"] = coefficient * weight / count
+        if coefficient != 0:
+            logs[f"{name}/denominator"] = of_term * count / weight
     return logs

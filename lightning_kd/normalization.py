@@ -131,6 +131,16 @@ _BY_NAME: dict[str, type[Normalization]] = {
 }
 
 
+def divisor(count: Tensor) -> Tensor:
+    """What sums are divided by: the count, or 1 where nothing was scored, so that 0/0 is 0.
+
+    Example:
+        >>> divisor(torch.tensor([3.0, 0.0]))
+        tensor([3., 1.])
+    """
+    return torch.where(count > 0, count, torch.ones_like(count))
+
+
 def make_normalization(normalization: Normalization | str) -> Normalization:
     """Build a normalization from its name, or hand an instance back.
 

@@ -67,27 +67,38 @@ def whitening_statistics(values: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([chosen.sum(), chosen.square().sum(), mask.sum().double()])
 
 
-def group_means(groups: Tensor, pool_rewards: Tensor, pool_groups: Tensor) -> Tensor:
-    """The mean reward of each completion's group: what a group-centered advantage subtracts.
+def leave_one_out(
+    rewards: Tensor, groups: Tensor, pool_rewards: Tensor, pool_groups: Tensor
+) -> Tensor:
+    r"""Rewards minus the mean of the other completions of the group: unbiased advantages.
 
-    Advantages are not divided by the group's standard deviation, which would weigh easy and hard
-    prompts differently (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
+    A mean that has the completion itself in it would shrink the gradient by :math:`(G-1)/G`. A
+    completion that is alone in its group has no baseline: its advantage is its reward. Advantages
+    are not divided by the group's standard deviation, which would weigh easy and hard prompts
+    differently (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
 
     Args:
-        groups: The group of each completion, ``(n,)``.
+        rewards: Of completions that are in the pool, ``(n,)``.
+        groups: Their groups, ``(n,)``.
         pool_rewards: Rewards of all completions, on all ranks, ``(m,)``.
         pool_groups: Their groups, ``(m,)``.
 
     Returns:
-        ``(n,)``; 0 for a group that is not in the pool.
+        ``(n,)``.
+
+    References:
+        Kool et al., *Buy 4 REINFORCE Samples, Get a Baseline for Free!*, 2019.
 
     Example:
-        >>> group_means(torch.tensor([7, 8]), torch.tensor([1.0, 0.0, 5.0]), torch.tensor([7, 7, 8]))
-        tensor([0.5000, 5.0000])
+        >>> rewards, groups = torch.tensor([3.0, 0.0, 1.0, 5.0]), torch.tensor([7, 7, 7, 8])
+        >>> leave_one_out(rewards, groups, rewards, groups)
+        tensor([ 2.5000, -2.0000, -0.5000,  5.0000])
     """
     same = groups[:, None] == pool_groups
-    means: Tensor = (same * pool_rewards).sum(-1) / same.sum(-1).clamp(min=1)
-    return means
+    others = same.sum(-1) - 1
+    baselines = ((same * pool_rewards).sum(-1) - rewards) / others.clamp(min=1)
+    advantages: Tensor = torch.where(others > 0, rewards - baselines, rewards)
+    return advantages
 
 
 class Surrogate(ABC):

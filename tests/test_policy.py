@@ -7,7 +7,7 @@ from lightning_kd.policy import (
     ImportanceSampling,
     PPOClip,
     discounted_returns,
-    group_means,
+    leave_one_out,
     tokens_left,
     whiten,
     whitening_statistics,
@@ -69,10 +69,17 @@ def test_equal_values_whiten_to_zero():
     assert whiten(values, mask, whitening_statistics(values, mask)).abs().sum() == 0
 
 
-def test_group_means_use_all_ranks():
-    own = torch.tensor([3, 5])
-    means = group_means(own, torch.tensor([1.0, 0.0, 2.0, 7.0]), torch.tensor([3, 3, 3, 5]))
-    assert means.tolist() == [1.0, 7.0]
+def test_the_baseline_is_the_mean_of_the_others_on_all_ranks():
+    """This rank has the first, second and last of the pool; rank 1 the rest of their groups."""
+    pool = torch.tensor([1.0, 0.0, 2.0, 7.0, 4.0], dtype=torch.float64)
+    groups = torch.tensor([3, 3, 3, 5, 6])
+    own = [0, 1, 4]
+    got = leave_one_out(pool[own], groups[own], pool, groups)
+    assert got.tolist() == [1 - (0 + 2) / 2, 0 - (1 + 2) / 2, 4]
+    everyone = leave_one_out(pool, groups, pool, groups)
+    assert everyone[:3].sum().abs() < 1e-15
+    # A group mean with the completion itself is the same, times (G - 1) / G.
+    torch.testing.assert_close(everyone[:3] * 2 / 3, pool[:3] - pool[:3].mean())
 
 
 RATIOS = torch.tensor([0.5, 0.9, 1.0, 1.1, 3.0], dtype=torch.float64)

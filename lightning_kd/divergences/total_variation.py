@@ -30,6 +30,8 @@ class TotalVariation(Divergence):
         ACL 2023. https://arxiv.org/abs/2307.15190
     """
 
+    order = 1
+
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
         """``sum |p - q| / 2``."""
         return 0.5 * (teacher_log_probs.exp() - student_log_probs.exp()).abs().sum(-1)

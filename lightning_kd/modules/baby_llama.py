@@ -1,10 +1,15 @@
 """BabyLlama: distillation from an ensemble of teachers."""
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lightning_kd.modules.kd import SupervisedKD
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.normalization import BatchMean
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
 
@@ -19,12 +24,23 @@ class BabyLlama(SupervisedKD):
 
     with :math:`z` the student's logits and :math:`\bar u` the mean of the teachers'.
 
-    ``kl_scale="batchmean"`` reproduces the official code, which divides the cross-entropy by the
-    number of labels but the KL by the number of rows (``KLDivLoss(reduction="batchmean")`` on
-    ``(B, T, V)``), and which also scores the last token of a row, which has no label. The KL of a row
-    is then a sum over its tokens: on blocks of 128 tokens it weighs about 128 times more than with
-    ``token``, so a learning rate does not carry over. Padding, which the official code also scores,
-    stays out.
+    ``kl_scale="batchmean"`` reproduces the scale of the official code, which divides the cross-entropy
+    by the number of labels but the KL by the number of rows (``KLDivLoss(reduction="batchmean")`` on
+    ``(B, T, V)``), and which also scores tokens that have no label, the last one of a row among them.
+    Over the :math:`R` rows of an optimizer step that have a label, with :math:`T_b` real tokens and
+    :math:`N` labels in all,
+
+    .. math:: L = \alpha\,CE + (1 - \alpha)\,\tau^2\, \frac{1}{R} \sum_b \sum_{t \le T_b} KL_{b,t}
+
+    where the ``normalization`` is that of the cross-entropy alone: :math:`\frac1N\sum` (``token``, the
+    official code), the mean of the rows' means (``sequence``, the same on blocks of one length), or
+    the mean of the rows' sums (``batch``). On blocks of 128 tokens the KL weighs about 128 times more
+    than with ``token``, so a learning rate does not carry over. Padding, which the official code also
+    scores, stays out.
+
+    The official scale has two counts, labels and rows, and the ratio of both must be known before
+    the backward pass. With ``token`` that is so only where a step is one micro-batch; with
+    ``accumulate_grad_batches`` above 1 it is refused.
 
     Args:
         alpha: Weight of cross-entropy against the KL, in [0, 1].
@@ -60,6 +76,46 @@ class BabyLlama(SupervisedKD):
             return super().positions(batch)
         return ScoredPositions.everywhere(batch["labels"], batch["attention_mask"])
 
-    def row_scale(self, positions: ScoredPositions) -> Tensor | None:
-        """For ``batchmean``, a row's labels, which turns its mean over tokens into a sum."""
-        return None if self.kl_scale == "token" else positions.tokens_per_row
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Give the batch the ratio of the step's two counts, where rows do not tell it.
+
+        Raises:
+            ValueError: If it is not known before the other micro-batches of the step are seen.
+        """
+        super().on_train_batch_start(batch, batch_idx)
+        if self.kl_scale == "token" or isinstance(self.normalization, BatchMean):
+            return
+        if self.trainer.accumulate_grad_batches > 1:
+            raise ValueError(
+                f"kl_scale batchmean divides the KL by rows, normalization {self.normalization!r} "
+                "the cross-entropy by another count, and accumulate_grad_batches is "
+                f"{self.trainer.accumulate_grad_batches}: the ratio of the counts is not known "
+                "before the last micro-batch. Set model.normalization: sequence (the same loss on "
+                "blocks of one length), or accumulate_grad_batches: 1"
+            )
+        self.book_count_ratio([batch], LabeledRows())
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """Cross-entropy and KL; for ``batchmean``, the latter with a normalization of its own."""
+        terms = dict(super().loss_terms(batch, scores))
+        if self.kl_scale == "batchmean":
+            terms["divergence"] = replace(
+                terms["divergence"],
+                normalization=LabeledRows(),
+                count_ratio=self._count_ratio(batch),
+            )
+        return terms
+
+    def _count_ratio(self, batch: Batch) -> Tensor | float:
+        if isinstance(self.normalization, BatchMean):  # counts every row alike
+            return self.normalization.count(torch.ones(1)).item()
+        # An evaluation has no gradient to scale.
+        return batch["count_ratio"][0] if "count_ratio" in batch else 1.0
+
+
+class LabeledRows(BatchMean):
+    """Sum over the scored tokens of each row that has a label, mean over these rows."""
+
+    def row_weights(self, tokens_per_row: Tensor) -> Tensor:
+        """1 for a row with a label, 0 for any other."""
+        return (tokens_per_row > 0).double()

@@ -20,12 +20,13 @@ from lightning_kd.modules.loss import (
     LossTerm,
     MicroBatch,
     Scores,
+    by_name,
     evaluate,
     weigh,
 )
 from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
 from lightning_kd.modules.student import StudentModule
-from lightning_kd.normalization import Normalization, make_normalization
+from lightning_kd.normalization import Normalization, divisor, make_normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import clip_gradients, divides_first, gradient_norm
@@ -90,7 +91,7 @@ class DistillationModule(StudentModule):
 
     @abstractmethod
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``."""
+        """The loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``, by its name."""
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The loss on validation and test data; the same, unless a method says otherwise."""
@@ -132,7 +133,8 @@ class DistillationModule(StudentModule):
         )
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
-        evaluation = self._evaluate(scores, self.loss_terms(batch, scores), metrics)
+        terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
+        evaluation = self._evaluate(scores, terms, metrics)
         self.micro_batch = evaluation.micro_batch
         self._window.add(weigh(self.micro_batch, self.normalization))
         return evaluation.total * self._close_step() if self._divides_first else evaluation.total
@@ -170,7 +172,8 @@ class DistillationModule(StudentModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
         scores = self.score(batch)
-        terms = self.evaluation_loss(batch, scores)
+        names = self._evaluation.terms
+        terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)
         evaluation = self._evaluate(scores, terms, self.eval_distribution)
         self._evaluation.add(weigh(evaluation.micro_batch, self.normalization))
 
@@ -244,6 +247,31 @@ class DistillationModule(StudentModule):
         """The sum of a tensor over all ranks, on every rank."""
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
 
+    def step_counts(self, batches: Sequence[Batch], normalization: Normalization) -> Tensor:
+        """Counts of the optimizer steps that consecutive micro-batches make, ``(steps,)``, float64.
+
+        Args:
+            batches: This rank's, of one or several steps; all ranks call it together.
+            normalization: Counts.
+        """
+        counts = [normalization.count(self.positions(batch).tokens_per_row) for batch in batches]
+        steps = torch.stack(counts).reshape(-1, self.trainer.accumulate_grad_batches).sum(-1)
+        return self.sum_over_ranks(steps)
+
+    def book_count_ratio(self, batches: Sequence[Batch], own: Normalization) -> None:
+        """Give the rows of whole optimizer steps their ``count_ratio`` for a term's own normalization.
+
+        Args:
+            batches: This rank's micro-batches, changed in place; all ranks call it together.
+            own: The term's normalization.
+        """
+        ratios = divisor(self.step_counts(batches, self.normalization)) / divisor(
+            self.step_counts(batches, own)
+        )
+        for number, batch in enumerate(batches):
+            ratio = ratios[number // self.trainer.accumulate_grad_batches]
+            batch["count_ratio"] = ratio.expand(len(batch["row"]))
+
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1 - taken) % every == 0
@@ -266,12 +294,15 @@ class DistillationModule(StudentModule):
         reduced = self._evaluation.close(self.sum_over_ranks)
         # All ranks have the same means already; sync_dist tells Lightning that this is known.
         self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
+        shown = self._log_distribution(stage, self.eval_distribution)
+        # Lightning would average two values of one name. The distribution's means the same in every
+        # run; the term of that name is the loss.
         means = {f"{stage}/{name}": reduced.means[name] for name in self._evaluation.terms}
-        self.log_dict(means, sync_dist=True)
+        self.log_dict({k: v for k, v in means.items() if k not in shown}, sync_dist=True)
         self.log(f"{stage}/tokens", float(reduced.tokens), sync_dist=True)
-        self._log_distribution(stage, self.eval_distribution)
 
-    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> None:
+    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         self.log_dict(values, sync_dist=stage != "train")
         metrics.reset()
+        return set(values)

@@ -3,13 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.evaluation import CrossEntropy, Matching
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher import TeacherModule, require_positive
-from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
 
 
@@ -18,10 +15,11 @@ class SupervisedKD(TeacherModule):
 
     With student :math:`q`, teacher :math:`p`, both at temperature :math:`\tau` inside the divergence:
 
-    .. math:: \ell_t = \alpha\,(-\log q(y_t)) + (1 - \alpha)\,\tau^2 D(p^\tau_t, q^\tau_t)
+    .. math:: \ell_t = \alpha\,(-\log q(y_t)) + (1 - \alpha)\,\tau^k D(p^\tau_t, q^\tau_t)
 
-    The gradient of a softened divergence shrinks as :math:`1/\tau^2`; the factor keeps its size
-    against the cross-entropy.
+    The gradient of a softened divergence shrinks as :math:`1/\tau^k`; the factor keeps its size
+    against the cross-entropy. :math:`k` is the divergence's
+    :attr:`~lightning_kd.divergences.Divergence.order`: 2 for all but the total variation, whose is 1.
 
     Args:
         divergence: A registered name (``forward_kl``, ``generalized_jsd``, ...) or a
@@ -70,11 +68,6 @@ class SupervisedKD(TeacherModule):
             "cross_entropy": LossTerm(CrossEntropy(scores.positions.targets), self.alpha),
             "divergence": LossTerm(
                 softened,
-                (1 - self.alpha) * self.temperature**2,
-                self.row_scale(scores.positions),
+                (1 - self.alpha) * self.temperature**self.divergence.order,
             ),
         }
-
-    def row_scale(self, positions: ScoredPositions) -> Tensor | None:
-        """A further weight of the divergence in each row, where a paper has one."""
-        return None

@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.evaluation import LogitSource, Quantity, TeacherLogits
 from lightning_kd.models import Logits
-from lightning_kd.normalization import Normalization
+from lightning_kd.normalization import Normalization, divisor
 from lightning_kd.scoring import ScoredPositions
 
 
@@ -24,25 +24,31 @@ class Scores:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One named part of a loss: what it is at a position, and what it weighs."""
+    """One named part of a loss: what it is at a position, and what it weighs.
+
+    Raises:
+        ValueError: If it is over other data than the batch's and has no normalization of its own.
+    """
 
     quantity: Quantity
     """Nats at each scored position."""
     coefficient: float = 1.0
     """Weight of the term in the loss."""
-    row_scale: Tensor | None = None
-    """A further factor for every position of a row, ``(B,)``; only where a paper weighs a term so."""
+    normalization: Normalization | None = None
+    """Its own, where a method divides its terms differently; None for the module's."""
+    count_ratio: Tensor | float = 1.0
+    """For a normalization of its own: the count of the optimizer step under the module's
+    normalization, over that under its own, ``()``. All gradients are divided by the former."""
     scores: Scores | None = None
-    """For a term over other data than the batch's; ``row_scale`` is then the whole weight of its
-    tokens before the division."""
+    """For a term over other data than the batch's."""
 
-    def row_weights(self, scored: ScoredPositions, normalization: Normalization) -> Tensor:
-        """What each token of a row weighs before the coefficient and the division: ``(B,)``."""
-        if self.scores is None:
-            weights = normalization.row_weights(scored.tokens_per_row)
-        else:
-            weights = torch.ones_like(self.scores.positions.tokens_per_row, dtype=torch.float64)
-        return weights if self.row_scale is None else weights * self.row_scale
+    def __post_init__(self) -> None:
+        """Check that the count of the step knows of the term's tokens."""
+        if self.scores is not None and self.normalization is None:
+            raise ValueError(
+                "a term over other data than the batch's is not in the count of the step; give it "
+                "a normalization of its own and the count_ratio"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,19 +58,29 @@ class EvaluatedTerm:
     values: Tensor
     """Nats at each scored position, ``(N,)``."""
     coefficient: float
-    row_scale: Tensor | None
+    positions: ScoredPositions
+    """The batch's, or those of other data."""
     row_weights: Tensor
-    """What each token of a row weighs before the coefficient and the division, ``(B,)``."""
-    stream: ScoredPositions | None
-    """The positions of a term over other data than the batch's."""
+    """What each token of a row weighs before coefficient and division, ``(B,)``."""
+    count: Tensor
+    """What the micro-batch adds to the divisor of the term, ``()``."""
+    count_ratio: Tensor | float
+    """The count of the step over the term's own; 1 for the module's normalization."""
+    is_own: bool
+    """Has the term a normalization of its own?"""
+
+    @property
+    def sum(self) -> Tensor:
+        """The weighted sum of the values, ``()``, float64."""
+        return weighted(self.row_weights[self.positions.rows], self.values).sum()
 
 
 @dataclass(frozen=True)
 class WeightedSums:
     """The weighted sums of a micro-batch, not yet divided, without a gradient."""
 
-    sums: Tensor
-    """Loss and terms (without their coefficients), detached, ``(1 + terms,)``, float64."""
+    terms: Mapping[str, Tensor]
+    """For each term its sum, its sum times its coefficient and its count, ``(3,)``, float64."""
     count: Tensor
     """What the micro-batch adds to the divisor of the optimizer step, ``()``."""
     tokens: Tensor
@@ -81,16 +97,13 @@ class MicroBatch:
     def row_losses(self) -> Tensor:
         """The loss of each row, summed over its tokens, without any normalization: ``(B,)``.
 
-        Terms over other data have no part in it.
+        Terms with a normalization of their own have no part in it.
         """
         rows = self.positions.rows
         total = torch.zeros(len(self.positions.mask), dtype=torch.float64, device=rows.device)
         for term in self.terms.values():
-            if term.stream is not None:
-                continue
-            scale = 1.0 if term.row_scale is None else term.row_scale[rows]
-            values = weighted(term.coefficient, weighted(scale, term.values.double()))
-            total.index_add_(0, rows, values)
+            if not term.is_own:
+                total.index_add_(0, rows, weighted(term.coefficient, term.values.double()))
         return total
 
 
@@ -106,6 +119,30 @@ class Evaluation:
     """What was only looked at, ``(quantities, N)``."""
 
 
+def by_name(
+    terms: Mapping[str, LossTerm], names: Sequence[str], method: str
+) -> dict[str, LossTerm]:
+    """Put terms in the order of their names.
+
+    Args:
+        terms: As a method returned them.
+        names: As the method's class states them.
+        method: For the message.
+
+    Raises:
+        ValueError: If a term is missing or is not one of the names.
+    """
+    missing = [name for name in names if name not in terms]
+    unknown = [name for name in terms if name not in names]
+    if missing or unknown:
+        raise ValueError(
+            f"the loss of {method} has the terms {sorted(terms)}, the class states "
+            f"{sorted(names)}: missing {missing}, unknown {unknown}. Return one LossTerm for each "
+            "name, with coefficient 0 where there is nothing to add"
+        )
+    return {name: terms[name] for name in names}
+
+
 def evaluate(
     logits: Logits,
     scores: Scores,
@@ -119,17 +156,24 @@ def evaluate(
         logits: How logits come about.
         scores: Of the batch.
         terms: The loss.
-        normalization: Gives each row its weight.
+        normalization: Gives each row its weight in the terms without one of their own.
         watched: Quantities at the batch's positions that are not part of the loss.
     """
-    row_weights = {n: t.row_weights(scores.positions, normalization) for n, t in terms.items()}
+    row_weights = {
+        name: (term.normalization or normalization).row_weights(
+            (term.scores or scores).positions.tokens_per_row
+        )
+        for name, term in terms.items()
+    }
 
     def one_pass(
         stream: Scores, names: list[str], also: Sequence[Quantity]
     ) -> tuple[Tensor, Tensor]:
         # A term without weight needs no gradient, which is most of its cost.
         weights = [
-            (terms[name].coefficient * row_weights[name])[stream.positions.rows]
+            (terms[name].coefficient * terms[name].count_ratio * row_weights[name])[
+                stream.positions.rows
+            ]
             if terms[name].coefficient != 0
             else None
             for name in names
@@ -141,21 +185,23 @@ def evaluate(
 
     own = [name for name, term in terms.items() if term.scores is None]
     total, values = one_pass(scores, own, watched)
-    by_name = dict(zip(own, values, strict=False))
+    values_of = dict(zip(own, values, strict=False))
     for name, term in terms.items():
         if term.scores is not None:
-            part, (by_name[name],) = one_pass(term.scores, [name], ())
+            part, (values_of[name],) = one_pass(term.scores, [name], ())
             total = total + part
-    evaluated = {
-        name: EvaluatedTerm(
-            by_name[name],
-            term.coefficient,
-            term.row_scale,
-            row_weights[name],
-            None if term.scores is None else term.scores.positions,
+    evaluated = {}
+    for name, term in terms.items():
+        positions = (term.scores or scores).positions
+        evaluated[name] = EvaluatedTerm(
+            values=values_of[name],
+            coefficient=term.coefficient,
+            positions=positions,
+            row_weights=row_weights[name],
+            count=(term.normalization or normalization).count(positions.tokens_per_row),
+            count_ratio=term.count_ratio,
+            is_own=term.normalization is not None,
         )
-        for name, term in terms.items()
-    }
     return Evaluation(total, MicroBatch(scores.positions, evaluated), values[len(own) :])
 
 
@@ -165,13 +211,12 @@ def weigh(micro_batch: MicroBatch, normalization: Normalization) -> WeightedSums
     The sums are float64, so that their order (which a different cut into micro-batches changes)
     does not show.
     """
-    scored, terms = micro_batch.positions, micro_batch.terms.values()
-    sums = [weighted(t.row_weights[(t.stream or scored).rows], t.values).sum() for t in terms]
-    total = torch.stack(
-        [weighted(t.coefficient, s) for t, s in zip(terms, sums, strict=True)]
-    ).sum()
+    scored = micro_batch.positions
     return WeightedSums(
-        sums=torch.stack([total, *sums]),
+        terms={
+            name: torch.stack([term.sum, weighted(term.coefficient, term.sum), term.count])
+            for name, term in micro_batch.terms.items()
+        },
         count=normalization.count(scored.tokens_per_row),
         tokens=scored.tokens_per_row.sum(),
     )
@@ -181,7 +226,7 @@ class LossSums:
     """Sums over the micro-batches of one optimizer step, or of one evaluation.
 
     Args:
-        terms: Names of the terms, in the order they are added.
+        terms: Names of the terms.
     """
 
     def __init__(self, terms: tuple[str, ...]) -> None:
@@ -190,7 +235,8 @@ class LossSums:
 
     def add(self, loss: WeightedSums) -> None:
         """Add a micro-batch; nothing is copied off its device."""
-        row = torch.cat([torch.stack([loss.count.double(), loss.tokens.double()]), loss.sums])
+        head = torch.stack([loss.count.double(), loss.tokens.double()])
+        row = torch.cat([head, *(loss.terms[name] for name in self.terms)])
         self._sums = row if self._sums is None else self._sums + row
 
     def clear(self) -> None:
@@ -205,11 +251,14 @@ class LossSums:
         """
         if self._sums is None:
             raise RuntimeError("an optimizer step without a training_step: nothing was added up")
-        count, tokens, *sums = all_reduce(self._sums).tolist()
+        reduced = all_reduce(self._sums)
         self._sums = None
-        divisor = count if count > 0 else 1.0
-        means = dict(zip(("loss", *self.terms), (s / divisor for s in sums), strict=True))
-        return ReducedLoss(divisor, int(tokens), means)
+        sums, weighted, counts = reduced[2:].reshape(-1, 3).unbind(-1)
+        counts = divisor(counts)
+        step = torch.stack([divisor(reduced[0]), reduced[1], (weighted / counts).sum()])
+        count, tokens, loss = step.tolist()
+        means = dict(zip(self.terms, (sums / counts).tolist(), strict=True))
+        return ReducedLoss(count, int(tokens), {"loss": loss, **means})
 
 
 @dataclass(frozen=True)

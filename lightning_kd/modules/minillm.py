@@ -19,9 +19,10 @@ from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
+from lightning_kd.normalization import TokenMean, divisor
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import IGNORE_INDEX, Batch
+from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 
 class MiniLLM(PolicyGradientModule):
@@ -72,12 +73,15 @@ class MiniLLM(PolicyGradientModule):
 
     def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
         """Advantages from the rewards of the whole window, and what each step is divided by."""
+        super().prepare_rollouts(rollouts, options)
         statistics = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in rollouts:
             labeled = batch["labels"] != IGNORE_INDEX
             batch["advantages"] = self.objective.advantages(self._rewards(batch), labeled)
             statistics += whitening_statistics(batch["advantages"], labeled)
-        rows = torch.tensor(float(sum(len(batch["row"]) for batch in rollouts)), device=self.device)
+        # Padded whitening counts the tokens that a row has not: a dropped row is no row.
+        kept = torch.stack([(batch["row"] != FILLER_ROW).sum() for batch in rollouts])
+        rows = kept.sum(dtype=torch.float64)
         statistics, rows = self.sum_over_ranks(statistics), self.sum_over_ranks(rows)
         for batch in rollouts:
             batch["advantages"] = self._whitened(batch, statistics, rows.item(), options)
@@ -119,14 +123,10 @@ class MiniLLM(PolicyGradientModule):
 
     def _count_steps(self, rollouts: Sequence[Batch]) -> None:
         """What the optimizer steps of the window will be divided by, which the text term needs."""
-        cut_into = self.trainer.accumulate_grad_batches
-        counts = torch.stack([self._count(batch) for batch in rollouts])
-        steps = self.sum_over_ranks(counts.reshape(-1, cut_into).sum(-1))
+        steps = divisor(self.step_counts(rollouts, self.normalization))
         for number, batch in enumerate(rollouts):
-            batch["step_count"] = steps[number // cut_into].expand(len(batch["row"]))
-
-    def _count(self, batch: Batch) -> Tensor:
-        return self.normalization.count((batch["labels"] != IGNORE_INDEX).sum(-1))
+            count = steps[number // self.trainer.accumulate_grad_batches]
+            batch["step_count"] = count.expand(len(batch["row"]))
 
     def _language_modeling(self, batch: Batch) -> LossTerm:
         """The mean over the tokens of the second stream's micro-batches in the step."""
@@ -142,10 +142,5 @@ class MiniLLM(PolicyGradientModule):
             loss = Combination((loss, 1 - ratio), (TeacherCrossEntropy(), ratio))
         # Blocks of text are equally long, so every micro-batch of the step has as many tokens.
         cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        scale = batch["step_count"][0] / (len(targets) * cut_into)
-        return LossTerm(
-            loss,
-            self.text_coefficient,
-            row_scale=scale.expand(len(text["row"])),
-            scores=scores,
-        )
+        ratio_of_counts = batch["step_count"][0] / (len(targets) * cut_into)
+        return LossTerm(loss, self.text_coefficient, TokenMean(), ratio_of_counts, scores)

@@ -17,13 +17,20 @@ class OnPolicyDistillation(PolicyGradientModule):
     r"""A policy gradient whose reward, at each sampled token, is minus its reverse KL.
 
     .. math:: A_t = -c \sum_{k \ge t} \gamma^{k-t}
-        \bigl[\log \tilde q(y_k \mid y_{<k}) - \log p(y_k \mid y_{<k})\bigr]
-        \qquad \ell_t = -\rho_t A_t, \quad \rho_t = q(y_t) / \tilde q(y_t)
+        \bigl[\log q(y_k \mid y_{<k}) - \log p(y_k \mid y_{<k})\bigr]
+        \qquad \ell_t = -\rho_t A_t, \quad \rho_t = q_\theta(y_t) / \tilde p(y_t)
 
-    with :math:`\tilde q` the student that wrote the completion. The expected gradient is, with
-    :math:`\gamma = 0`, that of the summed reverse KL of the tokens, and with :math:`\gamma = 1` that
-    of the reverse KL between sequences. The advantage is neither centered nor whitened, as in the
-    reference; the ``batch`` normalization is the sum per sequence that these identities are about.
+    with :math:`q` the student as it was when the completion was sampled, at the training
+    temperature, and :math:`\tilde p` what the tokens were drawn from: :math:`q` itself, or its
+    mixture with the teacher where the callback has a ``mixture_alpha``. With ``passes`` or
+    ``steps_per_window`` above 1 the current student :math:`q_\theta` moves on; the ratio follows it,
+    the rewards stay those of :math:`q`.
+
+    On fresh rollouts without a mixture the expected gradient is, with :math:`\gamma = 0`, that of
+    the summed reverse KL of the tokens, and with :math:`\gamma = 1` that of the reverse KL between
+    sequences. With a mixture, each token is weighed exactly; how often a prefix is reached is left
+    to the mixture. The advantage is neither centered nor whitened, as in the reference; the
+    ``batch`` normalization is the sum per sequence that these identities are about.
 
     The full-vocabulary reverse KL has the same expected gradient as :math:`\gamma = 0` and a lower
     variance, for a pass over the vocabulary: that is :class:`GKD` with ``divergence: ReverseKL`` and
@@ -54,11 +61,11 @@ class OnPolicyDistillation(PolicyGradientModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The surrogate loss of each sampled token."""
-        written_by = self.sampled(batch, scores, "sampling_log_probs")
+        student = self.sampled(batch, scores, "log_probs")
         assert scores.teacher is not None  # score() put it there
         teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)
-        reverse_kl = written_by - teacher
-        advantages = self._returns(-self.kl_coefficient * reverse_kl, scores.positions)
+        rewards = -self.kl_coefficient * (student - teacher)
+        advantages = self._returns(rewards, scores.positions)
         return {"policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages))}
 
     def _returns(self, rewards: Tensor, positions: ScoredPositions) -> Tensor:

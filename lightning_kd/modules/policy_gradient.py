@@ -1,12 +1,14 @@
 """What methods share that learn from what the student itself has sampled."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, ReverseKL
 from lightning_kd.evaluation import (
+    CrossEntropy,
     Matching,
     Sweep,
     TeacherLogits,
@@ -14,11 +16,16 @@ from lightning_kd.evaluation import (
     TokenLoss,
     look,
 )
+from lightning_kd.generation import GenerationOptions
+from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, training
+from lightning_kd.models.sharding import any_process
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher import TeacherModule, require_positive
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
+
+Dropout = Literal["none", "configured"]
 
 
 class PolicyGradientModule(TeacherModule):
@@ -27,25 +34,86 @@ class PolicyGradientModule(TeacherModule):
     The callback :class:`~lightning_kd.callbacks.OnPolicyGeneration` brings them, with ``lmbda: 1``.
     Validation is on the data's completions, where it measures the reverse KL of every token.
 
+    Completions are sampled without dropout, so training steps are computed without it too: on fresh
+    rollouts the ratio of current and sampling probability is then exactly 1. The student stays in
+    training mode, for gradient checkpointing.
+
     Args:
         temperature: Of student and teacher in the loss; completions must be sampled at the same.
         surrogate: How a ratio and an advantage become a loss.
+        dropout: The student's in training steps: ``none``, or ``configured``, the probabilities of
+            its config and of its LoRA. With the latter a ratio compares a student under dropout
+            with the one that sampled, and the policy gradient is biased.
         base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 
     Raises:
-        ValueError: If the temperature is not positive.
+        ValueError: If the temperature is not positive or the choice for dropout unknown; in a run,
+            if the student's training mode differs from its evaluation mode by more than dropout.
     """
 
     needs_own_samples = True
     evaluation_terms = ("reverse_kl",)
 
     def __init__(
-        self, *, temperature: float = 1.0, surrogate: Surrogate | None = None, **base: Any
+        self,
+        *,
+        temperature: float = 1.0,
+        surrogate: Surrogate | None = None,
+        dropout: Dropout = "none",
+        **base: Any,
     ) -> None:
         super().__init__(**base)
         require_positive(temperature=temperature)
+        if dropout not in get_args(Dropout):
+            raise ValueError(f"unknown dropout {dropout!r}; choose one of {get_args(Dropout)}")
         self.temperature = temperature
+        self.dropout: Dropout = dropout
+        self._switched_off: list[Setting] = []
+        self._modes_compared = False
         self.surrogate = surrogate or ImportanceSampling()
+
+    def on_fit_start(self) -> None:
+        """Switch the student's dropout off, unless it is wanted."""
+        super().on_fit_start()
+        if self.dropout == "none":
+            self._switched_off += switch_off_dropout(self.student)
+
+    def on_fit_end(self) -> None:
+        """Give the student its dropout back."""
+        super().on_fit_end()
+        restore(self._switched_off)
+        self._switched_off = []
+
+    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+        """See, with the first window, that training steps compute what was sampled from.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        if self.dropout == "none" and not self._modes_compared:
+            self._compare_modes(rollouts[0])
+            self._modes_compared = True
+
+    def _compare_modes(self, batch: Batch) -> None:
+        """Compare the student's log-probabilities in training mode and in evaluation mode."""
+        positions = self.positions(batch)
+
+        def log_probs() -> Tensor:
+            student = self.logits.read(self.student, batch, positions)
+            return look(Sweep(student, None, [CrossEntropy(positions.targets)]))[0]
+
+        evaluated = log_probs()
+        with training(self.student):
+            trained = log_probs()
+        dtype = next(self.student.parameters()).dtype
+        differs = ((trained - evaluated).abs() > torch.finfo(dtype).eps ** 0.5).any()
+        if any_process(bool(differs), self.device):
+            raise ValueError(
+                f"dropout is none, but {type(self.student).__name__} gives tokens other "
+                "probabilities in training mode than in evaluation mode, in which it samples: it "
+                "has a source of noise that is not known here. Set it to 0 in the student's "
+                "config, or set model.dropout: configured to train with it on purpose"
+            )
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The reverse KL of student and teacher at each label."""

@@ -4,13 +4,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import GenerationOptions, completion_texts
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
-from lightning_kd.policy import PPOClip, Surrogate, group_means
+from lightning_kd.normalization import Normalization, make_normalization
+from lightning_kd.policy import PPOClip, Surrogate, leave_one_out
 from lightning_kd.rewards import RewardFunction
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
@@ -19,11 +21,32 @@ class RLDistillation(PolicyGradientModule):
     r"""Raise a reward of whole completions and stay close to a teacher.
 
     .. math:: \max_\theta\; E_{x}\Bigl[(1 - \alpha)\, E_{y \sim q} [r(y)]
-        - \alpha\, E_{y \sim q} \bigl[D(p \| q)(y | x)\bigr]\Bigr]
+        - \alpha\, E_{y \sim q} \bigl[D(p \| q)(y | x)\bigr]\Bigr],
+        \qquad D(p \| q)(y | x) = \frac{1}{|y|} \sum_t D(p_t \| q_t)
 
-    The reward's gradient is a policy gradient with the reward minus the mean of its prompt's group
-    (``group_size`` of the callback) as every token's advantage. At its first iteration the policy
-    gradient term is 0 under the ``sequence`` normalization; its gradient is not.
+    with no gradient through the sampling of the divergence. Over the :math:`B` completions
+    :math:`y_b` of a step the loss is
+
+    .. math:: L = \frac{1}{B} \sum_b \Bigl[(1 - \alpha) \sum_t -\rho_{b,t} A_b
+        + \frac{\alpha}{|y_b|} \sum_t D(p_{b,t} \| q_{b,t})\Bigr],
+        \qquad A_b = r(y_b) - \frac{1}{G - 1} \sum_{j \ne b} r(y_j)
+
+    where :math:`j` runs over the other completions of the same prompt (``group_size`` of the
+    callback). Its expected gradient is that of the objective (with PPO's clipping, on fresh
+    rollouts). A completion that is alone, or the only one of its group that was not dropped, has
+    no baseline: its advantage is its reward, which is as right and varies more. A masked completion
+    still counts in the baselines of the others.
+
+    The reward's term is summed over a completion, for the probability of a completion is a product
+    over its tokens, and the divergence is averaged over it. Each has a normalization of its own;
+    what the reward's becomes under another one:
+
+    - ``token`` divides the sum over all completions by all their tokens: up to a factor, the mean
+      length of the step, the direction is the same, and :math:`\alpha` weighs something else.
+    - ``sequence`` divides each completion's gradient by its length, so that short ones count for
+      more than they are likely. The term is then exactly 0 on fresh rollouts of groups of 2 or
+      more; its gradient is not.
+    - ``ConstantLength`` divides by a constant: :math:`\alpha` weighs something else.
 
     Args:
         rewards: Import paths of reward functions (:mod:`lightning_kd.rewards`), or the functions.
@@ -32,6 +55,8 @@ class RLDistillation(PolicyGradientModule):
         divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`. With a
             reward, the paper advises the reverse KL or the generalized JSD with ``beta`` 0.9.
         surrogate: PPO's clipped surrogate when not given.
+        normalization: What the divergence is divided by, and the loss in validation.
+        reward_normalization: What the reward's term is divided by.
         base: The options of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
 
     Raises:
@@ -52,9 +77,12 @@ class RLDistillation(PolicyGradientModule):
         alpha: float = 0.5,
         divergence: Divergence | str = "reverse_kl",
         surrogate: Surrogate | None = None,
+        normalization: Normalization | str = "sequence",
+        reward_normalization: Normalization | str = "batch",
         **base: Any,
     ) -> None:
-        super().__init__(surrogate=surrogate or PPOClip(), **base)
+        super().__init__(surrogate=surrogate or PPOClip(), normalization=normalization, **base)
+        self.reward_normalization = make_normalization(reward_normalization)
         if not rewards:
             raise ValueError(
                 "rewards is empty; name at least one, lightning_kd.rewards.exact_match"
@@ -68,29 +96,32 @@ class RLDistillation(PolicyGradientModule):
         self.alpha, self.divergence = alpha, make_divergence(divergence)
 
     def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
-        """Rewards of the window's completions, centered in their groups over all ranks."""
+        """Advantages of the window's completions in their groups, over all ranks."""
+        super().prepare_rollouts(rollouts, options)
         real = torch.cat([batch["row"] != FILLER_ROW for batch in rollouts])
         groups = torch.cat([batch["group"] for batch in rollouts])
         rewards = torch.cat([self._reward(batch) for batch in rollouts])
         pooled = self._of_all_ranks(torch.stack([rewards, groups.double(), real.double()]))
         pool = pooled[:, pooled[2] > 0]
-        baselines = group_means(groups, pool[0], pool[1].long())
+        advantages = leave_one_out(rewards, groups, pool[0], pool[1].long()) * real
         if len(set(pooled[1].tolist())) == pooled.shape[1]:
-            raise ValueError(
-                "every prompt has one completion, which is its own baseline, so that all "
-                "advantages are 0: give the callback OnPolicyGeneration a group_size of 2 or more"
+            rank_zero_warn(
+                "every prompt has one completion, and no baseline: its advantage is its reward, "
+                "which varies much. Give the callback OnPolicyGeneration a group_size of 2 or more"
             )
         self.log("train/reward", pool[0].mean() if pool.numel() else 0.0, prog_bar=True)
         sizes = [len(batch["row"]) for batch in rollouts]
-        centered = torch.split((rewards - baselines) * real, sizes)
-        for batch, advantages in zip(rollouts, centered, strict=True):
-            batch["advantages"] = advantages[:, None] * (batch["labels"] != IGNORE_INDEX)
+        for batch, of_rows in zip(rollouts, torch.split(advantages, sizes), strict=True):
+            batch["advantages"] = of_rows[:, None] * (batch["labels"] != IGNORE_INDEX)
+        self.book_count_ratio(rollouts, self.reward_normalization)
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The policy gradient of the reward and the divergence, at each sampled token."""
         reinforced = self.policy_gradient(batch, scores, self.sampled(batch, scores, "advantages"))
         return {
-            "policy_gradient": LossTerm(reinforced, 1 - self.alpha),
+            "policy_gradient": LossTerm(
+                reinforced, 1 - self.alpha, self.reward_normalization, batch["count_ratio"][0]
+            ),
             "divergence": LossTerm(self.matching(self.divergence), self.alpha),
         }
 

@@ -19,7 +19,6 @@ from lightning_kd.modules import (
     Paper,
     RLDistillation,
 )
-from lightning_kd.rewards import exact_match
 from lightning_kd.schedules import Linear
 from tests.callbacks.coin_and_rollouts import STEPS, run
 from tests.modules.harness import BatchList, Letters, trainer
@@ -318,7 +317,9 @@ def test_the_first_loss_of_a_centered_policy_gradient(normalization):
     def length(*, completions, **_):
         return [float(len(text)) for text in completions]
 
-    module = RLDistillation(**models(), rewards=[length], alpha=0.0, normalization=normalization)
+    module = RLDistillation(
+        **models(), rewards=[length], alpha=0.0, reward_normalization=normalization
+    )
     lightning, seen = fit(module, steps=1, batch_size=12, options={"group_size": 4})
     (batch,) = seen.batches
     lengths = batch["completion_mask"].sum(-1).double()
@@ -440,11 +441,6 @@ def two_teachers():
         ),
         (lambda: GKD(**models()), {"group_size": 3}, "4 rows .* group_size 3 does not divide"),
         (
-            lambda: RLDistillation(**models(), rewards=[exact_match]),
-            {},
-            "give the callback OnPolicyGeneration a group_size of 2",
-        ),
-        (
             lambda: RLDistillation(**models(), rewards=[lambda **_: [1.0]]),
             {"group_size": 2},
             "it must give one finite number for each",
@@ -464,6 +460,15 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(module, opti
     with pytest.raises(ValueError, match=message):
         fit(built, options=options)
     assert built.global_step == 0
+
+
+def test_completions_without_a_group_are_trained_on_with_a_warning():
+    """Their advantage is their reward: unbiased, and no baseline."""
+    module = RLDistillation(**models(), rewards=[lambda *, prompts, **_: [2.0] * len(prompts)])
+    with pytest.warns(UserWarning, match="Give the callback OnPolicyGeneration a group_size of 2"):
+        _, seen = fit(module, steps=1)
+    advantages = seen.batches[0]["advantages"]
+    assert torch.equal(advantages, 2.0 * (seen.batches[0]["labels"] != -100))
 
 
 def test_data_without_prompts_or_without_windows_are_refused():

@@ -47,6 +47,8 @@ METHODS = ["sft", "sequence_kd", "supervised_kd", "baby_llama", "baby_llama_batc
 NORMALIZATIONS = ["token", "sequence", "batch", "constant"]
 CLIPS = [None, 0.01]
 CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
+# The official scale of tokens and rows needs a step in one micro-batch.
+CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
 
 

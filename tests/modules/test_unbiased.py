@@ -1,11 +1,17 @@
 """The expected gradient of every estimator, by writing down all texts, against autograd."""
 
+import itertools
+import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.models import DenseLogits, SingleTeacher, Student
 from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, Paper, RLDistillation
+from lightning_kd.normalization import ConstantLength
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from tests.modules.harness import BatchList, GradientProbe, trainer
 from tests.modules.tabular import (
@@ -108,20 +114,124 @@ def test_teacher_mixing_is_exact_at_the_first_step(alpha):
     close(gradient(replace(SEQUENCE, return_from="current")), 2 * token_kls(longest=1))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+@pytest.mark.parametrize("alpha", [0.0, 0.2, 0.5])
+def test_the_mixture_is_in_the_ratio_and_the_reward_is_the_students(alpha, gamma):
+    r"""The gradient of :math:`-\rho_t A_t`, summed over all texts with the mixture's probability."""
+    student, teacher = Table(0), Table(1)
+    total = 0
+    for tokens in all_completions(3):
+        own, other = log_probs(student, tokens), log_probs(teacher, tokens).detach()
+        mixed = (1 - alpha) * own.detach().exp() + alpha * other.exp()
+        for t in range(len(tokens)):
+            later = (own.detach() - other)[t:]
+            advantage = -sum(gamma**k * value for k, value in enumerate(later))
+            total = total - mixed.prod() * own[t].exp() / mixed[t] * advantage
+    make = lambda **k: OnPolicyDistillation(gamma=gamma, **k)  # noqa: E731
+    close(expected_gradient(make, alpha=alpha), flat_gradient(total, student))
+
+
+@pytest.mark.parametrize("alpha", [0.2, 0.5])
+def test_mixed_prefixes_have_the_token_kls_of_the_student(alpha):
+    """Each token is weighed exactly: only how often a prefix is reached is the mixture's."""
+    student, teacher = Table(0), Table(1)
+    total = 0
+    for prefix in {tokens[:k] for tokens in all_completions(3) for k in range(len(tokens))}:
+        own, other = (log_probs(m, prefix).exp().detach() for m in (student, teacher))
+        reached = ((1 - alpha) * own + alpha * other).prod() if prefix else 1.0
+        total = total + reached * kl_at(student, teacher, prefix)
+    close(expected_gradient(OnPolicyDistillation, alpha=alpha), flat_gradient(total, student))
+
+
+# A reward of whole completions, in groups.
+
+
 def letters(*, completions, **_):
     return [float(text.count("b") ** 2) for text in completions]
 
 
-def test_a_reward_is_raised_along_its_own_gradient_and_the_divergence_lowered():
-    """A baseline that is the same for all has no part in the expectation."""
-    student = Table(0)
-    expected_reward = sum(
-        log_probs(student, tokens).sum().exp() * tokens.count(3) ** 2
-        for tokens in all_completions(3)
-    )
-    of_reward = -flat_gradient(expected_reward, student)
-    for alpha in (0.0, 0.3, 1.0):
-        got = expected_gradient(
-            lambda a=alpha, **k: RLDistillation(rewards=[letters], alpha=a, **k)
+class Groups(Callback):
+    """Sums the gradients of a run's steps, each a group, times the groups' probabilities."""
+
+    def __init__(self, probabilities) -> None:
+        self.probabilities, self.gradient = probabilities, 0.0
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:
+        self.gradient = self.gradient + (
+            self.probabilities[batch_idx] * pl_module.student.rows.grad.flatten()
         )
-        close(got, (1 - alpha) * of_reward + alpha * token_kls())
+
+
+def expected_gradient_over_groups(size, longest, **options):
+    """One real step for each group of completions that can be sampled, in any order."""
+    student, teacher = Table(0), Table(1)
+    batch, probabilities = everything_written(student, teacher, longest)
+    groups = list(itertools.combinations_with_replacement(range(len(probabilities)), size))
+    orders = [
+        math.factorial(size) / math.prod(map(math.factorial, Counter(group).values()))
+        for group in groups
+    ]
+    likely = [n * probabilities[list(g)].prod() for g, n in zip(groups, orders, strict=True)]
+    assert sum(likely).item() == pytest.approx(1, abs=1e-12)
+    summed = Groups(likely)
+    fit = trainer(max_steps=len(groups), callbacks=[Prepared(), summed], precision="64-true")
+    module = RLDistillation(
+        rewards=[letters],
+        student=Student.of(student),
+        teacher=SingleTeacher.of(teacher),
+        logits=DenseLogits(),
+        optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
+        **options,
+    )
+    fit.fit(module, datamodule=BatchList([picked(batch, list(group)) for group in groups]))
+    return summed.gradient
+
+
+def picked(batch, rows):
+    return {
+        name: value[rows] if torch.is_tensor(value) else [value[row] for row in rows]
+        for name, value in batch.items()
+    }
+
+
+def raised_reward(longest):
+    """Minus the gradient of the expected reward."""
+    student = Table(0)
+    expected = sum(
+        log_probs(student, tokens).sum().exp() * tokens.count(3) ** 2
+        for tokens in all_completions(longest)
+    )
+    return -flat_gradient(expected, student)
+
+
+def mean_token_kls(longest):
+    """The gradient of each text's mean reverse KL, no gradient through the sampling."""
+    student, teacher = Table(0), Table(1)
+    total = 0
+    for tokens in all_completions(longest):
+        likely = log_probs(student, tokens).sum().exp().detach()
+        kls = [kl_at(student, teacher, tokens[:k]) for k in range(len(tokens))]
+        total = total + likely * sum(kls) / len(kls)
+    return flat_gradient(total, student)
+
+
+@pytest.mark.parametrize(("size", "longest"), [(1, 3), (2, 3), (4, 2)])
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+@pytest.mark.filterwarnings("ignore:every prompt has one completion")
+def test_the_defaults_are_equation_5(size, longest, alpha):
+    expected = (1 - alpha) * raised_reward(longest) + alpha * mean_token_kls(longest)
+    close(expected_gradient_over_groups(size, longest, alpha=alpha), expected)
+
+
+def test_a_group_mean_with_the_completion_itself_would_be_short_by_half():
+    """The oracle can tell: what a baseline over all of a group of 2 would give."""
+    half = 0.5 * raised_reward(2)
+    got = expected_gradient_over_groups(2, 2, alpha=0.0)
+    assert (got - half).norm() > 0.4 * got.norm()
+
+
+def test_a_constant_length_divides_the_reward_by_it_and_leaves_the_divergence():
+    got = expected_gradient_over_groups(
+        2, 2, alpha=0.5, reward_normalization=ConstantLength(5), normalization="sequence"
+    )
+    close(got, 0.5 * raised_reward(2) / 5 + 0.5 * mean_token_kls(2))
