@@ -253,9 +253,9 @@ class LossSums:
             raise RuntimeError("an optimizer step without a training_step: nothing was added up")
         reduced = all_reduce(self._sums)
         self._sums = None
-        sums, weighted, counts = reduced[2:].reshape(-1, 3).unbind(-1)
+        sums, parts, counts = reduced[2:].reshape(-1, 3).unbind(-1)
         counts = divisor(counts)
-        step = torch.stack([divisor(reduced[0]), reduced[1], (weighted / counts).sum()])
+        step = torch.stack([divisor(reduced[0]), reduced[1], (parts / counts).sum()])
         count, tokens, loss = step.tolist()
         means = dict(zip(self.terms, (sums / counts).tolist(), strict=True))
         return ReducedLoss(count, int(tokens), {"loss": loss, **means})

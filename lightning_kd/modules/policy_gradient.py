@@ -105,7 +105,10 @@ class PolicyGradientModule(TeacherModule):
         evaluated = log_probs()
         with training(self.student):
             trained = log_probs()
-        dtype = next(self.student.parameters()).dtype
+        kind = self.device.type
+        dtype = next(p.dtype for p in self.student.parameters() if p.is_floating_point())
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
         differs = ((trained - evaluated).abs() > torch.finfo(dtype).eps ** 0.5).any()
         if any_process(bool(differs), self.device):
             raise ValueError(

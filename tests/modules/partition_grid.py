@@ -43,6 +43,7 @@ LENGTHS += [(1, 6), (4, 1), (2, 8), (1, 2)]
 ROWS = ragged_batch(LENGTHS)
 CUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1)]
 ON_POLICY = ["gkd", "on_policy_distillation", "minillm", "minillm_code", "rl_distillation"]
+POLICY_GRADIENTS = ON_POLICY[1:]
 METHODS = ["sft", "sequence_kd", "supervised_kd", "baby_llama", "baby_llama_batchmean"]
 NORMALIZATIONS = ["token", "sequence", "batch", "constant"]
 CLIPS = [None, 0.01]
@@ -86,11 +87,13 @@ def build(
 ) -> DistillationModule:
     """A method on fresh models."""
 
-    def llama(seed: int) -> Any:
-        return tiny_llama(seed, tie_word_embeddings=tied).to(dtype)
+    def llama(seed: int, **settings: Any) -> Any:
+        return tiny_llama(seed, tie_word_embeddings=tied, **settings).to(dtype)
 
+    # A policy gradient has no dropout in its steps: no cut and no process draws any.
+    dropout = 0.3 if method in POLICY_GRADIENTS else 0.0
     common: dict[str, Any] = {
-        "student": Student.of(llama(0)),
+        "student": Student.of(llama(0, attention_dropout=dropout)),
         "normalization": ConstantLength(16) if normalization == "constant" else normalization,
         "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     }

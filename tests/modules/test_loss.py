@@ -1,0 +1,219 @@
+"""A loss as named terms: by name, with normalizations of their own, in the sums of a step."""
+
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+import torch
+
+from lightning_kd.callbacks import LossNormalizationDiagnostics
+from lightning_kd.evaluation import CrossEntropy, GivenLogits
+from lightning_kd.evaluation.block import Quantity
+from lightning_kd.models import DenseLogits, SingleTeacher, Student
+from lightning_kd.modules import SFT, DistillationModule, LossTerm, SupervisedKD
+from lightning_kd.modules.loss import (
+    EvaluatedTerm,
+    Evaluation,
+    LossSums,
+    MicroBatch,
+    ReducedLoss,
+    Scores,
+    WeightedSums,
+    evaluate,
+    weigh,
+)
+from lightning_kd.normalization import BatchMean, SequenceMean, TokenMean
+from lightning_kd.scoring import ScoredPositions
+from tests.modules.harness import BatchList, fit_one_step, trainer
+from tests.toys import ragged_batch, tiny_llama
+
+BATCH = ragged_batch([(2, 5), (1, 3)])
+
+
+class Reversed(SupervisedKD):
+    """Returns its terms in another order than its class states them."""
+
+    def loss_terms(self, batch, scores):
+        return dict(reversed(super().loss_terms(batch, scores).items()))
+
+
+def models():
+    return {"student": Student.of(tiny_llama(0)), "teacher": SingleTeacher.of(tiny_llama(1))}
+
+
+def test_the_order_of_terms_changes_nothing():
+    logs = []
+    for method in (SupervisedKD, Reversed):
+        fit = trainer(
+            max_steps=1, limit_val_batches=1.0, callbacks=[LossNormalizationDiagnostics()]
+        )
+        module = method(**models(), alpha=0.3, temperature=2.0)
+        fit.fit(module, datamodule=BatchList([BATCH], evaluate=[BATCH]))
+        logs.append({k: v.item() for k, v in fit.callback_metrics.items()})
+    assert logs[0] == logs[1]
+    for name in ("train/cross_entropy", "val/divergence", "norm/divergence/weight"):
+        assert name in logs[0]
+    assert abs(logs[0]["train/cross_entropy"] - logs[0]["train/divergence"]) > 0.1
+
+
+class Misnamed(SFT):
+    terms = ("cross_entropy", "entropy")
+
+
+class Unstated(SFT):
+    terms = ()
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (Misnamed, r"loss of Misnamed has the terms \['cross_entropy'\], the class states .*"
+                   r"'entropy'\]: missing \['entropy'\], unknown \[\]"),
+        (Unstated, r"loss of Unstated has .*: missing \[\], unknown \['cross_entropy'\]"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_a_term_that_is_missing_or_unknown_is_refused(method, message, stage):
+    module = method(student=Student.of(tiny_llama(0)))
+    run = trainer(max_steps=1, limit_val_batches=1.0)
+    with pytest.raises(ValueError, match=message):
+        getattr(run, stage)(module, datamodule=BatchList([BATCH], evaluate=[BATCH]))
+
+
+class Given(Quantity):
+    """Values as they are given."""
+
+    def __init__(self, values):
+        self._values = values
+
+    def values(self, block):
+        return self._values[block.rows]
+
+
+def given(batch, values, **term):
+    scored = ScoredPositions.from_labels(batch["labels"])
+    return scored, LossTerm(Given(torch.tensor(values, dtype=torch.float64)), **term)
+
+
+def closed(pieces, normalization, names):
+    """The sums of several micro-batches, each the positions and its terms."""
+    sums = LossSums(names)
+    for scored, terms in pieces:
+        scores = Scores(scored, GivenLogits(torch.zeros(len(scored.targets), 2)))
+        evaluation = evaluate(DenseLogits(), scores, terms, normalization)
+        sums.add(weigh(evaluation.micro_batch, normalization))
+    return sums.close(lambda tensor: tensor)
+
+
+def test_each_term_is_divided_by_its_own_count():
+    """Rows of 2, 1 and 3 tokens in two micro-batches; the first term per row, the second per token."""
+    pieces = []
+    for lengths, values in (([(1, 2), (1, 1)], [1.0, 3.0, 5.0]), ([(1, 3)], [2.0, 4.0, 9.0])):
+        scored, rows = given(ragged_batch(lengths), values, coefficient=2.0)
+        _, own = given(ragged_batch(lengths), values, coefficient=0.5, normalization=TokenMean())
+        pieces.append((scored, {"rows": rows, "own": own}))
+    reduced = closed(pieces, SequenceMean(), ("rows", "own"))
+    by_row, by_token = (2 + 5 + 5) / 3, (1 + 3 + 5 + 2 + 4 + 9) / 6
+    assert reduced.means["rows"] == pytest.approx(by_row, rel=1e-15)
+    assert reduced.means["own"] == pytest.approx(by_token, rel=1e-15)
+    assert reduced.means["loss"] == pytest.approx(2 * by_row + 0.5 * by_token, rel=1e-15)
+    assert (reduced.divisor, reduced.tokens) == (3, 6)
+
+
+class TwoCounts(DistillationModule):
+    """A mean over rows of their means, and a mean over tokens, of the same cross-entropy."""
+
+    terms = ("rows", "tokens")
+
+    def loss_terms(self, batch, scores):
+        term = CrossEntropy(scores.positions.targets)
+        ratio = batch["count_ratio"][0]
+        return {"rows": LossTerm(term), "tokens": LossTerm(term, 0.5, TokenMean(), ratio)}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.book_count_ratio([batch], TokenMean())
+
+
+def test_the_gradient_of_a_term_with_its_own_count_is_that_of_its_mean():
+    student = tiny_llama(0)
+    logits = student(BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits[:, :-1]
+    labels = BATCH["labels"][:, 1:]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="none")
+    lengths = (labels != -100).sum(-1)
+    expected = (losses.sum(-1) / lengths).mean() + 0.5 * losses.sum() / lengths.sum()
+    expected.backward()
+    wanted = torch.cat([p.grad.flatten() for p in student.parameters()])
+    module = TwoCounts(student=Student.of(tiny_llama(0)), normalization="sequence")
+    loss, gradient = fit_one_step(module, [BATCH])
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_second_stream_adds_its_gradient_and_its_loss():
+    """Over other data: the sum of both, and not their difference."""
+    weights = torch.zeros(3, requires_grad=True)
+
+    def scores(count):
+        scored = ScoredPositions.from_labels(ragged_batch([(1, count)])["labels"])
+        return Scores(scored, GivenLogits(torch.stack([weights] * count)))
+
+    class First(Quantity):
+        def __init__(self, factor):
+            self.factor = factor
+
+        def values(self, block):
+            return self.factor * block.student_logits[:, 0]
+
+    terms = {
+        "batch": LossTerm(First(2.0)),
+        "text": LossTerm(First(3.0), 1.0, TokenMean(), 2 / 4, scores(4)),
+    }
+    evaluation = evaluate(DenseLogits(), scores(2), terms, TokenMean())
+    evaluation.total.backward()
+    # Undivided: 2 tokens of 2; 4 tokens of 3 as a mean, times the count of the step.
+    assert weights.grad.tolist() == [2 * 2.0 + 3.0 * 2, 0, 0]
+
+
+def test_where_nothing_is_scored_the_divisor_is_1():
+    batch = ragged_batch([(2, 0)])
+    scored, term = given(batch, [])
+    _, own = given(batch, [], normalization=BatchMean())
+    reduced = closed([(scored, {"a": term, "b": own})], TokenMean(), ("a", "b"))
+    assert reduced == ReducedLoss(1.0, 0, {"loss": 0.0, "a": 0.0, "b": 0.0})
+
+
+def test_a_term_over_other_data_needs_a_count_of_its_own():
+    scored, term = given(BATCH, [0.0] * 8)
+    with pytest.raises(ValueError, match="give it a normalization of its own"):
+        LossTerm(term.quantity, scores=Scores(scored, GivenLogits(torch.zeros(8, 2))))
+
+
+@pytest.mark.parametrize(
+    "kind", [Scores, LossTerm, EvaluatedTerm, WeightedSums, MicroBatch, Evaluation, ReducedLoss]
+)
+def test_what_callbacks_read_cannot_be_changed(kind):
+    thing = object.__new__(kind)
+    with pytest.raises(FrozenInstanceError):
+        setattr(thing, fields(kind)[0].name, None)
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_no_value_is_the_mean_of_two_with_one_name(stage):
+    """The loss of a policy gradient's evaluation and the metric are both called reverse_kl."""
+    from lightning_kd.modules import OnPolicyDistillation
+
+    module = OnPolicyDistillation(**models(), temperature=2.0, normalization="batch")
+    run = trainer(limit_val_batches=1.0, limit_test_batches=1.0)
+    (result,) = getattr(run, stage)(
+        module, datamodule=BatchList([], evaluate=[BATCH]), verbose=False
+    )
+    inputs = {k: BATCH[k] for k in ("input_ids", "attention_mask")}
+    z, u = (tiny_llama(seed)(**inputs).logits[:, :-1].double() for seed in (0, 1))
+    scored = BATCH["labels"][:, 1:] != -100
+
+    def kl(temperature):
+        q, p = ((x / temperature).log_softmax(-1)[scored] for x in (z, u))
+        return (q.exp() * (q - p)).sum(-1)
+
+    short = {"validate": "val"}.get(stage, stage)
+    assert result[f"{short}/reverse_kl"] == pytest.approx(kl(1).mean().item(), rel=1e-5)
+    assert result[f"{short}/loss"] == pytest.approx(kl(2).sum().item() / 2, rel=1e-5)
