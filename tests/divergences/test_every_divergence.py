@@ -316,3 +316,28 @@ def test_different_shapes_are_refused(name, parameters, log_probs):
     student, teacher = log_probs
     with pytest.raises(ValueError, match=r"\(4, 16, 11\).*\(4, 16, 10\).*same vocabulary"):
         make_divergence(name, **parameters)(student, teacher[..., :-1])
+
+
+ORDERS = {
+    **{(name, ()): 2 for name in available_divergences()},
+    ("total_variation", ()): 1,
+    **{
+        ("alpha_beta", (("alpha", a), ("beta", b))): 2
+        for a, b in [(1.0, 1.0), (0.5, 0.5), (0.0, 0.0), (1.0, -1.0), (1.0, 0.0), (0.0, 1.0)]
+    },
+    **{("generalized_jsd", (("beta", beta),)): 2 for beta in (0.0, 0.1, 0.9, 1.0)},
+    ("generalized_jsd", (("beta", 0.1), ("normalized", True))): 2,
+    **{("adaptive_kl", (("mu", mu),)): 2 for mu in (0.2, 0.8)},
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), ORDERS)
+def test_the_order_is_the_power_with_which_a_softened_gradient_shrinks(name, parameters, logits):
+    divergence = make_divergence(name, **dict(parameters))
+    norms = []
+    for temperature in (200.0, 400.0):
+        student, teacher = ((side / temperature).log_softmax(-1) for side in logits)
+        norms.append((logit_gradient(divergence, student, teacher) / temperature).norm().item())
+    order = ORDERS[name, parameters]
+    assert divergence.order == order
+    assert math.log2(norms[0] / norms[1]) == pytest.approx(order, abs=0.02)

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 
 from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
 from lightning_kd.modules import SFT, BabyLlama, SupervisedKD
-from tests.modules.harness import fit_one_step
+from lightning_kd.normalization import ConstantLength
+from tests.modules.harness import BatchList, fit_one_step, trainer
 from tests.toys import ragged_batch, tiny_llama
 
 BATCH = ragged_batch([(2, 5), (1, 3), (3, 7)])
@@ -70,6 +71,26 @@ def test_supervised_kd(alpha, temperature):
     check(module, student, loss, BATCH)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 8.0])
+def test_the_power_of_the_temperature_is_the_divergences(temperature):
+    """Total variation shrinks with 1 / tau near equality, so its gradient keeps its size with tau."""
+    student, teacher, _ = student_and_teachers()
+    z, labels = shifted(student, BATCH)
+    u, _ = shifted(teacher, BATCH)
+    scored = labels != -100
+    q, p = ((x[scored] / temperature).softmax(-1) for x in (z, u.detach()))
+    loss = 0.4 * F.cross_entropy(z[scored], labels[scored])
+    loss = loss + 0.6 * temperature * 0.5 * (p - q).abs().sum(-1).mean()
+    module = SupervisedKD(
+        student=Student.of(student),
+        teacher=SingleTeacher.of(teacher),
+        divergence="total_variation",
+        alpha=0.4,
+        temperature=temperature,
+    )
+    check(module, student, loss, BATCH)
+
+
 def official_baby_llama(student, teachers, batch, alpha, temperature):
     """The loss of section 3 as its authors compute it: on all positions, KL divided by rows."""
     output = student(batch["input_ids"], labels=batch["labels"])
@@ -93,6 +114,77 @@ def test_baby_llama_reproduces_the_official_scale_on_unpadded_blocks(alpha, norm
         normalization=normalization,
     )
     check(module, student, loss, BLOCKS, rtol=1e-4, atol=1e-5)
+
+
+def ragged_baby_llama(student, teachers, normalization, alpha, temperature):
+    """The two terms of ``BATCH`` row by row in float64: no padding, every real token in the KL."""
+    sums, kls = [], []
+    for ids, mask, labels in zip(
+        BATCH["input_ids"], BATCH["attention_mask"], BATCH["labels"], strict=True
+    ):
+        row = ids[mask.bool()][None]
+        z = student(row).logits[0]
+        u = torch.stack([t(row).logits[0] for t in teachers]).mean(0).detach()
+        p, q = (u / temperature).log_softmax(-1), (z / temperature).log_softmax(-1)
+        kls.append((p.exp() * (p - q)).sum())
+        targets = labels[mask.bool()][1:]
+        sums.append(F.cross_entropy(z[:-1], targets, reduction="none", ignore_index=-100))
+    labels = (BATCH["labels"][:, 1:] != -100).sum(-1)
+    rows = torch.stack([value.sum() for value in sums])
+    cross_entropy = {
+        "token": rows.sum() / labels.sum(),
+        "sequence": (rows / labels).mean(),
+        "batch": rows.mean(),
+        "constant": rows.mean() / 16,
+    }[normalization]
+    return alpha * cross_entropy + (1 - alpha) * temperature**2 * sum(kls) / len(kls)
+
+
+@pytest.mark.usefixtures("float64_norms")
+@pytest.mark.parametrize("normalization", ["token", "sequence", "batch", "constant"])
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_the_official_scale_on_ragged_rows(alpha, normalization):
+    """KL per row whatever the normalization of the cross-entropy; ``token`` is the official loss."""
+    student, *teachers = (tiny_llama(seed).double() for seed in (0, 1, 2))
+    loss = ragged_baby_llama(student, teachers, normalization, alpha, 2.0)
+    expected = expected_gradient(student, loss)
+    module = BabyLlama(
+        student=Student.of(student),
+        teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+        alpha=alpha,
+        kl_scale="batchmean",
+        normalization=ConstantLength(16) if normalization == "constant" else normalization,
+    )
+    got, gradient = fit_one_step(module, [BATCH], precision="64-true")
+    assert got == pytest.approx(loss.item(), rel=1e-6)
+    assert (gradient - expected).norm() < 1e-10 * expected.norm()
+    assert gradient.norm() > 1
+
+
+def test_the_official_scale_over_tokens_is_refused_with_accumulation():
+    teacher = SingleTeacher.of(tiny_llama(1))
+    module = BabyLlama(student=Student.of(tiny_llama(0)), teacher=teacher, kl_scale="batchmean")
+    with pytest.raises(ValueError, match=r"Set model\.normalization: sequence") as refusal:
+        fit_one_step(module, [BATCH, BATCH])
+    assert "kl_scale batchmean" in str(refusal.value)
+    assert "accumulate_grad_batches is 2" in str(refusal.value)
+    assert module.global_step == 0
+
+
+def test_the_official_scale_in_validation_has_both_counts():
+    """However the set is cut, and without a ratio that only a gradient needs."""
+    student, *teachers = (tiny_llama(seed) for seed in (0, 1, 2))
+    loss = ragged_baby_llama(student, teachers, "token", 0.5, 2.0)
+    module = BabyLlama(
+        student=Student.of(student),
+        teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+        kl_scale="batchmean",
+    )
+    pieces = [{k: v[rows] for k, v in BATCH.items()} for rows in (slice(0, 1), slice(1, 3))]
+    (result,) = trainer(limit_test_batches=1.0).test(
+        module, datamodule=BatchList([], evaluate=pieces), verbose=False
+    )
+    assert result["test/loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def test_the_official_scale_is_the_token_scale_times_the_tokens_of_a_block():

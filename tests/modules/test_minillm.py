@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.data import PackedTextData, PairedLoader, PromptsAndText
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import SingleTeacher, Student
@@ -88,7 +88,7 @@ def test_wrong_switches_are_refused(wrong, message):
         Paper(**wrong)
 
 
-def step(objective, batch_size=4, window=1, text=None, **options):
+def step(objective, batch_size=4, window=1, text=None, coefficient=1.0, more=(), **options):
     """The rollouts, the logs and the gradient of one optimizer step, in float64."""
 
     class Kept(OnPolicyGeneration):
@@ -104,6 +104,7 @@ def step(objective, batch_size=4, window=1, text=None, **options):
         teacher=SingleTeacher.of(tiny_llama(1).double()),
         temperature=0.8,
         objective=objective,
+        text_coefficient=coefficient,
     )
     data = Letters(batch_size=batch_size)
     if text is not None:
@@ -116,7 +117,7 @@ def step(objective, batch_size=4, window=1, text=None, **options):
         max_epochs=-1,
         accumulate_grad_batches=window,
         precision="64-true",
-        callbacks=[callback, probe],
+        callbacks=[callback, probe, *more],
     )
     fit.fit(module, datamodule=data)
     return callback.kept, fit, probe.gradient
@@ -167,15 +168,119 @@ def text(tmp_path):
     return path
 
 
+def text_of(fit):
+    """The first micro-batch of the second stream."""
+    seen = fit.train_dataloader
+    assert isinstance(seen, PairedLoader)
+    seen.text.position = 0
+    return next(iter(seen.text))["input_ids"]
+
+
+def text_gradient(ids):
+    """The gradient of the mean cross-entropy (transformers' own loss is float32)."""
+    model = tiny_llama(0).double()
+    logits = model(ids).logits[:, :-1].flatten(0, 1)
+    torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.usefixtures("_float64_norms")
+@pytest.mark.parametrize("coefficient", [1.0, 0.25])
+def test_the_text_terms_gradient_is_added(coefficient, text):
+    """With text minus without it: once the coefficient, upwards."""
+    _, fit, gradient = step(Paper(), 4, 1, text, coefficient)
+    _, _, without = step(Paper(), 4, 1, text, coefficient=0.0)
+    expected = coefficient * text_gradient(text_of(fit))
+    assert (gradient - without - expected).norm() < 1e-9 * expected.norm()
+
+
+@pytest.mark.usefixtures("_float64_norms")
+def test_the_text_terms_gradient_is_the_slope_of_its_loss(text):
+    """Finite differences: no derivative of anybody."""
+    _, fit, gradient = step(Paper(), 4, 1, text)
+    _, _, without = step(Paper(), 4, 1, text, coefficient=0.0)
+    ids, direction = text_of(fit), torch.randn(len(gradient), dtype=torch.float64)
+
+    def loss(distance):
+        model = tiny_llama(0).double()
+        with torch.no_grad():
+            parameters = torch.nn.utils.parameters_to_vector(model.parameters())
+            torch.nn.utils.vector_to_parameters(
+                parameters + distance * direction, model.parameters()
+            )
+            nll = -model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+        return nll.mean().item()
+
+    slope = (loss(1e-6) - loss(-1e-6)) / 2e-6
+    assert torch.dot(gradient - without, direction).item() == pytest.approx(slope, rel=1e-6)
+
+
+@pytest.mark.usefixtures("_float64_norms")
+@pytest.mark.parametrize("truncated", ["mask", "drop"])
+@pytest.mark.parametrize(("batch_size", "window"), [(4, 1), (2, 2)])
+def test_text_is_trained_on_where_every_rollout_is_masked(text, truncated, batch_size, window):
+    """One token is not an end, so nothing is left of the rollouts: the step is the text's."""
+    options = {"generation": SamplingOptions(max_new_tokens=1, temperature=0.8)}
+    diagnostics = LossNormalizationDiagnostics()
+    rollouts, fit, gradient = step(
+        Paper(), batch_size, window, text, truncated=truncated, more=[diagnostics], **options
+    )
+    for batch in rollouts:
+        assert (batch["labels"] == -100).all(), "choose a seed whose first tokens do not end"
+    logged = fit.callback_metrics
+    whole = step(Paper(), 4, 1, text)[1] if window > 1 else fit
+    ids = text_of(whole)
+    expected = text_gradient(ids)
+    assert (gradient - expected).norm() < 1e-9 * expected.norm()
+    assert logged["train/tokens"] == 0
+    assert logged["train/loss"] == logged["train/language_modeling"]
+    assert logged["train/loss"].item() == pytest.approx(
+        tiny_llama(0).double()(ids, labels=ids).loss.item(), rel=1e-6
+    )
+    assert logged["norm/language_modeling/denominator"] == ids[:, 1:].numel()
+
+
+@pytest.mark.usefixtures("_float64_norms")
+def test_the_diagnostics_know_the_tokens_of_the_text(text):
+    for coefficient in (0.5, 0.0):
+        _, fit, _ = step(Paper(), 4, 1, text, coefficient, more=[LossNormalizationDiagnostics()])
+        logged = fit.callback_metrics
+        assert logged["norm/policy_gradient/denominator"] == logged["train/tokens"]
+        assert logged["norm/terms_agree"] == (coefficient == 0)
+        assert logged["norm/loss_token"].item() == pytest.approx(logged["train/loss"].item())
+        if coefficient:
+            assert logged["norm/language_modeling/denominator"] == text_of(fit)[:, 1:].numel()
+            assert logged["norm/language_modeling/weight"].item() == pytest.approx(0.5)
+            assert logged["train/tokens"] != text_of(fit)[:, 1:].numel()
+
+
+@pytest.mark.usefixtures("_float64_norms")
+@pytest.mark.parametrize("truncated", ["mask", "drop"])
+def test_padded_whitening_counts_a_masked_row_and_not_a_dropped_one(truncated):
+    """A masked row is a row of zeros; a dropped one is not there."""
+    ((batch,), _, _) = step(OfficialCode(), batch_size=8, truncated=truncated)
+    mask = batch["labels"] != -100
+    ended = mask.any(-1)
+    assert 0 < ended.sum() < 8
+    assert (batch["row"] < 0).sum() == (0 if truncated == "mask" else (~ended).sum())
+    rewards = np.clip(log_ratios(batch, 1.0).numpy() / 0.5, -100, 100)
+    rows = [
+        by_hand(rewards[row][mask[row]].tolist(), "current", 0.95, "remaining")
+        for row in range(8)
+        if ended[row]
+    ]
+    flat = np.concatenate(rows)
+    padded = np.zeros((8 if truncated == "mask" else int(ended.sum())) * 6)
+    padded[: len(flat)] = flat
+    flat = (flat - padded.mean()) / math.sqrt(padded.var() + 1e-8)
+    np.testing.assert_allclose(batch["advantages"][mask], flat, atol=1e-9)
+
+
 @pytest.mark.usefixtures("_float64_norms")
 @pytest.mark.parametrize("objective", [Paper(), OfficialCode()])
 def test_the_text_term_is_the_mean_over_its_tokens_in_every_cut(objective, text):
     _, whole, gradient = step(objective, 8, 1, text)
-    seen = whole.train_dataloader
-    assert isinstance(seen, PairedLoader)
-    seen.text.position = 0
-    (batch,) = [next(iter(seen.text))]
-    ids = batch["input_ids"]
+    ids = text_of(whole)
     student, teacher = (
         m.double().eval()(ids).logits[:, :-1].log_softmax(-1)
         for m in (tiny_llama(0), tiny_llama(1))
