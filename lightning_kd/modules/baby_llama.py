@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from lightning_kd.modules.counts import book_count_ratio
 from lightning_kd.modules.kd import SupervisedKD
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.normalization import BatchMean
@@ -93,7 +94,7 @@ class BabyLlama(SupervisedKD):
                 "before the last micro-batch. Set model.normalization: sequence (the same loss on "
                 "blocks of one length), or accumulate_grad_batches: 1"
             )
-        self.book_count_ratio([batch], LabeledRows())
+        book_count_ratio(self, [batch], LabeledRows())
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Cross-entropy and KL; for ``batchmean``, the latter with a normalization of its own."""

@@ -26,7 +26,7 @@ from lightning_kd.modules.loss import (
 )
 from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
 from lightning_kd.modules.student import StudentModule
-from lightning_kd.normalization import Normalization, divisor, make_normalization
+from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import clip_gradients, divides_first, gradient_norm
@@ -246,31 +246,6 @@ class DistillationModule(StudentModule):
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank."""
         return self.trainer.strategy.reduce(tensor, reduce_op="sum")
-
-    def step_counts(self, batches: Sequence[Batch], normalization: Normalization) -> Tensor:
-        """Counts of the optimizer steps that consecutive micro-batches make, ``(steps,)``, float64.
-
-        Args:
-            batches: This rank's, of one or several steps; all ranks call it together.
-            normalization: Counts.
-        """
-        counts = [normalization.count(self.positions(batch).tokens_per_row) for batch in batches]
-        steps = torch.stack(counts).reshape(-1, self.trainer.accumulate_grad_batches).sum(-1)
-        return self.sum_over_ranks(steps)
-
-    def book_count_ratio(self, batches: Sequence[Batch], own: Normalization) -> None:
-        """Give the rows of whole optimizer steps their ``count_ratio`` for a term's own normalization.
-
-        Args:
-            batches: This rank's micro-batches, changed in place; all ranks call it together.
-            own: The term's normalization.
-        """
-        ratios = divisor(self.step_counts(batches, self.normalization)) / divisor(
-            self.step_counts(batches, own)
-        )
-        for number, batch in enumerate(batches):
-            ratio = ratios[number // self.trainer.accumulate_grad_batches]
-            batch["count_ratio"] = ratio.expand(len(batch["row"]))
 
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

@@ -16,6 +16,7 @@ from lightning_kd.evaluation import (
 )
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.modules.base import DistillationModule
+from lightning_kd.modules.counts import step_counts
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
@@ -123,7 +124,7 @@ class MiniLLM(PolicyGradientModule):
 
     def _count_steps(self, rollouts: Sequence[Batch]) -> None:
         """What the optimizer steps of the window will be divided by, which the text term needs."""
-        steps = divisor(self.step_counts(rollouts, self.normalization))
+        steps = divisor(step_counts(self, rollouts, self.normalization))
         for number, batch in enumerate(rollouts):
             count = steps[number // self.trainer.accumulate_grad_batches]
             batch["step_count"] = count.expand(len(batch["row"]))

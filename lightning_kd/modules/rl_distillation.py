@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import GenerationOptions, completion_texts
+from lightning_kd.modules.counts import book_count_ratio
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.normalization import Normalization, make_normalization
@@ -113,7 +114,7 @@ class RLDistillation(PolicyGradientModule):
         sizes = [len(batch["row"]) for batch in rollouts]
         for batch, of_rows in zip(rollouts, torch.split(advantages, sizes), strict=True):
             batch["advantages"] = of_rows[:, None] * (batch["labels"] != IGNORE_INDEX)
-        self.book_count_ratio(rollouts, self.reward_normalization)
+        book_count_ratio(self, rollouts, self.reward_normalization)
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The policy gradient of the reward and the divergence, at each sampled token."""

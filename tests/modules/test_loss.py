@@ -9,7 +9,14 @@ from lightning_kd.callbacks import LossNormalizationDiagnostics
 from lightning_kd.evaluation import CrossEntropy, GivenLogits
 from lightning_kd.evaluation.block import Quantity
 from lightning_kd.models import DenseLogits, SingleTeacher, Student
-from lightning_kd.modules import SFT, DistillationModule, LossTerm, SupervisedKD
+from lightning_kd.modules import (
+    SFT,
+    DistillationModule,
+    LossTerm,
+    OnPolicyDistillation,
+    SupervisedKD,
+)
+from lightning_kd.modules.counts import book_count_ratio
 from lightning_kd.modules.loss import (
     EvaluatedTerm,
     Evaluation,
@@ -130,7 +137,7 @@ class TwoCounts(DistillationModule):
         return {"rows": LossTerm(term), "tokens": LossTerm(term, 0.5, TokenMean(), ratio)}
 
     def on_train_batch_start(self, batch, batch_idx):
-        self.book_count_ratio([batch], TokenMean())
+        book_count_ratio(self, [batch], TokenMean())
 
 
 def test_the_gradient_of_a_term_with_its_own_count_is_that_of_its_mean():
@@ -199,8 +206,6 @@ def test_what_callbacks_read_cannot_be_changed(kind):
 @pytest.mark.parametrize("stage", ["validate", "test"])
 def test_no_value_is_the_mean_of_two_with_one_name(stage):
     """The loss of a policy gradient's evaluation and the metric are both called reverse_kl."""
-    from lightning_kd.modules import OnPolicyDistillation
-
     module = OnPolicyDistillation(**models(), temperature=2.0, normalization="batch")
     run = trainer(limit_val_batches=1.0, limit_test_batches=1.0)
     (result,) = getattr(run, stage)(
