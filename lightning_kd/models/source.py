@@ -1,6 +1,5 @@
 """Where a causal language model comes from."""
 
-import json
 import pickle
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -8,15 +7,12 @@ from typing import Any, Literal, Self
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from lightning_kd.models.config_fields import make_config, read_config
+from lightning_kd.models.loading import load_checkpoint
+from lightning_kd.models.positions import allow_positions
 from lightning_kd.seeding import derive_seed, run_seed
 
 DTypeName = Literal["float32", "bfloat16", "float16", "float64", "auto"]
@@ -37,11 +33,13 @@ class ModelSource:
         quantization: A quantization of transformers for the weights that are loaded, as a mapping
             with ``quant_method`` and its fields, for example ``{quant_method: bitsandbytes,
             load_in_8bit: true}``; its package must be installed.
+        max_positions: Longest row of a loaded model with rotary positions, in tokens, instead of the
+            ``max_position_embeddings`` that it was trained on; longer rows are refused.
         trust_remote_code: Run model code that comes with the weights. Off unless you say so.
 
     Raises:
-        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or there is
-            nothing to quantize.
+        ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or an option is
+            about weights that are not loaded.
     """
 
     def __init__(
@@ -53,6 +51,7 @@ class ModelSource:
         attn_implementation: str | None = None,
         revision: str | None = None,
         quantization: dict[str, Any] | None = None,
+        max_positions: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         if (name_or_path is None) == (config is None):
@@ -68,6 +67,12 @@ class ModelSource:
         if quantization is not None and name_or_path is None:
             raise ValueError("quantization is of weights that are loaded: give name_or_path")
         self.quantization = quantization
+        if max_positions is not None and (name_or_path is None or max_positions < 1):
+            raise ValueError(
+                f"max_positions is {max_positions}; it is 1 or more and of a model that is loaded "
+                "from name_or_path. A config has max_position_embeddings"
+            )
+        self.max_positions = max_positions
         self.revision = revision
         self.trust_remote_code = trust_remote_code
         self._given: PreTrainedModel | None = None
@@ -100,16 +105,24 @@ class ModelSource:
             ValueError: If there is no such model, or its configuration is not understood.
         """
         if self._given is not None:
-            return self._given
-        return (
-            self._from_pretrained() if self.config is None else self._from_config(tokenizer, role)
-        )
+            model = self._given
+        elif self.config is None:
+            model = self._from_pretrained()
+        else:
+            model = self._from_config(tokenizer, role)
+        if getattr(model.config.get_text_config(), "num_hidden_layers", None) == 0:
+            raise ValueError(
+                f"the {role} has 0 layers, so that it sees one token at a time; give 1"
+            )
+        if self.max_positions is not None:
+            allow_positions(model, self.max_positions, role)
+        return model
 
     def _from_pretrained(self) -> PreTrainedModel:
         check_path(str(self.name_or_path), "model")
         try:
-            return AutoModelForCausalLM.from_pretrained(
-                self.name_or_path,
+            return load_checkpoint(
+                str(self.name_or_path),
                 revision=self.revision,
                 dtype=self.dtype,
                 attn_implementation=self.attn_implementation,
@@ -121,7 +134,10 @@ class ModelSource:
                 f"cannot load the model {self.name_or_path!r}: its weights are pickled, with more "
                 "in them than tensors. Have them saved as safetensors by someone you trust"
             ) from error
-        except (OSError, ValueError, ImportError, SafetensorError, StrictDataclassError) as error:
+        except (
+            *(OSError, ValueError, RuntimeError, ImportError),
+            *(SafetensorError, StrictDataclassError),
+        ) as error:
             raise ValueError(f"cannot load the model {self.name_or_path!r}: {error}") from error
 
     def _quantized(self) -> dict[str, Any]:
@@ -135,29 +151,22 @@ class ModelSource:
         }
 
     def _from_config(self, tokenizer: PreTrainedTokenizerBase, role: str) -> PreTrainedModel:
-        fields = {
+        of_tokenizer = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
-        } | _config_fields(self.config)
-        model_type = fields.pop("model_type")
+        }
+        config = make_config(read_config(self.config), of_tokenizer, role)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(run_seed(), "weights", role))
             try:
-                config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
                 return AutoModelForCausalLM.from_config(
                     config,
                     dtype=torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype),
                     attn_implementation=self.attn_implementation,
                 )
-            except (
-                TypeError,
-                ValueError,
-                RuntimeError,
-                ImportError,
-                StrictDataclassError,
-            ) as error:
+            except (TypeError, ValueError, RuntimeError, ImportError, ArithmeticError) as error:
                 raise ValueError(f"config of the {role} is not understood: {error}") from error
 
 
@@ -174,20 +183,3 @@ def check_path(name_or_path: str, what: str) -> None:
             f"the {what} directory {name_or_path!r} does not exist; give a directory written by "
             "save_pretrained, or a hub name such as 'Qwen/Qwen3-0.6B'"
         )
-
-
-def _config_fields(config: dict[str, Any] | str | None) -> dict[str, Any]:
-    if isinstance(config, str):
-        try:
-            config = json.loads(Path(config).read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(
-                f"config is not a readable JSON file: {error}; give the path of a config.json, or "
-                "the fields themselves"
-            ) from error
-    if not isinstance(config, dict) or "model_type" not in config:
-        raise ValueError(
-            f"config lacks model_type: got {config!r}; give for example "
-            "{model_type: llama, hidden_size: 128, num_hidden_layers: 3, ...}"
-        )
-    return dict(config)
