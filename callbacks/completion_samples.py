@@ -10,7 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import ExactMatch
+from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule
+from lightning_kd.modules.student import longest_rows
 from lightning_kd.strategies import outside_of_steps
 from lightning_kd.types import FILLER_ROW, Batch
 
@@ -43,6 +45,22 @@ class CompletionSamples(Callback):
         self._metric = ExactMatch()
         self._table: list[tuple[str, str, str]] = []
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare prompts and completions with the student's positions.
+
+        Raises:
+            ValueError: If they are longer.
+        """
+        self._check_lengths(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same where nothing is trained."""
+        self._check_lengths(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same on test data."""
+        self._check_lengths(trainer, pl_module)
+
     def on_validation_batch_end(
         self,
         trainer: L.Trainer,
@@ -74,6 +92,16 @@ class CompletionSamples(Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the metric and the table."""
         self._log("test", trainer, pl_module)
+
+    def _check_lengths(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not isinstance(module, DistillationModule):
+            return
+        longest = longest_rows(trainer)
+        prompt = max((longest[s][1] for s in ("validation", "test") if s in longest), default=0)
+        if prompt > 0:
+            length = prompt + self.options.max_new_tokens
+            what = "prompts and max_new_tokens of CompletionSamples"
+            check_length({"student": module.student}, length, what)
 
     def _complete(self, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         beyond = self.batches != -1 and batch_idx >= self.batches

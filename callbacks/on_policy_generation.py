@@ -25,8 +25,10 @@ from lightning_kd.generation import (
     padding_id,
     rollout_batch,
 )
+from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import can_be_whole, whole
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
+from lightning_kd.modules.student import longest_rows
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import outside_of_steps
@@ -176,6 +178,15 @@ class OnPolicyGeneration(Callback):
             )
         if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
             writing_teacher(pl_module)
+        self._check_lengths(trainer, pl_module, always)
+
+    def _check_lengths(self, trainer: L.Trainer, module: DistillationModule, always: bool) -> None:
+        """Refuse prompts and completions that are longer than a model's positions."""
+        row, prompt = longest_rows(trainer).get("train", (0, 0))
+        length = prompt + self.generation.max_new_tokens
+        check_length(module.models, length, "prompts and on_policy.generation.max_new_tokens")
+        if not always and self.otherwise == "dataset":
+            check_length(module.models, row, "train rows")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See whether windows can be written, whoever writes the first one.

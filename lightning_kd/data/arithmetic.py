@@ -107,6 +107,8 @@ class ArithmeticRows:
     ) -> None:
         self.problems, self.digits, self.tokenizer = problems, digits, tokenizer
         self.noise = noise
+        prompt, completion = problem_text(0, digits)
+        self.max_lengths = (len(prompt + completion) + 1, len(prompt))
 
     def __len__(self) -> int:
         """Problems of the split."""

@@ -118,6 +118,11 @@ class DistillationData(L.LightningDataModule):
         if self._rows[split] is None and not optional:
             raise ValueError(f"{type(self).__name__} was not given data.{split}, which is needed")
 
+    def longest(self) -> dict[str, tuple[int, int]]:
+        """Tokens of the longest row and of the longest prompt of each split, where they are known."""
+        known = {split: getattr(rows, "max_lengths", None) for split, rows in self._rows.items()}
+        return {split: longest for split, longest in known.items() if longest is not None}
+
     def train_dataloader(self) -> TrainingLoader:
         """The training rows, an epoch at a time."""
         return self.stream(self._plan())

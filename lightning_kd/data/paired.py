@@ -152,6 +152,11 @@ class PromptsAndText(L.LightningDataModule):
             self.text.trainer = self.trainer
             self.text.read("train")
 
+    def longest(self) -> dict[str, tuple[int, int]]:
+        """Tokens of the longest row and of the longest prompt of each split, and of the text."""
+        text = self.text.longest().get("train")
+        return self.prompts.longest() | ({} if text is None else {"text": text})
+
     def train_dataloader(self) -> PairedLoader:
         """Both streams in step."""
         return PairedLoader(self.prompts.train_dataloader(), self.text.stream())

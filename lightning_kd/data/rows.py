@@ -50,6 +50,7 @@ class EncodedRows:
                     columns[name].append(value)
             for name in extra:
                 columns[f"extra:{name}"] += rows[name]
+        self.max_lengths = (max(map(len, columns["input_ids"])), max(columns["prompt_length"]))
         tokenized = datasets.Dataset.from_dict(columns)
         keep = [row for row, dropped in enumerate(tokenized["dropped"]) if not dropped]
         self.dropped = len(tokenized) - len(keep)
@@ -158,6 +159,7 @@ class PackedRows:
                 "give more text or a smaller block_length"
             )
         self.tokens, self.block_length, self.seed, self.blocks = tokens, block_length, seed, blocks
+        self.max_lengths = (block_length, 0)
 
     def __len__(self) -> int:
         """Blocks in a pass."""

@@ -61,9 +61,15 @@ def make_config(
     """
     own = dict(fields)
     model_type = own.pop("model_type")
-    kind = CONFIG_MAPPING[model_type] if model_type in CONFIG_MAPPING else None
-    _check_sizes(own, kind.attribute_map if kind else {}, role)
-    if kind and "text_config" in {field.name for field in dataclasses.fields(kind)}:
+    if model_type not in CONFIG_MAPPING:
+        near = get_close_matches(str(model_type), list(CONFIG_MAPPING.keys()), 3)
+        raise ValueError(
+            f"config of the {role} is not understood: transformers has no model_type {model_type!r}"
+            + (f"; did you mean {' or '.join(near)}?" if near else "")
+        )
+    kind = CONFIG_MAPPING[model_type]
+    _check_sizes(own, kind.attribute_map, role)
+    if "text_config" in {field.name for field in dataclasses.fields(kind)}:
         own["text_config"] = {**of_tokenizer, **(own.get("text_config") or {})}
     else:
         own = {**of_tokenizer, **own}

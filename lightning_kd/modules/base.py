@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import DistributionMetrics
 from lightning_kd.models import FusedLogits, Logits, Student
+from lightning_kd.models.positions import check_length
 from lightning_kd.modules.loss import (
     Evaluation,
     LossSums,
@@ -131,6 +132,7 @@ class DistillationModule(StudentModule):
         torch.manual_seed(
             derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
         )
+        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
         terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
@@ -171,6 +173,7 @@ class DistillationModule(StudentModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
+        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
         scores = self.score(batch)
         names = self._evaluation.terms
         terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)

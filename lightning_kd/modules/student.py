@@ -9,6 +9,7 @@ from lightning_kd.checkpoints import compare_weights
 from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import Student, load_tokenizer
+from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import shard
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import check_trainer, shard_mesh, shares_weights
@@ -55,10 +56,14 @@ class StudentModule(L.LightningModule):
         """Build the student, once; in shards, where the strategy shares weights.
 
         Raises:
-            ValueError: If it could not be exported in the end.
+            ValueError: If it could not be exported in the end, or the data has longer rows than a
+                model takes.
         """
-        if hasattr(self, "student"):
-            return
+        if not hasattr(self, "student"):
+            self._build()
+        self.check_lengths()
+
+    def _build(self) -> None:
         adapted = self.student_source.lora is not None and self.student_source.is_given
         if adapted and shares_weights(self.trainer):
             raise ValueError(
@@ -69,6 +74,25 @@ class StudentModule(L.LightningModule):
         mesh = shard_mesh(self.trainer)
         if mesh is not None:
             shard(self.student, mesh)
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """All models that read the rows, by role."""
+        return {"student": self.student}
+
+    def check_lengths(self) -> None:
+        """Compare the rows that were read with the positions of the models that read them.
+
+        Raises:
+            ValueError: If rows, or prompts with what is to follow them, are longer.
+        """
+        rewritten = any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        for split, (row, prompt) in longest_rows(self.trainer).items():
+            if split == "predict":
+                length, models = prompt + self.generation.max_new_tokens, {"model": self.writer}
+                check_length(models, length, "prompts and max_new_tokens of predict")
+            elif split != "train" or not rewritten:
+                check_length(self.models, row, f"{split} rows")
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -145,3 +169,9 @@ class StudentModule(L.LightningModule):
             )
         if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
             compare_weights(checkpoint["state_dict"], self.state_dict())
+
+
+def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:
+    """Tokens of the longest row and prompt of each split; empty where the data does not say."""
+    longest = getattr(getattr(trainer, "datamodule", None), "longest", None)
+    return {} if longest is None else longest()

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_kd.divergences import ReverseKL
 from lightning_kd.evaluation import Matching, Sweep, TeacherLogits, TeacherMassBeyond, look
@@ -62,6 +63,11 @@ class TeacherModule(DistillationModule):
             self.width = shared_vocabulary(
                 vocabulary_size(self.student), self.teacher.vocabulary_size, self.vocabulary
             )
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """The student and the models of the teacher, by role."""
+        return super().models | dict(zip(self.teacher.sources, self.teacher.models, strict=False))
 
     def score(self, batch: Batch) -> Scores:
         """Run student and teacher on the same ids."""
