@@ -1,51 +1,211 @@
 """The trained student as a Hugging Face directory."""
 
 import copy
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard, get_args
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from torch import Tensor
 from transformers import GenerationConfig
 
+from lightning_kd.checkpoints import AtomicCheckpointIO, fresh_name
+from lightning_kd.filesystem import check_writable, flush, replace_directory
 from lightning_kd.generation import end_of_sequence_ids
+from lightning_kd.models.adapters import check_mergeable, has_adapters, merge_adapters
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
 from lightning_kd.strategies import whole_weights
+
+Which = Literal["last", "best"]
+
+_STUDENT = "student."
+"""What the names of the student's weights begin with in a checkpoint."""
 
 
 class HFExport(Callback):
     """Write the student, its tokenizer and a generation config when training ends.
 
     ``AutoModelForCausalLM.from_pretrained`` loads the directory, and so does the next run, as
-    student or teacher. Weights are safetensors; LoRA adapters are merged into the weights.
+    student or teacher. Weights are safetensors; adapters are merged into the weights. The directory is
+    written under another name and renamed, so that it is complete whenever it is there.
+
+    A model that the run reads (its student, teachers or tokenizer) is never replaced. Another model is
+    replaced only with ``overwrite``, or if it is this run's own: in the logger's directory, or
+    exported by the run that is resumed.
 
     Args:
         dirpath: Where to; ``student`` in the logger's directory when not given.
+        weights: ``last``, or ``best``: those of the best checkpoint of a ``ModelCheckpoint`` with a
+            ``monitor``.
+        overwrite: Replace another model at ``dirpath``.
+
+    Raises:
+        ValueError: If a value is not a choice; before the first step, if the student could not be
+            written to ``dirpath``, or there will be no best checkpoint.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
-        self.dirpath = dirpath
+    def __init__(
+        self, dirpath: str | None = None, *, weights: Which = "last", overwrite: bool = False
+    ) -> None:
+        if weights not in get_args(Which):
+            raise ValueError(f"unknown weights {weights!r}; choose one of {get_args(Which)}")
+        self.dirpath, self.weights, self.overwrite = dirpath, weights, overwrite
+        self._resumed: str | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where a run that goes on from a checkpoint may export again."""
+        return {"directory": None if self.dirpath is None else str(Path(self.dirpath).resolve())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Recognize what the resumed run has exported."""
+        self._resumed = state_dict["directory"]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See whether the student could be written, before it is trained.
+
+        Raises:
+            ValueError: If it could not.
+        """
+        if not self._exports(pl_module, trainer):
+            return
+        if self.weights == "best":
+            self._check_best(trainer)
+        check_mergeable(pl_module.student)
+        directory = self._directory(trainer)
+        _on_first_rank(trainer, lambda: self._check_place(pl_module, directory))
+        if trainer.ckpt_path is None:
+            _on_first_rank(trainer, lambda: self._check_free(trainer, directory))
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The rest of it, now that every strategy has restored what it resumes.
+
+        Raises:
+            ValueError: If another model is in the way.
+        """
+        if self._exports(pl_module, trainer):
+            directory = self._directory(trainer)
+            _on_first_rank(trainer, lambda: self._check_free(trainer, directory))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export; all ranks gather, the first one writes."""
-        if not isinstance(pl_module, DistillationModule) or getattr(trainer, "fast_dev_run", False):
+        """Export; all ranks gather, the first one writes.
+
+        Raises:
+            ValueError: If the student could not be written.
+        """
+        if not self._exports(pl_module, trainer):
             return
-        weights = whole_weights(trainer, pl_module.student)
+        weights = {} if self.weights == "best" else whole_weights(trainer, pl_module.student)
+        directory = self._directory(trainer)
+
+        def export() -> None:
+            self._check_free(trainer, directory)  # it may have come while this run trained
+            try:
+                best = weights or self._best_weights(trainer)
+                _write(pl_module, best, directory)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise ValueError(
+                    f"the student could not be written to {directory}: {error}. {_way_out(trainer)}"
+                ) from error
+
+        _on_first_rank(trainer, export)
+        rank_zero_info(f"The student is in {directory}: {self._said(trainer)}")
+
+    def _exports(
+        self, module: L.LightningModule, trainer: L.Trainer
+    ) -> TypeGuard[DistillationModule]:
+        return isinstance(module, DistillationModule) and not getattr(
+            trainer, "fast_dev_run", False
+        )
+
+    def _directory(self, trainer: L.Trainer) -> Path:
         # Asked on every rank: the trainer broadcasts its answer.
         log_dir = trainer.log_dir
-        if trainer.is_global_zero:
-            directory = Path(self.dirpath or Path(log_dir or ".") / "student")
-            write_student(pl_module, weights, directory)
-            rank_zero_info(f"The student is in {directory}")
-        trainer.strategy.barrier("hf_export")
+        return Path(self.dirpath or Path(log_dir or ".") / "student").resolve()
+
+    def _check_place(self, module: DistillationModule, directory: Path) -> None:
+        for what, path in _read_by(module):
+            if Path(path).exists() and Path(path).resolve() == directory:
+                raise ValueError(
+                    f"export.dirpath is {directory}, which is the {what} of this run; a run never "
+                    "replaces what it reads. Choose another directory"
+                )
+        try:
+            fresh_name(directory).exists()
+            if directory.exists() and not directory.is_dir():
+                raise NotADirectoryError("there is a file of that name")
+            check_writable(directory)
+        except OSError as error:
+            raise ValueError(
+                f"the student could not be written to {directory}: {error}. Choose another directory "
+                "with export.dirpath"
+            ) from error
+
+    def _check_free(self, trainer: L.Trainer, directory: Path) -> None:
+        if not directory.exists() or not any(directory.iterdir()):
+            return
+        others = sorted(p.name for p in directory.iterdir() if p.is_dir())
+        if others or not (directory / "config.json").exists():
+            raise ValueError(
+                f"export.dirpath is {directory}, which is no model alone: it also has "
+                f"{', '.join(others[:3]) or 'files without a config.json'}. Choose another directory"
+            )
+        of_this_run = self.dirpath is None and bool(trainer.loggers)
+        own = of_this_run or str(directory) == self._resumed
+        if not own and not self.overwrite:
+            raise ValueError(
+                f"there is a model in {directory} already. Choose another export.dirpath, or replace "
+                "it with export.overwrite: true"
+            )
+
+    def _check_best(self, trainer: L.Trainer) -> None:
+        if self._monitor(trainer) is None:
+            raise ValueError(
+                "export.weights is best, but no ModelCheckpoint has a monitor; give one, for example "
+                "with monitor: val/loss, or export.weights: last"
+            )
+        strategy = trainer.strategy
+        in_directories = isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
+        if in_directories or getattr(strategy, "_save_distributed_checkpoint", False):
+            raise ValueError(
+                "export.weights is best, but this strategy writes checkpoints in shards; use "
+                "--trainer.strategy fsdp2 with checkpoints of one file, or export.weights: last"
+            )
+
+    def _monitor(self, trainer: L.Trainer) -> ModelCheckpoint | None:
+        saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        return next((c for c in saving if c.monitor is not None), None)
+
+    def _best_weights(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        monitor = self._monitor(trainer)
+        assert monitor is not None  # on_fit_start has seen to it
+        if not monitor.best_model_path:
+            raise RuntimeError(
+                f"there is no best checkpoint, because {monitor.monitor} was never logged when one was "
+                "due"
+            )
+        saved = AtomicCheckpointIO().load_checkpoint(monitor.best_model_path, map_location="cpu")
+        weights = saved["state_dict"]
+        return {n.removeprefix(_STUDENT): w for n, w in weights.items() if n.startswith(_STUDENT)}
+
+    def _said(self, trainer: L.Trainer) -> str:
+        monitor = self._monitor(trainer)
+        if self.weights == "last" or monitor is None:
+            return f"its last weights, after {trainer.global_step} optimizer steps"
+        score = monitor.best_model_score
+        value = "" if score is None else f" {float(score):.4g}"
+        return f"its best weights, with {monitor.monitor}{value}, from {monitor.best_model_path}"
 
 
 def write_student(module: DistillationModule, weights: dict[str, Any], directory: Path) -> None:
     """Save model, tokenizer and generation config under ``directory``."""
     model, tokenizer = module.student, module.tokenizer
-    if module.student_source.lora is not None:
+    if has_adapters(model):
         # Merging changes the weights in place, and this model may go on training; one in shards
         # cannot be copied, but it can be had again.
         if is_sharded(model):
@@ -53,7 +213,7 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
         else:
             model = copy.deepcopy(model).cpu()
         model.load_state_dict(weights)
-        model = model.merge_and_unload()
+        model = merge_adapters(model)
         weights = model.state_dict()
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(end_of_sequence_ids(model, tokenizer)),
@@ -62,3 +222,61 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
     )
     model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
+
+
+def _write(module: DistillationModule, weights: dict[str, Any], directory: Path) -> None:
+    """Write under another name, then rename; what was written is removed where that fails."""
+    fresh = fresh_name(directory)
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        write_student(module, weights, fresh)
+        flush(fresh)
+        replace_directory(fresh, directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _read_by(module: DistillationModule) -> list[tuple[str, str]]:
+    """Directories that a run reads, each with what it is; some may be names of a hub."""
+    teacher = getattr(module, "teacher", None)
+    sources = {"student": module.student_source, **getattr(teacher, "sources", {})}
+    named = [(role, source.name_or_path) for role, source in sources.items()]
+    named += [(role, model.name_or_path) for role, model in module.models.items()]
+    named.append(("tokenizer", module.tokenizer.name_or_path))
+    return [(role, path) for role, path in named if path]
+
+
+def _way_out(trainer: L.Trainer) -> str:
+    """How to export what has been trained, though it could not be written."""
+    saved = [
+        path
+        for callback in trainer.checkpoint_callbacks
+        if isinstance(callback, ModelCheckpoint)
+        for path in (callback.last_model_path, callback.best_model_path)
+        if path and Path(path).exists()
+    ]
+    if not saved:
+        return "There is no checkpoint of it: no ModelCheckpoint has saved one"
+    newest = max(saved, key=lambda path: Path(path).stat().st_mtime)
+    return (
+        f"Nothing is lost: make room, and give the same command with --ckpt_path {newest} and "
+        "--export.dirpath for another directory"
+    )
+
+
+def _on_first_rank(trainer: L.Trainer, check: Callable[[], None]) -> None:
+    """Do something on the first rank; what it refuses, all ranks refuse.
+
+    Raises:
+        ValueError: If the first rank does.
+    """
+    refused: str | None = None
+    if trainer.is_global_zero:
+        try:
+            check()
+        except ValueError as error:
+            refused = str(error)
+    refused = trainer.strategy.broadcast(refused)
+    if refused is not None:
+        raise ValueError(refused)

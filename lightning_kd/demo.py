@@ -163,7 +163,7 @@ def _run(
         log_every_n_steps=min(10, steps),
         callbacks=[
             CompletionSamples(max_new_tokens=6, batches=1),
-            HFExport(str(root / name / "student")),
+            HFExport(str(root / name / "student"), overwrite=True),
             TensorBoardLayout(),
             TokensPerSecond(),
             TQDMProgressBar(refresh_rate=20),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"types", "seeding"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
-    {"checkpoints", "loops"},
+    {"checkpoints", "filesystem", "loops"},
     {"strategies"},
     {"evaluation"},
     {"models", "metrics"},

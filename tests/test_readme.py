@@ -80,7 +80,8 @@ def workplace(tmp_path, monkeypatch):
         row = json.dumps({"question": "1+1=", "answer": "2"})
         (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join([row] * 4))
     for seed, name in enumerate(("teacher_llama", "teacher_gpt2")):
-        tiny_llama(seed, vocab_size=280, pad_token_id=0).save_pretrained(tmp_path / "runs" / name)
+        sizes = {"vocab_size": 280, "max_position_embeddings": 128}
+        tiny_llama(seed, **sizes).save_pretrained(tmp_path / "runs" / name)
     return tmp_path
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.source import ModelSource
 from lightning_kd.models.vocabulary import check_ids
 
@@ -93,9 +94,18 @@ class Student(ModelSource):
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.lora is not None:
+            if has_adapters(model):
+                raise ValueError(
+                    "lora is given for a model that has adapters already; leave lora out, or merge them"
+                )
             if self.gradient_checkpointing:
                 # The frozen embedding's output must require a gradient, or no layer is recomputed.
                 model.enable_input_require_grads()
             model = self.lora.adapt(model)
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise ValueError(
+                "the student has no weights that train: all are frozen or quantized. Give it lora, or "
+                "weights that are neither"
+            )
         model.train()
         return model

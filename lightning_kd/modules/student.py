@@ -9,6 +9,7 @@ from lightning_kd.checkpoints import compare_weights
 from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import Student, load_tokenizer
+from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import shard
 from lightning_kd.seeding import derive_seed, run_seed
@@ -64,13 +65,13 @@ class StudentModule(L.LightningModule):
         self.check_lengths()
 
     def _build(self) -> None:
-        adapted = self.student_source.lora is not None and self.student_source.is_given
+        self.student = self.student_source.build(self.tokenizer)
+        adapted = self.student_source.is_given and has_adapters(self.student)
         if adapted and shares_weights(self.trainer):
             raise ValueError(
-                "lora of a model that was handed over cannot be exported from shards; give the "
-                "student's name_or_path or config instead"
+                "adapters of a model that was handed over cannot be exported from shards; give the "
+                "student's name_or_path or config instead, with lora"
             )
-        self.student = self.student_source.build(self.tokenizer)
         mesh = shard_mesh(self.trainer)
         if mesh is not None:
             shard(self.student, mesh)

@@ -1,0 +1,40 @@
+"""Adapters of peft, and the weights that they become when they are merged."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    """Does a model compute with adapters, wrapped by peft or added with ``add_adapter``?"""
+    return getattr(model, "peft_config", None) is not None
+
+
+def check_mergeable(model: PreTrainedModel) -> None:
+    """Refuse adapters that cannot become part of a model's weights.
+
+    Raises:
+        ValueError: If they are such, for example prompts.
+    """
+    wrapped = hasattr(model, "peft_type")
+    if has_adapters(model) and wrapped and not hasattr(model, "merge_and_unload"):
+        raise ValueError(
+            f"the student has adapters of type {model.peft_type}, which cannot be merged into its "
+            "weights, so that it could not be exported; train it with LoRA, or leave the export out"
+        )
+
+
+def merge_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """Merge the adapters into the weights of a model, which is changed in place."""
+    if hasattr(model, "merge_and_unload"):
+        merged: PreTrainedModel = model.merge_and_unload()
+        return merged
+    layers: list[tuple[str, Any]] = list(model.named_modules())
+    for name, layer in layers:
+        if hasattr(layer, "merge") and hasattr(layer, "get_base_layer"):
+            layer.merge()
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer.get_base_layer())
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    return model
