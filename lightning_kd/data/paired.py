@@ -127,11 +127,16 @@ class PromptsAndText(L.LightningDataModule):
         text: Plain text, with the same ``batch_size``.
 
     Raises:
-        ValueError: If the batch sizes differ.
+        ValueError: If the batch sizes differ, or text does not come in blocks of one length.
     """
 
     def __init__(self, prompts: DistillationData, text: PackedTextData) -> None:
         super().__init__()
+        if not isinstance(text, PackedTextData):
+            raise ValueError(
+                f"text is a {type(text).__name__}; it must be PackedTextData, whose blocks are of "
+                "one length: every micro-batch of a step then has its share of the text's mean"
+            )
         if prompts.batch_size != text.batch_size:
             raise ValueError(
                 f"prompts have batch_size {prompts.batch_size}, text has {text.batch_size}; they "

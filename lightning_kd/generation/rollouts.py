@@ -11,8 +11,9 @@ from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 Truncation = Literal["keep", "mask", "drop"]
 """What happens to completions that reached their longest without an EOS. ``keep`` trains on them;
-``mask`` takes their tokens out of the loss and its count, but leaves the row where it is (in its
-group's baseline, in whitening); ``drop`` goes on as if the row had not been there."""
+``mask`` takes their tokens out of the loss and its count, but leaves the row where it is (in the
+baselines of its group, as zeros in padded whitening); ``drop`` goes on as if the row had not been
+there."""
 
 
 def rollout_batch(

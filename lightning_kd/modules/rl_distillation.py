@@ -42,12 +42,12 @@ class RLDistillation(PolicyGradientModule):
     over its tokens, and the divergence is averaged over it. Each has a normalization of its own;
     what the reward's becomes under another one:
 
-    - ``token`` divides the sum over all completions by all their tokens: up to a factor, the mean
-      length of the step, the direction is the same, and :math:`\alpha` weighs something else.
+    - ``token`` divides the sum over all completions by all their tokens: the default divided by the
+      mean length of the step, so that :math:`\alpha` weighs something else.
     - ``sequence`` divides each completion's gradient by its length, so that short ones count for
-      more than they are likely. The term is then exactly 0 on fresh rollouts of groups of 2 or
-      more; its gradient is not.
-    - ``ConstantLength`` divides by a constant: :math:`\alpha` weighs something else.
+      more: not the gradient of an expected reward. The term is then exactly 0 on fresh rollouts in
+      groups of 2 or more; its gradient is not.
+    - ``ConstantLength`` is the default divided by a constant.
 
     Args:
         rewards: Import paths of reward functions (:mod:`lightning_kd.rewards`), or the functions.

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
-from lightning_kd.data import PackedTextData, PairedLoader, PromptsAndText
+from lightning_kd.data import DocumentData, PackedTextData, PairedLoader, PromptsAndText
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import MiniLLM, MiniLLMObjective, OfficialCode, Paper
@@ -302,6 +302,13 @@ def test_text_in_other_batches_than_the_prompts_is_refused(text):
     blocks = PackedTextData(tokenizer=letter_tokenizer(), train=str(text), batch_size=2)
     with pytest.raises(ValueError, match="prompts have batch_size 4, text has 2"):
         PromptsAndText(Letters(batch_size=4), blocks)
+
+
+def test_text_of_several_lengths_is_refused(text):
+    """Its mean over a step would be a mean of means."""
+    documents = DocumentData(tokenizer=letter_tokenizer(), train=str(text), batch_size=4)
+    with pytest.raises(ValueError, match="text is a DocumentData; it must be PackedTextData"):
+        PromptsAndText(Letters(batch_size=4), documents)
 
 
 def test_a_checkpoint_without_a_second_stream_is_refused(text):
