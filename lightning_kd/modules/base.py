@@ -149,11 +149,12 @@ class DistillationModule(StudentModule):
                 torch._foreach_mul_(gradients, factor)
         reduced = self._step_means
         self.log("train/loss", reduced.means["loss"], prog_bar=True)
-        self.log_dict({f"train/{name}": reduced.means[name] for name in self.terms})
         self.log("train/tokens", float(reduced.tokens))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
+        shown = set()
         if self._logs_this_step():
-            self._log_distribution("train", self.train_distribution)
+            shown = self._log_distribution("train", self.train_distribution)
+        self._log_terms("train", reduced.means, self.terms, shown)
 
     def configure_gradient_clipping(
         self,
@@ -273,11 +274,17 @@ class DistillationModule(StudentModule):
         # All ranks have the same means already; sync_dist tells Lightning that this is known.
         self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
         shown = self._log_distribution(stage, self.eval_distribution)
-        # Lightning would average two values of one name. The distribution's means the same in every
-        # run; the term of that name is the loss.
-        means = {f"{stage}/{name}": reduced.means[name] for name in self._evaluation.terms}
-        self.log_dict({k: v for k, v in means.items() if k not in shown}, sync_dist=True)
+        self._log_terms(stage, reduced.means, self._evaluation.terms, shown)
         self.log(f"{stage}/tokens", float(reduced.tokens), sync_dist=True)
+
+    def _log_terms(
+        self, stage: str, means: Mapping[str, float], names: Sequence[str], shown: set[str]
+    ) -> None:
+        # Lightning would average two values of one name, so a metric of that name stands alone: it
+        # means the same in every run.
+        values = {f"{stage}/{name}": means[name] for name in names}
+        new = {name: value for name, value in values.items() if name not in shown}
+        self.log_dict(new, sync_dist=stage != "train")
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}

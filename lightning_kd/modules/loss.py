@@ -227,9 +227,17 @@ class LossSums:
 
     Args:
         terms: Names of the terms.
+
+    Raises:
+        ValueError: If two have one name, or one has the name of the whole.
     """
 
     def __init__(self, terms: tuple[str, ...]) -> None:
+        if len({"loss", *terms}) <= len(terms):
+            raise ValueError(
+                f"the terms are {terms}; give each a name of its own, and not loss, which is the "
+                "name of their sum"
+            )
         self.terms = terms
         self._sums: Tensor | None = None
 

@@ -180,6 +180,12 @@ def test_a_second_stream_adds_its_gradient_and_its_loss():
     assert weights.grad.tolist() == [2 * 2.0 + 3.0 * 2, 0, 0]
 
 
+@pytest.mark.parametrize("terms", [("a", "a"), ("loss",)])
+def test_two_values_with_one_name_are_refused(terms):
+    with pytest.raises(ValueError, match="give each a name of its own, and not loss"):
+        LossSums(terms)
+
+
 def test_where_nothing_is_scored_the_divisor_is_1():
     batch = ragged_batch([(2, 0)])
     scored, term = given(batch, [])

@@ -38,10 +38,21 @@ def gpt2(dropout=0.1):
     return model
 
 
+class Adapted(Student):
+    """With adapters that have learned something: fresh ones add nothing, with or without dropout."""
+
+    def build(self, tokenizer):
+        model = super().build(tokenizer)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter)
+        return model
+
+
 STUDENTS = {
     "llama": lambda **k: Student.of(tiny_llama(0, attention_dropout=0.5), **k),
     "gpt2": lambda **k: Student.of(gpt2(), **k),
-    "lora": lambda **k: Student.of(tiny_llama(0), lora=LoRA(r=2, dropout=0.5), **k),
+    "lora": lambda **k: Adapted.of(tiny_llama(0), lora=LoRA(r=2, dropout=0.5), **k),
 }
 METHODS = {
     "minillm": MiniLLM,
