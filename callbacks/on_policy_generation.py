@@ -9,6 +9,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
+from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollout_records import RolloutRecords
 from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
 from lightning_kd.callbacks.rollout_writing import (
@@ -128,6 +129,7 @@ class OnPolicyGeneration(Callback):
         self.statistics = RolloutStatistics(table_every)
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
         self._window: int | None = None
+        self._own = False
         self._rollouts: list[Batch] = []
 
     def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
@@ -135,11 +137,9 @@ class OnPolicyGeneration(Callback):
         micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
         return RolloutPlan(micro_batches, self.plan.passes, self.plan.group_size)
 
-    def coin(self, window: int) -> bool:
-        """Does the student write this window? The same on every rank, and after a resume."""
-        step = window * self.steps_per_window * self.plan.passes
-        draw = derive_seed(run_seed(), "coin", window) / 2**63
-        return draw < self.lmbda(step)
+    def coin(self, window: int, step: int) -> bool:
+        """Does the student write a window that begins with this step? On every rank the same."""
+        return derive_seed(run_seed(), "coin", window) / 2**63 < self.lmbda(step)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See whether module and options go together, before the first step.
@@ -205,8 +205,9 @@ class OnPolicyGeneration(Callback):
         window, place = loader_of(trainer).window_of(batch)
         if window != self._window:
             self._window, self._rollouts = window, []
+            self._own = self.coin(window, trainer.global_step)
             self.statistics.begin()
-            if self.coin(window) or self.otherwise == "teacher":
+            if self._own or self.otherwise == "teacher":
                 self._write(trainer, pl_module, window)
         if self._rollouts:
             batch.update(self._rollouts[place])
@@ -223,7 +224,7 @@ class OnPolicyGeneration(Callback):
         if not loader_of(trainer).ends_window or self._window is None:
             return
         steps = self.steps_per_window * self.plan.passes
-        self.statistics.end(trainer, self.coin(self._window), steps)
+        self.statistics.end(trainer, self._own, steps)
         if self._rollouts and isinstance(pl_module, TeacherModule):
             self.records.show(trainer, pl_module, self._rollouts[0])
         self._window, self._rollouts = None, []
@@ -232,14 +233,11 @@ class OnPolicyGeneration(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep a window that has been begun: other weights would write it differently."""
-        if self._window is None or not self._rollouts:
+        if self._window is None:
             return
-        rollouts = move_data_to_device(self._rollouts, torch.device("cpu"))
-        ranks: list[Any] = [rollouts]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, rollouts)
-        checkpoint[_CHECKPOINT_KEY] = {"window": self._window, "ranks": ranks}
+        own = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
+        ranks = of_all_ranks(trainer, move_data_to_device(own, torch.device("cpu")))
+        checkpoint[_CHECKPOINT_KEY] = {"window": self._window, "own": self._own, "ranks": ranks}
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -259,10 +257,12 @@ class OnPolicyGeneration(Callback):
                 "as many, or from a checkpoint at the end of a window (every_n_train_steps a "
                 f"multiple of {self.steps_per_window * self.plan.passes})"
             )
-        device = trainer.strategy.root_device
-        self._rollouts = move_data_to_device(saved["ranks"][trainer.global_rank], device)
-        self._window = saved["window"]
-        self.statistics.begin()
+        of_rank = move_data_to_device(
+            saved["ranks"][trainer.global_rank], trainer.strategy.root_device
+        )
+        self._window, self._own = saved["window"], saved["own"]
+        self._rollouts = of_rank["rollouts"]
+        self.statistics.load_state_dict(of_rank["statistics"])
 
     def _write(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
         """Have a window written, and let the module see it whole."""
@@ -278,7 +278,7 @@ class OnPolicyGeneration(Callback):
                 module,
                 batches,
                 self.generation,
-                own=self.coin(window),
+                own=self._own,
                 mixture_alpha=self.mixture_alpha,
                 rows_at_once=self.rows_at_once,
             )
@@ -292,6 +292,6 @@ class OnPolicyGeneration(Callback):
                 rollout["group"] = rollout["sample"] // self.plan.group_size
                 self._rollouts.append(rollout)
                 start = end
-            if self.coin(window):
+            if self._own:
                 module.prepare_rollouts(self._rollouts, self.generation)
         self.records.write(trainer, module, self._rollouts, window)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.callbacks.completion_samples import markdown_table
+from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollout_statistics import passes_multiple
 from lightning_kd.generation import completion_texts, evaluating
 from lightning_kd.modules import DistillationModule, TeacherModule
@@ -43,10 +43,7 @@ class RolloutRecords:
         if self.path is None:
             return
         rows = [row for batch in rollouts for row in _records(batch, module, window)]
-        ranks: list[Any] = [rows]
-        if trainer.world_size > 1:
-            ranks = [None] * trainer.world_size
-            torch.distributed.all_gather_object(ranks, rows)
+        ranks = of_all_ranks(trainer, rows)
         if trainer.is_global_zero:
             if not self._begun:
                 self._begin(window)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 import torch
@@ -28,12 +29,29 @@ class RolloutStatistics:
     def begin(self) -> None:
         """Start the clock of a window."""
         self._started = time.perf_counter()
-        self._written: Completions | None = None
+        self._written: dict[str, Tensor] = {}
         self._seconds = 0.0
 
     def add(self, written: Completions, seconds: float) -> None:
         """Take in what was written, and the time it took."""
-        self._written, self._seconds = written, seconds
+        rows = [ids[mask] for ids, mask in zip(written.ids.cpu(), written.mask.cpu(), strict=True)]
+        self._seconds = seconds
+        self._written = {
+            "lengths": written.mask.sum(-1).double(),
+            "ended": written.ended.double(),
+            "distinct_1": torch.tensor(distinct(rows, 1)),
+            "distinct_2": torch.tensor(distinct(rows, 2)),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far, for a checkpoint in the middle of it."""
+        elapsed = time.perf_counter() - self._started
+        return {"written": self._written, "seconds": self._seconds, "elapsed": elapsed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a window; the time until now is not its own."""
+        self._started = time.perf_counter() - state["elapsed"]
+        self._written, self._seconds = state["written"], state["seconds"]
 
     def end(self, trainer: L.Trainer, own: bool, steps: int) -> None:
         """Log the window that ends with this optimizer step, where one of its steps is logged."""
@@ -41,13 +59,12 @@ class RolloutStatistics:
         if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
         values = {"own": torch.tensor(float(own))}
-        if self._written is not None:
-            values |= self._of_written(trainer, self._written)
+        if self._written:
+            values |= self._of_written(trainer)
         publish(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
 
-    def _of_written(self, trainer: L.Trainer, written: Completions) -> dict[str, Tensor]:
-        lengths = written.mask.sum(-1).double()
-        own = torch.stack([lengths, written.ended.double()])
+    def _of_written(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        own = torch.stack([self._written["lengths"], self._written["ended"]])
         everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
         lengths_of_all, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
         elapsed = time.perf_counter() - self._started
@@ -56,15 +73,14 @@ class RolloutStatistics:
             wanted = passes_multiple(last - 1, last, self.histograms_every)
             if wanted and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_histogram("rollout/length", lengths_of_all, last - 1)
-        rows = [ids[mask] for ids, mask in zip(written.ids.cpu(), written.mask.cpu(), strict=True)]
         return {
             "length_mean": lengths_of_all.mean(),
             "length_min": lengths_of_all.min(),
             "length_max": lengths_of_all.max(),
             "eos_rate": ended.mean(),
             "truncation_rate": 1 - ended.mean(),
-            "distinct_1": torch.tensor(distinct(rows, 1)),
-            "distinct_2": torch.tensor(distinct(rows, 2)),
+            "distinct_1": self._written["distinct_1"],
+            "distinct_2": self._written["distinct_2"],
             "tokens_per_second": lengths_of_all.sum() / self._seconds,
             "time_share": torch.tensor(self._seconds / elapsed),
         }

@@ -110,11 +110,11 @@ def test_the_coin_is_tossed_again_after_a_resume(tmp_path):
 
 def test_lmbda_is_the_share_of_windows_and_may_be_scheduled():
     generation = OnPolicyGeneration(lmbda=0.3)
-    assert sum(generation.coin(k) for k in range(4000)) / 4000 == pytest.approx(0.3, abs=0.03)
-    assert not any(OnPolicyGeneration(lmbda=0.0).coin(k) for k in range(100))
-    assert all(OnPolicyGeneration(lmbda=1.0).coin(k) for k in range(100))
+    assert sum(generation.coin(k, k) for k in range(4000)) / 4000 == pytest.approx(0.3, abs=0.03)
+    assert not any(OnPolicyGeneration(lmbda=0.0).coin(k, k) for k in range(100))
+    assert all(OnPolicyGeneration(lmbda=1.0).coin(k, k) for k in range(100))
     rising = OnPolicyGeneration(lmbda=Linear(0.0, 1.0, steps=1000))
-    halves = [sum(rising.coin(k) for k in range(start, start + 500)) for start in (0, 500)]
+    halves = [sum(rising.coin(k, k) for k in range(start, start + 500)) for start in (0, 500)]
     assert halves[0] / 500 == pytest.approx(0.25, abs=0.06)
     assert halves[1] / 500 == pytest.approx(0.75, abs=0.06)
 

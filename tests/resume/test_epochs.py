@@ -4,7 +4,9 @@ A run that is killed goes on from its last checkpoint, so that going on from eac
 that is not killed covers a kill anywhere.
 """
 
+import math
 import shutil
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -14,16 +16,21 @@ import torch
 from lightning.pytorch.callbacks import (
     Callback,
     EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
     ModelCheckpoint,
+    OnExceptionCheckpoint,
+    StochasticWeightAveraging,
 )
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.data import PackedTextData, PromptsAndText
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import SingleTeacher, Student
-from lightning_kd.modules import GKD, SFT, SupervisedKD, WarmupCosine
+from lightning_kd.modules import GKD, SFT, MiniLLM, SupervisedKD, WarmupCosine
 from tests.modules.harness import Letters, trainer
-from tests.toys import tiny_llama
+from tests.toys import LETTERS, letter_tokenizer, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 
@@ -56,6 +63,8 @@ class Events(Callback):
 class Ending(Callback):
     """The state of all callbacks and the weights when a run ends."""
 
+    state = None
+
     def on_train_end(self, trainer, pl_module):
         stopping = [c.state_dict() for c in trainer.callbacks if isinstance(c, EarlyStopping)]
         saving = []
@@ -66,6 +75,8 @@ class Ending(Callback):
             state["best_k_models"] = {Path(k).name: v for k, v in state["best_k_models"].items()}
             saving.append(state | {"dirpath": None})
         self.state = stopping, saving, trainer.current_epoch, trainer.global_step
+
+    def on_fit_end(self, trainer, pl_module):
         self.weights = torch.cat([p.detach().flatten() for p in pl_module.parameters()])
 
 
@@ -166,8 +177,13 @@ class Snapshots(TorchCheckpointIO):
         self.taken.append((copy, Path(path), len(self.seen), len(self.rows)))
 
 
-def goes_on_from_every_checkpoint(module, root, *, callbacks=list, data=Letters, **settings):
-    """Run once, then from each checkpoint with the directory as it was; return the first run."""
+def goes_on_from_every_checkpoint(
+    module, root, *, callbacks=list, data=Letters, every=1, **settings
+):
+    """Run once, then from each checkpoint with the directory as it was; return the first run.
+
+    ``every`` leaves some out, where there are many of the same kind.
+    """
     folder, kept = root / "run", root / "kept"
     if data is Letters:
         data = partial(Letters, rows=10, batch_size=2)
@@ -185,7 +201,7 @@ def goes_on_from_every_checkpoint(module, root, *, callbacks=list, data=Letters,
         plugins=[snapshots],
         **settings,
     )
-    for copy, path, seen, rows in snapshots.taken:
+    for copy, path, seen, rows in snapshots.taken[::-every]:
         shutil.rmtree(folder)
         shutil.copytree(copy, folder)
         again = run(
@@ -195,16 +211,272 @@ def goes_on_from_every_checkpoint(module, root, *, callbacks=list, data=Letters,
         assert again[1] == whole[1][seen:], name
         assert again[3] == whole[3][rows:], name
         assert torch.equal(again[2].weights, whole[2].weights), name
-        assert again[2].state == whole[2].state, name
+        if again[1] or again[3] or again[2].state:
+            assert again[2].state == whole[2].state, name
+        else:  # max_steps had ended it inside an epoch: nothing was left to do
+            assert again[0].global_step == whole[0].global_step, name
     return whole, len(snapshots.taken)
 
 
-def test_every_checkpoint_of_three_epochs_goes_on_exactly(tmp_path):
-    (_, seen, _, _), count = goes_on_from_every_checkpoint(
-        plain,
+def stops(patience=1):
+    """Early stopping as soon as the loss has not fallen by 10."""
+    return EarlyStopping("val/loss", patience=patience, min_delta=10.0)
+
+
+def steps_of(seen, what):
+    return [event[1 if what == "validation" else 2] for event in seen if event[0] == what]
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks", "validations", "ends"),
+    [
+        # 10 rows in steps of 4: epochs end with steps 3, 5 and 8.
+        ({}, list, [3, 5, 8], [3, 5, 8]),
+        ({}, lambda: [stops()], [3, 5], [3, 5]),
+        ({"min_epochs": 3}, lambda: [stops()], [3, 5, 8], [3, 5, 8]),
+        ({"val_check_interval": 4}, list, [2, 5, 7], [3, 5, 8]),
+        ({"val_check_interval": 4}, lambda: [stops()], [2, 5], [3, 5]),
+        ({"val_check_interval": 0.5}, list, [1, 2, 3, 4, 5, 6, 7, 8], [3, 5, 8]),
+        (
+            {"val_check_interval": 6, "check_val_every_n_epoch": None, "max_epochs": 2},
+            list,
+            [3],
+            [3, 5],
+        ),
+        (
+            {"val_check_interval": 4, "check_val_every_n_epoch": None, "max_steps": 4},
+            list,
+            [2, 4],
+            [3, 4],
+        ),
+        ({"check_val_every_n_epoch": 2}, list, [5], [3, 5, 8]),
+        ({"max_steps": 4, "max_epochs": -1}, list, [3], [3, 4]),
+        ({"max_steps": 20, "max_epochs": 2}, list, [3, 5], [3, 5]),
+        ({"limit_train_batches": 2}, list, [1, 2, 3], [1, 2, 3]),
+        ({"limit_val_batches": 0, "max_epochs": 2}, list, [], [3, 5]),
+        ({"reload_dataloaders_every_n_epochs": 1, "max_epochs": 2}, list, [3, 5], [3, 5]),
+    ],
+)
+def test_every_checkpoint_goes_on_exactly(tmp_path, settings, callbacks, validations, ends):
+    _, seen, ending, _ = goes_on_from_every_checkpoint(
+        plain, tmp_path, accumulate_grad_batches=2, callbacks=callbacks, **settings
+    )[0]
+    assert steps_of(seen, "validation") == validations
+    assert steps_of(seen, "end") == ends
+    assert ending.state[3] == ends[-1]
+
+
+WINDOWS = {"steps_per_window": 2, "passes": 2, "group_size": 2}
+
+
+@pytest.mark.parametrize("method", [GKD, MiniLLM])
+def test_windows_of_rollouts_go_on_exactly_over_epochs(tmp_path, method):
+    """Ten prompts, twice each; a window has eight completions and is passed over two times."""
+    settings = WINDOWS | ({"lmbda": 0.6, "otherwise": "teacher"} if method is GKD else {})
+    fit, seen, *_ = goes_on_from_every_checkpoint(
+        lambda: on_policy(method),
         tmp_path,
         accumulate_grad_batches=2,
-        callbacks=lambda: [EarlyStopping("val/loss", patience=5)],
+        max_epochs=2,
+        every=5,
+        callbacks=lambda: [rollouts(**settings)],
+    )[0]
+    assert [e[2] for e in seen if e[0] == "begin"] == [24, 16]
+    assert fit.global_step == 20
+
+
+def text_beside(folder):
+    path = folder / "text.txt"
+    path.write_text((LETTERS * 30)[7:])
+    blocks = PackedTextData(
+        tokenizer=letter_tokenizer(), train=str(path), batch_size=2, block_length=8
     )
-    assert [e for e in seen if e[0] == "validation"][-1][1] == 8
-    assert count == 8 + 3 + 3
+    return PromptsAndText(Letters(rows=6, batch_size=2), blocks)
+
+
+def test_a_second_stream_of_text_goes_on_exactly_over_epochs(tmp_path):
+    goes_on_from_every_checkpoint(
+        lambda: on_policy(MiniLLM),
+        tmp_path,
+        accumulate_grad_batches=2,
+        max_epochs=2,
+        limit_val_batches=0,
+        every=3,
+        data=lambda: text_beside(tmp_path),
+        callbacks=lambda: [rollouts(passes=2)],
+    )
+
+
+class Plateau(SFT):
+    """A rate that falls where a validation brings nothing."""
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, threshold=10.0)
+        config = {"scheduler": schedule, "monitor": "val/loss", "interval": self.interval}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+
+@pytest.mark.parametrize("interval", ["epoch", "step"])
+def test_a_plateau_is_met_at_the_same_validations(tmp_path, interval):
+    def module():
+        made = Plateau(student=Student.of(tiny_llama(0)))
+        made.interval = interval
+        return made
+
+    *_, log = goes_on_from_every_checkpoint(
+        module,
+        tmp_path,
+        accumulate_grad_batches=2,
+        val_check_interval=2,
+        every=2,
+    )[0]
+    rates = [row["train/lr"] for _, row in log if "train/lr" in row]
+    assert len(set(rates)) > (1 if interval == "epoch" else 5)
+
+
+# What Lightning's options do.
+
+
+def refused(match, module=plain, **settings):
+    with pytest.raises(ValueError, match=match):
+        run(module(), **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"overfit_batches": 2}, "overfit_batches is 2.*rows to overfit"),
+        ({"min_steps": 5, "max_steps": 3}, "min_steps is 5, above trainer.max_steps, 3"),
+        ({"min_epochs": 5}, "min_epochs is 5, above trainer.max_epochs, 3"),
+        ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0; it must be 0"),
+        ({"gradient_clip_val": float("nan")}, "gradient_clip_val is nan"),
+        ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0; it must be 1"),
+        (
+            {"accumulate_grad_batches": 2, "val_check_interval": 5},
+            "val_check_interval is 5 micro-batches, which accumulate_grad_batches 2.*Use 4 or 6",
+        ),
+        (
+            {"accumulate_grad_batches": 2, "limit_train_batches": 3},
+            "limit_train_batches is 3.* which have 2. Use 2 or 4",
+        ),
+        (
+            {"accumulate_grad_batches": 4, "limit_train_batches": 0.5},
+            "limit_train_batches is 0.5.* after 2 micro-batches.* which have 4. Use 4",
+        ),
+        ({"accumulate_grad_batches": 2, "fast_dev_run": 1}, "fast_dev_run is 1.*Use 2"),
+        (
+            {"val_check_interval": 6},
+            "val_check_interval is 6 .* epochs have 5.*every_n_epoch: null",
+        ),
+        (
+            {"val_check_interval": 9, "check_val_every_n_epoch": None, "max_steps": 4},
+            "val_check_interval is 9 micro-batches, and the run has 4.*limit_val_batches",
+        ),
+        ({"max_epochs": -1}, "the run has no end.*one pass is 5 optimizer steps.*EarlyStopping"),
+    ],
+)
+def test_what_cannot_be_kept_is_refused_before_the_first_step(settings, match):
+    refused(match, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*ckpt_path=.*:UserWarning")
+@pytest.mark.parametrize(
+    ("callback", "match"),
+    [
+        (GradientAccumulationScheduler({1: 2}), "GradientAccumulationScheduler.*accumulate_grad"),
+        (StochasticWeightAveraging(1e-2), "StochasticWeightAveraging.*use WeightAveraging"),
+        (OnExceptionCheckpoint("."), "OnExceptionCheckpoint.*every_n_train_steps"),
+        (ModelCheckpoint(save_on_exception=True), "ModelCheckpoint is to save on an exception"),
+    ],
+)
+def test_callbacks_that_could_not_do_what_they_say_are_refused(callback, match):
+    refused(match, callbacks=[callback], enable_checkpointing=True)
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+def test_an_average_of_weights_goes_on_exactly(tmp_path):
+    """What is to be used in place of StochasticWeightAveraging."""
+    goes_on_from_every_checkpoint(
+        distilled,
+        tmp_path,
+        max_epochs=2,
+        limit_train_batches=2,
+        callbacks=lambda: [EMAWeightAveraging(decay=0.5)],
+    )
+
+
+def test_a_window_of_rollouts_is_not_cut_by_a_limit():
+    refused(
+        r"limit_train_batches is 6.* which have 4. Use 4 or 8",
+        lambda: on_policy(),
+        callbacks=[rollouts(steps_per_window=2, passes=2)],
+        limit_train_batches=6,
+    )
+
+
+def test_a_limit_takes_the_first_micro_batches_of_every_pass():
+    _, whole, *_ = run(plain(), limit_val_batches=0)
+    _, seen, *_ = run(plain(), limit_val_batches=0, limit_train_batches=2)
+    rows = {(e[1], e[2]): e[3] for e in whole if e[0] == "batch"}
+    assert [e[3] for e in seen if e[0] == "batch"] == [rows[e, b] for e in range(3) for b in (0, 1)]
+    _, half, *_ = run(plain(), limit_val_batches=0, limit_train_batches=0.4)
+    assert half == seen
+
+
+def test_the_steps_of_a_run_are_the_sum_over_its_epochs():
+    """Also where configure_optimizers asks, and where the run goes on."""
+    asked = []
+
+    class Asks(SFT):
+        def configure_optimizers(self):
+            asked.append(self.trainer.estimated_stepping_batches)
+            return super().configure_optimizers()
+
+    for settings, steps in (
+        ({}, 8),
+        ({"max_epochs": 2}, 5),
+        ({"max_steps": 4}, 4),
+        ({"limit_train_batches": 2}, 3),
+        ({"max_steps": 7, "max_epochs": -1}, 7),
+    ):
+        fit, *_ = run(
+            Asks(student=Student.of(tiny_llama(0))), accumulate_grad_batches=2, **settings
+        )
+        assert asked[-1] == fit.estimated_stepping_batches == fit.global_step == steps
+
+
+def test_a_cosine_without_an_end_ends_with_the_run():
+    *_, log = run(plain(), accumulate_grad_batches=2)
+    rates = [row["train/lr"] for _, row in log if "train/lr" in row]
+    expected = [1 / 2, 1] + [0.5 * (1 + math.cos(math.pi * s / 6)) for s in range(6)]
+    assert rates == pytest.approx([3e-2 * factor for factor in expected])
+    with pytest.raises(ValueError, match="WarmupCosine ends with the run, and this run has no end"):
+        run(plain(), max_epochs=-1, callbacks=[stops()])
+
+
+def test_a_request_to_stop_waits_for_the_optimizer_step():
+    class Asks(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.should_stop or trainer.train_dataloader.position == 3
+
+    fit, seen, *_ = run(plain(), callbacks=[Asks()], accumulate_grad_batches=4, max_epochs=9)
+    assert fit.train_dataloader.position == 4
+    assert [e[0] for e in seen][-3:] == ["batch", "validation", "end"]
+
+
+def test_no_checkpoint_is_saved_inside_a_step(tmp_path):
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer.save_checkpoint(tmp_path / f"{batch_idx}.ckpt", weights_only=batch_idx == 0)
+
+    with pytest.raises(
+        ValueError, match=r"1.ckpt would be inside an optimizer step \(after 2 of its 3"
+    ):
+        run(plain(), callbacks=[Saves()], accumulate_grad_batches=3, data=Letters(9, batch_size=1))
+
+
+def test_a_timed_checkpoint_waits_for_the_end_of_its_step(tmp_path):
+    timed = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, train_time_interval=timedelta(0))
+    run(plain(), callbacks=[timed], accumulate_grad_batches=2, enable_checkpointing=True)
+    assert {path.name for path in tmp_path.iterdir()} == {f"step={k}.ckpt" for k in range(1, 9)}
