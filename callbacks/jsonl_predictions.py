@@ -7,13 +7,13 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
     ENDED,
     FINGERPRINT,
     PROMPT_IDS,
+    real_tokens,
     tokenizer_fingerprint,
 )
 from lightning_kd.generation import Completions
@@ -60,8 +60,8 @@ class JsonlPredictions(Callback):
         """Append a batch to this rank's part."""
         assert isinstance(pl_module, DistillationModule)
         texts = outputs.texts(pl_module.tokenizer)
-        prompts = _real(batch["prompt_ids"], batch["prompt_mask"].bool())
-        completions, ended = _real(outputs.ids, outputs.mask), outputs.ended.tolist()
+        prompts = real_tokens(batch["prompt_ids"], batch["prompt_mask"].bool())
+        completions, ended = real_tokens(outputs.ids, outputs.mask), outputs.ended.tolist()
         with self._part(trainer.global_rank).open("a", encoding="utf-8") as file:
             for index, (row, text) in enumerate(zip(batch["row"].tolist(), texts, strict=True)):
                 if row == FILLER_ROW:
@@ -96,9 +96,3 @@ class JsonlPredictions(Callback):
 
     def _part(self, rank: int) -> Path:
         return self.path.with_name(f"{self.path.name}.rank{rank}")
-
-
-def _real(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """The tokens of each row without its padding."""
-    pairs = zip(ids.cpu(), mask.cpu(), strict=True)
-    return [row[kept].tolist() for row, kept in pairs]

@@ -74,7 +74,8 @@ class OnPolicyGeneration(Callback):
         table_rows: Rows of the table.
         unshard: Where models are in shards, keep all of their weights on every process while
             completions are written: faster, if there is memory for it.
-        path: A JSONL file that every written completion is appended to.
+        path: A JSONL file that every written completion is appended to, with the columns that
+            :class:`~lightning_kd.callbacks.JsonlPredictions` writes.
 
     Raises:
         ValueError: If a value is out of its range; before the first step, if module or data cannot
@@ -294,4 +295,4 @@ class OnPolicyGeneration(Callback):
                 start = end
             if self._own:
                 module.prepare_rollouts(self._rollouts, self.generation)
-        self.records.write(trainer, module, self._rollouts, window)
+        self.records.write(trainer, module, self._rollouts, written.ended.tolist(), window)

@@ -11,6 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollout_statistics import passes_multiple
+from lightning_kd.data.generated import (
+    COMPLETION_IDS,
+    ENDED,
+    FINGERPRINT,
+    PROMPT_IDS,
+    real_tokens,
+    tokenizer_fingerprint,
+)
 from lightning_kd.generation import completion_texts, evaluating
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.strategies import outside_of_steps
@@ -37,12 +45,16 @@ class RolloutRecords:
         trainer: L.Trainer,
         module: DistillationModule,
         rollouts: Sequence[Batch],
+        ended: list[bool],
         window: int,
     ) -> None:
         """Append a window's completions of all ranks, in the order of their samples."""
         if self.path is None:
             return
         rows = [row for batch in rollouts for row in _records(batch, module, window)]
+        fingerprint = tokenizer_fingerprint(module.tokenizer)
+        for row, has_ended in zip(rows, ended, strict=True):
+            row |= {ENDED: has_ended, FINGERPRINT: fingerprint}
         ranks = of_all_ranks(trainer, rows)
         if trainer.is_global_zero:
             if not self._begun:
@@ -90,13 +102,26 @@ class RolloutRecords:
 
 
 def _records(batch: Batch, module: DistillationModule, window: int) -> list[dict[str, Any]]:
+    written = batch["completion_mask"]
+    # What is neither padding nor completion.
+    prompts = real_tokens(batch["input_ids"], batch["attention_mask"].bool() & ~written)
     return [
-        {"window": window, "sample": sample, "row": row, "prompt": prompt, "completion": text}
-        for sample, row, prompt, text in zip(
+        {
+            "window": window,
+            "sample": sample,
+            "row": row,
+            "prompt": prompt,
+            "completion": text,
+            PROMPT_IDS: prompt_ids,
+            COMPLETION_IDS: completion_ids,
+        }
+        for sample, row, prompt, text, prompt_ids, completion_ids in zip(
             batch["sample"].tolist(),
             batch["row"].tolist(),
             batch["prompt"],
             completion_texts(batch, module.tokenizer),
+            prompts,
+            real_tokens(batch["input_ids"], written),
             strict=True,
         )
     ]

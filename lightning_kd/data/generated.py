@@ -4,6 +4,7 @@ import hashlib
 import json
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.sources import WHERE
@@ -28,6 +29,18 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
     return hashlib.blake2b(json.dumps(tokens).encode(), digest_size=8).hexdigest()
+
+
+def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
+    """Tokens of each row where a mask is true, ``(B, T)`` both.
+
+    Example:
+        >>> import torch
+        >>> real_tokens(torch.tensor([[0, 5], [6, 7]]), torch.tensor([[False, True], [True, True]]))
+        [[5], [6, 7]]
+    """
+    pairs = zip(ids.cpu(), mask.cpu(), strict=True)
+    return [row[kept].tolist() for row, kept in pairs]
 
 
 def given_ids(

@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
+from lightning_kd.data import PromptCompletionData
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import ModelSource, RoutedTeacher, SingleTeacher, Student, TeacherEnsemble
 from lightning_kd.modules import (
@@ -23,7 +24,7 @@ from lightning_kd.schedules import Linear
 from tests.callbacks.coin_and_rollouts import STEPS, run
 from tests.modules.harness import BatchList, Letters, trainer
 from tests.scripts import run_script
-from tests.toys import ragged_batch, tiny_llama, with_prompts
+from tests.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -168,6 +169,24 @@ def test_a_row_writes_the_same_however_the_step_is_cut(tmp_path, batch_size, win
     assert len(records(tmp_path / "8.jsonl")) == 8
 
 
+def test_what_was_written_down_is_read_as_the_tokens_and_ends_that_were_trained_on(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    _, seen = fit(GKD(**models()), steps=3, options={"path": str(path)})
+    rows = PromptCompletionData(tokenizer=letter_tokenizer(), train=str(path)).rows("train")
+    trained = [
+        (ids[mask.bool()].tolist(), int((mask.bool() & (labels < 0)).sum()))
+        for batch in seen.batches
+        for ids, mask, labels in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        )
+    ]
+    examples = [rows.example(k, 0) for k in range(len(rows))]
+    assert [(row.input_ids, row.prompt_length) for row in examples] == trained
+    ended = [row["ended"] for row in records(path)]
+    assert ended == [ids[-1] == 1 for ids, _ in trained]
+    assert set(ended) == {True, False}
+
+
 def test_a_window_is_written_once_and_passed_over_several_times():
     _, seen = fit(
         OnPolicyDistillation(**models()),
@@ -209,7 +228,9 @@ def test_resumed_rollouts_are_written_down_once(tmp_path):
     fit(GKD(**models()), steps=4, options=options, ckpt=tmp_path / "step2.ckpt")
     assert records(path) == whole
     assert [row["sample"] for row in whole] == list(range(16))
-    assert whole[0].keys() == {"window", "sample", "row", "prompt", "completion"}
+    names = {"window", "sample", "row", "prompt", "completion"}
+    ids = {"prompt_ids", "completion_ids", "ended", "tokenizer_fingerprint"}
+    assert whole[0].keys() == names | ids
 
 
 # What is scored.
