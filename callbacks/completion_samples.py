@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import ExactMatch
 from lightning_kd.models.positions import check_length
+from lightning_kd.models.sharding import any_process
 from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.student import longest_rows
 from lightning_kd.strategies import outside_of_steps
@@ -118,12 +119,13 @@ class CompletionSamples(Callback):
             if row != FILLER_ROW
         ]
         self._metric.to(module.device)
-        if rows:
-            self._metric.update([row[1] for row in rows], [row[2] for row in rows])
+        self._metric.update([row[1] for row in rows], [row[2] for row in rows])
         self._table += rows[: self.samples - len(self._table)]
 
     def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if self._metric.update_called:
+        # Asked on every rank: one that had no row, or no batch, must add up with the others.
+        if any_process(self._metric.update_called, module.device):
+            self._metric.to(module.device).update([], [])
             share = self._metric.compute()
             module.log(f"{stage}/exact_match", share, prog_bar=True, sync_dist=True)
         for logger in trainer.loggers:

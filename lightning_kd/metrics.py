@@ -23,7 +23,9 @@ class DistributionMetrics(Metric):
     they mean the same in every run: ``forward_kl`` :math:`KL(p\|q)`, ``reverse_kl``
     :math:`KL(q\|p)`, ``top1_agreement`` (share of positions with the same most likely token),
     ``student_entropy``, ``teacher_entropy``, and ``perplexity`` of the labels under the student.
-    Without a teacher only the student's are there.
+    Without a teacher only the student's are there. Where logits are cut to a shared vocabulary,
+    ``student_dropped_mass`` and ``teacher_dropped_mass`` are what each gives to the tokens beyond
+    it.
 
     Example:
         >>> from lightning_kd.evaluation import Block, of_one_model
@@ -39,10 +41,13 @@ class DistributionMetrics(Metric):
 
     full_state_update = False
     student_names = ("cross_entropy", "student_entropy")
+    dropped_names = ("student_dropped_mass", "teacher_dropped_mass")
     teacher_names = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_entropy")
     sums: Tensor
     tokens: Tensor
     taught_tokens: Tensor
+    dropped: Tensor
+    dropped_tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,6 +56,8 @@ class DistributionMetrics(Metric):
         self.add_state("sums", zero.repeat(names), dist_reduce_fx="sum")
         self.add_state("tokens", zero.clone(), dist_reduce_fx="sum")
         self.add_state("taught_tokens", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("dropped", zero.repeat(2), dist_reduce_fx="sum")
+        self.add_state("dropped_tokens", zero.repeat(2), dist_reduce_fx="sum")
         # Sums of a whole evaluation: float32 would lose the last tokens of a large one.
         self.set_dtype(torch.float64)
 
@@ -75,6 +82,22 @@ class DistributionMetrics(Metric):
             self.taught_tokens += labeled.sum()
         self.sums[: len(values)] += values[:, labeled].sum(-1, dtype=torch.float64)
 
+    def update_dropped(
+        self, of_student: Tensor | None, of_teacher: Tensor | None, targets: Tensor
+    ) -> None:
+        """Add what lies beyond the shared vocabulary; None where a side is no wider.
+
+        Args:
+            of_student: The student's mass at each position, ``(N,)``.
+            of_teacher: The teacher's.
+            targets: ``(N,)``; positions with ``IGNORE_INDEX`` do not count.
+        """
+        labeled = targets != IGNORE_INDEX
+        for side, mass in enumerate((of_student, of_teacher)):
+            if mass is not None:
+                self.dropped[side] += mass[labeled].sum(dtype=torch.float64)
+                self.dropped_tokens[side] += labeled.sum()
+
     def compute(self) -> dict[str, Tensor]:
         """The means, by name."""
         tokens, taught = self.tokens.clamp(min=1), self.taught_tokens.clamp(min=1)
@@ -83,6 +106,9 @@ class DistributionMetrics(Metric):
         if self.taught_tokens > 0:
             of_teacher = self.sums[len(self.student_names) :] / taught
             result |= dict(zip(self.teacher_names, of_teacher.unbind(), strict=True))
+        for side, name in enumerate(self.dropped_names):
+            if self.dropped_tokens[side] > 0:
+                result[name] = self.dropped[side] / self.dropped_tokens[side]
         return result
 
 

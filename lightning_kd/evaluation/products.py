@@ -1,5 +1,6 @@
 """The three matrix products of an output head, in float32 or wider whatever the operands are."""
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +23,10 @@ def project(states: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -
 def to_states(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
     """``out = gradient weight``: ``(n, V), (V, H) -> (n, H)``."""
     if _is_native(gradient, weight, out):
-        _product(gradient.to(weight.dtype), weight, out, add=False)
+        narrow, scale = _narrowed(gradient, weight.dtype)
+        _product(narrow, weight, out, add=False)
+        if scale != 1:
+            out.div_(scale)
     else:
         for number, tile in enumerate(_tiles(weight)):
             _product(gradient[:, tile], weight[tile].to(out.dtype), out, add=number > 0)
@@ -31,9 +35,30 @@ def to_states(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
 def to_weight(gradient: Tensor, states: Tensor, out: Tensor, *, add: bool) -> None:
     """``out (+)= gradient^T states``: ``(n, V), (n, H) -> (V, H)``."""
     if _is_native(gradient, states, out):
-        _product(gradient.to(states.dtype).t(), states, out, add)
+        narrow, scale = _narrowed(gradient, states.dtype)
+        if scale != 1 and add:
+            out.mul_(scale)
+        _product(narrow.t(), states, out, add)
+        if scale != 1:
+            out.div_(scale)
     else:
         _product(gradient.t(), states.to(out.dtype), out, add)
+
+
+def _narrowed(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """A gradient in a narrower type, and the power of two that it was multiplied by for it.
+
+    Float16 ends at 6e-8, which a softmax over a large vocabulary reaches by itself, and the more so
+    the smaller the weight of its token. The largest entry is brought to 8,192 or more, far below the
+    largest number. The other types have the range of float32.
+    """
+    if dtype != torch.float16:
+        return gradient.to(dtype), 1.0
+    largest = gradient.abs().amax().item() if gradient.numel() else 0.0
+    if not (0 < largest < math.inf):
+        return gradient.to(dtype), 1.0
+    scale = 2.0 ** min(14 - math.frexp(largest)[1], 60)
+    return (gradient * scale).to(dtype), scale
 
 
 def _is_native(first: Tensor, second: Tensor, out: Tensor) -> bool:

@@ -207,6 +207,17 @@ class TeacherMassBeyond(Quantity):
         return block.teacher()[:, self.width :].exp().sum(-1)
 
 
+class StudentMassBeyond(Quantity):
+    """What the student gives to the tokens from ``width`` on, a probability."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def values(self, block: Block) -> Tensor:
+        """The sum over the rest of the vocabulary."""
+        return block.student()[:, self.width :].exp().sum(-1)
+
+
 class Agreement(Quantity):
     """1 where student and teacher hold the same token for the most likely, else 0."""
 

@@ -15,6 +15,7 @@ from lightning_kd.generation import GenerationOptions
 from lightning_kd.metrics import DistributionMetrics
 from lightning_kd.models import FusedLogits, Logits, Student
 from lightning_kd.models.positions import check_length
+from lightning_kd.modules.half_precision import ScaledSumModule
 from lightning_kd.modules.loss import (
     Evaluation,
     LossSums,
@@ -26,7 +27,6 @@ from lightning_kd.modules.loss import (
     weigh,
 )
 from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
-from lightning_kd.modules.student import StudentModule
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
@@ -34,7 +34,7 @@ from lightning_kd.strategies import clip_gradients, divides_first, gradient_norm
 from lightning_kd.types import Batch
 
 
-class DistillationModule(StudentModule):
+class DistillationModule(ScaledSumModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
     A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says
@@ -139,7 +139,11 @@ class DistillationModule(StudentModule):
         evaluation = self._evaluate(scores, terms, metrics)
         self.micro_batch = evaluation.micro_batch
         self._window.add(weigh(self.micro_batch, self.normalization))
-        return evaluation.total * self._close_step() if self._divides_first else evaluation.total
+        if self._divides_first:
+            return evaluation.total * self._close_step()
+        return evaluation.total * self._sum_scale.before(
+            self.trainer, scores.positions, self.normalization
+        )
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
@@ -245,7 +249,7 @@ class DistillationModule(StudentModule):
         """
         self._step_means = self._window.close(self.sum_over_ranks)
         cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return cut_into / self._step_means.divisor
+        return self._sum_scale.after(self.trainer, cut_into) * cut_into / self._step_means.divisor
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """The sum of a tensor over all ranks, on every rank."""
@@ -270,6 +274,7 @@ class DistillationModule(StudentModule):
         return evaluation
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+        self._evaluation.open(self.device)
         reduced = self._evaluation.close(self.sum_over_ranks)
         # All ranks have the same means already; sync_dist tells Lightning that this is known.
         self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)

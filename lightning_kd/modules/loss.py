@@ -20,6 +20,8 @@ class Scores:
     positions: ScoredPositions
     student: LogitSource
     teacher: TeacherLogits | None = None
+    uncut: "Scores | None" = None
+    """The same over all tokens, where both were cut to a shared vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,11 @@ class LossSums:
     def clear(self) -> None:
         """Start again from zero."""
         self._sums = None
+
+    def open(self, device: torch.device) -> None:
+        """Let a rank to which nothing was added take part with zeros."""
+        if self._sums is None:
+            self._sums = torch.zeros(2 + 3 * len(self.terms), dtype=torch.float64, device=device)
 
     def close(self, all_reduce: Callable[[Tensor], Tensor]) -> "ReducedLoss":
         """Add up over all ranks, in one call, and start again from zero.

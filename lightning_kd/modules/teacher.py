@@ -1,13 +1,23 @@
 """What methods with a teacher at hand share."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.divergences import ReverseKL
-from lightning_kd.evaluation import Matching, Sweep, TeacherLogits, TeacherMassBeyond, look
+from lightning_kd.evaluation import (
+    Matching,
+    StudentMassBeyond,
+    Sweep,
+    TeacherLogits,
+    TeacherMassBeyond,
+    look,
+)
+from lightning_kd.metrics import DistributionMetrics
 from lightning_kd.models import (
     SingleTeacher,
     Teacher,
@@ -16,9 +26,12 @@ from lightning_kd.models import (
     vocabulary_size,
 )
 from lightning_kd.modules.base import DistillationModule
-from lightning_kd.modules.loss import Scores
+from lightning_kd.modules.loss import Evaluation, LossTerm, Scores
 from lightning_kd.strategies import shard_mesh
 from lightning_kd.types import Batch
+
+_LARGE_MASS = 0.01
+"""A probability beyond the shared vocabulary that padding does not have."""
 
 
 class TeacherModule(DistillationModule):
@@ -27,7 +40,9 @@ class TeacherModule(DistillationModule):
     Args:
         teacher: One model, or a :class:`~lightning_kd.models.TeacherEnsemble`.
         vocabulary: ``equal`` refuses logits of different widths; ``shared`` cuts both to the
-            narrower one before the softmax.
+            narrower one before the softmax, so that each is renormalized over the tokens that they
+            share. What a wider side gives to its other tokens is not in the loss, and is logged as
+            ``student_dropped_mass`` or ``teacher_dropped_mass``.
         base: The options of :class:`~lightning_kd.modules.DistillationModule`.
     """
 
@@ -41,6 +56,7 @@ class TeacherModule(DistillationModule):
         super().__init__(**base)
         self.teacher = teacher
         self.vocabulary: VocabularyPolicy = vocabulary
+        self._warned_of: set[str] = set()
 
     width: int
     """Logits of student and teacher that are compared."""
@@ -73,10 +89,10 @@ class TeacherModule(DistillationModule):
         """Run student and teacher on the same ids."""
         positions = self.positions(batch)
         teacher = self.teacher.read(batch, positions, self.logits)
-        if not self.training or self._logs_this_step():
-            self._log_dropped_mass(teacher)
-        student = self.logits.read(self.student, batch, positions)
-        return Scores(positions, student.narrowed(self.width), teacher.narrowed(self.width))
+        uncut = Scores(positions, self.logits.read(self.student, batch, positions), teacher)
+        return Scores(
+            positions, uncut.student.narrowed(self.width), teacher.narrowed(self.width), uncut
+        )
 
     def reverse_kl(self, batch: Batch) -> Tensor:
         """Reverse KL at each scored position of a batch, at temperature 1, ``(N,)``."""
@@ -84,14 +100,42 @@ class TeacherModule(DistillationModule):
             scores = self.score(batch)
         return look(Sweep(scores.student, scores.teacher, [Matching(ReverseKL())]))[0]
 
-    def _log_dropped_mass(self, teacher: TeacherLogits) -> None:
-        """What the teachers give, on average, to tokens beyond the shared vocabulary."""
-        wider = [source for source in teacher.sources if source.shape[1] > self.width]
-        if wider and wider[0].shape[0]:
+    def _evaluate(
+        self, scores: Scores, terms: Mapping[str, LossTerm], metrics: DistributionMetrics | None
+    ) -> Evaluation:
+        if metrics is not None and scores.uncut is not None:
+            metrics.update_dropped(*self._dropped(scores.uncut), scores.positions.targets)
+        return super()._evaluate(scores, terms, metrics)
+
+    def _dropped(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
+        """What student and teacher give to tokens beyond the shared vocabulary, ``(N,)`` each.
+
+        Of several teachers, the one that gives most to them.
+        """
+        of_student, of_teacher = None, None
+        if scores.student.shape[1] > self.width:
+            of_student = look(Sweep(scores.student, None, [StudentMassBeyond(self.width)]))[0]
+        wider = [s for s in scores.teacher.sources if s.shape[1] > self.width]  # type: ignore[union-attr]
+        if wider:
             beyond = [TeacherMassBeyond(self.width)]
-            mass = [look(Sweep(None, TeacherLogits((w,)), beyond)).mean() for w in wider]
-            stage = "train" if self.training else "val"
-            self.log(f"{stage}/teacher_dropped_mass", max(mass), batch_size=wider[0].shape[0])
+            masses = [look(Sweep(None, TeacherLogits((w,)), beyond))[0] for w in wider]
+            of_teacher = torch.stack(masses).amax(0)
+        return of_student, of_teacher
+
+    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
+        shown = super()._log_distribution(stage, metrics)
+        for name in metrics.dropped_names:
+            mass = self.trainer.callback_metrics.get(f"{stage}/{name}", torch.zeros(()))
+            if mass > _LARGE_MASS and name not in self._warned_of:
+                self._warned_of.add(name)
+                side = name.partition("_")[0]
+                rank_zero_warn(
+                    f"the {side} gives {mass:.1%} of its probability to tokens beyond the "
+                    f"{self.width} that are compared ({stage}/{name}). Both sides are renormalized "
+                    "over those, so the loss does not see it; vocabulary: shared is meant for "
+                    "surplus that is padding"
+                )
+        return shown
 
 
 def require_positive(**temperatures: float) -> None:

@@ -151,6 +151,7 @@ def test_routed_teachers():
     assert_same(*results, tolerance=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:the .* gives .* beyond")
 @pytest.mark.parametrize("wider", ["student", "teacher"])
 def test_heads_of_unequal_width_are_cut_to_the_narrower(wider):
     results = []

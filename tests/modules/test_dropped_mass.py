@@ -1,0 +1,58 @@
+"""What a cut to a shared vocabulary drops, of both sides: a mean over tokens."""
+
+import pytest
+import torch
+
+from lightning_kd.models import DenseLogits, FusedLogits, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models.source import ModelSource
+from lightning_kd.modules import SupervisedKD
+from tests.modules.harness import BatchList, trainer
+from tests.toys import ragged_batch, tiny_llama
+
+BATCHES = [ragged_batch([(2, 9), (1, 7)], seed=1), ragged_batch([(4, 1)], seed=2)]
+
+
+def beyond(network, width):
+    """The mass beyond a width at each label of all batches, from the model's own logits."""
+    masses = []
+    with torch.no_grad():
+        for batch in BATCHES:
+            logits = network(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].double()
+            masses.append(logits[batch["labels"][:, 1:] != -100].softmax(-1)[:, width:].sum(-1))
+    return torch.cat(masses)
+
+
+@pytest.mark.parametrize("logits", [FusedLogits(), DenseLogits()], ids=["fused", "dense"])
+@pytest.mark.parametrize("sizes", [(18, 21), (21, 18)], ids=["teacher", "student"])
+def test_of_either_side_over_a_whole_evaluation(sizes, logits):
+    student, teacher = (tiny_llama(seed, vocab_size=size) for seed, size in enumerate(sizes))
+    module = SupervisedKD(
+        student=Student.of(student),
+        teacher=SingleTeacher.of(teacher),
+        vocabulary="shared",
+        logits=logits,
+    )
+    side, wider = ("student", student) if sizes[0] > sizes[1] else ("teacher", teacher)
+    expected = beyond(wider, 18).mean().item()
+    with pytest.warns(UserWarning, match=rf"{side} gives {expected:.1%} .* beyond the 18"):
+        (result,) = trainer(limit_val_batches=1.0).validate(
+            module, datamodule=BatchList([], BATCHES), verbose=False
+        )
+    assert result[f"val/{side}_dropped_mass"] == pytest.approx(expected, rel=1e-5)
+    other = "teacher" if side == "student" else "student"
+    assert f"val/{other}_dropped_mass" not in result
+
+
+def test_of_several_teachers_the_one_that_gives_most():
+    members = [tiny_llama(seed, vocab_size=size) for seed, size in ((1, 21), (2, 24), (3, 18))]
+    module = SupervisedKD(
+        student=Student.of(tiny_llama(0)),
+        teacher=TeacherEnsemble([ModelSource.of(member) for member in members]),
+        vocabulary="shared",
+    )
+    expected = torch.stack([beyond(member, 18) for member in members]).amax(0).mean().item()
+    with pytest.warns(UserWarning, match="teacher gives"):
+        (result,) = trainer(limit_test_batches=1.0).test(
+            module, datamodule=BatchList([], BATCHES), verbose=False
+        )
+    assert result["test/teacher_dropped_mass"] == pytest.approx(expected, rel=1e-5)
