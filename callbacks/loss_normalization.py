@@ -1,7 +1,7 @@
 """What a loss was divided by, and what another division would have made of it."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import lightning as L
 import torch
@@ -10,14 +10,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_kd.callbacks.gradient_audit import audit_window
 from lightning_kd.callbacks.publishing import publish
+from lightning_kd.callbacks.step_audit import StepAudit
 from lightning_kd.divergences.log_space import weighted
-from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.loss import EvaluatedTerm
 from lightning_kd.normalization import ConstantLength
-from lightning_kd.strategies import divides_first
 from lightning_kd.types import Batch
 
 _FIELDS = (
@@ -72,62 +70,59 @@ class LossNormalizationDiagnostics(Callback):
     This works with every method of the library, on steps that are logged.
 
     **Audit.** With ``audit`` it also takes the samples of a step just trained on, computes their
-    gradient in other cuts (all in one micro-batch, one by one, in reversed order, with more padding;
-    over ranks and in one process), and logs the relative differences as ``norm/audit/<cut>``. Any
-    module with automatic optimization can be audited, your own too: only its ``training_step`` and
-    ``on_before_optimizer_step`` are called. Above the tolerance it warns or raises, and names the
-    fault where it recognizes one: a mean of micro-batch means, a division by the number of
-    micro-batches too many or too few, a mean over ranks too many, a divisor that counts text which
-    is not scored. The run goes on bit for bit as if it had not been audited.
+    gradient in other cuts (all in one micro-batch, one by one, in reversed order, with more padding,
+    once more in another order with other random numbers; over ranks and in one process), and logs
+    the relative differences as ``norm/audit/<cut>``. Any module with automatic optimization can be
+    audited, your own too: its training step and its hooks up to ``configure_gradient_clipping`` are
+    called as Lightning calls them. Above the tolerance it warns or raises, and names the cause where
+    the evidence singles one out; `docs/normalization.md` has a table of what is found. Where only
+    single samples differ, the gradient was right as it was trained, and that is said as a note.
+    The run goes on bit for bit as if it had not been audited; a module that keeps what cannot be set
+    back (an iterator, an open file) is not audited, which is said. The audit needs memory for the
+    step's samples in one micro-batch, one copy of the module and a few gradients.
 
     Args:
         histograms_every: Optimizer steps between histograms of length and loss of the first rank's
             rows; 0 for none.
         audit: ``never``, ``first`` (the first step of the run) or a number of optimizer steps.
         tolerance: Relative difference of gradients above which a step is at fault. Rounding alone
-            gives about 1e-6 in float32 and 1e-2 in bfloat16.
-        on_fault: ``warn`` or ``raise``.
+            gives about 1e-6 in float32 and 1e-2 in bfloat16; 1e-3, and 0.05 where anything is
+            computed in 16 bits, when not given.
+        on_fault: ``warn`` or ``raise``, for a fault and for a step that cannot be audited.
 
     Raises:
-        ValueError: If a value is out of its range; in a run, if a fault is found and ``on_fault`` is
-            ``raise``.
+        ValueError: If a value is out of its range; in a run, if a fault is found, or nothing can be
+            found out, and ``on_fault`` is ``raise``.
     """
 
     def __init__(
         self,
         histograms_every: int = 100,
         audit: Literal["never", "first"] | int = "never",
-        tolerance: float = 1e-3,
+        tolerance: float | None = None,
         on_fault: Literal["warn", "raise"] = "warn",
     ) -> None:
         if histograms_every < 0:
             raise ValueError(f"histograms_every is {histograms_every}; it must be 0 or more")
-        if audit not in {"never", "first"} and not (isinstance(audit, int) and audit > 0):
-            raise ValueError(
-                f"audit is {audit!r}; give never, first, or a number of steps, 1 or more"
-            )
-        if on_fault not in {"warn", "raise"}:
-            raise ValueError(f"on_fault is {on_fault!r}; choose one of warn, raise")
-        if not tolerance > 0:
-            raise ValueError(f"tolerance is {tolerance}; it must be positive")
         self.histograms_every = histograms_every
-        self.audit, self.tolerance, self.on_fault = audit, tolerance, on_fault
-        self._audited = False
-        self._window: list[Any] = []
+        self.audit = StepAudit(audit, tolerance, on_fault)
         self._records: list[Tensor] = []
         self._rows: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether the gradients can be audited.
+        """Validate that there will be something to log.
 
         Raises:
-            ValueError: If they are in shards, or nowhere to be seen.
+            ValueError: If the gradients cannot be audited: they are in shards, or nowhere to be seen.
         """
-        hidden = divides_first(trainer) or any(is_sharded(part) for part in pl_module.modules())
-        if self.audit != "never" and hidden:
-            raise ValueError(
-                f"audit is {self.audit!r}, but the gradients of this strategy are in shards, and no "
-                "process can compute another cut by itself; audit with ddp or one process"
+        self._records, self._rows = [], []
+        if self.audit.when != "never":
+            self.audit.check(trainer, pl_module)
+        elif not isinstance(pl_module, DistillationModule):
+            rank_zero_warn(
+                "LossNormalizationDiagnostics logs nothing under norm/ for "
+                f"{type(pl_module).__name__}: only the methods of lightning_kd tell what they divide "
+                "by. Set audit: first (or a number of steps) to check the gradients of any module"
             )
 
     def on_train_batch_end(
@@ -145,16 +140,20 @@ class LossNormalizationDiagnostics(Callback):
             self._record(pl_module, batch)
             if stepped:
                 self._close(trainer, pl_module, step)
-        if self._wants_audit(step) and pl_module.automatic_optimization:
-            self._window.append(batch)
-            if stepped:
-                self._audit(trainer, pl_module)
+        self.audit.after_batch(trainer, pl_module, stepped, outputs, batch, batch_idx)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Remember how many steps there were, to see whether this micro-batch makes one."""
         self._steps_before = trainer.global_step
+        self.audit.before_batch(trainer, pl_module)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Leave the module as it was."""
+        self.audit.stop()
 
     def _wanted(self, trainer: L.Trainer, step: int) -> bool:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -162,29 +161,6 @@ class LossNormalizationDiagnostics(Callback):
 
     def _wants_histogram(self, step: int) -> bool:
         return self.histograms_every > 0 and step % self.histograms_every == 0
-
-    def _wants_audit(self, step: int) -> bool:
-        if isinstance(self.audit, int):
-            return step % self.audit == 0
-        return self.audit == "first" and not self._audited
-
-    def _audit(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        report = audit_window(trainer, module, self._window, self.tolerance)
-        self._audited, self._window = True, []
-        differences = {f"norm/audit/{cut}": d for cut, d in report.differences.items()}
-        tensors = {name: torch.tensor(value) for name, value in differences.items()}
-        publish(trainer, tensors, trainer.global_step - 1)
-        if report.largest <= self.tolerance:
-            return
-        found = {cut: f"{difference:.2g}" for cut, difference in report.differences.items()}
-        causes = "; ".join(report.causes) or "no cause that is recognized"
-        message = (
-            f"the gradient of step {trainer.global_step} depends on how its samples are cut "
-            f"(relative differences {found}). Likely cause: {causes}"
-        )
-        if self.on_fault == "raise":
-            raise ValueError(message)
-        rank_zero_warn(message)
 
     def _record(self, module: DistillationModule, batch: Batch) -> None:
         lengths = module.micro_batch.positions.tokens_per_row

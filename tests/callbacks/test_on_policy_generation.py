@@ -559,5 +559,5 @@ def test_the_audit_finds_no_cut_that_matters(name, normalization):
         precision="64-true",
     )
     found = [v.item() for k, v in lightning.callback_metrics.items() if "audit" in k]
-    assert len(found) == 4
+    assert len(found) == 5
     assert max(found) < 1e-6

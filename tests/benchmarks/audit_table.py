@@ -1,0 +1,63 @@
+"""What the audit finds: ``python -m tests.benchmarks.audit_table [--write docs/normalization.md]``.
+
+Every module of :mod:`tests.callbacks.audited_modules` is trained for a step and audited; the table is
+printed, or put into the document between its two marks.
+"""
+
+import argparse
+import logging
+import re
+import warnings
+from pathlib import Path
+
+from tests.callbacks.audit_runs import Outcome, audit, audit_two_processes
+from tests.callbacks.audited_modules import PLANTED, RIGHT, Case
+
+HEADINGS = "| module | processes x micro-batches | the audit |\n| --- | --- | --- |"
+_MARKS = "<!-- audit table -->", "<!-- end of audit table -->"
+
+
+def row_of(case: Case, outcome: Outcome) -> str:
+    """Return a line of the table."""
+    said = "; ".join(cause.split(":")[0] for cause in outcome.causes)
+    if not outcome.causes and outcome.warnings:
+        said = outcome.warnings[0].split("of step 1 was ")[-1].split(" (")[0].split(", so ")[0]
+        said = said.split("; ")[0].replace("ValueError: ", "")
+    elif outcome.notes:
+        said = "silent; notes that single samples would differ"
+    return f"| {case.what} | {case.processes} x {case.accumulate} | {said or 'silent'} |"
+
+
+def table() -> str:
+    """Audit everything; return the table."""
+    both = {what: told[0] for what, told in audit_two_processes().items()}
+    lines = []
+    for title, cases in (("wrong", PLANTED), ("right", RIGHT)):
+        lines += [f"Modules that are {title}:\n\n{HEADINGS}"]
+        for case in cases:
+            outcome = Outcome(**both[case.what]) if case.processes == 2 else audit(case)
+            lines.append(row_of(case, outcome))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print the table, or write it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", type=Path, help="document whose table is replaced")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    made = table()
+    if arguments.write is None:
+        print(made)
+        return
+    text, (begin, end) = arguments.write.read_text(), _MARKS
+    if begin not in text or end not in text:
+        parser.error(f"{arguments.write} has no {begin} and {end} to put the table between")
+    between = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
+    arguments.write.write_text(between.sub(lambda _: f"{begin}\n\n{made}\n{end}", text))
+
+
+if __name__ == "__main__":
+    main()
