@@ -36,7 +36,8 @@ def run(
 ) -> dict[str, Any]:
     """Losses of the two steps, the last norm and learning rate, and the weights before and after."""
     method, clip, tied = case
-    module = build(method, "sequence" if method == "gkd" else "token", dtype=dtype, tied=tied)
+    by_row = method in {"gkd", "baby_llama_batchmean"}
+    module = build(method, "sequence" if by_row else "token", dtype=dtype, tied=tied)
     module._optimizer = adamw
     module._lr_scheduler = lambda optimizer: WarmupCosine(optimizer, warmup_steps=4, total_steps=8)
     before = {n: t.clone() for n, t in module.student_source._given.state_dict().items()}
