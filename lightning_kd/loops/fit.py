@@ -211,6 +211,8 @@ class FitTrainer(L.Trainer):
                 "a step (in on_train_batch_end, when trainer.global_step has grown), or give "
                 "weights_only=True"
             )
+        for logger in self.loggers:
+            logger.save()  # a run that goes on from here does not log again what came before
         self.saving = os.path.realpath(filepath)
         try:
             super().save_checkpoint(filepath, weights_only, storage_options)

@@ -1,6 +1,7 @@
 """A run that goes on as if it had not stopped: what Lightning's checkpoints leave out."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,7 @@ from lightning_kd.loops.fit import (
     checkpoint_callbacks,
     epoch_loader,
 )
+from lightning_kd.loops.logs import EarlierRows, forget_steps
 from lightning_kd.loops.place import place_of
 
 CHECKPOINT_KEY = "lightning_kd_run"
@@ -38,7 +40,7 @@ def prepare_trainer(trainer: L.Trainer) -> None:
     check_limits(trainer)
     if not any(isinstance(callback, ResumeState) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         # In front of all others, so that a moment is known when they save.
-        trainer.callbacks.insert(0, ResumeState())  # type: ignore[attr-defined]
+        trainer.callbacks.insert(0, ResumeState(EarlierRows(trainer)))  # type: ignore[attr-defined]
     if not isinstance(trainer.fit_loop, FitLoop):
         trainer.fit_loop.__class__ = FitLoop
         trainer.fit_loop.epoch_loop.__class__ = EpochLoop
@@ -55,11 +57,15 @@ class ResumeState(Callback):
     Lightning writes its counters, but not which hooks have been called after a micro-batch, what
     metrics callbacks see, and which step was saved last. Here is what it needs besides; the counters
     are brought into the one form from which it goes on without a step, a validation or a checkpoint
-    too few or too many. :class:`~lightning_kd.loops.prepare_trainer` adds it to a trainer.
+    too few or too many. :func:`~lightning_kd.loops.prepare_trainer` adds it to a trainer.
+
+    Args:
+        earlier_rows: Of loggers that go on in a directory they have been in.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, earlier_rows: EarlierRows) -> None:
         self._restored: dict[str, Any] | None = None
+        self._earlier_rows = earlier_rows
 
     # The moments.
 
@@ -128,8 +134,14 @@ class ResumeState(Callback):
             return
         trainer.callback_metrics.update(restored["metrics"])
         _epoch_loop(trainer).row_to_come = restored["row"]
+        # The last step's row comes after the checkpoint only where it was saved right behind it.
+        first = trainer.global_step - (restored["moment"] == TRAINED)
+        self._earlier_rows.give_back(first)
+        forget_steps(trainer, first)
         for callback in checkpoint_callbacks(trainer):
-            _restore_saved(callback, restored["saved"].get(callback.state_key))
+            saved = restored["saved"].get(callback.state_key)
+            if saved is not None:
+                _restore_saved(trainer, callback, saved)
         stopped = [
             callback
             for callback in trainer.callbacks  # type: ignore[attr-defined]
@@ -163,17 +175,41 @@ def _saved(trainer: L.Trainer, callback: ModelCheckpoint, moment: str) -> dict[s
         "deferred": callback._defer_save_until_validation and not (own and moment == VALIDATED),
         "dirpath": str(callback.dirpath),
         "score": callback.current_score,
+        "files": sorted(_names(callback) | ({Path(path).name} if own else set())),
     }
 
 
-def _restore_saved(callback: ModelCheckpoint, saved: dict[str, Any] | None) -> None:
-    if saved is None:
-        return
+def _restore_saved(trainer: L.Trainer, callback: ModelCheckpoint, saved: dict[str, Any]) -> None:
     callback._last_global_step_saved = saved["step"]
     callback._defer_save_until_validation = saved["deferred"]
     callback.current_score = saved["score"]
-    if saved["dirpath"] == str(callback.dirpath):
-        callback._last_checkpoint_saved = saved["path"]
+    if saved["dirpath"] != str(callback.dirpath):
+        return
+    callback._last_checkpoint_saved = saved["path"]
+    lost = trainer.strategy.broadcast(_names(callback) - set(saved["files"]))
+    callback.file_exists = _ExistsForRun(callback, lost)  # type: ignore[method-assign]
+
+
+def _names(callback: ModelCheckpoint) -> set[str]:
+    """The files in a callback's directory; none where it is not a local one."""
+    folder = Path(str(callback.dirpath))
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+class _ExistsForRun:
+    """Does a checkpoint exist? One from behind the point where a run goes on is written again.
+
+    Otherwise it would get another name, with a version, and the old one would be left over.
+    """
+
+    def __init__(self, callback: ModelCheckpoint, lost: set[str]) -> None:
+        self.callback, self.lost = callback, lost
+
+    def __call__(self, filepath: str | Path, trainer: L.Trainer) -> bool:
+        if Path(filepath).name in self.lost:
+            self.lost.discard(Path(filepath).name)
+            return False
+        return ModelCheckpoint.file_exists(self.callback, filepath, trainer)
 
 
 def _epoch_loop(trainer: L.Trainer) -> EpochLoop:

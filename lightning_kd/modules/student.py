@@ -3,6 +3,8 @@
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.checkpoints import compare_weights
@@ -43,6 +45,16 @@ class StudentModule(L.LightningModule):
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Prepare a trainer that fits, before its loggers open their files; no callback is added.
+
+        Raises:
+            ValueError: If the trainer's limits cannot be kept.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            prepare_trainer(self.trainer)
+        return []
+
     def setup(self, stage: str) -> None:
         """See whether the trainer will do.
 
@@ -50,7 +62,7 @@ class StudentModule(L.LightningModule):
             ValueError: If the loss would be divided wrongly under it.
         """
         check_trainer(self.trainer)
-        if stage == "fit":
+        if stage == "fit":  # where a subclass has callbacks of its own
             prepare_trainer(self.trainer)
 
     def configure_model(self) -> None:

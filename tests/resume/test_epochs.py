@@ -4,6 +4,7 @@ A run that is killed goes on from its last checkpoint, so that going on from eac
 that is not killed covers a kill anywhere.
 """
 
+import csv
 import math
 import shutil
 from datetime import timedelta
@@ -22,7 +23,9 @@ from lightning.pytorch.callbacks import (
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
 )
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import PackedTextData, PromptsAndText
@@ -32,7 +35,10 @@ from lightning_kd.modules import GKD, SFT, MiniLLM, SupervisedKD, WarmupCosine
 from tests.modules.harness import Letters, trainer
 from tests.toys import LETTERS, letter_tokenizer, tiny_llama
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
+]
 
 
 class Events(Callback):
@@ -177,12 +183,17 @@ class Snapshots(TorchCheckpointIO):
         self.taken.append((copy, Path(path), len(self.seen), len(self.rows)))
 
 
+def names(folder):
+    return {entry.name for entry in folder.iterdir()}
+
+
 def goes_on_from_every_checkpoint(
-    module, root, *, callbacks=list, data=Letters, every=1, **settings
+    module, root, *, callbacks=list, data=Letters, every=1, later=0, **settings
 ):
     """Run once, then from each checkpoint with the directory as it was; return the first run.
 
-    ``every`` leaves some out, where there are many of the same kind.
+    ``every`` leaves some out, where there are many of the same kind. With ``later``, that many
+    checkpoints have been saved behind the one that the run goes on from.
     """
     folder, kept = root / "run", root / "kept"
     if data is Letters:
@@ -201,9 +212,14 @@ def goes_on_from_every_checkpoint(
         plugins=[snapshots],
         **settings,
     )
-    for copy, path, seen, rows in snapshots.taken[::-every]:
+    files = names(folder)
+    for number in range(len(snapshots.taken) - 1 - later, -1, -every):
+        copy, path, seen, rows = snapshots.taken[number]
         shutil.rmtree(folder)
-        shutil.copytree(copy, folder)
+        start = snapshots.taken[number + later][0]
+        shutil.copytree(start, folder)
+        if not path.exists() or (folder / "last.ckpt").exists():
+            shutil.copy(copy / path.name, path)
         again = run(
             module(), folder, callbacks=callbacks(), data=data(), ckpt_path=path, **settings
         )
@@ -213,6 +229,8 @@ def goes_on_from_every_checkpoint(
         assert torch.equal(again[2].weights, whole[2].weights), name
         if again[1] or again[3] or again[2].state:
             assert again[2].state == whole[2].state, name
+            # One that was about to be removed may be left over.
+            assert files <= names(folder) <= files | names(start), name
         else:  # max_steps had ended it inside an epoch: nothing was left to do
             assert again[0].global_step == whole[0].global_step, name
     return whole, len(snapshots.taken)
@@ -305,6 +323,47 @@ def test_a_second_stream_of_text_goes_on_exactly_over_epochs(tmp_path):
         data=lambda: text_beside(tmp_path),
         callbacks=lambda: [rollouts(passes=2)],
     )
+
+
+@pytest.mark.parametrize("later", [1, 2])
+def test_checkpoints_that_a_kill_has_left_behind_are_written_again(tmp_path, later):
+    """Under their own names, not beside themselves with a version."""
+    best = {"monitor": "train/loss", "filename": "best", "save_top_k": 2, "save_last": True}
+    goes_on_from_every_checkpoint(
+        plain,
+        tmp_path,
+        limit_train_batches=2,
+        later=later,
+        callbacks=lambda: [ModelCheckpoint(tmp_path / "run", **best)],
+    )
+
+
+@pytest.mark.parametrize("logger", [CSVLogger, TensorBoardLogger])
+def test_a_log_in_the_same_directory_has_every_row_once(tmp_path, logger):
+    def rows(folder):
+        if logger is CSVLogger:
+            return list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
+        seen = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+        seen.Reload()
+        return {
+            tag: [(e.step, e.value) for e in seen.Scalars(tag)] for tag in seen.Tags()["scalars"]
+        }
+
+    def fit(folder, **settings):
+        save = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=2, save_top_k=-1)
+        made = logger(tmp_path, name=folder, version="log")
+        fit = trainer(
+            logger=made, callbacks=[save], enable_checkpointing=True, limit_val_batches=1.0
+        )
+        fit.fit_loop.max_epochs = 2
+        fit.fit(plain(), datamodule=Letters(rows=6, batch_size=2), **settings)
+        return tmp_path / folder / "log"
+
+    whole = rows(fit("whole"))
+    for step in (2, 4):
+        shutil.copytree(tmp_path / "whole", tmp_path / f"from{step}")
+        again = fit(f"from{step}", ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert rows(again) == whole
 
 
 class Plateau(SFT):
