@@ -1,6 +1,5 @@
 """What every method shares: the steps, the division, the optimizer, the logs."""
 
-import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
@@ -227,13 +226,7 @@ class DistillationModule(ScaledSumModule):
         """
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
-                steps = self.trainer.estimated_stepping_batches
-                if math.isinf(steps):
-                    raise ValueError(
-                        "WarmupCosine ends with the run, and this run has no end: give "
-                        "trainer.max_steps, trainer.max_epochs or lr_scheduler.total_steps"
-                    )
-                config.scheduler.total_steps = int(steps)
+                config.scheduler.end_with_run(self.trainer.estimated_stepping_batches)
 
     # Helpers.
 

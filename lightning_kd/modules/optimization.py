@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -66,6 +67,25 @@ class WarmupCosine(LambdaLR):
         self.total_steps = total_steps
         self.min_ratio = min_ratio
         super().__init__(optimizer, self.factor)
+
+    def end_with_run(self, steps: int | float) -> None:
+        """Take the length of the run for ``total_steps``; warn where all of it is warm-up.
+
+        Raises:
+            ValueError: If the run has no end.
+        """
+        if math.isinf(steps):
+            raise ValueError(
+                "WarmupCosine ends with the run, and this run has no end: give trainer.max_steps, "
+                "trainer.max_epochs or lr_scheduler.total_steps"
+            )
+        if 0 < steps < self.warmup_steps:
+            rank_zero_warn(
+                f"warmup_steps is {self.warmup_steps} and the run has {int(steps)} optimizer steps: "
+                f"the learning rate ends at {steps / self.warmup_steps:.0%} of the optimizer's. Give "
+                "a smaller --model.lr_scheduler.warmup_steps, unless this is only to try something"
+            )
+        self.total_steps = int(steps)
 
     def factor(self, step: int) -> float:
         """What the rate is multiplied by after ``step`` steps."""

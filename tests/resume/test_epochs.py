@@ -510,6 +510,8 @@ def test_a_cosine_without_an_end_ends_with_the_run():
     rates = [row["train/lr"] for _, row in log if "train/lr" in row]
     expected = [1 / 2, 1] + [0.5 * (1 + math.cos(math.pi * s / 6)) for s in range(6)]
     assert rates == pytest.approx([3e-2 * factor for factor in expected])
+    with pytest.warns(UserWarning, match=r"warmup_steps is 2 .* ends at 50% of the optimizer's"):
+        run(plain(), max_steps=1)
     with pytest.raises(ValueError, match="WarmupCosine ends with the run, and this run has no end"):
         run(plain(), max_epochs=-1, callbacks=[stops()])
 
