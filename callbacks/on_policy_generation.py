@@ -9,11 +9,14 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
+from lightning_kd.callbacks.empty_windows import EmptyWindows
 from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollout_records import RolloutRecords
 from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
 from lightning_kd.callbacks.rollout_writing import (
     check_batches,
+    check_lengths,
+    check_method,
     complete,
     loader_of,
     writing_teacher,
@@ -26,10 +29,8 @@ from lightning_kd.generation import (
     padding_id,
     rollout_batch,
 )
-from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import can_be_whole, whole
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
-from lightning_kd.modules.student import longest_rows
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import outside_of_steps
@@ -126,6 +127,7 @@ class OnPolicyGeneration(Callback):
         self.steps_per_window = steps_per_window
         self.plan = RolloutPlan(1, passes, group_size)
         self.truncated: Truncation = truncated
+        self._empty = EmptyWindows(truncated)
         self.rows_at_once, self.unshard = rows_at_once, unshard
         self.statistics = RolloutStatistics(table_every)
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
@@ -153,6 +155,7 @@ class OnPolicyGeneration(Callback):
                 f"OnPolicyGeneration writes for modules of this library, not for a "
                 f"{type(pl_module).__name__}; derive it from DistillationModule"
             )
+        check_method(pl_module)
         if self.unshard and not can_be_whole(pl_module.student):
             raise ValueError(
                 "unshard: true keeps shards of FSDP2 whole, and this strategy has none; leave it out, "
@@ -179,15 +182,8 @@ class OnPolicyGeneration(Callback):
             )
         if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
             writing_teacher(pl_module)
-        self._check_lengths(trainer, pl_module, always)
-
-    def _check_lengths(self, trainer: L.Trainer, module: DistillationModule, always: bool) -> None:
-        """Refuse prompts and completions that are longer than a model's positions."""
-        row, prompt = longest_rows(trainer).get("train", (0, 0))
-        length = prompt + self.generation.max_new_tokens
-        check_length(module.models, length, "prompts and on_policy.generation.max_new_tokens")
-        if not always and self.otherwise == "dataset":
-            check_length(module.models, row, "train rows")
+        from_data = not always and self.otherwise == "dataset"
+        check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See whether windows can be written, whoever writes the first one.
@@ -295,4 +291,5 @@ class OnPolicyGeneration(Callback):
                 start = end
             if self._own:
                 module.prepare_rollouts(self._rollouts, self.generation)
+        self._empty.add(module, self._rollouts, self.generation.max_new_tokens)
         self.records.write(trainer, module, self._rollouts, written.ended.tolist(), window)

@@ -13,7 +13,9 @@ from lightning_kd.data import PairedLoader, TrainingLoader
 from lightning_kd.generation import Completions, GenerationOptions, generate, padding_id
 from lightning_kd.models import SingleTeacher
 from lightning_kd.models.placement import KINDS, at_work
+from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules.student import longest_rows
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.types import Batch
 
@@ -107,6 +109,37 @@ def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
             f"{type(loader).__name__}; derive yours from DistillationData"
         )
     return loader
+
+
+def check_method(module: DistillationModule) -> None:
+    """See whether a method has a use for what is written.
+
+    Raises:
+        ValueError: If it learns from the data's completions alone.
+    """
+    if not (isinstance(module, TeacherModule) or module.needs_own_samples):
+        raise ValueError(
+            f"{type(module).__name__} learns the completions of the data, and on_policy would have it "
+            "learn its own; leave on_policy out, or use a method with a teacher, such as GKD"
+        )
+
+
+def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data: bool) -> None:
+    """See whether prompts and completions fit into the models' positions.
+
+    Args:
+        module: Has the models, and the trainer whose data is read.
+        max_new_tokens: Longest completion.
+        from_data: Are some windows left as the data has them?
+
+    Raises:
+        ValueError: If they do not.
+    """
+    row, prompt = longest_rows(module.trainer).get("train", (0, 0))
+    what = "prompts and on_policy.generation.max_new_tokens"
+    check_length(module.models, prompt + max_new_tokens, what)
+    if from_data:
+        check_length(module.models, row, "train rows")
 
 
 def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) -> None:

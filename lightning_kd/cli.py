@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning
+import yaml
 from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 
@@ -33,6 +34,7 @@ from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.modules import MiniLLMObjective
+from lightning_kd.run_directories import claim_version
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
@@ -71,6 +73,16 @@ class ShortErrorParser(LightningArgumentParser):
 
 class DistillationCLI(LightningCLI):
     """LightningCLI in subclass mode, with the export and the predictions always at hand."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse a command line, in which a template is text whatever it looks like."""
+        if args is not None:
+            super().parse_arguments(parser, args)
+            return
+        self.config = parser.parse_args(templates_as_text(sys.argv[1:]))
+        for name, value in list(self.config.items()):
+            if isinstance(value, _Text):
+                self.config[name] = str(value)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has."""
@@ -119,6 +131,10 @@ class DistillationCLI(LightningCLI):
         except Exception as error:
             self._say(error, begun=False)
             raise
+
+    def before_fit(self) -> None:
+        """Give the run a directory of its own."""
+        claim_version(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
         checkpoint = self._get(self.config_init, "ckpt_path")
@@ -190,6 +206,34 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
+class _Text(str):
+    """Text of the command line that is not read as YAML, which it may look like."""
+
+    __slots__ = ()
+
+
+yaml.SafeDumper.add_representer(_Text, yaml.SafeDumper.represent_str)
+
+
+def templates_as_text(arguments: list[str]) -> list[str]:
+    """Mark the templates of a command line, which YAML would take for mappings or lists.
+
+    Example:
+        >>> [type(a).__name__ for a in templates_as_text(["--data.prompt_template", "Q: {prompt}"])]
+        ['str', '_Text']
+    """
+    name = r"--(?:[\w.]+\.)?prompt_template"
+    given: list[str] = []
+    for argument in arguments:
+        if given and re.fullmatch(name, given[-1]):
+            given.append(_Text(argument))
+        elif found := re.fullmatch(f"({name})=(.*)", argument, re.DOTALL):
+            given += [found[1], _Text(found[2])]
+        else:
+            given.append(argument)
+    return given
+
+
 def shorten(message: str) -> str:
     """The lines of a jsonargparse message that say what came and what was expected.
 
@@ -206,10 +250,13 @@ def shorten(message: str) -> str:
     """
     noise = re.compile(
         r"NoneType|Subtypes:|Given value type|Given value: .{80}|Does not validate|Errors:"
-        r"|Expected a <class 'str'>"
     )
+    # A text is often one of several choices; where it is the only one, it is what was expected.
     lines = [line for line in message.splitlines() if line.strip() and not noise.search(line)]
-    texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in lines))
+    others = [line for line in lines if "Expected a <class 'str'>" not in line]
+    if all(line.startswith(("Parser key", "Problem")) for line in others):
+        others = [*lines, 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"']
+    texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in others))
     return "\n  ".join(texts) or message
 
 

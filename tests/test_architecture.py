@@ -18,7 +18,7 @@ LAYERS = [
     {"generation"},
     {"data", "modules"},
     {"callbacks"},
-    {"demo"},
+    {"demo", "run_directories"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")})

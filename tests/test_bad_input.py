@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lightning_kd.data import arithmetic_tokenizer
 from tests.command_line import EXPECTED_WARNINGS, SMALL, fit
@@ -24,7 +25,7 @@ KD = ["--model.teacher.name_or_path", "teacher"]
 JSONL = [*KD, "--data", "PromptCompletionData", "--data.tokenizer", "teacher"]
 CHAT = [*KD, "--data", "ChatData", "--data.tokenizer", "chat"]
 TEXT = [*KD, "--data", "PackedTextData", "--data.tokenizer", "teacher"]
-STUDENT = ["--model.student.name_or_path", "teacher"]
+STUDENT = ["--model.student.name_or_path", "start"]
 GOOD = {"prompt": "1+1=", "completion": "2"}
 
 
@@ -61,6 +62,8 @@ def files(teacher):
     write("broken.yaml", "model: [")
     write("list.yaml", "- 1")
     write("no_student.yaml", "model: {init_args: {student: {config: null}}}")
+    template = "tokenizer: teacher, train: good.jsonl, prompt_template: {Q: {prompt: null}}"
+    write("template.yaml", f"data: {{class_path: PromptCompletionData, init_args: {{{template}}}}}")
     write("broken.json", "{")
     Path("folder").mkdir()
     chat = arithmetic_tokenizer()
@@ -70,7 +73,17 @@ def files(teacher):
     endless.eos_token = None
     endless.save_pretrained("endless")
     saved("other", letter_tokenizer("9876543210+="))
+    saved("start")
     saved("wide", vocab_size=21)
+    saved("short", max_position_embeddings=8)
+    for name, fields in (("three_layers", {"num_hidden_layers": 3}), ("one_layer", {})):
+        config = saved(name) / "config.json"
+        fields = {"num_hidden_layers": 1} | fields
+        config.write_text(json.dumps(json.loads(config.read_text()) | fields))
+    weights = saved("renamed") / "model.safetensors"
+    save_file({f"x.{n}": w for n, w in load_file(weights).items()}, weights, {"format": "pt"})
+    write("words.jsonl", {"prompt": "1+1=" * 9, "completion": "2"})
+    write("plain.txt", "1+1=2" * 199)
     saved("narrow", vocab_size=9)
     (saved("cut") / "model.safetensors").write_bytes(
         Path("teacher/model.safetensors").read_bytes()[:2000]
@@ -166,6 +179,26 @@ TABLE = {
     "precision": ([*KD, "--trainer.precision", "17-mixed"], ["17-mixed", "bf16-mixed"]),
     "clipping": ([*KD, "--trainer.gradient_clip_algorithm", "cut"], ["cut", "norm"]),
     "logging": ([*KD, "--trainer.log_every_n_steps", "-1"], ["log_every_n_steps", "-1"]),
+    "batch size finder": (
+        [*KD, "--trainer.callbacks", "[{class_path: BatchSizeFinder}]"],
+        ["BatchSizeFinder", "data.batch_size"],
+    ),
+    "learning rate finder": (
+        [*KD, "--trainer.callbacks", "[{class_path: LearningRateFinder}]"],
+        ["LearningRateFinder", "model.optimizer.lr"],
+    ),
+    # What is exported.
+    "export over the teacher": (
+        [*KD, "--export.dirpath", "./teacher", "--export.overwrite", "true"],
+        ["is the teacher of this run"],
+    ),
+    "export over another model": (
+        [*KD, "--export.dirpath", "other"],
+        ["a model in", "export.overwrite: true"],
+    ),
+    "export over a file": ([*KD, "--export.dirpath", "good.jsonl"], ["a file of that name"]),
+    "export nowhere": ([*KD, "--export.dirpath", "/proc/student"], ["/proc/student"]),
+    "no best weights": ([*KD, "--export.weights", "best"], ["no ModelCheckpoint has a monitor"]),
     # Data.
     "missing file": ([*JSONL, "--data.train", "no.jsonl"], ["'no.jsonl' does not exist"]),
     "no matching file": ([*JSONL, "--data.train", "no*.jsonl.gz"], ["no*.jsonl.gz"]),
@@ -209,6 +242,10 @@ TABLE = {
         ["middle", "left"],
     ),
     "no length": ([*JSONL, "--data.train", "good.jsonl", "--data.max_length", "0"], ["max_length"]),
+    "template that YAML takes for a mapping": (
+        [*KD, "--config", "template.yaml"],
+        ["prompt_template", "'Q': {'prompt': None}", "needs quotes"],
+    ),
     "template without place": (
         [*JSONL, "--data.train", "good.jsonl", "--data.prompt_template", "Q:"],
         ["'Q:'", "{prompt}"],
@@ -262,6 +299,49 @@ TABLE = {
     "two origins": ([*KD, "--model.student.name_or_path", "teacher"], ["both came"]),
     "no origin": ([*KD, "--config", "no_student.yaml"], ["neither came"]),
     "no model type": ([*KD, "--model.student.config", "{hidden_size: 16}"], ["lacks model_type"]),
+    "tensors under other names": (
+        ["--model.teacher.name_or_path", "renamed"],
+        ["'renamed'", "21 missing", "21 not part of the architecture", "x.lm_head.weight"],
+    ),
+    "layers that were never saved": (
+        ["--model.teacher.name_or_path", "three_layers"],
+        ["9 missing", "model.layers.2."],
+    ),
+    "layers that are not in the config": (
+        ["--model.teacher.name_or_path", "one_layer"],
+        ["9 not part of the architecture", "model.layers.1."],
+    ),
+    "misspelt field": (
+        [*KD, "--model.student.config", SMALL.replace("_layers", "_layer")],
+        ["'num_hidden_layer'", "did you mean num_hidden_layers?"],
+    ),
+    "student of no layers": (
+        [*KD, "--model.student.config", SMALL.replace("layers: 1", "layers: 0")],
+        ["num_hidden_layers is 0"],
+    ),
+    "student of no width": (
+        [*KD, "--model.student.config", SMALL.replace("hidden_size: 16", "hidden_size: 0")],
+        ["hidden_size is 0"],
+    ),
+    "teacher that is the student": (
+        minillm("--model.student.name_or_path", "./teacher"),
+        ["student and teacher are both"],
+    ),
+    "long rows": (
+        [*JSONL, "--data.train", "words.jsonl", "--model.teacher.name_or_path", "short"],
+        ["train rows take up to 38 tokens", "teacher has 8 positions", "max_positions"],
+    ),
+    "long blocks": (
+        [*TEXT, "--data.train", "plain.txt", "--data.block_length", "300"],
+        ["train rows take up to 300 tokens", "teacher has 256 positions"],
+    ),
+    "positions that do not exist": (
+        [
+            *(*KD, "--model.student.config"),
+            "{model_type: gpt2, n_embd: 16, n_layer: 1, n_head: 2, n_positions: 8}",
+        ],
+        ["student has 8 positions", "13 tokens"],
+    ),
     "unknown model type": (
         [*KD, "--model.student.config", SMALL.replace("llama", "lama")],
         ["config of the student", "lama"],
@@ -324,6 +404,21 @@ TABLE = {
     "top_p zero": (gkd("--on_policy.generation.top_p", "0"), ["top_p", "0"]),
     "nothing written": (gkd("--on_policy.generation.max_new_tokens", "0"), ["max_new_tokens", "0"]),
     "teacher writes alone": (gkd("--on_policy.mixture_alpha", "1"), ["mixture_alpha is 1"]),
+    "completions beyond the positions": (
+        gkd("--on_policy.generation.max_new_tokens", "250"),
+        ["max_new_tokens take up to 258 tokens", "teacher has 256 positions"],
+    ),
+    "samples beyond the positions": (
+        [
+            *(*KD, "--trainer.callbacks", "[{class_path: CompletionSamples}]"),
+            *("--model.student.config", SMALL[:-1] + ", max_position_embeddings: 100}"),
+        ],
+        ["CompletionSamples take up to 136", "student has 100 positions"],
+    ),
+    "rollouts for nothing": (
+        ("sft", ["--on_policy.lmbda", "1"]),
+        ["SFT learns the completions of the data", "GKD"],
+    ),
     "no group": (gkd("--on_policy.group_size", "0"), ["group_size", "0"]),
     "odd group": (
         gkd("--on_policy.group_size", "3", "--data.batch_size", "4"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_kd.data import PromptCompletionData, arithmetic_tokenizer
@@ -111,6 +112,34 @@ def test_a_checkpoint_does_not_override_the_command_line(cli, teacher):
     cli(*arguments, "--model.alpha", 0.9, "--ckpt_path", "c/last.ckpt", "--trainer.max_steps", 3)
     saved = yaml.safe_load(Path("runs/version_1/config.yaml").read_text())
     assert saved["model"]["init_args"]["alpha"] == 0.9
+
+
+@pytest.mark.parametrize("template", ["Q: {prompt}", "[{prompt}]", "# {prompt}"])
+def test_a_template_is_text_whatever_yaml_would_take_it_for(cli, capsys, template):
+    common = ["fit", "--config", CONFIGS / "sft.yaml", "--data", "PromptCompletionData"]
+    for given in (["--data.prompt_template", template], [f"--data.prompt_template={template}"]):
+        with pytest.raises(SystemExit):
+            cli(*common, "--data.tokenizer", "x", *given, "--print_config")
+        printed = yaml.safe_load(capsys.readouterr().out)
+        assert printed["data"]["init_args"]["prompt_template"] == template
+
+
+def test_a_template_of_the_command_line_reaches_the_rows_and_the_saved_config(cli, teacher):
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "1+1=", "completion": "2"}))
+    data = ["--data", "PromptCompletionData", "--data.tokenizer", teacher]
+    data += ["--data.train", "rows.jsonl", "--data.validation", "rows.jsonl"]
+    samples = [{"class_path": "CompletionSamples", "init_args": {"max_new_tokens": 2}}]
+    cli(
+        *fit("sft", *data, "--data.prompt_template", "2: {prompt}"),
+        *("--trainer.callbacks", json.dumps(samples), "--data.batch_size", 1),
+    )
+    saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    assert saved["data"]["init_args"]["prompt_template"] == "2: {prompt}"
+    (run,) = Path("runs").glob("version_*")
+    seen = EventAccumulator(str(run), size_guidance={"tensors": 0})
+    seen.Reload()
+    text = seen.Tensors("val/samples/text_summary")[-1].tensor_proto.string_val[0]
+    assert b"2: 1+1=" in text
 
 
 def test_baby_llama_on_ones_own_text(cli, tmp_path):

@@ -94,6 +94,19 @@ class ModelSource:
         """Was the model handed over, and cannot be had a second time?"""
         return self._given is not None
 
+    def is_same_object(self, other: "ModelSource") -> bool:
+        """Do both hand out one model?"""
+        return self._given is not None and self._given is other._given
+
+    def is_same_checkpoint(self, other: "ModelSource") -> bool:
+        """Do both load the same weights, and keep them as they are saved?"""
+        if self.name_or_path is None or other.name_or_path is None:
+            return False
+        own, others = (Path(name).expanduser() for name in (self.name_or_path, other.name_or_path))
+        same = own == others or (own.exists() and others.exists() and own.samefile(others))
+        alike = (self.revision, self.quantization) == (other.revision, other.quantization)
+        return same and alike
+
     def load(self, tokenizer: PreTrainedTokenizerBase, role: str) -> PreTrainedModel:
         """Load the weights, or draw them for a configuration.
 

@@ -69,6 +69,7 @@ class RLDistillation(PolicyGradientModule):
     """
 
     terms = ("policy_gradient", "divergence")
+    learns_from_its_start = True  # from rewards; a teacher that is the start keeps it near there
 
     def __init__(
         self,

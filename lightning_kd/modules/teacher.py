@@ -1,7 +1,7 @@
 """What methods with a teacher at hand share."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -46,6 +46,9 @@ class TeacherModule(DistillationModule):
         base: The options of :class:`~lightning_kd.modules.DistillationModule`.
     """
 
+    learns_from_its_start: ClassVar[bool] = False
+    """Is there something to learn beside a teacher that is the student as it starts?"""
+
     def __init__(
         self,
         *,
@@ -64,12 +67,34 @@ class TeacherModule(DistillationModule):
     def setup(self, stage: str) -> None:
         """Load the teacher where it is needed, beside the student."""
         super().setup(stage)
+        if stage == "fit":
+            self._check_teacher()
         if stage != "predict":
             self.teacher.prepare(
                 self.tokenizer,
                 self.trainer.strategy.root_device,
                 self.vocabulary,
                 shard_mesh(self.trainer),
+            )
+
+    def _check_teacher(self) -> None:
+        """Refuse a teacher that is the student, from which there is nothing to learn.
+
+        Raises:
+            ValueError: If it is the same model object, or comes from where the student does.
+        """
+        student, teachers = self.student_source, list(self.teacher.sources.values())
+        if any(student.is_same_object(teacher) for teacher in teachers):
+            raise ValueError(
+                "student and teacher are one model object, which cannot also be frozen"
+            )
+        if self.learns_from_its_start or len(teachers) > 1:
+            return
+        if any(student.is_same_checkpoint(teacher) for teacher in teachers):
+            raise ValueError(
+                f"student and teacher are both {student.name_or_path!r}: the student starts as its "
+                "teacher, and nothing pulls it anywhere else. Give another teacher, or a copy of the "
+                "directory if that is what you want"
             )
 
     def configure_model(self) -> None:

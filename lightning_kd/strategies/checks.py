@@ -1,6 +1,7 @@
 """What a module asks of its trainer before it starts."""
 
 import lightning as L
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -45,6 +46,13 @@ def check_trainer(trainer: L.Trainer) -> None:
     every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
     if every < 0:
         raise ValueError(f"trainer.log_every_n_steps is {every}; it must be 0 or more")
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            raise ValueError(
+                f"{type(callback).__name__} tries out steps and takes them back, but rows, seeds and "
+                "rollouts of this library follow the steps that were taken. Leave it out, and compare "
+                "short runs with other values of data.batch_size or model.optimizer.lr"
+            )
     strategy = trainer.strategy
     for lightnings, own, name in (
         (FSDPStrategy, FlatShardedStrategy, "fsdp"),

@@ -453,7 +453,7 @@ def two_teachers():
         (
             lambda: SFT(student=Student.of(tiny_llama(0))),
             {"lmbda": 0.0, "otherwise": "teacher"},
-            "the teacher is to write, but SFT has none",
+            "SFT learns the completions of the data",
         ),
         (
             lambda: GKD(student=Student.of(tiny_llama(0)), teacher=two_teachers()),

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_kd.models import ModelSource, Student
-from lightning_kd.models.positions import check_length, position_limit
+from lightning_kd.models.context import context_length
+from lightning_kd.models.positions import check_length
 from tests.toys import tiny_llama
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 18}
@@ -36,7 +37,7 @@ def scaled(factor, kind, original=None):
 )
 def test_the_limit_is_what_the_config_says_its_scaling_included(model_type, fields, limit):
     found = model(model_type, **fields)
-    assert position_limit(found) == limit
+    assert context_length(found.config) == limit
     if limit is not None:
         check_length({"student": found}, limit, "rows")
         with pytest.raises(
@@ -48,9 +49,9 @@ def test_the_limit_is_what_the_config_says_its_scaling_included(model_type, fiel
 def test_the_model_itself_ends_where_its_limit_is():
     """Of learned positions there are no more; the check agrees with what the model does."""
     gpt2 = model("gpt2", max_position_embeddings=24)
-    gpt2(torch.zeros(1, position_limit(gpt2), dtype=torch.long))
+    gpt2(torch.zeros(1, context_length(gpt2.config), dtype=torch.long))
     with pytest.raises(IndexError):
-        gpt2(torch.zeros(1, position_limit(gpt2) + 1, dtype=torch.long))
+        gpt2(torch.zeros(1, context_length(gpt2.config) + 1, dtype=torch.long))
 
 
 def test_rotary_positions_can_be_gone_beyond_on_purpose(tokenizer):
@@ -59,7 +60,7 @@ def test_rotary_positions_can_be_gone_beyond_on_purpose(tokenizer):
     longer = source.load(tokenizer, "student")
     check_length({"student": longer}, 128, "rows")
     longer.save_pretrained("again")
-    assert position_limit(ModelSource("again").load(tokenizer, "student")) == 128
+    assert context_length(ModelSource("again").load(tokenizer, "student").config) == 128
     model("gpt2", max_position_embeddings=24).save_pretrained("gpt2")
     with pytest.raises(ValueError, match="no rotary positions: its 24 positions are all there are"):
         Student("gpt2", max_positions=128).load(tokenizer, "student")

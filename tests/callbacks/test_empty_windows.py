@@ -1,0 +1,80 @@
+"""Rollouts without an end, where only those with one are trained on."""
+
+import pytest
+import torch
+
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks.empty_windows import EmptyWindows
+from lightning_kd.generation import SamplingOptions
+from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.modules import GKD
+from lightning_kd.types import IGNORE_INDEX
+from tests.modules.harness import Letters, trainer
+from tests.toys import tiny_llama
+
+
+def fit(truncated, steps):
+    generation = OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=1), truncated=truncated, table_every=0
+    )
+    module = GKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    fitted = trainer(max_steps=steps, max_epochs=-1, callbacks=[generation])
+    fitted.fit(module, datamodule=Letters(batch_size=1, rows=4))
+    return fitted
+
+
+@pytest.fixture
+def endless(monkeypatch):
+    """Nothing that is sampled is an end."""
+    monkeypatch.setattr("lightning_kd.generation.sampler.is_end", lambda ids, _: ids != ids)
+    monkeypatch.setattr("lightning_kd.generation.completions.is_end", lambda ids, _: ids != ids)
+
+
+@pytest.mark.usefixtures("endless")
+@pytest.mark.parametrize("truncated", ["drop", "mask"])
+def test_windows_that_train_on_nothing_are_a_warning_then_an_error(truncated):
+    with pytest.warns(UserWarning, match=f"max_new_tokens 1, and truncated: {truncated}.*0 tokens"):
+        fit(truncated, 2)
+    with (
+        pytest.warns(UserWarning, match="0 tokens were scored"),
+        pytest.raises(
+            ValueError, match=r"in 3 windows in a row no completion ended .* truncated: keep"
+        ),
+    ):
+        fit(truncated, 3)
+
+
+@pytest.mark.usefixtures("endless")
+def test_what_is_kept_is_trained_on():
+    assert fit("keep", 4).callback_metrics["train/tokens"] > 0
+
+
+class Ranks:
+    """A module on two ranks, of which the other has scored some tokens."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, others):
+        self.others, self.asked = others, 0
+
+    def sum_over_ranks(self, tensor):
+        self.asked += 1
+        return tensor + self.others
+
+
+@pytest.mark.parametrize("labels", [[[IGNORE_INDEX]], [[3]], None])
+def test_every_rank_asks_whatever_it_has_itself(labels):
+    batches = [] if labels is None else [{"labels": torch.tensor(labels)}]
+    module, windows = Ranks(others=2), EmptyWindows("drop")
+    for _ in range(5):
+        windows.add(module, batches, 4)
+    assert module.asked == 5
+
+
+def test_a_window_with_tokens_begins_the_count_anew():
+    windows, empty = EmptyWindows("mask"), [{"labels": torch.tensor([[IGNORE_INDEX]])}]
+    for _ in range(3):
+        with pytest.warns(UserWarning, match="0 tokens were scored"):
+            windows.add(Ranks(0), empty, 4)
+        windows.add(Ranks(0), empty, 4)
+        windows.add(Ranks(1), empty, 4)
