@@ -31,6 +31,7 @@ from lightning_kd.generation import (
 )
 from lightning_kd.models.sharding import can_be_whole, whole
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
+from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import outside_of_steps
@@ -39,24 +40,23 @@ from lightning_kd.types import Batch
 Otherwise = Literal["dataset", "teacher"]
 
 _CHECKPOINT_KEY = "on_policy_generation"
+_TABLE = ("table_every", "table_rows")
 
 
-class OnPolicyGeneration(Callback):
+class OnPolicyGeneration(Resumable, Callback):
     r"""Let the student write, with probability ``lmbda``, the completions that it is trained on.
 
     Completions are written in *windows*: all micro-batches of ``steps_per_window`` optimizer steps at
     once, by the student as it is before the first of them. One coin decides for a whole window; it
     is a hash of the run's seed and the window's number, so all ranks see the same and a resumed run
     sees it again. A row's text comes from random numbers of its own, seeded by the run and the number
-    of its sample: neither ranks nor micro-batches change what is written. With ``passes``, each
-    window is trained on several times before the next is written; a checkpoint in the middle of a
-    window keeps it.
+    of its sample: neither ranks nor micro-batches change it. With ``passes``, each window is trained
+    on several times before the next is written; a checkpoint in the middle of a window keeps it.
 
     Logs under ``rollout/``, at logged steps: ``own`` (1 where the student wrote), the completions'
     ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
     ``distinct_1`` and ``distinct_2`` (share of different n-grams, first rank), ``tokens_per_second``
-    of the writing and its ``time_share`` of the window; histograms and a table of prompts,
-    completions and reverse KL per token to TensorBoard.
+    of the writing and its ``time_share`` of the window; histograms and a table to TensorBoard.
 
     Args:
         lmbda: Share of windows that the student writes (GKD's :math:`\lambda`), in [0, 1], or a
@@ -79,14 +79,16 @@ class OnPolicyGeneration(Callback):
             :class:`~lightning_kd.callbacks.JsonlPredictions` writes.
 
     Raises:
-        ValueError: If a value is out of its range; before the first step, if module or data cannot
-            do what is asked.
+        ValueError: If a value is out of its range, or module or data cannot do what is asked.
 
     References:
         Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Algorithm 1.
         https://arxiv.org/abs/2306.13649; Gu et al., *MiniLLM*, ICLR 2024, Eq. 4.
         https://arxiv.org/abs/2306.08543
     """
+
+    resume_name = "on_policy"
+    may_change_on_resume = frozenset({"rows_at_once", "unshard", "path", *_TABLE})
 
     def __init__(
         self,

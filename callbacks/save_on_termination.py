@@ -1,4 +1,4 @@
-"""A checkpoint and a clean exit when the cluster wants the machine back."""
+"""A checkpoint and a clean exit when the cluster or the user ends a run."""
 
 import signal
 import threading
@@ -9,20 +9,22 @@ from typing import Any
 import lightning as L
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_kd.models.sharding import any_process
+from lightning_kd.models.sharding import highest
 
-EXIT_CODE = 128 + signal.SIGTERM
-"""What a shell reports of a process that ended by this signal."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""What ends a run after its optimizer step: the cluster, Ctrl-C, a terminal that is gone."""
 
 
 class SaveOnTermination(Callback):
-    """On SIGTERM, finish the optimizer step, save ``last.ckpt``, and exit with code 143.
+    """On SIGTERM, SIGHUP or Ctrl-C, finish the optimizer step, save ``last.ckpt``, and exit.
 
-    One process that gets the signal is enough: the others learn of it at the end of the step. Where
-    Lightning requeues SLURM jobs, that is left to it. Give it behind callbacks whose state goes into
-    checkpoints.
+    The exit code is what a shell reports of the signal: 143, 129 or 130. A second Ctrl-C ends the
+    process at once. One process that gets the signal is enough: the others learn of it at the end of
+    the step. Where Lightning requeues SLURM jobs, SIGTERM is left to it. Give it behind callbacks whose
+    state goes into checkpoints.
 
     Args:
         dirpath: Where to; the directory of the run's ``ModelCheckpoint`` when not given, or else
@@ -31,51 +33,69 @@ class SaveOnTermination(Callback):
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
-        self._asked = False
+        self._asked = 0
         self._steps = 0
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take back Lightning's handler: nothing has been trained that could be saved."""
+        _release_sigterm(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same where nothing is trained."""
+        if trainer.state.fn is not TrainerFn.FITTING:
+            _release_sigterm(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same in a test."""
+        _release_sigterm(trainer)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The same where completions are written."""
+        _release_sigterm(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Listen for the signal.
+        """Listen for the signals.
 
         In place of Lightning's handler, which starts a collective inside the signal handler, whatever
         other one is under way.
         """
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        requeued = isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-        if requeued or threading.current_thread() is not threading.main_thread():
+        if threading.current_thread() is not threading.main_thread():
             return  # Python lets only the main thread listen
-        self._asked, self._steps = False, trainer.global_step
+        self._asked, self._steps = 0, trainer.global_step
 
         def handle(number: int, frame: FrameType | None) -> None:
-            if not self._asked and trainer.strategy.launcher is not None:
-                # Nobody but this process knows the ones that it has started.
-                trainer.strategy.launcher.kill(number)
-            self._asked = True
+            self._asked = self._asked or number
+            # Even where the process waits in code that Python cannot interrupt.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-        self._before = signal.signal(signal.SIGTERM, handle)
+        for number in SIGNALS:
+            ignored = signal.getsignal(number) is signal.SIG_IGN  # as by nohup
+            if not ignored and not (number == signal.SIGTERM and _requeues(trainer)):
+                self._before[number] = signal.signal(number, handle)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Save and exit, where an optimizer step has ended and the signal has come."""
-        if self._before is None or trainer.global_step == self._steps:
+        """Save and exit, where an optimizer step has ended and a signal has come."""
+        if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        if any_process(self._asked, trainer.strategy.root_device):
+        number = highest(self._asked, trainer.strategy.root_device)
+        if number:
             directory = self._directory(trainer)
             trainer.save_checkpoint(directory / "last.ckpt", weights_only=False)
             rank_zero_info(
                 f"Terminated after {self._steps} optimizer steps; go on with --ckpt_path "
                 f"{directory / 'last.ckpt'}"
             )
-            raise SystemExit(EXIT_CODE)
+            raise SystemExit(128 + number)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signal back."""
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            self._before = None
+        """Give the signals back."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
     def _directory(self, trainer: L.Trainer) -> Path:
         if self.dirpath is not None:
@@ -85,3 +105,16 @@ class SaveOnTermination(Callback):
         if isinstance(checkpoint, ModelCheckpoint) and checkpoint.dirpath:
             return Path(checkpoint.dirpath)
         return Path(log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def _requeues(trainer: L.Trainer) -> bool:
+    environment = getattr(trainer.strategy, "cluster_environment", None)
+    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
+
+
+def _release_sigterm(trainer: L.Trainer) -> None:
+    """Let SIGTERM do what it did before the trainer; its handler would wait for the other processes."""
+    before: Any = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
+    listens = threading.current_thread() is threading.main_thread()
+    if before is not None and listens and not _requeues(trainer):
+        signal.signal(signal.SIGTERM, before)

@@ -59,6 +59,7 @@ from lightning_kd.normalization import (
     TokenMean,
 )
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
+from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
 from lightning_kd.strategies import FlatShardedStrategy, FullyShardedStrategy, ZeroStrategy
 from lightning_kd.types import IGNORE_INDEX, Batch
@@ -102,6 +103,7 @@ __all__ = [
     "PromptCompletionData",
     "PromptsAndText",
     "RLDistillation",
+    "Resumable",
     "RoutedTeacher",
     "SamplingOptions",
     "SequenceKD",

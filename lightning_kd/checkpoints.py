@@ -1,8 +1,11 @@
 """Checkpoints that are complete or not there at all."""
 
+import json
 import os
 import pickle
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,12 @@ import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
+
+RUN_KEY = "lightning_kd"
+"""Where a checkpoint remembers the method and what the run was told."""
+
+ABOUT = "about.json"
+"""In a directory: by whom it was written, shapes of weights, checksums; it is looked at first."""
 
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
@@ -75,6 +84,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 "the strategy that wrote it; --trainer.strategy fsdp2 needs no more than one process"
             )
         with explained(path):
+            if "://" not in str(path):
+                check_file(Path(path))
             safe = True if weights_only is None else weights_only
             return super().load_checkpoint(path, map_location, safe)
 
@@ -102,6 +113,68 @@ def readable_checkpoint(path: Path) -> Path:
     """The checkpoint, or what it was to replace when the process was killed between two renamings."""
     old = _old(path)
     return old if not path.exists() and old.exists() else path
+
+
+def check_file(path: Path) -> None:
+    """Compare each part of a file with the checksum that was written with it.
+
+    Raises:
+        ValueError: If it is no archive of torch, is cut short, or has other bytes than were written.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"the checkpoint {path} does not exist")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, zlib.error) as error:
+        raise ValueError(f"it is cut short, or no checkpoint at all ({error})") from error
+    if damaged is not None:
+        raise ValueError(f"its bytes are not those that were written ({damaged})")
+
+
+def checksums(directory: Path, share: slice = slice(None)) -> dict[str, int]:
+    """Return a checksum (CRC-32) of each file below a directory, by its name, or of a share of them."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ABOUT)
+    return {str(path.relative_to(directory)): _checksum(path) for path in files[share]}
+
+
+def check_directory(
+    directory: Path, written: Mapping[str, int], share: slice = slice(None)
+) -> None:
+    """Compare the files of a directory, or a share of them, with the checksums written with it.
+
+    Raises:
+        ValueError: If one is missing, or has other bytes than were written.
+    """
+    for name, checksum in sorted(written.items())[share]:
+        if not (directory / name).is_file():
+            raise ValueError(f"its file {name} is missing")
+        if _checksum(directory / name) != checksum:
+            raise ValueError(f"its bytes are not those that were written ({name})")
+
+
+def newest_complete(near: Path) -> Path | None:
+    """Return the newest checkpoint beside another one that is complete, or None."""
+    others = [path for path in near.parent.glob("*.ckpt*") if path not in {near, fresh_name(near)}]
+    others = [path for path in others if path.suffix in {".ckpt", ".old"}]
+    for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
+        try:
+            if path.is_dir():
+                check_directory(path, json.loads((path / ABOUT).read_text())["checksums"])
+            else:
+                check_file(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        return path
+    return None
+
+
+def summarize(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the optimizer steps of a checkpoint, and the path of the best one that it knows."""
+    states = checkpoint.get("callbacks", {}).values()
+    monitored = [s for s in states if isinstance(s, dict) and s.get("monitor")]
+    best = next((s["best_model_path"] for s in monitored if s.get("best_model_path")), None)
+    return {"step": checkpoint.get("global_step", 0), "best": best}
 
 
 def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -149,10 +222,22 @@ def explained(path: _PATH) -> Iterator[None]:
 def unsafe(path: _PATH, error: BaseException) -> ValueError:
     """What to say of a file or directory that is not read."""
     (reason, *_) = str(error).splitlines() or [type(error).__name__]
-    return ValueError(
-        f"{path} is no checkpoint that can be read safely: {reason[:200]}. Give one that this "
-        "library has written, from a source that you trust"
+    other = newest_complete(Path(path))
+    way_out = (
+        f"The newest complete one beside it is {other}" if other else "None beside it is complete"
     )
+    return ValueError(
+        f"{path} is no checkpoint that can be read safely: {reason[:200]}. {way_out}; give one that "
+        "this library has written, from a source that you trust"
+    )
+
+
+def _checksum(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
 
 
 def _old(path: Path) -> Path:

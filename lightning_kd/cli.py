@@ -2,23 +2,23 @@
 
 import os
 import re
+import signal
 import sys
-import traceback
-from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning
 import yaml
-from jsonargparse import DefaultHelpFormatter, auto_cli, set_parsing_settings
+from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_kd.callbacks import (
     HFExport,
@@ -31,9 +31,12 @@ from lightning_kd.callbacks import (
     TokensPerSecond,
 )
 from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
+from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, is_for_the_user
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.modules import MiniLLMObjective
+from lightning_kd.named_checkpoints import find_checkpoint
+from lightning_kd.processes import end_together, wait_for
 from lightning_kd.run_directories import claim_version
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
@@ -52,23 +55,6 @@ Two commands stand beside those of the trainer; --help after them explains them:
   lightning-kd tokenizer   train a tokenizer on your own text
 Errors are said in a few lines; with LIGHTNING_KD_TRACEBACK=1 they say where they come from.
 """
-
-
-class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
-    """jsonargparse's help, with the lines of the description as they stand."""
-
-
-class ShortErrorParser(LightningArgumentParser):
-    """Says what is wrong in a few lines and exits with 2, never with a traceback."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print the lines of ``message`` that help, and exit."""
-        text = shorten(message)
-        if re.match("Problems parsing config|Unexpected config", text):
-            names = [b for a, b in pairwise(sys.argv) if a in {"--config", "-c"}]
-            text += f"\n  (in {' or '.join(names)})"
-        sys.stderr.write(f"lightning-kd: error: {text}\n")
-        raise SystemExit(2)
 
 
 class DistillationCLI(LightningCLI):
@@ -107,7 +93,21 @@ class DistillationCLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Leave the configuration alone: a checkpoint never overrides what was asked for."""
+        """Find the checkpoint that is meant; the configuration is never overridden by what is in it.
+
+        It is no part of the configuration that a run leaves: who uses that one means another.
+        """
+        options = self.config[self.config["subcommand"]]
+        self._checkpoint, options["ckpt_path"] = options["ckpt_path"], None
+        if self._checkpoint in {"last", "best"}:
+            try:
+                self._checkpoint = str(
+                    find_checkpoint(self._checkpoint, _checkpoint_places(options))
+                )
+            except (OSError, ValueError) as error:
+                self.parser.error(str(error))
+        elif self._checkpoint not in {None, "hpc", "registry"} and not _exists(self._checkpoint):
+            self.parser.error(f"the checkpoint {self._checkpoint!r} does not exist")
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, with what every run has: rollouts where asked for, safe checkpoints."""
@@ -115,6 +115,10 @@ class DistillationCLI(LightningCLI):
         strategy, known = trainer["strategy"], StrategyRegistry.available_strategies()
         if isinstance(strategy, str) and strategy not in {"auto", *known}:
             self.parser.error(f"unknown strategy {strategy!r}; choose auto or one of {known}")
+        if self.subcommand != "fit":
+            # Its numbers are printed; a directory of a run is for what was trained.
+            kept = [x for x in _listed(trainer["logger"]) if not _makes_directories(x)]
+            kwargs["logger"], self.save_config_callback = kept, None
         on_policy = self._get(self.config_init, "on_policy")
         if on_policy is not None:
             # Behind the others, so that a clock that starts with a step counts the writing.
@@ -123,6 +127,12 @@ class DistillationCLI(LightningCLI):
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
+
+    def _set_seed(self) -> None:
+        seed = self._get(self.config, "seed_everything")
+        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+            self.parser.error(f"seed_everything is {seed}; it must lie in [0, {2**32 - 1}]")
+        super()._set_seed()
 
     def instantiate_classes(self) -> None:
         """Build everything; a value that a constructor refuses is an error of the command line."""
@@ -137,19 +147,23 @@ class DistillationCLI(LightningCLI):
         claim_version(self.trainer)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        checkpoint = self._get(self.config_init, "ckpt_path")
-        a_name = checkpoint in {None, "last", "best", "hpc", "registry"}
-        if not a_name and not readable_checkpoint(Path(checkpoint)).exists():
-            self.parser.error(f"the checkpoint {checkpoint!r} does not exist")
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _MultiProcessingLauncher):
+            # It only waits for the others, which save: they end before it does.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             super()._run_subcommand(subcommand)
+            wait_for(launcher)
         except Exception as error:
             self._say(error, begun=hasattr(self.model, "micro_batch"))
             raise
 
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._checkpoint}
+
     def _say(self, error: Exception, *, begun: bool) -> None:
         """Say an error in a few lines, unless it is a defect that shows in the middle of training."""
-        meant = isinstance(error, MisconfigurationException) or _is_for_the_user(error)
+        meant = isinstance(error, MisconfigurationException) or is_for_the_user(error)
         if os.environ.get(TRACEBACK) or (begun and not meant):
             return
         text = "\n".join([str(error), *getattr(error, "__notes__", ())])
@@ -160,6 +174,7 @@ class DistillationCLI(LightningCLI):
 
 def main() -> None:
     """Entry point of ``lightning-kd`` and ``python -m lightning_kd``."""
+    end_together()
     # A data class is otherwise only taken for itself, never for a preset that derives from it.
     set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
@@ -202,6 +217,23 @@ def main() -> None:
     )
 
 
+def _checkpoint_places(options: Any) -> list[Path]:
+    """Where the run of a configuration has its checkpoints."""
+    callbacks = _listed(options["trainer"]["callbacks"])
+    given = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
+    files = [Path(str(file)) for file in options.get("config") or []]
+    beside = [file.parent / "checkpoints" for file in files if file.name == "config.yaml"]
+    return [Path(place) for place in given if place is not None] or beside[-1:]
+
+
+def _exists(checkpoint: str) -> bool:
+    return "://" in checkpoint or readable_checkpoint(Path(checkpoint)).exists()
+
+
+def _makes_directories(logger: Any) -> bool:
+    return isinstance(logger, bool | TensorBoardLogger | CSVLogger)
+
+
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
@@ -232,37 +264,3 @@ def templates_as_text(arguments: list[str]) -> list[str]:
         else:
             given.append(argument)
     return given
-
-
-def shorten(message: str) -> str:
-    """The lines of a jsonargparse message that say what came and what was expected.
-
-    Example:
-        >>> print(shorten('''Parser key "model":
-        ...   Does not validate against any of the Union subtypes
-        ...   Subtypes: [<class 'JSD'>, <class 'NoneType'>]
-        ...   Errors:
-        ...     - beta is 3.0; it must lie in [0, 1]
-        ...     - Expected a <class 'NoneType'>
-        ...   Given value type: <class 'float'>'''))
-        Parser key "model":
-          beta is 3.0; it must lie in [0, 1]
-    """
-    noise = re.compile(
-        r"NoneType|Subtypes:|Given value type|Given value: .{80}|Does not validate|Errors:"
-    )
-    # A text is often one of several choices; where it is the only one, it is what was expected.
-    lines = [line for line in message.splitlines() if line.strip() and not noise.search(line)]
-    others = [line for line in lines if "Expected a <class 'str'>" not in line]
-    if all(line.startswith(("Parser key", "Problem")) for line in others):
-        others = [*lines, 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"']
-    texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in others))
-    return "\n  ".join(texts) or message
-
-
-def _is_for_the_user(error: BaseException) -> bool:
-    """Is it a message from this library or Lightning, or a defect somewhere below them?"""
-    last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    home = Path(__file__).resolve().parent
-    homes = (home, (home / "callbacks").resolve(), Path(lightning.__file__).resolve().parent)
-    return any(last.is_relative_to(folder) for folder in homes)

@@ -25,8 +25,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from lightning_kd.resuming import Resumable
 
-class Normalization(ABC):
+
+class Normalization(Resumable, ABC):
     """Row weights and a count, from the number of scored tokens in each row."""
 
     name: ClassVar[str]

@@ -9,6 +9,8 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_kd.resuming import Resumable
+
 
 def discounted_returns(rewards: Tensor, gamma: float) -> Tensor:
     r"""Sums of a token's reward and those after it: :math:`R_t = \sum_{k \ge t} \gamma^{k-t} r_k`.
@@ -101,7 +103,7 @@ def leave_one_out(
     return advantages
 
 
-class Surrogate(ABC):
+class Surrogate(Resumable, ABC):
     r"""A loss per token whose gradient is a policy gradient.
 
     With :math:`\rho_t = q_\theta(y_t) / \tilde q(y_t)`, the current student over what the token was

@@ -3,8 +3,10 @@
 import math
 from abc import ABC, abstractmethod
 
+from lightning_kd.resuming import Resumable
 
-class Schedule(ABC):
+
+class Schedule(Resumable, ABC):
     """A share in [0, 1] at each optimizer step."""
 
     @abstractmethod

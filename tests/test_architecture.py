@@ -9,16 +9,16 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"types", "seeding"},
+    {"types", "seeding", "resuming", "processes"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"checkpoints", "filesystem", "loops"},
-    {"strategies"},
+    {"strategies", "named_checkpoints"},
     {"evaluation"},
     {"models", "metrics"},
     {"generation"},
     {"data", "modules"},
     {"callbacks"},
-    {"demo", "run_directories"},
+    {"demo", "run_directories", "cli_messages"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")})

@@ -1,7 +1,7 @@
 """What every data module shares: the tokenizer and the loaders."""
 
 from abc import abstractmethod
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -12,6 +12,7 @@ from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.loops import check_epochs, prepare_trainer
 from lightning_kd.models.vocabulary import load_tokenizer
+from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import run_seed
 
 Split = Literal["train", "validation", "test", "predict"]
@@ -32,7 +33,7 @@ class PlansRollouts(Protocol):
         ...
 
 
-class DistillationData(L.LightningDataModule):
+class DistillationData(Resumable, L.LightningDataModule):
     """Rows of each split, as batches of :class:`~lightning_kd.types.Batch`.
 
     A data module derives from this class and writes :meth:`rows`.
@@ -46,6 +47,9 @@ class DistillationData(L.LightningDataModule):
     Raises:
         ValueError: If a value is out of its range.
     """
+
+    # The rows of a step are compared, not how many of them a process has.
+    may_change_on_resume = frozenset({"batch_size", "eval_batch_size", "num_workers"})
 
     def __init__(
         self,
@@ -67,6 +71,10 @@ class DistillationData(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self._tokenizer = tokenizer
         self._rows: dict[Split, Rows | None] = {}
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments that a resumed run must not change."""
+        return super().resume_settings() | {"tokenizer": self.tokenizer}
 
     @abstractmethod
     def rows(self, split: Split) -> Rows | None:

@@ -11,6 +11,7 @@ from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plain_text import PackedTextData
 from lightning_kd.data.plan import RolloutPlan
+from lightning_kd.resuming import Resumable
 from lightning_kd.types import Batch
 
 
@@ -117,7 +118,7 @@ class PairedLoader:
         self._follow()
 
 
-class PromptsAndText(L.LightningDataModule):
+class PromptsAndText(Resumable, L.LightningDataModule):
     """Prompts for a method and, beside each micro-batch, blocks of plain text for its language model.
 
     Evaluation and prediction are those of ``prompts``.
@@ -143,6 +144,11 @@ class PromptsAndText(L.LightningDataModule):
                 "must be equal, so that every cut of a step has its share of both"
             )
         self.prompts, self.text = prompts, text
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a micro-batch on one process."""
+        return self.prompts.batch_size
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -2,6 +2,8 @@
 
 import json
 from dataclasses import replace
+from glob import has_magic
+from pathlib import Path
 from typing import Any
 
 from lightning_kd.data.datamodule import DistillationData, Split
@@ -34,6 +36,8 @@ class TextData(DistillationData):
         base: The options of :class:`~lightning_kd.data.DistillationData`.
     """
 
+    may_change_on_resume = frozenset({"validation", "test", "predict"})
+
     def __init__(
         self,
         *,
@@ -54,6 +58,13 @@ class TextData(DistillationData):
         }
         self.subset = subset
         self.extra_columns = extra_columns or []
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments that a resumed run must not change; files go by what is in them."""
+        settings, train = super().resume_settings(), self.paths["train"]
+        if train is not None and (has_magic(train) or Path(train).expanduser().exists()):
+            del settings["train"]  # the loader compares a digest of each file
+        return settings
 
     def files(self, split: Split) -> dict[str, str]:
         """Names and digests of the local files of a split."""

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences.log_space import softmax_gradient
+from lightning_kd.resuming import Resumable
 
 ENTRY_POINT_GROUP = "lightning_kd.divergences"
 
 
-class Divergence(ABC):
+class Divergence(Resumable, ABC):
     r"""A divergence between two categorical distributions, per position.
 
     Student first, everywhere. Calling an instance checks the shapes, detaches the teacher and

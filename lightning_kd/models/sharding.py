@@ -59,8 +59,13 @@ def whole(models: Sequence[PreTrainedModel]) -> Iterator[None]:
 
 def any_process(flag: bool, device: torch.device) -> bool:
     """Is the flag raised on any process? All of them ask together; a single one just knows."""
+    return highest(int(flag), device) > 0
+
+
+def highest(number: int, device: torch.device) -> int:
+    """The highest number that any process gives. All of them ask together."""
     if not torch.distributed.is_initialized():
-        return flag
-    raised = torch.tensor(float(flag), device=device)
-    torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
-    return bool(raised)
+        return number
+    given = torch.tensor(float(number), device=device)
+    torch.distributed.all_reduce(given, torch.distributed.ReduceOp.MAX)
+    return int(given.item())

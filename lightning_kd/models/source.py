@@ -13,12 +13,13 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 from lightning_kd.models.config_fields import make_config, read_config
 from lightning_kd.models.loading import load_checkpoint
 from lightning_kd.models.positions import allow_positions
+from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import derive_seed, run_seed
 
 DTypeName = Literal["float32", "bfloat16", "float16", "float64", "auto"]
 
 
-class ModelSource:
+class ModelSource(Resumable):
     """A causal language model: a local directory, a hub name, or a configuration to start from.
 
     Args:
@@ -41,6 +42,11 @@ class ModelSource:
         ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or an option is
             about weights that are not loaded.
     """
+
+    # What the model computes is compared, not where it lies; a kernel rounds otherwise.
+    may_change_on_resume = frozenset(
+        {"name_or_path", "config", "revision", "trust_remote_code", "attn_implementation"}
+    )
 
     def __init__(
         self,

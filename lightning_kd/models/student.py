@@ -69,6 +69,8 @@ class Student(ModelSource):
         source: The options of :class:`~lightning_kd.models.ModelSource`.
     """
 
+    may_change_on_resume = frozenset({"gradient_checkpointing"})
+
     def __init__(
         self,
         name_or_path: str | None = None,

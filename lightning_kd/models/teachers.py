@@ -22,18 +22,21 @@ from lightning_kd.models.vocabulary import (
     check_tokenizers,
     vocabulary_size,
 )
+from lightning_kd.resuming import Resumable, digest
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import Batch
 
 Combination = Literal["logits", "probabilities", "log_probs"]
 
 
-class Teacher(ABC):
+class Teacher(Resumable, ABC):
     """Gives logits at the scored positions, and log-probabilities from them at any temperature.
 
     A teacher is no ``nn.Module``: a module that holds one does not register its weights, so they are
     in no checkpoint, optimizer or gradient bucket.
     """
+
+    may_change_on_resume = frozenset({"placement"})
 
     models: list[PreTrainedModel]
     """The frozen models, empty until :meth:`prepare`."""
@@ -45,6 +48,7 @@ class Teacher(ABC):
         check_placement(placement)
         self.placement = placement
         self.models = []
+        self._weights: list[str] = []
 
     @property
     @abstractmethod
@@ -73,9 +77,19 @@ class Teacher(ABC):
             self.models = [
                 frozen(source, tokenizer, role, policy) for role, source in self.sources.items()
             ]
+            # Before a process has no more than its share of them.
+            self._weights = [digest(model.named_parameters()) for model in self.models]
         for model in self.models:
             if not is_sharded(model):
                 settle(model, self.placement, device, mesh)
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments and, of the models that are loaded, what they compute."""
+        models = [
+            {"config": model.config, "weights": weights}
+            for model, weights in zip(self.models, self._weights, strict=True)
+        ]
+        return super().resume_settings() | {"models": models}
 
     def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
         """Log-probabilities of the next token, from each model's logits: ``(N, V)``."""

@@ -61,6 +61,8 @@ class DistillationModule(ScaledSumModule):
     evaluation_terms: ClassVar[tuple[str, ...]] = ()
     """The same for :meth:`evaluation_loss`, where that is another loss."""
 
+    may_change_on_resume = frozenset({"optimizer", "lr_scheduler", "logits"})
+
     needs_own_samples: ClassVar[bool] = False
     """Does the method learn from nothing but what the student has sampled?"""
 
@@ -227,6 +229,7 @@ class DistillationModule(ScaledSumModule):
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
                 config.scheduler.end_with_run(self.trainer.estimated_stepping_batches)
+        super().on_train_start()
 
     # Helpers.
 

@@ -7,7 +7,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_kd.modules.student import CHECKPOINT_KEY, StudentModule
+from lightning_kd.checkpoints import RUN_KEY
+from lightning_kd.modules.student import StudentModule
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 
@@ -76,12 +77,12 @@ class ScaledSumModule(StudentModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down how large the sums have been."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint[CHECKPOINT_KEY]["largest_weight"] = self._sum_scale.largest
+        checkpoint[RUN_KEY]["largest_weight"] = self._sum_scale.largest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on from there; in a checkpoint of before there is nothing of it."""
         super().on_load_checkpoint(checkpoint)
-        self._sum_scale.largest = checkpoint[CHECKPOINT_KEY].get("largest_weight", 0.0)
+        self._sum_scale.largest = checkpoint[RUN_KEY].get("largest_weight", 0.0)
 
 
 def _weight(lengths: Tensor, normalization: Normalization) -> Tensor:

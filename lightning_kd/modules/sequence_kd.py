@@ -27,6 +27,8 @@ class SequenceKD(SFT):
         https://arxiv.org/abs/1606.07947
     """
 
+    may_change_on_resume = frozenset({"teacher"})
+
     def __init__(self, *, teacher: SingleTeacher, **base: Any) -> None:
         super().__init__(**base)
         self.teacher = teacher

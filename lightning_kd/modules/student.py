@@ -7,21 +7,21 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.checkpoints import compare_weights
+from lightning_kd.checkpoints import RUN_KEY, compare_weights
 from lightning_kd.generation import Completions, GenerationOptions, generate
 from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import Student, load_tokenizer
 from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import shard
+from lightning_kd.modules.resume import Resumption
+from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import check_trainer, shard_mesh, shares_weights
 from lightning_kd.types import Batch
 
-CHECKPOINT_KEY = "lightning_kd"
 
-
-class StudentModule(L.LightningModule):
+class StudentModule(Resumable, L.LightningModule):
     """A student that completes prompts and knows which method trains it.
 
     Args:
@@ -31,6 +31,8 @@ class StudentModule(L.LightningModule):
     """
 
     student: PreTrainedModel
+
+    may_change_on_resume = frozenset({"generation"})
 
     def __init__(
         self,
@@ -44,6 +46,8 @@ class StudentModule(L.LightningModule):
         self.generation = generation or GenerationOptions()
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.resumption = Resumption(self)
+        self._has_weights = False
 
     def configure_callbacks(self) -> list[Callback]:
         """Prepare a trainer that fits, before its loggers open their files; no callback is added.
@@ -163,9 +167,55 @@ class StudentModule(L.LightningModule):
             seeds=[derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()],
         )
 
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments that a resumed run must not change; models as they were built."""
+        settings = super().resume_settings() | {"tokenizer": self.tokenizer}
+        spec, built = self.student_source.resume_settings(), {"config": self.student.config}
+        return settings | {"student": spec | built}
+
+    def on_fit_start(self) -> None:
+        """Record what this run is told, and refuse what a resumed one must not be told.
+
+        Raises:
+            ValueError: If there is something to refuse.
+        """
+        self.resumption.begin()
+
+    def on_train_start(self) -> None:
+        """Give a resumed run's optimizer and schedule what is new."""
+        self.resumption.apply()
+        self._has_weights = True
+
+    def on_validation_start(self) -> None:
+        """Refuse to evaluate weights that nobody has trained.
+
+        Raises:
+            ValueError: If the student starts at random, and no checkpoint was given.
+        """
+        spec = self.student_source
+        random = spec.config is not None and not spec.is_given and not self._has_weights
+        if random and self.trainer.state.fn is not TrainerFn.FITTING and self._uses_student:
+            raise ValueError(
+                "the student starts from a config, so its weights are random: give the checkpoint that "
+                "is meant (--ckpt_path PATH or last; ckpt_path=... in Python), or a trained student as "
+                "model.student.name_or_path"
+            )
+
+    def on_test_start(self) -> None:
+        """The same before a test."""
+        self.on_validation_start()
+
+    def on_predict_start(self) -> None:
+        """The same before completions are written."""
+        self.on_validation_start()
+
+    @property
+    def _uses_student(self) -> bool:
+        return not self.trainer.predicting or self.writer is self.student
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which method this is."""
-        checkpoint[CHECKPOINT_KEY] = {"method": type(self).__name__}
+        """Write down which method this is, and what the run was told."""
+        checkpoint[RUN_KEY] = {"method": type(self).__name__, **self.resumption.record}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, or of another model.
@@ -173,7 +223,7 @@ class StudentModule(L.LightningModule):
         Raises:
             ValueError: If it is one.
         """
-        method = checkpoint.get(CHECKPOINT_KEY, {}).get("method", "something else")
+        method = checkpoint.get(RUN_KEY, {}).get("method", "something else")
         if method != type(self).__name__:
             raise ValueError(
                 f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
@@ -182,6 +232,9 @@ class StudentModule(L.LightningModule):
             )
         if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
             compare_weights(checkpoint["state_dict"], self.state_dict())
+        self._has_weights = True
+        if self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+            self.resumption.load(checkpoint, checkpoint[RUN_KEY])
 
 
 def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:

@@ -7,16 +7,24 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TypeVar
 
+import torch
 from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.serialization import safe_globals
 
 from lightning_kd.checkpoints import (
+    ABOUT,
+    RUN_KEY,
+    check_directory,
+    checksums,
     compare_shapes,
     explained,
     fresh_name,
     put_in_place,
+    summarize,
     unsafe,
 )
 from lightning_kd.strategies.pieces import shapes
@@ -25,31 +33,37 @@ from lightning_kd.strategies.shard_index import check_indices
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch's variable for code that asks for pickle."""
 
+_T = TypeVar("_T")
+
 Writer = Mapping[str, str | int]
 """The strategy of a directory, and what else of it must not change."""
 
-_ABOUT = "about.json"
-"""By whom a directory was written, and the shapes of its weights: it is looked at first."""
-
 
 @contextmanager
-def replacing(strategy: Strategy, path: Path, writer: Writer) -> Iterator[Path]:
+def replacing(
+    strategy: Strategy, path: Path, writer: Writer, checkpoint: Mapping[str, Any]
+) -> Iterator[Path]:
     """A directory to write to, which takes the place of ``path`` when all processes have written.
 
     Args:
         strategy: What writes.
         path: The name of the checkpoint.
         writer: What has to be the same where it is read.
+        checkpoint: What is written, of which a part is noted beside it.
     """
-    fresh = fresh_name(path)
+    fresh, summary = fresh_name(path), summarize(checkpoint)
+    run = dict(checkpoint.get(RUN_KEY, {}))  # strategies empty what they are given
     if strategy.is_global_zero:
         shutil.rmtree(fresh, ignore_errors=True)
     strategy.barrier("checkpoint_begins")
     yield fresh
     strategy.barrier("checkpoint_written")
+    shares = _from_all(checksums(fresh, _share()))
     if strategy.is_global_zero:
-        about = {"writer": writer, "weights": _shapes(strategy)}
-        (fresh / _ABOUT).write_text(json.dumps(about))
+        about = {"writer": writer, "weights": _shapes(strategy), "run": run}
+        about |= summary
+        about["checksums"] = {name: checksum for part in shares for name, checksum in part.items()}
+        (fresh / ABOUT).write_text(json.dumps(about))
         put_in_place(fresh, path)
     strategy.barrier("checkpoint_in_place")
 
@@ -77,8 +91,20 @@ def read_safely(
         ValueError: If something in it would be executed, or it was written by another strategy, in
             another layout, or of another model.
     """
-    if (path / _ABOUT).exists():
-        _compare(path / _ABOUT, writer, _shapes(strategy))
+    if (path / ABOUT).exists():
+        _compare(path / ABOUT, writer, _shapes(strategy))
+        with explained(path):
+            about = json.loads((path / ABOUT).read_text())
+        damage = ""
+        try:
+            check_directory(path, about["checksums"], _share())
+        except (OSError, ValueError) as error:
+            damage = str(error)
+        # Every process hears of what one has found, and none waits for another that has stopped.
+        found = next((said for said in _from_all(damage) if said), None)
+        if found:
+            raise unsafe(path, ValueError(found))
+        compare_run(strategy, about["run"])
     if weights_only is False:
         yield
         return
@@ -98,6 +124,35 @@ def read_safely(
             del os.environ[_FORCE]
         else:
             os.environ[_FORCE] = before
+
+
+def compare_run(strategy: Strategy, saved: Mapping[str, Any]) -> None:
+    """Compare the run that resumes with the one that saved, before anything of it is loaded.
+
+    Raises:
+        ValueError: If it differs in what must not change.
+    """
+    module = strategy.lightning_module
+    assert module is not None  # the trainer has connected it
+    resumption = getattr(module, "resumption", None)
+    if resumption is not None and module.trainer.state.fn is TrainerFn.FITTING:
+        resumption.load(None, saved)
+
+
+def _share() -> slice:
+    """The files that this process reads, of all in a directory."""
+    if not torch.distributed.is_initialized():
+        return slice(None)
+    return slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
+
+
+def _from_all(value: _T) -> list[_T]:
+    """What every process gives."""
+    if not torch.distributed.is_initialized():
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _shapes(strategy: Strategy) -> dict[str, list[int]]:

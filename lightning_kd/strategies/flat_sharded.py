@@ -87,7 +87,7 @@ class FlatShardedStrategy(FSDPStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
     ) -> None:
         """Write beside the old checkpoint, and put the new one in its place when it is complete."""
-        with replacing(self, Path(self.broadcast(filepath)), _WRITER) as fresh:
+        with replacing(self, Path(self.broadcast(filepath)), _WRITER, checkpoint) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(

@@ -15,8 +15,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_kd.checkpoints import compare_weights, explained, readable_checkpoint
-from lightning_kd.strategies.directories import read_safely, replacing
+from lightning_kd.checkpoints import (
+    RUN_KEY,
+    check_file,
+    compare_weights,
+    explained,
+    readable_checkpoint,
+)
+from lightning_kd.strategies.directories import compare_run, read_safely, replacing
 
 _WRITER = {"strategy": "fsdp2"}
 
@@ -61,7 +67,7 @@ class FullyShardedStrategy(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        with replacing(self, path, _WRITER) as fresh:
+        with replacing(self, path, _WRITER, checkpoint) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(
@@ -78,11 +84,13 @@ class FullyShardedStrategy(ModelParallelStrategy):
             with read_safely(self, path, _WRITER, weights_only):
                 return super().load_checkpoint(path, safe)
         with explained(path):
+            check_file(path)
             checkpoint: dict[str, Any] = torch.load(
                 path, mmap=True, map_location="cpu", weights_only=safe
             )
         # Not Lightning's own: it takes the numbers that a plain optimizer gives its parameters for
         # their order in the module, which they are not where there are groups.
+        compare_run(self, checkpoint.get(RUN_KEY, {}))
         assert self.model is not None  # Lightning has set it up
         options = StateDictOptions(full_state_dict=True)
         weights = checkpoint.pop("state_dict")

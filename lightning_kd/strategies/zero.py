@@ -71,7 +71,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
     ) -> None:
         """Write beside the old checkpoint, and put the new one in its place when it is complete."""
-        with replacing(self, Path(self.broadcast(filepath)), self._writer()) as fresh:
+        with replacing(self, Path(self.broadcast(filepath)), self._writer(), checkpoint) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(

@@ -29,19 +29,31 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(("strategy", "rank"), [("one", 0), ("ddp", 1), ("fsdp2", 0)])
-def test_sigterm_saves_after_the_step_and_the_run_goes_on_bit_for_bit(root, strategy, rank):
+@pytest.mark.parametrize(
+    ("strategy", "rank", "number"),
+    [
+        ("one", 0, signal.SIGTERM),
+        ("ddp", 1, signal.SIGTERM),
+        ("fsdp2", 0, signal.SIGTERM),
+        ("one", 0, signal.SIGINT),
+        ("ddp", 0, signal.SIGINT),
+        ("one", 0, signal.SIGHUP),
+    ],
+)
+def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
+    root, strategy, rank, number
+):
     world = 1 if strategy == "one" else 2
     reference = uninterrupted("supervised_kd", strategy, root)
-    folder = root / f"terminated_{strategy}"
+    folder = root / f"terminated_{strategy}_{number}"
     argv = arguments("supervised_kd", strategy, folder)
     processes = start(argv, world)
     while len(records(folder, world)) < 9 * world:
         time.sleep(0.002)
-    os.kill(processes[rank].pid, signal.SIGTERM)
+    os.kill(processes[rank].pid, number)
     for process in processes:
         process.join(60)
-        assert process.exitcode == 143, (folder / "log_0.txt").read_text()[-2000:]
+        assert process.exitcode == 128 + number, (folder / "log_0.txt").read_text()[-2000:]
     said = (folder / "log_0.txt").read_text()
     assert "go on with --ckpt_path" in said
     assert "Traceback" not in said

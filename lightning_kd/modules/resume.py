@@ -1,0 +1,213 @@
+"""What a resumed run is told: it takes effect, or it is refused by name."""
+
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from lightning_kd.resuming import SHOWN, Plain, Resumable, describe, differences
+from lightning_kd.seeding import run_seed
+
+_SETTINGS, _OPTIMIZERS, _SCHEDULES = "settings", "optimizers", "schedules"
+
+
+class Resumption:
+    """Compares a resumed run with the run that saved, and applies what it is told anew.
+
+    Args:
+        module: What trains; with its trainer's data module and callbacks it says what a run is.
+    """
+
+    def __init__(self, module: L.LightningModule) -> None:
+        self.module = module
+        self.record: dict[str, Any] = {}
+        """What checkpoints of this run remember of it."""
+        self.saved: dict[str, Any] | None = None
+        """What the checkpoint remembers that the run goes on from."""
+        self.schedules: list[dict[str, Any]] = []
+        """The states of its schedules."""
+        self._groups: list[list[dict[str, Any]]] = []
+
+    def begin(self) -> None:
+        """Record the run, whose optimizers are as they were made; compare it where it is resumed.
+
+        Raises:
+            ValueError: If it differs in what must not change.
+        """
+        trainer = self.module.trainer
+        self._groups = [_made(optimizer) for optimizer in trainer.optimizers]
+        self.record = {
+            _SETTINGS: settings_of(trainer, self.module),
+            _OPTIMIZERS: [
+                {"class": type(_inner(optimizer)).__qualname__, "groups": describe(groups)}
+                for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True)
+            ],
+        }
+        self.compare()
+
+    def load(self, checkpoint: dict[str, Any] | None, saved: dict[str, Any]) -> None:
+        """Take what a checkpoint remembers of its run, and keep back the states of its schedules.
+
+        Args:
+            checkpoint: Its contents, as the trainer will restore them; None where they come later.
+            saved: What it remembers.
+
+        Raises:
+            ValueError: If this run differs in what must not change.
+        """
+        if _SETTINGS not in saved:
+            rank_zero_warn(
+                "the checkpoint does not remember what its run was told, so this run is not "
+                "compared with it, and learning rate and schedule stay as they were saved"
+            )
+            return
+        if self.saved is None:
+            self.saved = saved
+            self.compare()
+        if checkpoint is not None:
+            self.schedules, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
+
+    def compare(self) -> None:
+        """Refuse what differs from the saved run and must not.
+
+        Raises:
+            ValueError: If there is something to refuse, by its names.
+        """
+        saved = self.saved
+        if saved is None or not self.record:
+            return
+        found = list(differences(saved[_SETTINGS], self.record[_SETTINGS]))
+        before, after = (
+            ", ".join(o["class"] for o in r[_OPTIMIZERS]) for r in (saved, self.record)
+        )
+        found += differences(before, after, "model.optimizer")
+        if not found:
+            return
+        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+        raise ValueError(
+            "the run that saved the checkpoint had another loss, other data or another teacher "
+            "(saved -> this run):\n  " + "\n  ".join(found[:SHOWN]) + more + "\n"
+            "Resume with the saved values; to change them on purpose, start a new run from the "
+            "exported student (model.student.name_or_path). docs/resuming.md says what may change"
+        )
+
+    def apply(self) -> None:
+        """Restore the schedules, and give optimizers and schedules what this run was told anew.
+
+        Raises:
+            ValueError: If a schedule was changed that depends on more than the step.
+        """
+        trainer = self.module.trainer
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        fresh = [_constants(scheduler) for scheduler in schedulers]
+        self.record[_SCHEDULES] = fresh
+        saved, states, self.schedules = self.saved, self.schedules, []
+        if saved is None:
+            return
+        changed = saved.get(_SCHEDULES) != fresh
+        if not changed:
+            for scheduler, state in zip(schedulers, states, strict=True):
+                scheduler.load_state_dict(state)
+        for optimizer, made, before in zip(
+            trainer.optimizers, self._groups, saved[_OPTIMIZERS], strict=True
+        ):
+            _update(optimizer, made, before["groups"], follow_schedule=changed)
+        if changed:
+            for number, config in enumerate(trainer.lr_scheduler_configs):
+                done = trainer.global_step if config.interval == "step" else trainer.current_epoch
+                known = number < len(states)
+                _advance(config.scheduler, states[number]["last_epoch"] if known else done)
+
+
+def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Plain]:
+    """Describe all of a run that a resumed one must not change.
+
+    Args:
+        trainer: Ready to train.
+        module: Its module, with a built student and a loaded teacher.
+    """
+    data = getattr(trainer, "datamodule", None)
+    parts: dict[str, Any] = {"model": module, "data": _of_foreign(data)}
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, Resumable):
+            parts[callback.resume_name or type(callback).__qualname__] = callback
+    rows = getattr(data, "batch_size", None)
+    clip = trainer.gradient_clip_val or None
+    parts["trainer"] = {
+        "precision": trainer.precision,
+        "gradient_clip_val": clip,
+        "gradient_clip_algorithm": clip and (trainer.gradient_clip_algorithm or "norm"),
+        "global_batch_size (data.batch_size x processes x accumulate_grad_batches)": rows
+        and rows * trainer.world_size * trainer.accumulate_grad_batches,
+        "limit_train_batches": trainer.limit_train_batches,
+        "overfit_batches": trainer.overfit_batches,  # type: ignore[attr-defined]
+    }
+    parts["seed_everything"] = run_seed()
+    return {name: describe(part) for name, part in parts.items()}
+
+
+def _of_foreign(data: L.LightningDataModule | None) -> Any:
+    """A data module that is not of this library is known by the hyperparameters that it has saved."""
+    if data is None or isinstance(data, Resumable):
+        return data
+    return {"class": type(data).__qualname__, **data.hparams}
+
+
+def _inner(optimizer: Any) -> Optimizer:
+    """What a strategy has wrapped."""
+    inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
+    return inner
+
+
+def _made(optimizer: Any) -> list[dict[str, Any]]:
+    """The hyperparameters of each group, as the constructor was given them."""
+    return [
+        # A rate may be a tensor, which its schedule changes in place.
+        {name: deepcopy(value) for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def _constants(scheduler: Any) -> dict[str, Plain]:
+    """A fresh schedule's numbers and names."""
+    state = {name: describe(value) for name, value in sorted(scheduler.state_dict().items())}
+    return {"class": type(scheduler).__qualname__, **state}
+
+
+def _update(
+    optimizer: Any,
+    made: Sequence[dict[str, Any]],
+    before: Sequence[dict[str, Any]],
+    *,
+    follow_schedule: bool,
+) -> None:
+    """Give each group of a restored optimizer what was made otherwise than in the saved run."""
+    for group, new, old in zip(optimizer.param_groups, made, before, strict=True):
+        changed = {name for name in new if describe(new[name]) != old.get(name)}
+        if follow_schedule:  # which begins at its first step, and is then advanced
+            changed |= {"lr", "initial_lr"} & new.keys()
+        for name in changed:
+            group[name] = new[name]
+        if group.get("fused") or group.get("capturable"):
+            for parameter in group["params"]:
+                state = _inner(optimizer).state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"].to(parameter.device)
+
+
+def _advance(scheduler: Any, steps: int) -> None:
+    """Take a fresh schedule to a step."""
+    if isinstance(scheduler, ReduceLROnPlateau):
+        raise ValueError(
+            "ReduceLROnPlateau depends on what has been measured, so its options, and the learning "
+            "rate under it, cannot be changed on a resume; start a new run from the exported student"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of steps of a schedule before those of the optimizer
+        for _ in range(steps):
+            scheduler.step()

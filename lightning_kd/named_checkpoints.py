@@ -1,0 +1,64 @@
+"""The checkpoints that a run calls last and best."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from lightning_kd.checkpoints import ABOUT, explained, summarize, unsafe
+
+Name = Literal["last", "best"]
+
+
+def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
+    """Find the last or best checkpoint in the directories of one run.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [p for d in directories for p in sorted(d.glob("*.ckpt*")) if _is_one(p)]
+    if not found:
+        raise ValueError(
+            f"--ckpt_path {name}: there is no checkpoint in "
+            f"{' or '.join(map(str, directories)) or 'a directory that the configuration names'}. Give "
+            "--config the config.yaml of the run whose checkpoint is meant "
+            "(runs/version_N/config.yaml), or --ckpt_path the path of a checkpoint"
+        )
+    known = {path: _read(path) for path in found}
+    last = max(found, key=lambda path: (known[path]["step"], path.stat().st_mtime))
+    if name == "last":
+        return _named(last)
+    best = known[last]["best"]
+    if best is None:
+        raise ValueError(
+            f"--ckpt_path best: {last} knows of no best checkpoint, for no ModelCheckpoint of its run "
+            "has a monitor; use --ckpt_path last, or the path of a checkpoint"
+        )
+    # A run that was moved still has it under its name.
+    places = [Path(best), *(directory / Path(best).name for directory in directories)]
+    for place in places:
+        if place.exists():
+            return place
+    raise ValueError(f"--ckpt_path best: {best} does not exist any more; give the path of another")
+
+
+def _is_one(path: Path) -> bool:
+    """Is it a checkpoint, or what a process left that was killed while it was replaced?"""
+    return path.suffix == ".ckpt" or (path.suffix == ".old" and not path.with_suffix("").exists())
+
+
+def _named(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix == ".old" else path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        try:
+            about: dict[str, Any] = json.loads((path / ABOUT).read_text())
+        except (OSError, ValueError) as error:
+            raise unsafe(path, error) from error
+        return {"step": about.get("step", 0), "best": about.get("best")}
+    with explained(path):
+        return summarize(torch.load(path, mmap=True, map_location="cpu", weights_only=True))

@@ -1,0 +1,51 @@
+"""Processes of one run end together, whatever ends one of them."""
+
+import os
+import signal
+import subprocess
+import threading
+import time
+from typing import Any
+
+_LAUNCHER = "LIGHTNING_KD_LAUNCHER"
+"""Environment variable with the id of the process that has started the others."""
+
+_EVERY = 0.5
+"""Seconds between two looks at who the parent is."""
+
+
+def end_together() -> None:
+    """Die at once of a signal until training listens, and with the process that started this one.
+
+    A process may be waiting for the others in code that Python cannot interrupt, until the rendezvous
+    times out. There is nothing to save before the first step, so that the signals keep what the
+    system makes of them; and one whose launcher is gone would wait for it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    launcher = os.environ.get(_LAUNCHER) if "LOCAL_RANK" in os.environ else None
+    if launcher is None and "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
+        launcher = str(os.getppid())
+    if launcher is not None:
+        threading.Thread(target=_follow, args=(int(launcher),), daemon=True).start()
+    os.environ[_LAUNCHER] = str(os.getpid())
+
+
+def wait_for(launcher: Any) -> None:
+    """Wait for the scripts that were started: they end at the latest a minute after this one.
+
+    Args:
+        launcher: The strategy's; None where there is none.
+    """
+    for process in getattr(launcher, "procs", ()):
+        if isinstance(process, subprocess.Popen):
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _follow(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_EVERY)
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,453 @@
+"""What a resumed run is told anew: it takes effect, or it is refused by name."""
+
+import math
+import re
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+
+from lightning_kd import (
+    GKD,
+    ArithmeticData,
+    Divergence,
+    FusedLogits,
+    LoRA,
+    PPOClip,
+    PromptCompletionData,
+    Resumable,
+    SingleTeacher,
+    Student,
+    SupervisedKD,
+    TeacherEnsemble,
+    WarmupCosine,
+)
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.data import arithmetic_tokenizer
+from lightning_kd.divergences import ForwardKL, GeneralizedJSD
+from lightning_kd.generation import SamplingOptions
+from lightning_kd.schedules import Linear
+from tests.command_line import EXPECTED_WARNINGS
+from tests.toys import tiny_llama
+
+pytestmark = [*EXPECTED_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+STEPS, SAVED_AT = 6, 4
+
+
+class Recorder(Callback):
+    """The hyperparameters and the loss of every step."""
+
+    def __init__(self):
+        self.groups, self.losses, self.validations = {}, {}, []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+        self.groups[trainer.global_step] = groups
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses[trainer.global_step - 1] = outputs["loss"].item()
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.validations.append(trainer.global_step)
+
+    def rates(self):
+        return {step: groups[0]["lr"] for step, groups in self.groups.items()}
+
+
+def adamw(**options):
+    return lambda parameters: torch.optim.AdamW(parameters, **({"lr": 0.01} | options))
+
+
+def cosine(**options):
+    return lambda optimizer: WarmupCosine(optimizer, **({"warmup_steps": 2} | options))
+
+
+def kd(**changes):
+    student = changes.pop("student", {})
+    teacher = {"name_or_path": "teacher"} | changes.pop("teacher", {})
+    options = {"optimizer": adamw(), "lr_scheduler": cosine()} | changes
+    if isinstance(teacher, dict):
+        options.setdefault("teacher_object", SingleTeacher(**teacher))
+    spec = Student(**({"config": LLAMA | student.pop("config", {})} | student))
+    teacher_object = options.pop("teacher_object")
+    return options.pop("method", SupervisedKD)(student=spec, teacher=teacher_object, **options)
+
+
+def run(*, resume=None, trainer=None, data=None, callbacks=(), seed=0, folder="saved", **model):
+    """Fit, and say what happened."""
+    L.seed_everything(seed)
+    recorder = Recorder()
+    options = {
+        "max_steps": STEPS,
+        "val_check_interval": 2,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    } | (trainer or {})
+    saving = ModelCheckpoint(folder, "{step}", every_n_train_steps=SAVED_AT, save_top_k=-1)
+    fitted = L.Trainer(**options, callbacks=[recorder, saving, *callbacks])
+    if not isinstance(data, L.LightningDataModule):
+        data = ArithmeticData(**({"batch_size": 8, "train_size": 50} | (data or {})))
+    fitted.fit(kd(**model), datamodule=data, ckpt_path=resume)
+    return recorder, fitted
+
+
+def saved(folder="saved"):
+    return Path(folder) / f"step={SAVED_AT}.ckpt"
+
+
+@pytest.fixture
+def teachers(tmp_path):
+    for seed, name in ((1, "teacher"), (2, "other")):
+        tiny_llama(seed, vocab_size=14).save_pretrained(name)
+        arithmetic_tokenizer().save_pretrained(name)
+
+
+def retrain_the_teacher():
+    tiny_llama(3, vocab_size=14).save_pretrained("teacher")
+
+
+def on_policy(**options):
+    return OnPolicyGeneration(**({"generation": SamplingOptions(max_new_tokens=4)} | options))
+
+
+class Scaled(Divergence):
+    """Somebody's own."""
+
+    def __init__(self, scale=1.0):
+        self.scale = scale
+
+    def value(self, student_log_probs, teacher_log_probs):
+        return self.scale * (student_log_probs.exp() - teacher_log_probs.exp()).square().sum(-1)
+
+
+class OwnMethod(SupervisedKD):
+    """Somebody's own, with one argument that may change."""
+
+    may_change_on_resume = frozenset({"verbosity"})
+
+    def __init__(self, *, bonus=0.0, verbosity=0, **base):
+        super().__init__(**base)
+        self.bonus = bonus
+
+
+class OwnData(ArithmeticData):
+    """Somebody's own."""
+
+    def __init__(self, *, flavour="plain", **base):
+        super().__init__(**base)
+
+
+class OwnCallback(Resumable, Callback):
+    """Somebody's own, that changes the loss."""
+
+    def __init__(self, strength=1.0):
+        pass
+
+
+GENERATION = {"generation": SamplingOptions(max_new_tokens=4)}
+REFUSED = {
+    "another method": ({}, {"method": GKD, "alpha": None}, ["written by SupervisedKD"]),
+    "divergence": ({}, {"divergence": "reverse_kl"}, ["model.divergence: ForwardKL -> ReverseKL"]),
+    "its parameter": (
+        {"divergence": GeneralizedJSD(0.5)},
+        {"divergence": GeneralizedJSD(0.1)},
+        ["model.divergence.beta: 0.5 -> 0.1"],
+    ),
+    "one's own divergence": (
+        {"divergence": Scaled(1.0)},
+        {"divergence": Scaled(2.0)},
+        ["model.divergence.scale: 1.0 -> 2.0"],
+    ),
+    "alpha": ({}, {"alpha": 0.9}, ["model.alpha: 0.5 -> 0.9"]),
+    "temperature": ({}, {"temperature": 2.0}, ["model.temperature: 1.0 -> 2.0"]),
+    "normalization": (
+        {},
+        {"normalization": "sequence"},
+        ["model.normalization: TokenMean -> SequenceMean"],
+    ),
+    "vocabulary": ({}, {"vocabulary": "shared"}, ["model.vocabulary: equal -> shared"]),
+    "teacher": ({}, {"teacher": {"name_or_path": "other"}}, ["model.teacher.models[0].weights"]),
+    "teacher's type": ({}, {"teacher": {"dtype": "bfloat16"}}, ["model.teacher.dtype"]),
+    "teacher, trained anew": ({}, {"before": retrain_the_teacher}, ["model.teacher.models"]),
+    "ensemble": (
+        {},
+        {"teacher_object": lambda: TeacherEnsemble([SingleTeacher("teacher")])},
+        ["model.teacher: SingleTeacher -> TeacherEnsemble"],
+    ),
+    "student's dropout": (
+        {},
+        {"student": {"config": {"attention_dropout": 0.1}}},
+        ["model.student.config.attention_dropout: 0.0 -> 0.1"],
+    ),
+    "student's type": ({}, {"student": {"dtype": "float64"}}, ["model.student.dtype: float32"]),
+    "adapters": (
+        {"student": {"lora": LoRA(r=2, target_modules=["q_proj"])}},
+        {"student": {"lora": LoRA(r=2, alpha=8.0, target_modules=["q_proj"])}},
+        ["model.student.lora.alpha: 32.0 -> 8.0"],
+    ),
+    "one's own method": (
+        {"method": OwnMethod},
+        {"method": OwnMethod, "bonus": 1.0},
+        ["model.bonus: 0.0 -> 1.0"],
+    ),
+    "optimizer": (
+        {},
+        {"optimizer": lambda p: torch.optim.SGD(p, lr=0.1)},
+        ["model.optimizer: AdamW -> SGD"],
+    ),
+    "precision": ({}, {"trainer": {"precision": "bf16-mixed"}}, ["trainer.precision: 32-true"]),
+    "clipping": (
+        {},
+        {"trainer": {"gradient_clip_val": 1.0}},
+        ["trainer.gradient_clip_val: None -> 1.0"],
+    ),
+    "way of clipping": (
+        {"trainer": {"gradient_clip_val": 1.0}},
+        {"trainer": {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"}},
+        ["trainer.gradient_clip_algorithm: norm -> value"],
+    ),
+    "global batch": ({}, {"data": {"batch_size": 4}}, ["trainer.global_batch_size", "8 -> 4"]),
+    "accumulation": (
+        {},
+        {"trainer": {"accumulate_grad_batches": 2}},
+        ["trainer.global_batch_size", "8 -> 16"],
+    ),
+    "seed": ({}, {"seed": 1}, ["seed"]),
+    "rows": ({}, {"data": {"train_size": 40}}, ["train_size: 50 -> 40"]),
+    "shift of the split": ({}, {"data": {"test_size": 900}}, ["data.test_size: 1000 -> 900"]),
+    "label noise": ({}, {"data": {"label_noise": 0.5}}, ["data.label_noise: 0.0 -> 0.5"]),
+    "one's own data": (
+        {"data": lambda: OwnData(batch_size=8)},
+        {"data": lambda: OwnData(batch_size=8, flavour="odd")},
+        ["data.flavour: plain -> odd"],
+    ),
+    "one's own callback": (
+        {"callbacks": [OwnCallback(1.0)]},
+        {"callbacks": [OwnCallback(2.0)]},
+        ["OwnCallback.strength: 1.0 -> 2.0"],
+    ),
+    "rollouts at all": (
+        {"method": GKD},
+        {"method": GKD, "callbacks": [on_policy()]},
+        ["on_policy: None -> OnPolicyGeneration"],
+    ),
+    **{
+        f"rollouts: {name}": (
+            {"method": GKD, "callbacks": [on_policy(**before)]},
+            {"method": GKD, "callbacks": [on_policy(**after)]},
+            expected,
+        )
+        for name, before, after, expected in (
+            ("lmbda", {"lmbda": 0.5}, {"lmbda": 0.25}, ["on_policy.lmbda.value: 0.5 -> 0.25"]),
+            (
+                "schedule",
+                {"lmbda": Linear(0.0, 1.0, steps=9)},
+                {"lmbda": Linear(0.0, 1.0, steps=8)},
+                ["on_policy.lmbda.steps: 9 -> 8"],
+            ),
+            ("mixture", {}, {"mixture_alpha": 0.2}, ["on_policy.mixture_alpha: 0.0 -> 0.2"]),
+            ("window", {}, {"steps_per_window": 2}, ["on_policy.steps_per_window: 1 -> 2"]),
+            ("passes", {}, {"passes": 2}, ["passes"]),
+            ("group", {}, {"group_size": 2}, ["group_size"]),
+            ("truncation", {}, {"truncated": "mask"}, ["on_policy.truncated: keep -> mask"]),
+            ("otherwise", {"lmbda": 0.5}, {"lmbda": 0.5, "otherwise": "teacher"}, ["otherwise"]),
+            (
+                "temperature",
+                {},
+                {"generation": SamplingOptions(max_new_tokens=4, temperature=0.5)},
+                ["on_policy.generation.temperature: 1.0 -> 0.5"],
+            ),
+            (
+                "length",
+                {},
+                {"generation": SamplingOptions(max_new_tokens=5)},
+                ["on_policy.generation.max_new_tokens: 4 -> 5"],
+            ),
+        )
+    },
+}
+
+
+def prepared(settings):
+    """The arguments of a run; what cannot be used twice is made for each."""
+    settings = dict(settings)
+    settings.pop("before", lambda: None)()
+    for name in ("data", "teacher_object"):
+        if callable(settings.get(name)):
+            settings[name] = settings[name]()
+    return settings
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_changes_loss_data_or_teacher_is_refused_by_name(case):
+    before, after, expected = REFUSED[case]
+    run(**prepared(before), folder="saved")
+    settings = prepared(before | after)
+    if settings.get("alpha", 0) is None:
+        del settings["alpha"]
+    with pytest.raises(ValueError, match=re.escape(expected[0])) as error:
+        run(resume=saved(), **settings)
+    for text in expected:
+        assert text in str(error.value)
+    assert "export" in str(error.value)  # the way to do it on purpose
+
+
+def rate(step, *, lr=0.01, warmup=2, total=STEPS, least=0.0):
+    """Linear, then half a cosine, by the formula of the docstring."""
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / (total - warmup))
+    return lr * (least + (1 - least) * (1 + math.cos(math.pi * done)) / 2)
+
+
+RATES = {
+    "learning rate": ({"optimizer": adamw(lr=0.05)}, {"lr": 0.05}),
+    "more steps": ({"trainer": {"max_steps": 10}}, {"total": 10}),
+    "warm-up": ({"lr_scheduler": cosine(warmup_steps=5)}, {"warmup": 5}),
+    "last rate": ({"lr_scheduler": cosine(min_ratio=0.5)}, {"least": 0.5}),
+    "length of the schedule": ({"lr_scheduler": cosine(total_steps=9)}, {"total": 9}),
+}
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("case", RATES)
+def test_rates_and_steps_take_effect_from_the_first_resumed_step(case):
+    changes, shape = RATES[case]
+    run()
+    seen, trainer = run(resume=saved(), **changes)
+    last = trainer.max_steps
+    expected = {step: rate(step, **shape) for step in range(SAVED_AT, last)}
+    assert seen.rates() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_run_that_has_ended_goes_on_with_the_schedule_of_the_longer_run():
+    run(trainer={"max_steps": SAVED_AT})
+    seen, _ = run(resume=saved(), trainer={"max_steps": 8})
+    assert seen.rates() == pytest.approx({step: rate(step, total=8) for step in range(4, 8)})
+
+
+@pytest.mark.usefixtures("teachers")
+def test_another_schedule_takes_the_place_of_the_saved_one():
+    def halving(optimizer):
+        return torch.optim.lr_scheduler.StepLR(optimizer, step_size=2, gamma=0.5)
+
+    run()
+    seen, _ = run(resume=saved(), lr_scheduler=halving)
+    assert seen.rates() == pytest.approx({4: 0.0025, 5: 0.0025})
+    seen, _ = run(resume=saved(), lr_scheduler=None)
+    assert seen.rates() == {4: 0.01, 5: 0.01}
+    run(folder="plain", lr_scheduler=None)
+    seen, _ = run(resume=saved("plain"), lr_scheduler=halving)
+    assert seen.rates() == pytest.approx({4: 0.0025, 5: 0.0025})
+
+
+@pytest.mark.usefixtures("teachers")
+def test_hyperparameters_take_effect_and_what_was_not_said_stays():
+    run(optimizer=adamw(weight_decay=0.1, betas=(0.9, 0.95)))
+    state = torch.load(saved(), weights_only=True)
+    # As a callback of the saved run may have set it: the command says nothing of it.
+    state["optimizer_states"][0]["param_groups"][0]["eps"] = 1e-5
+    torch.save(state, "edited.ckpt")
+    new = adamw(weight_decay=0.3, betas=(0.9, 0.95))
+    seen, _ = run(resume="edited.ckpt", optimizer=new)
+    matrices, vectors = seen.groups[SAVED_AT]
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.3, 0.0)
+    assert (matrices["eps"], matrices["betas"]) == (1e-5, (0.9, 0.95))
+    assert seen.rates() == pytest.approx({step: rate(step) for step in (4, 5)})
+    seen, _ = run(resume="edited.ckpt", optimizer=adamw(weight_decay=0.1, betas=(0.5, 0.6)))
+    assert seen.groups[SAVED_AT][0]["betas"] == (0.5, 0.6)
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_rate_without_a_schedule_takes_effect():
+    run(lr_scheduler=None)
+    seen, _ = run(resume=saved(), lr_scheduler=None, optimizer=adamw(lr=0.5))
+    assert seen.rates() == {4: 0.5, 5: 0.5}
+
+
+CHANGED = {
+    "nothing": {},
+    "validation": {"trainer": {"val_check_interval": 1, "limit_val_batches": 2}},
+    "evaluation batches": {"data": {"eval_batch_size": 3}},
+    "logging": {"trainer": {"log_every_n_steps": 1}},
+    "callbacks": {"callbacks": [Recorder()]},
+    "cut of a step": {"data": {"batch_size": 4}, "trainer": {"accumulate_grad_batches": 2}},
+    "gradient checkpointing": {"student": {"gradient_checkpointing": True}},
+    "logits": {"logits": FusedLogits(chunk_megabytes=1)},
+    "where the teacher is": {"teacher": {"placement": "cpu"}},
+    "defaults that are said": {"alpha": 0.5, "divergence": ForwardKL(), "temperature": 1.0},
+    "one's own argument": {"method": OwnMethod, "verbosity": 3},
+}
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("case", CHANGED)
+def test_what_leaves_the_loss_alone_may_change(case):
+    method = {"method": CHANGED[case].get("method", SupervisedKD)}
+    uninterrupted, _ = run(**method)
+    seen, trainer = run(resume=saved(), **CHANGED[case])
+    exact = case in {"nothing", "logging", "callbacks", "defaults that are said"}
+    accumulated = trainer.accumulate_grad_batches
+    for step in (4, 5):
+        if accumulated == 1:
+            tolerance = 0.0 if exact else 1e-5
+            assert seen.losses[step] == pytest.approx(uninterrupted.losses[step], rel=tolerance)
+    assert seen.rates() == {step: uninterrupted.rates()[step] for step in (4, 5)}
+    if case == "validation":
+        assert seen.validations[-2:] == [5, 6]
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_teacher_may_be_moved(tmp_path):
+    run()
+    Path("teacher").rename("moved")
+    run(resume=saved(), teacher={"name_or_path": "moved"})
+
+
+def test_files_may_be_moved_and_validation_may_be_another(teachers):
+    rows = '{"prompt": "1+1=", "completion": "2"}\n' * 40
+    for name in ("train.jsonl", "moved.jsonl", "dev.jsonl"):
+        Path(name).write_text(rows)
+
+    def data(train, **options):
+        options = {"tokenizer": "teacher", "batch_size": 8, "max_length": 8} | options
+        return PromptCompletionData(train=train, validation="dev.jsonl", **options)
+
+    run(data=data("train.jsonl"))
+    run(resume=saved(), data=data("moved.jsonl"))
+    for option, value in (
+        ("max_length", 7),
+        ("truncation", "left"),
+        ("prompt_template", "1{prompt}"),
+        ("prompt_column", "completion"),
+    ):
+        with pytest.raises(ValueError, match=f"data.{option}"):
+            run(resume=saved(), data=data("train.jsonl", **{option: value}))
+
+
+def test_arguments_are_remembered_by_name_with_defaults():
+    assert PPOClip(0.1).resume_settings() == {"low": 0.1, "high": 0.2}
+    one, two = (ArithmeticData(num_workers=n, batch_size=8) for n in (0, 2))
+    assert one.resume_settings().keys() == two.resume_settings().keys()
+    assert "num_workers" not in two.resume_settings()
+    assert Scaled(scale=3).resume_settings() == {"scale": 3}
+    with pytest.raises(TypeError, match="takes no arguments"):
+        ForwardKL(3)
