@@ -135,7 +135,7 @@ class Sweep:
         """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
         count, width = self._first.shape
         fitting = max(1, self.chunk_bytes // (buffers * width * self._first.dtype.itemsize))
-        return ceil(count / ceil(count / fitting)) if count else 0
+        return ceil(count / max(1, ceil(count / fitting)))
 
     def _blocks(self, length: int) -> Iterator[slice]:
         fitting = max(1, _BLOCK_BYTES // (self._first.shape[1] * self._first.dtype.itemsize))

@@ -1,0 +1,135 @@
+"""Quantities over chunks, against automatic differentiation of all logits."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_kd.divergences import ReverseKL
+from lightning_kd.evaluation import (
+    Block,
+    Combination,
+    CrossEntropy,
+    Entropy,
+    Matching,
+    Sweep,
+    TeacherCrossEntropy,
+    TeacherLogits,
+    TokenLoss,
+    of_one_model,
+    per_token,
+    weighted_sum,
+)
+from lightning_kd.evaluation.sources import Projection
+from lightning_kd.policy import ImportanceSampling, PPOClip
+
+N, HIDDEN, VOCABULARY = 9, 5, 11
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+STATES, HEAD = draw(N, HIDDEN), draw(VOCABULARY, HIDDEN, seed=1)
+TEACHER = draw(N, VOCABULARY, seed=2)
+TOKENS = torch.tensor([3, 0, 10, -100, 7, 7, 1, -100, 2])
+KNOWN = TOKENS != -100
+WEIGHTS = torch.rand(N, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+
+def fused(quantity):
+    """Value of the weighted sum, values, and gradients, a chunk of two positions at a time."""
+    states, head = STATES.clone().requires_grad_(), HEAD.clone().requires_grad_()
+    source = Projection(((states, head),))
+    theirs = TeacherLogits((Projection(((TEACHER, torch.eye(VOCABULARY).double()),)),))
+    sweep = Sweep(source, theirs, [quantity], chunk_bytes=8 * VOCABULARY * 2 * 2)
+    total, values = weighted_sum(sweep, [WEIGHTS])
+    again = (per_token(sweep)[0] * WEIGHTS).sum()
+    pairs = [torch.autograd.grad(t, (states, head)) for t in (total, again)]
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+    return total, values[0], pairs[0]
+
+
+def dense(values_of):
+    """The same of a function of all logits."""
+    states, head = STATES.clone().requires_grad_(), HEAD.clone().requires_grad_()
+    values = values_of(states @ head.T)
+    total = (values * WEIGHTS).sum()
+    return total, values, torch.autograd.grad(total, (states, head))
+
+
+def assert_same(first, second):
+    for one, other in zip((*first[:2], *first[2]), (*second[:2], *second[2]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+def chosen(logits, temperature):
+    picked = (logits / temperature).log_softmax(-1)[torch.arange(N), TOKENS.clamp(min=0)]
+    return picked.where(KNOWN, 0.0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("surrogate", [ImportanceSampling(), PPOClip()], ids=str)
+def test_a_policy_gradient_at_a_sampling_temperature(surrogate, temperature):
+    """The formulas of both surrogates, written out on all logits."""
+    before = chosen(STATES @ HEAD.T, temperature) + 0.3 * draw(N, seed=4)
+    advantages = draw(N, seed=5)
+
+    def loss(log_probs, rows):
+        return surrogate(log_probs, before[rows], advantages[rows])
+
+    def formula(logits):
+        ratio = (chosen(logits, temperature) - before).exp()
+        if isinstance(surrogate, PPOClip):
+            clipped = ratio.clamp(0.8, 1.2) * advantages
+            return -torch.minimum(ratio * advantages, clipped).where(KNOWN, 0.0)
+        return -(ratio * advantages).where(KNOWN, 0.0)
+
+    assert_same(fused(TokenLoss(TOKENS, loss, temperature=temperature)), dense(formula))
+
+
+def test_a_combination_is_the_sum_of_its_parts_at_each_position():
+    factor = draw(N, seed=6)
+    parts = (
+        (Matching(ReverseKL(), student_temperature=2.0, teacher_temperature=0.5), factor),
+        (CrossEntropy(TOKENS), 0.7),
+        (TeacherCrossEntropy(), 0.0),
+        (Entropy(), -1.5),
+    )
+
+    def formula(logits):
+        log_q, log_p = (logits / 2).log_softmax(-1), (TEACHER / 0.5).log_softmax(-1)
+        log_q1 = logits.log_softmax(-1)
+        reverse = (log_q.exp() * (log_q - log_p)).sum(-1)
+        entropy = -(log_q1.exp() * log_q1).sum(-1)
+        return factor * reverse - 0.7 * chosen(logits, 1.0) - 1.5 * entropy
+
+    quantity = Combination(*parts)
+    assert_same(fused(quantity), dense(formula))
+    block = Block(slice(0, N), STATES @ HEAD.T, (TEACHER,), of_one_model)
+    torch.testing.assert_close(quantity.values(block), formula(STATES @ HEAD.T))
+
+
+class Sizes(TorchDispatchMode):
+    """Rows of every buffer that is allocated as wide as the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.empty.memory_format and made.shape[1:] == (VOCABULARY,):
+            self.rows.append(made.shape[0])
+        return made
+
+
+@pytest.mark.parametrize(("positions", "rows"), [(0, 0), (1, 1), (4, 4), (5, 3), (9, 3)])
+def test_no_chunk_is_much_shorter_than_another(positions, rows):
+    """Room for four positions: five are cut into 3 and 2, and none needs no room."""
+    source = Projection(((STATES[:positions], HEAD),))
+    sweep = Sweep(source, None, [Entropy()], chunk_bytes=8 * VOCABULARY * 4)
+    with Sizes() as seen:
+        values = sweep.values()
+    assert seen.rows == [rows]
+    assert values.shape == (1, positions)
