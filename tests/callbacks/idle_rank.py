@@ -1,0 +1,206 @@
+"""Every collective of the library, reached with one rank that has nothing.
+
+A script of its own, as a user would start it: ``python idle_rank.py OUT STRATEGY``. A rank that waits
+in vain gives up after half a minute. With ``alone`` instead of a strategy, one process has all rows.
+"""
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
+
+from lightning_kd.callbacks import (
+    CompletionSamples,
+    HFExport,
+    JsonlPredictions,
+    LossNormalizationDiagnostics,
+    NonFiniteGuard,
+    OnPolicyGeneration,
+    SaveOnTermination,
+)
+from lightning_kd.evaluation import Combination
+from lightning_kd.generation import SamplingOptions
+from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.modules import GKD, SFT, MiniLLM, RLDistillation, SupervisedKD
+from lightning_kd.modules.loss import LossTerm
+from lightning_kd.rewards import exact_match
+from lightning_kd.strategies import FullyShardedStrategy
+from tests.modules.harness import BatchList, Letters, Listed, trainer
+from tests.toys import ragged_batch, tiny_llama, with_prompts
+
+OUT, STRATEGY = Path(sys.argv[1]), sys.argv[2]
+RANK = int(os.environ.get("LOCAL_RANK", "0"))
+WAIT = timedelta(seconds=30)
+ROWS, NOTHING = ragged_batch([(2, 5), (1, 3), (3, 4)]), ragged_batch([(3, 0), (2, 0), (4, 0)])
+
+
+def strategy() -> Any:
+    """Fresh: a strategy serves one trainer."""
+    if STRATEGY == "alone":
+        return "auto"
+    if STRATEGY == "fsdp2":
+        return FullyShardedStrategy(process_group_backend="gloo", timeout=WAIT)
+    return DDPStrategy(process_group_backend="gloo", timeout=WAIT)
+
+
+def run(case: str, callbacks: list[Callback] = [], **settings: Any) -> Any:  # noqa: B006
+    """A trainer, with loggers and checkpoints of its own."""
+    directory = OUT.parent / STRATEGY / case
+    loggers = [CSVLogger(directory, name="csv"), TensorBoardLogger(directory, name="board")]
+    defaults = {
+        "devices": 1 if STRATEGY == "alone" else 2,
+        "strategy": strategy(),
+        "logger": loggers,
+        "limit_val_batches": 1.0,
+    }
+    return trainer(callbacks=callbacks, **(defaults | settings))
+
+
+def on_rank_0(batch: Any) -> list[Any]:
+    """The batch for the first rank, nothing to score for the second one."""
+    return [batch if RANK == 0 else NOTHING]
+
+
+def two() -> dict[str, Any]:
+    """Student and teacher."""
+    return {"student": Student.of(tiny_llama(0)), "teacher": SingleTeacher.of(tiny_llama(1))}
+
+
+def numbers(fit: Any, *prefixes: str) -> dict[str, float]:
+    """What was logged under these names."""
+    logged = fit.callback_metrics
+    return {k: v.item() for k, v in logged.items() if k.startswith(prefixes or ("val/", "train/"))}
+
+
+def only_fillers() -> dict[str, float]:
+    """Validation rows for the first rank alone, completed and scored."""
+    fit = run("fillers", [CompletionSamples(max_new_tokens=4)])
+    fit.validate(SupervisedKD(**two()), datamodule=Letters(rows=3, batch_size=3), verbose=False)
+    return numbers(fit)
+
+
+def no_batch() -> dict[str, float]:
+    """Data of unknown length that end before the second rank has any."""
+
+    class Endless(Listed):
+        __len__ = None  # type: ignore[assignment]
+
+    class Data(BatchList):
+        def val_dataloader(self) -> Any:
+            return Endless([with_prompts(ROWS)] if RANK == 0 else [])
+
+    fit = run("no_batch", [CompletionSamples(max_new_tokens=4)])
+    module = SupervisedKD(**two())
+    fit.validate(module, datamodule=Data([]), verbose=False)
+    return numbers(fit)
+
+
+def nothing_scored() -> dict[str, float]:
+    """An optimizer step with all diagnostics, a checkpoint and an export behind it."""
+    directory = OUT.parent / STRATEGY / "masked"
+    callbacks: list[Callback] = [
+        LossNormalizationDiagnostics(histograms_every=1),
+        NonFiniteGuard(),
+        SaveOnTermination(),
+        ModelCheckpoint(dirpath=directory, every_n_train_steps=1),
+        HFExport(dirpath=str(directory / "student")),
+    ]
+    fit = run("masked", callbacks, enable_checkpointing=True, gradient_clip_val=0.1, max_steps=1)
+    fit.fit(SupervisedKD(**two()), datamodule=BatchList(on_rank_0(ROWS), [ROWS]))
+    return numbers(fit, "train/", "norm/")
+
+
+def in_fp16() -> dict[str, float]:
+    """The power of two that goes in before and comes out after."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    fit = run("fp16", plugins=[plugin], max_steps=1)
+    module = SFT(student=Student.of(tiny_llama(0)))
+    fit.fit(module, datamodule=BatchList(on_rank_0(ROWS), [ROWS]))
+    return {"largest": module._sum_scale.largest, "scale": plugin.scaler.get_scale()}
+
+
+def not_finite() -> dict[str, float]:
+    """A loss that is not a number, on the second rank."""
+
+    class Broken(SFT):
+        def loss_terms(self, batch: Any, scores: Any) -> Any:
+            terms = super().loss_terms(batch, scores)
+            factor = float("nan") if RANK == 1 or STRATEGY == "alone" else 1.0
+            ((name, term),) = terms.items()
+            return {name: LossTerm(Combination((term.quantity, factor)))}
+
+    guard = NonFiniteGuard("skip", dirpath=str(OUT.parent / STRATEGY / "non_finite"))
+    fit = run("not_finite", [guard], max_steps=1)
+    fit.fit(Broken(student=Student.of(tiny_llama(0))), datamodule=BatchList([ROWS], [ROWS]))
+    return {"skipped": float(guard.skipped)}
+
+
+def rollouts(method: str, truncated: str) -> Callable[[], dict[str, float]]:
+    """Windows whose completions are all cut off, or not; files and tables of all ranks."""
+
+    def case() -> dict[str, float]:
+        directory = OUT.parent / STRATEGY / f"{method}-{truncated}"
+        grouped = method == "rl"
+        callback = OnPolicyGeneration(
+            generation=SamplingOptions(max_new_tokens=2),
+            truncated=truncated,  # type: ignore[arg-type]
+            group_size=2 if grouped else 1,
+            path=str(directory / "rollouts.jsonl"),
+            table_every=1,
+        )
+        rewards = {"rewards": [exact_match]} if grouped else {}
+        kind: Any = {"gkd": GKD, "minillm": MiniLLM, "rl": RLDistillation}[method]
+        steps = [callback, LossNormalizationDiagnostics(histograms_every=1)]
+        fit = run(f"{method}-{truncated}", steps, max_steps=3, max_epochs=-1, limit_val_batches=0)
+        fit.fit(
+            kind(**two(), **rewards),
+            datamodule=Letters(rows=8, batch_size=4 if STRATEGY == "alone" else 2),
+        )
+        return numbers(fit, "train/loss", "train/tokens", "rollout/length", "rollout/eos")
+
+    return case
+
+
+def predictions() -> dict[str, float]:
+    """One row to predict: the second rank has fillers."""
+    path = OUT.parent / STRATEGY / "predictions.jsonl"
+    fit = run("predict", [JsonlPredictions(str(path))])
+    module = SFT(student=Student.of(tiny_llama(0)))
+    data = Letters(rows=1, batch_size=2)
+    fit.predict(module, datamodule=data, return_predictions=False)
+    return {"lines": float(len(path.read_text().splitlines()))} if RANK == 0 else {}
+
+
+def cases() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
+    """Names and what is run."""
+    yield "only fillers", only_fillers
+    if STRATEGY != "fsdp2":  # in shards, no rank computes alone, whatever the library does
+        yield "no batch", no_batch
+    yield "nothing scored", nothing_scored
+    yield "fp16", in_fp16
+    yield "not finite", not_finite
+    for method in ("gkd", "minillm", "rl"):
+        for truncated in ("keep", "drop"):
+            yield f"{method} {truncated}", rollouts(method, truncated)
+    yield "predictions", predictions
+
+
+def main() -> None:
+    """Run all of them; the first rank writes down what was logged."""
+    warnings.simplefilter("ignore")
+    results = {name: case() for name, case in cases()}
+    if RANK == 0:
+        torch.save(results, OUT)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""A rank that has nothing takes part in every collective, and the run ends as on one process."""
+
+import pytest
+
+from tests.scripts import written_by
+
+OF_THE_CUT = ("padding_share", "count_min", "mean_of_means_error")
+"""Diagnostics that say how a step was cut."""
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return written_by(
+        "callbacks/idle_rank.py", tmp_path_factory.mktemp("idle") / "alone.pt", "alone"
+    )
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_path):
+    found = written_by("callbacks/idle_rank.py", tmp_path / "two.pt", strategy)
+    assert set(found) == set(alone) - ({"no batch"} if strategy == "fsdp2" else set())
+    for case, numbers in found.items():
+        assert set(numbers) == set(alone[case]), case
+        for name, value in numbers.items():
+            if not name.endswith(OF_THE_CUT):
+                assert value == pytest.approx(alone[case][name], rel=1e-4, abs=1e-6), (case, name)
+    masked = found["nothing scored"]
+    assert masked["norm/count_min"] == 0
+    assert masked["norm/count_max"] == masked["norm/count"]
+    assert found["fp16"]["scale"] == 2.0**16
+    assert found["not finite"]["skipped"] == 1
