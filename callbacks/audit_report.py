@@ -2,13 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from lightning_kd.callbacks import gradient_causes
+from lightning_kd.callbacks.cause_texts import COUNTED_TWICE, STALE_COUNT, UNSCORED
 
-ALWAYS_WRONG = {
-    gradient_causes.UNSCORED,
-    gradient_causes.STALE_COUNT,
-    gradient_causes.COUNTED_TWICE,
-}
+ALWAYS_WRONG = {UNSCORED, STALE_COUNT, COUNTED_TWICE}
 """Causes that make a gradient wrong however its samples are cut."""
 
 

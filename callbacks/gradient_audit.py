@@ -18,7 +18,9 @@ from lightning_kd.callbacks.batch_cuts import (
     rows_of,
     split_rows,
     tensors_of,
+    width_of,
 )
+from lightning_kd.callbacks.cause_texts import MEAN_OF_MEANS
 from lightning_kd.callbacks.gradient_causes import Evidence
 from lightning_kd.callbacks.gradient_evidence import relative_difference, sketch
 from lightning_kd.callbacks.gradient_steps import Gradient, GradientRunner, silenced
@@ -165,7 +167,8 @@ class _Audit:
         differences, left_out = {"as_trained": max(difference for difference, _ in trained)}, None
         if columns == 0:
             del cuts["padded"]
-            left_out = "padded (its rows are as long as a table of the module)"
+            if width_of(whole) is not None:
+                left_out = "padded (its rows are as long as a table of the module)"
         for name, gradient in cuts.items():
             try:
                 differences[name] = relative_difference(gradient(), reference)
@@ -198,7 +201,7 @@ class _Audit:
             causes += [cause for cause in others if cause in ALWAYS_WRONG]
             others = [cause for cause in others if cause not in ALWAYS_WRONG]
             # A mean of micro-batch means is one over processes, too.
-            if gradient_causes.MEAN_OF_MEANS not in causes and len(trained) > 1:
+            if MEAN_OF_MEANS not in causes and len(trained) > 1:
                 causes.append(gradient_causes.of_ranks(evidence, in_one, trained, self.ranks))
         causes.append(gradient_causes.of_history(evidence, self.ranks))
         causes.append(gradient_causes.of_repetition(evidence))

@@ -7,6 +7,26 @@ import torch
 from torch import Tensor
 
 from lightning_kd.callbacks.batch_cuts import join_rows, pad_rows, rows_of, split_rows, width_of
+from lightning_kd.callbacks.cause_texts import (
+    BATCH_STATISTICS,
+    COUNTED_TWICE,
+    DIVIDED_TWICE,
+    DRIFT,
+    LONGEST_ROW,
+    MEAN_OF_MEANS,
+    NEVER_DIVIDED,
+    NOT_DETERMINISTIC,
+    OWN_COUNT,
+    PADDING,
+    RANDOM,
+    ROW_ORDER,
+    ROWS_INTERACT,
+    STALE_COUNT,
+    UNDIVIDED_SUM,
+    UNSCORED,
+    WORLD_SIZE_MISSING,
+    WORLD_SIZE_TOO_MUCH,
+)
 from lightning_kd.callbacks.gradient_evidence import (
     close,
     ratio,
@@ -15,77 +35,6 @@ from lightning_kd.callbacks.gradient_evidence import (
     token_counts,
 )
 from lightning_kd.callbacks.gradient_steps import GradientRunner
-
-RANDOM = (
-    "random numbers are drawn in training_step even in evaluation mode: a dropout that is always on "
-    "(F.dropout without training=self.training), noise, sampling; the gradient is not repeatable, so "
-    "nothing can be said of the divisor"
-)
-NOT_DETERMINISTIC = (
-    "not repeatable with the same random numbers: an operation that is not deterministic, or state "
-    "outside of the module; nothing can be said of the divisor"
-)
-ROW_ORDER = (
-    "the order of the rows matters: a row's loss depends on its place in the micro-batch (labels "
-    "shifted over the batch dimension, say)"
-)
-BATCH_STATISTICS = (
-    "statistics of the micro-batch: {layers} normalize by the rows that happen to be together; use "
-    "a normalization of each row (LayerNorm), or keep them in evaluation mode"
-)
-ROWS_INTERACT = (
-    "rows of a micro-batch depend on each other: in-batch negatives, say, or advantages centered over "
-    "the batch; no divisor is at fault, but each cut has another loss, and only a micro-batch of "
-    "fixed size settles it"
-)
-UNSCORED = (
-    "denominator of unscored text: the divisor counts prompt or padding tokens; count the scored"
-)
-LONGEST_ROW = (
-    "divided by the longest row: the divisor depends on which rows are together; divide by a count "
-    "of the whole optimizer step, or by a constant"
-)
-DIVIDED_TWICE = (
-    "divided twice: training_step divides by the number of micro-batches, and Lightning does so "
-    "again; leave it to Lightning"
-)
-NEVER_DIVIDED = (
-    "never divided: the loss grows with the number of micro-batches; divide by a count of the whole "
-    "optimizer step"
-)
-UNDIVIDED_SUM = (
-    "undivided sum: a sum over tokens that no count divides, of which Lightning takes the mean over "
-    "micro-batches; divide by a count of the whole optimizer step"
-)
-LAST_ONLY = "only the last micro-batch of a step enters the gradient"
-MEAN_OF_MEANS = (
-    "mean of micro-batch means: each micro-batch is divided by its own count, so tokens in short "
-    "ones weigh more; divide the sum of the whole optimizer step by its count"
-)
-OWN_COUNT = (
-    "each process divides by its own count: tokens of a process with few weigh more; add the count "
-    "up over processes"
-)
-DRIFT = (
-    "each process divides the averaged gradient by its own count: their weights drift apart; add the "
-    "count up over processes"
-)
-WORLD_SIZE_MISSING = (
-    "1/world_size: the count is added up over ranks, but the strategy takes the mean of the "
-    "gradients; multiply by the number of ranks"
-)
-WORLD_SIZE_TOO_MUCH = (
-    "multiplied by world_size: the strategy takes the mean of the gradients, and no sum over ranks "
-    "is in the divisor"
-)
-STALE_COUNT = (
-    "stale count: the gradient is divided by a count of earlier samples; divide by the count of the "
-    "samples themselves"
-)
-COUNTED_TWICE = (
-    "divided by the count twice: the gradient of samples that come twice is half as large; divide "
-    "once (in training_step, on_before_optimizer_step or configure_gradient_clipping)"
-)
 
 
 class Evidence:
@@ -99,8 +48,9 @@ class Evidence:
 
     def __init__(self, run: GradientRunner, micro_batches: Sequence[Any], tolerance: float) -> None:
         self.run, self.micro_batches, self.tolerance = run, micro_batches, tolerance
-        self.samples = [sample for part in micro_batches for sample in split_rows(part)]
-        self.joined = join_rows(self.samples)
+        self.joined = join_rows(micro_batches)
+        # All of one width, so that padding makes no difference between them.
+        self.samples = split_rows(self.joined)
         self.reference = self.sketch([self.joined])
 
     def sketch(self, micro_batches: Sequence[Any], **options: Any) -> Tensor:
@@ -213,7 +163,14 @@ def of_repetition(evidence: Evidence) -> str | None:
 
 
 def _of_divisor(evidence: Evidence, alone: Tensor) -> list[str]:
-    """Say what is wrong with the divisor, from the gradient of each sample as its own step."""
+    """Say what is wrong where rows do not interact: the divisor, as a rule.
+
+    Args:
+        evidence: Of all samples.
+        alone: The gradient of each sample as a step of its own.
+    """
+    if _depends_on_padding(evidence):
+        return [PADDING]
     causes = [UNSCORED] if _counts_unscored(evidence, alone) else []
     count, mean = len(alone), alone.mean(0)
     if count < 2:
@@ -256,6 +213,15 @@ def _of_own_count(evidence: Evidence, alone: Tensor) -> list[str]:
     return []
 
 
+def _depends_on_padding(evidence: Evidence) -> bool:
+    """Tell whether padding does more to the gradient than make it smaller."""
+    columns = evidence.run.room_for_columns(evidence.joined)
+    if columns == 0:
+        return False
+    padded = evidence.sketch([pad_rows(evidence.joined, columns)])
+    return evidence.ratio(padded, evidence.reference) is None
+
+
 def _counts_unscored(evidence: Evidence, alone: Tensor) -> bool:
     """Tell whether padding, or text without labels, makes the gradient smaller."""
     columns = evidence.run.room_for_columns(evidence.joined)
@@ -263,7 +229,7 @@ def _counts_unscored(evidence: Evidence, alone: Tensor) -> bool:
         return False
     padded = evidence.sketch([pad_rows(evidence.joined, columns)])
     if not evidence.same(padded, evidence.reference):
-        return evidence.ratio(padded, evidence.reference) is not None
+        return True
     counts = dict(reversed(token_counts(evidence.samples)))  # of "attended", the larger
     if "labels" not in counts or counts["labels"] == counts["attended"]:
         return False  # there is no text without a label

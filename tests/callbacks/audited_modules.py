@@ -196,6 +196,14 @@ class LabelsOfTheNextRow(SummedInOneProcess):
         return super().token_losses(batch | {"labels": batch["labels"].roll(1, 0)})
 
 
+class MeanOverPadding(SummedInOneProcess):
+    """Centers each row over its columns, padding included."""
+
+    def hidden(self, batch):
+        hidden = super().hidden(batch)
+        return hidden - hidden.mean(1, keepdim=True)
+
+
 class InBatchNegatives(Base):
     def training_step(self, batch, batch_idx):
         mask = batch["attention_mask"][..., None]
@@ -599,7 +607,7 @@ PLANTED = [
     Case("divided by the number of micro-batches once more", DividedTwice, "divided twice"),
     Case("multiplied by the number of micro-batches", TimesMicroBatches, "never divided"),
     Case("sum over tokens", UndividedSum, "undivided sum"),
-    Case("mean over the padded length", PaddedLength, "denominator of unscored text"),
+    Case("mean over the padded length", PaddedLength, "denominator of unscored text", causes=2),
     Case(
         "divided by attended tokens, prompts too",
         AttendedTokens,
@@ -624,6 +632,7 @@ PLANTED = [
         UNEQUAL_ROWS,
         accumulate=2,
     ),
+    Case("centers a row over its padding", MeanOverPadding, "padding enters the loss"),
     Case("in-batch negatives", InBatchNegatives, "rows of a micro-batch depend on each other"),
     Case(
         "state outside of the module", StateOutside, "not repeatable with the same random numbers"

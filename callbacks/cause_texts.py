@@ -1,0 +1,76 @@
+"""Causes of a wrong gradient, each with what to do about it."""
+
+RANDOM = (
+    "random numbers are drawn in training_step even in evaluation mode: a dropout that is always on "
+    "(F.dropout without training=self.training), noise, sampling; the gradient is not repeatable, so "
+    "nothing can be said of the divisor"
+)
+NOT_DETERMINISTIC = (
+    "not repeatable with the same random numbers: an operation that is not deterministic, or state "
+    "outside of the module; nothing can be said of the divisor"
+)
+ROW_ORDER = (
+    "the order of the rows matters: a row's loss depends on its place in the micro-batch (labels "
+    "shifted over the batch dimension, noise with a seed of its own)"
+)
+PADDING = (
+    "padding enters the loss: a row's gradient depends on how far it is padded (a mean or a "
+    "normalization over padding, attention to it); mask it"
+)
+BATCH_STATISTICS = (
+    "statistics of the micro-batch: {layers} normalize by the rows that happen to be together; use "
+    "a normalization of each row (LayerNorm), or keep them in evaluation mode"
+)
+ROWS_INTERACT = (
+    "rows of a micro-batch depend on each other: in-batch negatives, say, or advantages centered over "
+    "the batch; no divisor is at fault, but each cut has another loss, and only a micro-batch of "
+    "fixed size settles it"
+)
+UNSCORED = (
+    "denominator of unscored text: the divisor counts prompt or padding tokens; count the scored"
+)
+LONGEST_ROW = (
+    "divided by the longest row: the divisor depends on which rows are together; divide by a count "
+    "of the whole optimizer step, or by a constant"
+)
+DIVIDED_TWICE = (
+    "divided twice: training_step divides by the number of micro-batches, and Lightning does so "
+    "again; leave it to Lightning"
+)
+NEVER_DIVIDED = (
+    "never divided: the loss grows with the number of micro-batches; divide by a count of the whole "
+    "optimizer step"
+)
+UNDIVIDED_SUM = (
+    "undivided sum: a sum over tokens that no count divides, of which Lightning takes the mean over "
+    "micro-batches; divide by a count of the whole optimizer step"
+)
+LAST_ONLY = "only the last micro-batch of a step enters the gradient"
+MEAN_OF_MEANS = (
+    "mean of micro-batch means: each micro-batch is divided by its own count, so tokens in short "
+    "ones weigh more; divide the sum of the whole optimizer step by its count"
+)
+OWN_COUNT = (
+    "each process divides by its own count: tokens of a process with few weigh more; add the count "
+    "up over processes"
+)
+DRIFT = (
+    "each process divides the averaged gradient by its own count: their weights drift apart; add the "
+    "count up over processes"
+)
+WORLD_SIZE_MISSING = (
+    "1/world_size: the count is added up over ranks, but the strategy takes the mean of the "
+    "gradients; multiply by the number of ranks"
+)
+WORLD_SIZE_TOO_MUCH = (
+    "multiplied by world_size: the strategy takes the mean of the gradients, and no sum over ranks "
+    "is in the divisor"
+)
+STALE_COUNT = (
+    "stale count: the gradient is divided by a count of earlier samples; divide by the count of the "
+    "samples themselves"
+)
+COUNTED_TWICE = (
+    "divided by the count twice: the gradient of samples that come twice is half as large; divide "
+    "once (in training_step, on_before_optimizer_step or configure_gradient_clipping)"
+)
