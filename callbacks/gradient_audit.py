@@ -23,7 +23,7 @@ from lightning_kd.callbacks.batch_cuts import (
 from lightning_kd.callbacks.cause_texts import MEAN_OF_MEANS
 from lightning_kd.callbacks.gradient_causes import Evidence
 from lightning_kd.callbacks.gradient_evidence import relative_difference, sketch
-from lightning_kd.callbacks.gradient_steps import Gradient, GradientRunner, silenced
+from lightning_kd.callbacks.gradient_steps import REFUSALS, Gradient, GradientRunner, silenced
 from lightning_kd.callbacks.one_process import OneProcessView
 from lightning_kd.callbacks.state_snapshot import StateSnapshot
 
@@ -172,7 +172,7 @@ class _Audit:
         for name, gradient in cuts.items():
             try:
                 differences[name] = relative_difference(gradient(), reference)
-            except ValueError as error:
+            except REFUSALS as error:
                 left_out = f"{name} (the module says: {error})"
         causes, others = self._causes(differences, [of_rank for _, of_rank in trained])
         if self.view.was_left():
@@ -216,7 +216,7 @@ class _Audit:
         with self.view.entered():
             try:
                 result = compute()
-            except (ValueError, RuntimeError, ArithmeticError) as error:
+            except REFUSALS as error:
                 failed = f"{type(error).__name__}: {error}"
         answers = self._gather((failed, result if isinstance(result, AuditReport) else None))
         first = next((reason for reason, _ in answers if reason is not None), None)

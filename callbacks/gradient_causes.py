@@ -12,6 +12,7 @@ from lightning_kd.callbacks.cause_texts import (
     COUNTED_TWICE,
     DIVIDED_TWICE,
     DRIFT,
+    LAST_ONLY,
     LONGEST_ROW,
     MEAN_OF_MEANS,
     NEVER_DIVIDED,
@@ -34,7 +35,7 @@ from lightning_kd.callbacks.gradient_evidence import (
     span_weights,
     token_counts,
 )
-from lightning_kd.callbacks.gradient_steps import GradientRunner
+from lightning_kd.callbacks.gradient_steps import REFUSALS, GradientRunner
 
 
 class Evidence:
@@ -72,7 +73,7 @@ class Evidence:
         """
         try:
             return torch.stack([self.sketch([sample]) for sample in self.samples])
-        except ValueError:
+        except REFUSALS:
             return None
 
     def is_sum_of(self, alone: Tensor) -> bool:

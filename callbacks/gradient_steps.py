@@ -22,6 +22,9 @@ Gradient = list[Tensor]
 Mode = Literal["training", "evaluation", "frozen"]
 """As the module trained; without dropout, but with the statistics of batch norms; all in evaluation."""
 
+REFUSALS = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AssertionError)
+"""What a module may raise that does not take a cut: it is reported, and the run goes on."""
+
 _NEVER_CLIPS = 1e30
 _COLUMNS = 8
 
