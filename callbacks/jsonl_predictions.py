@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
     ENDED,
@@ -42,8 +43,13 @@ class JsonlPredictions(Callback):
         self._fingerprint = ""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start an empty part."""
+        """Start an empty part.
+
+        Raises:
+            ValueError: If the file is one of the data.
+        """
         assert isinstance(pl_module, DistillationModule)
+        check_output(trainer, self.path, "predictions.path")
         self._fingerprint = tokenizer_fingerprint(pl_module.tokenizer)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("", encoding="utf-8")

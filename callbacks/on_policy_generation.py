@@ -10,6 +10,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.callbacks.empty_windows import EmptyWindows
+from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollout_records import RolloutRecords
 from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
@@ -158,6 +159,8 @@ class OnPolicyGeneration(Resumable, Callback):
                 f"{type(pl_module).__name__}; derive it from DistillationModule"
             )
         check_method(pl_module)
+        if self.records.path is not None:
+            check_output(trainer, self.records.path, "on_policy.path")
         if self.unshard and not can_be_whole(pl_module.student):
             raise ValueError(
                 "unshard: true keeps shards of FSDP2 whole, and this strategy has none; leave it out, "

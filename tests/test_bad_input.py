@@ -415,6 +415,10 @@ TABLE = {
         ],
         ["CompletionSamples take up to 136", "student has 100 positions"],
     ),
+    "rollouts into the data": (
+        gkd(*JSONL[2:], "--data.train", "good.jsonl", "--on_policy.path", "./good.jsonl"),
+        ["on_policy.path is 'good.jsonl'", "reads as its data"],
+    ),
     "rollouts for nothing": (
         ("sft", ["--on_policy.lmbda", "1"]),
         ["SFT learns the completions of the data", "GKD"],

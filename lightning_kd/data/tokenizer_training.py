@@ -56,7 +56,15 @@ def write_tokenizer(
         output: The directory.
         vocab_size: Tokens in all, 258 or more.
         columns: Columns of a table; ``text`` when not given.
+
+    Raises:
+        ValueError: If there is a model in the directory, whose tokenizer would be another one then.
     """
+    if (Path(output) / "config.json").exists():
+        raise ValueError(
+            f"there is a model in {output!r}, whose tokens would mean something else; choose another "
+            "directory"
+        )
     wanted = columns or ["text"]
     texts = [
         row[column]

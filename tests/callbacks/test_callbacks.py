@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_kd.callbacks import (
     TokensPerSecond,
 )
 from lightning_kd.callbacks.tensorboard_layout import LAYOUT
+from lightning_kd.data import PromptCompletionData
 from lightning_kd.models import LoRA, SingleTeacher, Student
 from lightning_kd.modules import SFT, SequenceKD, SupervisedKD
 from lightning_kd.types import FILLER_ROW
@@ -76,6 +78,19 @@ def test_predictions_are_jsonl_in_row_order_without_filler(tmp_path, tokenizer):
     assert [row["prompt"] for row in rows] == [BATCH["prompt"][i] for i in (0, 1, 2, 2, 1)]
     assert rows[0]["reference"] == BATCH["completion"][0]
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_predictions_never_replace_the_prompts_they_come_from(tokenizer):
+    Path("prompts.jsonl").write_text('{"prompt": "ab"}')
+    module = SFT(student=Student.of(tiny_llama(0)))
+    data = PromptCompletionData(tokenizer=tokenizer, predict="*.jsonl")
+    with pytest.raises(
+        ValueError, match=r"predictions.path is 'prompts.jsonl', which this run reads"
+    ):
+        trainer(callbacks=[JsonlPredictions("prompts.jsonl")]).predict(
+            module, datamodule=data, return_predictions=False
+        )
+    assert Path("prompts.jsonl").read_text() == '{"prompt": "ab"}'
 
 
 def test_sequence_kd_lets_the_teacher_write_and_the_student_learn(tmp_path):

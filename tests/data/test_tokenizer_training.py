@@ -1,7 +1,10 @@
+from pathlib import Path
+
 import pytest
 from transformers import AutoTokenizer
 
-from lightning_kd.data import train_tokenizer
+from lightning_kd.data import train_tokenizer, write_tokenizer
+from tests.toys import tiny_llama
 
 TEXTS = ["the cat sat on the mat, the end", "two  spaces and a tab\t."]
 
@@ -28,3 +31,12 @@ def test_frequent_words_become_one_token():
     tokenizer = train_tokenizer(["hello hello hello"], 300)
     assert len(tokenizer(" hello")["input_ids"]) == 1
     assert len(tokenizer("hero")["input_ids"]) > 1
+
+
+def test_the_tokenizer_of_a_model_is_not_replaced(tmp_path):
+    Path("text.txt").write_text("to be or not to be " * 20)
+    tiny_llama(0).save_pretrained("model")
+    before = {path: path.read_bytes() for path in Path("model").iterdir()}
+    with pytest.raises(ValueError, match="there is a model in 'model'"):
+        write_tokenizer(["text.txt"], "model", vocab_size=270)
+    assert {path: path.read_bytes() for path in Path("model").iterdir()} == before
