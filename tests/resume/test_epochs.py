@@ -32,12 +32,13 @@ from lightning_kd.data import PackedTextData, PromptsAndText
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD, SFT, MiniLLM, SupervisedKD, WarmupCosine
-from tests.modules.harness import Letters, trainer
-from tests.toys import LETTERS, letter_tokenizer, tiny_llama
+from tests.modules.harness import BatchList, Letters, trainer
+from tests.toys import LETTERS, letter_tokenizer, ragged_batch, tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Experiment logs directory"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
 ]
 
 
@@ -541,3 +542,108 @@ def test_a_timed_checkpoint_waits_for_the_end_of_its_step(tmp_path):
     timed = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, train_time_interval=timedelta(0))
     run(plain(), callbacks=[timed], accumulate_grad_batches=2, enable_checkpointing=True)
     assert {path.name for path in tmp_path.iterdir()} == {f"step={k}.ckpt" for k in range(1, 9)}
+
+
+# Other cuts, other versions, other loaders.
+
+
+def batches(seen):
+    """The rows of each step, and the epoch it is in."""
+    return [(e[1], e[3]) for e in seen if e[0] == "batch"]
+
+
+def saved_at(folder, step, **settings):
+    save = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    cut = {"accumulate_grad_batches": 2, "data": Letters(10, batch_size=2)}
+    module = SFT(student=Student.of(tiny_llama(0)))
+    run(module, callbacks=[save], enable_checkpointing=True, **(cut | settings))
+    return folder / f"step={step}.ckpt"
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5, 7])
+def test_another_cut_of_the_same_steps_goes_on_in_the_same_epochs(tmp_path, step):
+    path = saved_at(tmp_path, step)
+    settings = {"data": Letters(10, batch_size=4), "max_epochs": 3}
+    _, whole, *_ = run(SFT(student=Student.of(tiny_llama(0))), **settings)
+    fit, seen, *_ = run(SFT(student=Student.of(tiny_llama(0))), ckpt_path=path, **settings)
+    assert batches(seen) == batches(whole)[step:]
+    assert steps_of(seen, "validation") == [s for s in (3, 5, 8) if s >= step]
+    assert fit.global_step == 8
+
+
+def test_other_steps_are_refused(tmp_path):
+    path = saved_at(tmp_path, 3)
+    with pytest.raises(ValueError, match=r"with 4 samples in an optimizer step .* this run has 2"):
+        run(plain(), ckpt_path=path, data=Letters(10, batch_size=2), max_steps=20)
+
+
+def as_before(path, position, step):
+    """The checkpoint as it was when the run was one epoch, and nothing was written besides."""
+    saved = torch.load(path, weights_only=True)
+    del saved["lightning_kd_run"]
+    loops = saved["loops"]["fit_loop"]
+    (loader,) = loops["state_dict"]["combined_loader"]
+    loader |= {"samples": position * 2, "window": 0}
+    counts = dict.fromkeys(("ready", "started", "processed"), position)
+    counts["completed"] = position - 1
+    loops["epoch_loop.batch_progress"] = {
+        "total": counts,
+        "current": counts,
+        "is_last_batch": False,
+    }
+    epochs = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    loops["epoch_progress"] = {"total": epochs, "current": epochs}
+    torch.save(saved, path)
+    return path
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])
+def test_a_checkpoint_of_an_earlier_version_goes_on_in_its_epoch(tmp_path, step):
+    path = as_before(saved_at(tmp_path, step), 2 * step, step)
+    settings = {"data": Letters(10, batch_size=2), "accumulate_grad_batches": 2}
+    _, whole, *_ = run(SFT(student=Student.of(tiny_llama(0))), **settings)
+    _, seen, *_ = run(SFT(student=Student.of(tiny_llama(0))), ckpt_path=path, **settings)
+    assert batches(seen) == batches(whole)[2 * step :]
+    assert steps_of(seen, "validation") == [s for s in (3, 5, 8) if s >= step]
+
+
+def test_a_checkpoint_from_the_inside_of_a_step_is_refused(tmp_path):
+    path = as_before(saved_at(tmp_path, 3), 7, 3)
+    with pytest.raises(
+        ValueError, match=r"inside an optimizer step: 7 micro-batches .* 3 steps of 2"
+    ):
+        run(
+            SFT(student=Student.of(tiny_llama(0))),
+            ckpt_path=path,
+            data=Letters(10, batch_size=2),
+            accumulate_grad_batches=2,
+        )
+
+
+def listed():
+    ragged = [ragged_batch([(2, 3), (1, 4)], seed=seed) for seed in range(5)]
+    return BatchList(ragged, ragged[:1])
+
+
+def test_a_loader_of_ones_own_goes_on_exactly_too(tmp_path):
+    """With a last step of one micro-batch in each epoch, as Lightning has it."""
+    _, seen, *_ = goes_on_from_every_checkpoint(
+        distilled, tmp_path, data=listed, accumulate_grad_batches=2, max_epochs=2
+    )[0]
+    assert steps_of(seen, "end") == [3, 6]
+
+
+def test_a_loader_that_gives_nothing_ends_with_an_error():
+    class Empty(BatchList):
+        def train_dataloader(self):
+            class Nothing:
+                def __len__(self):
+                    return 3
+
+                def __iter__(self):
+                    return iter(())
+
+            return Nothing()
+
+    with pytest.raises(ValueError, match="given no batch in epoch 1, though its length is 3"):
+        run(plain(), data=Empty(listed().batches), max_steps=4, limit_val_batches=0)
