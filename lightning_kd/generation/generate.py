@@ -11,7 +11,7 @@ from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.huggingface import generate_with_transformers
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.sampler import sample
-from lightning_kd.models.context import context_length
+from lightning_kd.models.positions import check_length
 
 
 def generate(
@@ -42,8 +42,9 @@ def generate(
             could be longer than the models can read.
     """
     writers = [model] if mixed_with is None else [model, mixed_with[0]]
+    longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
     for writer in writers:
-        check_length(writer, prompt_mask, options)
+        check_length({type(writer).__name__: writer}, longest, "prompts and max_new_tokens")
         say_what_is_ignored(writer)
     engine = options.engine
     if engine == "auto":
@@ -62,21 +63,6 @@ def generate(
         return sample([(model, 1.0)], prompt_ids, prompt_mask, options, **ends)
     mixture = [(model, 1 - mixed_with[1]), mixed_with]
     return sample(mixture, prompt_ids, prompt_mask, options, **ends)
-
-
-def check_length(model: PreTrainedModel, prompt_mask: Tensor, options: GenerationOptions) -> None:
-    """Check that prompts and completions are within a model's context.
-
-    Raises:
-        ValueError: If they could be longer.
-    """
-    limit, prompt = context_length(model.config), int(prompt_mask.sum(-1).max())
-    if limit is not None and prompt + options.max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens is {options.max_new_tokens} and the longest prompt here has {prompt} "
-            f"tokens, but {type(model).__name__} has {limit} positions (max_position_embeddings) for "
-            "both; set a smaller max_new_tokens or max_prompt_length"
-        )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
