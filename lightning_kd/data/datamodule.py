@@ -23,6 +23,8 @@ _SPLITS_OF: dict[str, tuple[Split, ...]] = {
     "predict": ("predict",),
 }
 
+_MOST_ROWS, _MOST_WORKERS = 2**16, 1024
+
 
 @runtime_checkable
 class PlansRollouts(Protocol):
@@ -60,13 +62,16 @@ class DistillationData(Resumable, L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        if batch_size < 1 or (eval_batch_size is not None and eval_batch_size < 1):
+        sizes = (batch_size, batch_size if eval_batch_size is None else eval_batch_size)
+        if min(sizes) < 1 or max(sizes) > _MOST_ROWS:
             raise ValueError(
                 f"batch_size is {batch_size} and eval_batch_size {eval_batch_size}; "
-                "they must be 1 or more"
+                f"they must be 1 or more, and at most {_MOST_ROWS:,}"
             )
-        if num_workers < 0:
-            raise ValueError(f"num_workers is {num_workers}; it must be 0 or more")
+        if not 0 <= num_workers <= _MOST_WORKERS:
+            raise ValueError(
+                f"num_workers is {num_workers}; it must be 0 or more, and at most {_MOST_WORKERS:,}"
+            )
         self.batch_size, self.num_workers = batch_size, num_workers
         self.eval_batch_size = eval_batch_size or batch_size
         self._tokenizer = tokenizer

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_MOST_MICRO_BATCHES = 2**16
+
 
 @dataclass(frozen=True)
 class RolloutPlan:
@@ -26,6 +28,12 @@ class RolloutPlan:
         for name in ("micro_batches", "passes", "group_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        if self.micro_batches > _MOST_MICRO_BATCHES:
+            raise ValueError(
+                f"a window has {self.micro_batches} micro-batches on each process "
+                "(steps_per_window times accumulate_grad_batches), which are all held at once; at "
+                f"most {_MOST_MICRO_BATCHES:,} are allowed"
+            )
 
     @property
     def window(self) -> int:

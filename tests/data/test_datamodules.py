@@ -12,6 +12,7 @@ from lightning_kd.data import (
     ChatData,
     PackedTextData,
     PromptCompletionData,
+    RolloutPlan,
     arithmetic_tokenizer,
     train_tokenizer,
 )
@@ -222,12 +223,21 @@ def test_a_resumed_run_sees_the_rest_of_the_rows(tmp_path):
 def test_what_is_missing_is_named():
     with pytest.raises(ValueError, match=r"was not given data\.train"):
         trainer(max_steps=1).fit(Watch(), datamodule=data(train=None))
-    with pytest.raises(ValueError, match="one pass over 10 rows is 4 steps"):
+    with pytest.raises(ValueError, match="one pass is 4 optimizer steps"):
         trainer(max_steps=-1, max_epochs=-1).fit(Watch(), datamodule=data())
     with pytest.raises(ValueError, match="batch_size is 0"):
         data(batch_size=0)
     with pytest.raises(ValueError, match="num_workers is -1"):
         data(num_workers=-1)
+    for name in ("batch_size", "eval_batch_size"):
+        with pytest.raises(ValueError, match=f"{name} (is )?1000000000.* at most 65,536"):
+            data(**{name: 10**9})
+    with pytest.raises(ValueError, match=r"num_workers is 100000; .* at most 1,024"):
+        data(num_workers=100_000)
+    with pytest.raises(
+        ValueError, match=r"a window has 1000000000 micro-batches .* at most 65,536"
+    ):
+        RolloutPlan(micro_batches=10**9)
     with pytest.raises(ValueError, match=r"no validation rows: .* setup was not called"):
         data().val_dataloader()
     with pytest.raises(ValueError, match="pass datamodule="):
