@@ -163,7 +163,9 @@ class DistillationCLI(LightningCLI):
 
     def _say(self, error: Exception, *, begun: bool) -> None:
         """Say an error in a few lines, unless it is a defect that shows in the middle of training."""
-        meant = isinstance(error, MisconfigurationException) or is_for_the_user(error)
+        # A file or directory that is gone, or a full disk, is no defect wherever it shows.
+        outside = isinstance(error, MisconfigurationException | OSError)
+        meant = outside or is_for_the_user(error)
         if os.environ.get(TRACEBACK) or (begun and not meant):
             return
         text = "\n".join([str(error), *getattr(error, "__notes__", ())])

@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import time
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,12 @@ def root(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def reference(root):
+    """The run of a strategy that nobody interrupts, made once."""
+    return cache(partial(uninterrupted, "supervised_kd", root=root))
+
+
 @pytest.mark.parametrize(
     ("strategy", "rank", "number"),
     [
@@ -41,10 +48,10 @@ def root(tmp_path_factory):
     ],
 )
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
-    root, strategy, rank, number
+    root, reference, strategy, rank, number
 ):
     world = 1 if strategy == "one" else 2
-    reference = uninterrupted("supervised_kd", strategy, root)
+    expected = reference(strategy)
     folder = root / f"terminated_{strategy}_{number}"
     argv = arguments("supervised_kd", strategy, folder)
     processes = start(argv, world)
@@ -62,7 +69,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
     assert steps == max(line["position"] for line in records(folder, world)) // 2
     argv[-2:-2] = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     finish(start(argv, world), folder / "log_0.txt")
-    assert differences(reference, folder, world) == []
+    assert differences(expected, folder, world) == []
 
 
 def fill_the_disk_after_the_first_checkpoint():
