@@ -1,7 +1,7 @@
 """Every collective of the library, reached with one rank that has nothing.
 
 A script of its own, as a user would start it: ``python idle_rank.py OUT STRATEGY``. A rank that waits
-in vain gives up after half a minute. With ``alone`` instead of a strategy, one process has all rows.
+in vain gives up after two minutes. With ``alone`` instead of a strategy, one process has all rows.
 """
 
 import os
@@ -39,7 +39,7 @@ from tests.toys import ragged_batch, tiny_llama, with_prompts
 
 OUT, STRATEGY = Path(sys.argv[1]), sys.argv[2]
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
-WAIT = timedelta(seconds=30)
+WAIT = timedelta(minutes=2)
 ROWS, NOTHING = ragged_batch([(2, 5), (1, 3), (3, 4)]), ragged_batch([(3, 0), (2, 0), (4, 0)])
 
 
