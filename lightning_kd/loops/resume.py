@@ -66,6 +66,7 @@ class ResumeState(Callback):
     def __init__(self, earlier_rows: EarlierRows) -> None:
         self._restored: dict[str, Any] | None = None
         self._earlier_rows = earlier_rows
+        self._clocks: dict[str, float | None] = {}
 
     # The moments.
 
@@ -78,6 +79,11 @@ class ResumeState(Callback):
         for callback in checkpoint_callbacks(trainer):
             if loop.in_step:
                 callback._last_global_step_saved = trainer.global_step
+                # Its clock runs out inside the step as well; it is asked again at the end.
+                self._clocks.setdefault(callback.state_key, callback._last_time_checked)
+                callback._last_time_checked = None
+            elif callback.state_key in self._clocks:
+                callback._last_time_checked = self._clocks.pop(callback.state_key)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a validation."""

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
+    model_checkpoint,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -538,10 +539,29 @@ def test_no_checkpoint_is_saved_inside_a_step(tmp_path):
         run(plain(), callbacks=[Saves()], accumulate_grad_batches=3, data=Letters(9, batch_size=1))
 
 
-def test_a_timed_checkpoint_waits_for_the_end_of_its_step(tmp_path):
-    timed = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, train_time_interval=timedelta(0))
-    run(plain(), callbacks=[timed], accumulate_grad_batches=2, enable_checkpointing=True)
-    assert {path.name for path in tmp_path.iterdir()} == {f"step={k}.ckpt" for k in range(1, 9)}
+def test_a_timed_checkpoint_waits_for_the_end_of_its_step(tmp_path, monkeypatch):
+    """A second for each micro-batch; every third falls inside a step of two, now and then."""
+
+    class Clock(Callback):
+        now = 0
+
+        def on_train_batch_start(self, *_):
+            self.now += 1
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(model_checkpoint, "time", clock)
+    timed = ModelCheckpoint(
+        tmp_path, "{step}", save_top_k=-1, train_time_interval=timedelta(seconds=3)
+    )
+    run(plain(), callbacks=[clock, timed], accumulate_grad_batches=2, enable_checkpointing=True)
+    assert {path.name for path in tmp_path.iterdir()} == {f"step={k}.ckpt" for k in (2, 4, 6, 8)}
+    for path in tmp_path.iterdir():
+        saved = torch.load(path, weights_only=True)
+        counts = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]
+        assert counts["processed"] == 2 * saved["global_step"]
 
 
 # Other cuts, other versions, other loaders.
