@@ -19,7 +19,7 @@ PROMPT = torch.tensor([2, 3, 2])
 ENGINES = pytest.mark.parametrize("engine", ["cached", "transformers"])
 
 ASKED = {
-    "repetition_penalty": 1.5,
+    "repetition_penalty": 8.0,
     "min_p": 0.3,
     "suppress_tokens": [3],
     "begin_suppress_tokens": [2],
