@@ -33,7 +33,7 @@ def root(tmp_path_factory):
 @pytest.fixture(scope="module")
 def reference(root):
     """The run of a strategy that nobody interrupts, made once."""
-    return cache(partial(uninterrupted, "supervised_kd", root=root))
+    return cache(partial(uninterrupted, "supervised_kd", setting="plain", root=root))
 
 
 @pytest.mark.parametrize(
