@@ -331,6 +331,12 @@ def records(folder: Path, world: int) -> list[dict[str, Any]]:
     return lines
 
 
+def starts(folder: Path) -> list[int]:
+    """After how many steps each start of a run began."""
+    lines = map(json.loads, (folder / "record_0.jsonl").read_text().splitlines())
+    return [line["start"] for line in lines if "start" in line]
+
+
 def logged(folder: Path) -> dict[tuple[str, int], float]:
     """The numbers that the event files of all starts show; the later file decides.
 

@@ -1,23 +1,30 @@
-"""Killed with SIGKILL, and resumed: bit for bit the run that was not killed."""
-
-import os
-import signal
-from functools import partial
-from pathlib import Path
+"""Killed with SIGKILL again and again, and resumed each time: bit for bit the run that was not."""
 
 import pytest
 
+from tests.resume import places
 from tests.resume.kill_runs import (
+    KILLED,
     METHODS,
     STRATEGIES,
+    Kill,
     differences,
     killed,
     models,
+    starts,
     uninterrupted,
+    world_size,
 )
 
-POINTS = 2
-"""Of each pair; ``python -m tests.resume.kill_runs`` tries more."""
+SEQUENCES = (
+    [
+        Kill("checkpoint just in place", 2),
+        Kill("micro-batch ended"),
+        Kill("validation ended, not saved"),
+    ],
+    [Kill(places.MOMENT, 8, seconds=0.02), Kill("amid validation"), Kill("epoch ended")],
+)
+"""Of each method under each strategy; ``python -m tests.resume.kill_runs`` tries many more."""
 
 
 @pytest.fixture(scope="module")
@@ -29,34 +36,23 @@ def root(tmp_path_factory):
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("method", METHODS)
-def test_a_killed_run_goes_on_bit_for_bit(method, strategy, root):
-    world = 1 if strategy == "one" else 2
-    reference = uninterrupted(method, strategy, root)
-    for point in range(POINTS):
-        folder, _ = killed(method, strategy, root, point)
-        assert differences(reference, folder, world) == []
+def test_a_run_that_is_killed_several_times_goes_on_bit_for_bit(method, strategy, root):
+    # Each method in each setting, and each strategy too.
+    setting = KILLED[(METHODS.index(method) + STRATEGIES.index(strategy)) % len(KILLED)]
+    reference = uninterrupted(method, strategy, setting, root)
+    for number, kills in enumerate(SEQUENCES):
+        story = killed(method, strategy, setting, root, number, kills)
+        assert len(story) == len(kills), story
+        folder = root / f"{method}_{strategy}_{setting}_{number}"
+        assert differences(reference, folder, world_size(strategy)) == [], story
 
 
-def die_at_the_second_checkpoint(*, half_written):
-    replace, seen = Path.replace, []
-
-    def replaced(self, target):
-        if self.name.endswith(".fresh"):
-            seen.append(self)
-            if len(seen) > 2:
-                if half_written:
-                    os.truncate(self, self.stat().st_size // 2)
-                os.kill(os.getpid(), signal.SIGKILL)
-        return replace(self, target)
-
-    Path.replace = replaced
-
-
-@pytest.mark.parametrize("half_written", [True, False])
-def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(root, half_written):
-    """The process dies in the middle of the second checkpoint's bytes, or before its renaming."""
-    reference = uninterrupted("gkd", "one", root)
-    prepare = partial(die_at_the_second_checkpoint, half_written=half_written)
-    folder, resumed = killed("gkd", "one", root, 100 + half_written, prepare)
-    assert resumed
+@pytest.mark.parametrize("place", ["checkpoint half written", "checkpoint not yet in place"])
+def test_a_kill_while_a_checkpoint_is_written_leaves_the_one_before(root, place):
+    """The third file is the second time's first, whose bytes or name are still to come."""
+    reference = uninterrupted("gkd", "one", "plain", root)
+    number = places.FILES.index(place)
+    killed("gkd", "one", "plain", root, number, [Kill(place, 3)])
+    folder = root / f"gkd_one_plain_{number}"
+    assert starts(folder) == [0, 3]
     assert differences(reference, folder, 1) == []
