@@ -156,7 +156,9 @@ class Tree:
         if (ROOT.parent / "shared").exists():
             (folder / "shared").symlink_to(ROOT.parent / "shared")
 
-    def test(self, tests: Sequence[str], place: Place | None = None) -> tuple[str, float]:
+    def test(
+        self, tests: Sequence[str], place: Place | None = None, seconds: float = SECONDS
+    ) -> tuple[str, float]:
         """Run tests with a change, or with none.
 
         Returns:
@@ -170,7 +172,7 @@ class Tree:
         process = multiprocessing.get_context("fork").Process(target=self._run, args=[tests])
         with _FORKING:
             process.start()
-        process.join(SECONDS)
+        process.join(seconds)
         late = process.is_alive()
         process.kill()
         process.join()
@@ -261,7 +263,7 @@ def check(files: Sequence[str], tests: dict[str, list[str]], trees: "Queue[Tree]
     """
     tree = trees.get()
     wanted = [*dict.fromkeys(test for file in files for test in tests[file])]
-    outcome, seconds = tree.test(wanted)
+    outcome, seconds = tree.test(wanted, seconds=20 * SECONDS)
     if outcome != "survived":
         raise RuntimeError(f"unchanged: {outcome}\n{(tree.root / 'log.txt').read_text()[-3000:]}")
     print(f"unchanged: all pass in {seconds:.0f} s", flush=True)

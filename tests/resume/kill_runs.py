@@ -90,15 +90,15 @@ SETTINGS = {
         [_PERIODIC | _EVERY, {"dirpath": "best"} | _BEST],
         patience=3,
     ),
-    # Validations are due inside of accumulation windows.
+    # Saves follow validations, and no other step.
     "validated": Setting(
-        {"max_steps": STEPS, "val_check_interval": 5},
+        {"max_steps": STEPS, "val_check_interval": 6},
         [{"dirpath": "checkpoints", "save_last": True} | _BEST],
         patience=2,
     ),
     # Passes end inside of micro-batches and of accumulation windows.
     "epochs": Setting(
-        {"max_epochs": 5},
+        {"max_epochs": 5, "check_val_every_n_epoch": 1},
         [{"dirpath": "checkpoints", "save_last": True, "save_top_k": -1}],
         patience=2,
         data={"train_size": 27},
