@@ -364,10 +364,11 @@ def exported(folder: Path) -> str:
 
 
 def uninterrupted(method: str, strategy: str, setting: str, root: Path) -> dict[str, Any]:
-    """What a run comes to that nobody kills."""
+    """What a run comes to that nobody kills; a second call reads what the first has left."""
     world, chosen = world_size(strategy), SETTINGS[setting]
     folder = root / f"{method}_{strategy}_{setting}"
-    finish(start(arguments(method, strategy, folder, setting), world), folder / "log_0.txt")
+    if not folder.exists():
+        finish(start(arguments(method, strategy, folder, setting), world), folder / "log_0.txt")
     whole = outcome(folder, world)
     if chosen.patience is None:
         assert len(whole["lines"]) == world * STEPS * 2, len(whole["lines"])
