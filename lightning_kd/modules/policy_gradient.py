@@ -23,7 +23,7 @@ from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher import TeacherModule, require_positive
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import Batch
+from lightning_kd.types import IGNORE_INDEX, Batch
 
 Dropout = Literal["none", "configured"]
 
@@ -85,14 +85,16 @@ class PolicyGradientModule(TeacherModule):
         self._switched_off = []
 
     def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
-        """See, with the first window, that training steps compute what was sampled from.
+        """Check, with the first completions that are scored, that steps compute what was sampled from.
 
         Raises:
             ValueError: If they do not.
         """
         if self.dropout == "none" and not self._modes_compared:
-            self._compare_modes(rollouts[0])
-            self._modes_compared = True
+            # Every rank compares one micro-batch, and one with tokens if it has one.
+            scored = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in rollouts]
+            self._compare_modes(rollouts[scored.index(max(scored))])
+            self._modes_compared = any_process(max(scored) > 0, self.device)
 
     def _compare_modes(self, batch: Batch) -> None:
         """Compare the student's log-probabilities in training mode and in evaluation mode."""

@@ -211,6 +211,36 @@ def test_any_other_change_of_the_logits_is_refused(name, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.95, 1.03])
+@pytest.mark.parametrize("declared", [1.03, None])
+def test_a_scale_that_narrowing_could_hide(scale, declared, dtype):
+    network = Changed(tiny_llama(0).config).to(dtype)
+    network.config.logit_scale = declared
+    network.change = lambda logits: (logits.float() * scale).to(torch.bfloat16)
+    if scale == declared:
+        assert find_head(network).scale == scale
+        return
+    with pytest.raises(UnsupportedHeadError, match="do not explain"):
+        find_head(network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_declared_scale_that_is_not_applied(dtype):
+    network = Changed(tiny_llama(0).config).to(dtype)
+    network.config.logit_scale = 1.03
+    network.change = lambda logits: logits.to(torch.bfloat16)
+    assert find_head(network).scale == 1.0
+
+
+@pytest.mark.parametrize("apart", [1, 13, 39])
+def test_an_exchange_of_two_tokens_shows(apart):
+    network = Changed(tiny_llama(0, vocab_size=96).config)
+    network.change = lambda logits: logits.roll(apart, -1)
+    with pytest.raises(UnsupportedHeadError, match="do not explain"):
+        find_head(network)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "bend", [torch.tanh, torch.sin, lambda x: 30 * (x / 30).tanh(), lambda x: 1.1 * x]
 )

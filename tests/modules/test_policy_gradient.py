@@ -162,6 +162,30 @@ def test_noise_that_is_not_known_is_refused(method):
     step(METHODS[method], Student.of(model), dropout="configured")
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_noise_shows_in_the_first_completions_that_are_scored(first):
+    """Nothing of the window's first micro-batch, or of its first window, has ended."""
+
+    class Unended(OnPolicyDistillation):
+        def prepare_rollouts(self, rollouts, options):
+            masked = rollouts[:1] if first == 0 else rollouts
+            if self.global_step < 1:
+                for batch in masked:
+                    batch["labels"] = torch.full_like(batch["labels"], -100)
+            super().prepare_rollouts(rollouts, options)
+
+    model = tiny_llama(0)
+    model.model.layers[0].mlp = Noisy(model.model.layers[0].mlp)
+    writing = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=6), table_every=0)
+    module = Unended(student=Student.of(model), teacher=SingleTeacher.of(tiny_llama(1)))
+    fit = trainer(max_steps=3, max_epochs=-1, callbacks=[writing], accumulate_grad_batches=2)
+    with pytest.raises(
+        ValueError, match="dropout is none, but LlamaForCausalLM gives tokens other"
+    ):
+        fit.fit(module, datamodule=Letters(batch_size=2))
+    assert fit.global_step == first
+
+
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="unknown dropout 'off'; choose one of"):
         OnPolicyDistillation(
