@@ -220,12 +220,12 @@ def main() -> None:
 
 
 def _checkpoint_places(options: Any) -> list[Path]:
-    """Where the run of a configuration has its checkpoints."""
+    """Where the run of a configuration may have checkpoints: each of its callbacks has its own place."""
     callbacks = _listed(options["trainer"]["callbacks"])
     given = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
     files = [Path(str(file)) for file in options.get("config") or []]
     beside = [file.parent / "checkpoints" for file in files if file.name == "config.yaml"]
-    return [Path(place) for place in given if place is not None] or beside[-1:]
+    return [Path(place) for place in given if place is not None] + beside[-1:]
 
 
 def _exists(checkpoint: str) -> bool:

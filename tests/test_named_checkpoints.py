@@ -129,3 +129,20 @@ def test_no_process_is_left_behind_while_ddp_is_set_up(number):
         assert not alive(second)
     finally:
         os.killpg(first.pid, signal.SIGKILL) if alive(second) or first.poll() is None else None
+
+
+def test_last_is_looked_for_in_every_place_of_the_run(cli, capsys):
+    save = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint"}
+    often = save | {"init_args": {"every_n_train_steps": 2, "save_last": True}}
+    once = save | {
+        "init_args": {"dirpath": "best", "every_n_train_steps": 1, "monitor": "train/lr"}
+    }
+    once["init_args"] |= {"mode": "max", "filename": "best-{step}"}
+    command = fit("sft", "--trainer.enable_checkpointing", "true", "--trainer.max_steps", 2)
+    rate = {"class_path": "WarmupCosine", "init_args": {"warmup_steps": 0}}
+    command += ["--model.lr_scheduler", json.dumps(rate), "--trainer.log_every_n_steps", 1]
+    cli(*command, "--trainer.callbacks", json.dumps([often, once]))
+    assert [path.name for path in Path("best").iterdir()] == ["best-step=1.ckpt"]
+    run = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "last"]
+    cli("fit", *run, "--trainer.max_steps", 4)
+    assert "checkpoint path at runs/version_0/checkpoints/last.ckpt" in capsys.readouterr().err

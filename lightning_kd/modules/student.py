@@ -66,8 +66,9 @@ class StudentModule(Resumable, L.LightningModule):
             ValueError: If the loss would be divided wrongly under it.
         """
         check_trainer(self.trainer)
-        if stage == "fit":  # where a subclass has callbacks of its own
-            prepare_trainer(self.trainer)
+        if stage == "fit":
+            prepare_trainer(self.trainer)  # where a subclass has callbacks of its own
+            self.resumption = Resumption(self)  # an earlier fit is none of this one's business
 
     def configure_model(self) -> None:
         """Build the student, once; in shards, where the strategy shares weights.

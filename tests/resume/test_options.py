@@ -451,3 +451,20 @@ def test_arguments_are_remembered_by_name_with_defaults():
     assert Scaled(scale=3).resume_settings() == {"scale": 3}
     with pytest.raises(TypeError, match="takes no arguments"):
         ForwardKL(3)
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_later_fit_of_the_same_module_is_not_resumed():
+    run()
+    module = kd()
+    quiet = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_progress_bar": False}
+    quiet |= {"enable_checkpointing": False, "enable_model_summary": False, "max_steps": STEPS}
+    quiet |= {"limit_val_batches": 1, "num_sanity_val_steps": 0}
+    data = ArithmeticData(batch_size=8, train_size=50)
+    L.seed_everything(0)
+    L.Trainer(**quiet).fit(module, data, ckpt_path=saved())
+    for train_size in (50, 40):  # other data is no reason to refuse what is not resumed
+        recorder = Recorder()
+        data = ArithmeticData(batch_size=8, train_size=train_size)
+        L.Trainer(**quiet, callbacks=[recorder]).fit(module, data)
+        assert recorder.rates() == pytest.approx({step: rate(step) for step in range(STEPS)})
