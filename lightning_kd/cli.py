@@ -220,12 +220,12 @@ def main() -> None:
 
 
 def _checkpoint_places(options: Any) -> list[Path]:
-    """Where the run of a configuration may have checkpoints: each of its callbacks has its own place."""
+    """Where a run may have checkpoints: beside its configuration, and where callbacks were told."""
     callbacks = _listed(options["trainer"]["callbacks"])
     given = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
     files = [Path(str(file)) for file in options.get("config") or []]
     beside = [file.parent / "checkpoints" for file in files if file.name == "config.yaml"]
-    return [Path(place) for place in given if place is not None] + beside[-1:]
+    return [*(Path(place) for place in given if place is not None), *beside[-1:]]
 
 
 def _exists(checkpoint: str) -> bool:
