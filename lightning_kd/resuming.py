@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
@@ -151,7 +152,9 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a digest of tensors: name, shape, type and up to 256 values spread over each."""
     hashed = hashlib.blake2b(digest_size=8)
     for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        tensor = tensor.detach()
+        # The digest of a sharded weight is that of the weight; every process asks for it.
+        flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).reshape(-1)
         sample = flat[:: max(1, flat.numel() // 256)].cpu().contiguous()
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         hashed.update(sample.view(torch.uint8).numpy().tobytes())

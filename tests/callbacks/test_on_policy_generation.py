@@ -540,6 +540,7 @@ AUDITED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:In this window no completion ended")
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 @pytest.mark.parametrize("name", AUDITED)
 def test_the_audit_finds_no_cut_that_matters(name, normalization):

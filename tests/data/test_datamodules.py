@@ -43,11 +43,11 @@ class Watch(L.LightningModule):
 
 
 class SaveAfter(Callback):
-    def __init__(self, batch_idx, path):
-        self.batch_idx, self.path = batch_idx, path
+    def __init__(self, position, path):
+        self.position, self.path = position, path
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if batch_idx == self.batch_idx:
+        if trainer.train_dataloader.position == self.position:
             trainer.save_checkpoint(self.path)
 
 
@@ -196,14 +196,14 @@ def test_real_text_packs(shared_data):
     assert len(text) - len(tokenizer.decode(ids)) < 1000
 
 
-def test_epochs_are_turned_into_steps_of_one_long_epoch():
+def test_epochs_are_passes_that_end_with_an_optimizer_step():
     module = Watch()
     fit = trainer(max_epochs=3, max_steps=-1, accumulate_grad_batches=2)
     fit.fit(module, datamodule=data(batch_size=2))
-    assert fit.max_steps == fit.global_step == 8
-    assert fit.estimated_stepping_batches == 8
-    # What the progress bar counts to.
-    assert (fit.max_epochs, fit.num_training_batches) == (1, 16)
+    # Passes of 10 rows are complete in the third, the fifth and the eighth step of 4 rows.
+    assert fit.global_step == fit.estimated_stepping_batches == 8
+    # What the progress bar counts to in the last epoch.
+    assert (fit.current_epoch, fit.num_training_batches) == (3, 6)
     rows = [row for batch in module.seen for row in batch]
     assert len(rows) == 32
     for pass_ in range(3):
@@ -213,8 +213,8 @@ def test_epochs_are_turned_into_steps_of_one_long_epoch():
 def test_a_resumed_run_sees_the_rest_of_the_rows(tmp_path):
     whole, rest = Watch(), Watch()
     path = tmp_path / "middle.ckpt"
-    settings = {"max_steps": 6, "accumulate_grad_batches": 2}
-    trainer(**settings, callbacks=[SaveAfter(3, path)]).fit(whole, datamodule=data())
+    settings = {"max_steps": 6, "max_epochs": -1, "accumulate_grad_batches": 2}
+    trainer(**settings, callbacks=[SaveAfter(4, path)]).fit(whole, datamodule=data())
     trainer(**settings).fit(rest, datamodule=data(), ckpt_path=path, weights_only=True)
     assert len(whole.seen) == 12
     assert rest.seen == whole.seen[4:]

@@ -216,6 +216,7 @@ def test_the_text_terms_gradient_is_the_slope_of_its_loss(text):
 
 
 @pytest.mark.usefixtures("_float64_norms")
+@pytest.mark.filterwarnings("ignore:In this window no completion ended")
 @pytest.mark.parametrize("truncated", ["mask", "drop"])
 @pytest.mark.parametrize(("batch_size", "window"), [(4, 1), (2, 2)])
 def test_text_is_trained_on_where_every_rollout_is_masked(text, truncated, batch_size, window):
