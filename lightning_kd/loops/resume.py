@@ -5,12 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_kd.loops.callback_states import (
+    early_stoppings,
+    stopping_settings,
+    under_new_settings,
+)
 from lightning_kd.loops.checks import check_limits
 from lightning_kd.loops.fit import (
     ENDED,
@@ -111,6 +116,7 @@ class ResumeState(Callback):
                 for name, value in trainer.callback_metrics.items()
             },
             "row": _row_to_come(trainer, loop),
+            "early_stopping": stopping_settings(trainer),
             "saved": {
                 callback.state_key: _saved(trainer, callback, loop.moment)
                 for callback in checkpoint_callbacks(trainer)
@@ -132,6 +138,8 @@ class ResumeState(Callback):
         place = place_of(trainer, self._restored, loops, checkpoint["global_step"])
         _epoch_loop(trainer).pending = place.pending
         loops.update(place.counters(loops))
+        stopped_by = (self._restored or {}).get("early_stopping", {})
+        under_new_settings(trainer, checkpoint.get("callbacks", {}), stopped_by)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give callbacks back what they saw and did before the checkpoint."""
@@ -150,9 +158,8 @@ class ResumeState(Callback):
                 _restore_saved(trainer, callback, saved)
         stopped = [
             callback
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, EarlyStopping)
-            and callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
+            for callback in early_stoppings(trainer)
+            if callback.stopping_reason != EarlyStoppingReason.NOT_STOPPED
         ]
         if stopped:
             rank_zero_info(f"{type(stopped[0]).__name__} had asked this run to stop")

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 
 from lightning_kd import (
     GKD,
@@ -468,3 +468,97 @@ def test_a_later_fit_of_the_same_module_is_not_resumed():
         data = ArithmeticData(batch_size=8, train_size=train_size)
         L.Trainer(**quiet, callbacks=[recorder]).fit(module, data)
         assert recorder.rates() == pytest.approx({step: rate(step) for step in range(STEPS)})
+
+
+def never_better(patience, min_delta=1000.0, **options):
+    """The first validation is the best one."""
+    return EarlyStopping("val/loss", patience=patience, min_delta=min_delta, **options)
+
+
+# Validations are after steps 2, 4 and 6 of an epoch of seven.
+STOPPED = {  # settings of the saved run, of the resumed one, where they end
+    "lower patience": ({"patience": 99}, {"patience": 1}, 20, 4),
+    "higher patience": ({"patience": 2}, {"patience": 4}, 6, 11),
+    "higher patience, where it had stopped": ({"patience": 1}, {"patience": 3}, 4, 9),
+    "lower patience, where it had stopped": ({"patience": 2}, {"patience": 1}, 6, 6),
+    "threshold, where it had stopped": (
+        {"patience": 99, "stopping_threshold": 99.0},
+        {"patience": 99},
+        2,
+        12,
+    ),
+    "patience, where a threshold had stopped": (
+        {"patience": 9, "stopping_threshold": 99.0},
+        {"patience": 8, "stopping_threshold": 99.0},
+        2,
+        2,
+    ),
+    "nothing": ({"patience": 1}, {"patience": 1}, 4, 4),
+}
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("case", STOPPED)
+def test_early_stopping_obeys_its_new_settings(case):
+    before, after, first, expected = STOPPED[case]
+
+    def ended(settings, own, **more):
+        at_end = ModelCheckpoint(own, "{step}", monitor="val/loss", save_top_k=-1)
+        stopping = never_better(**settings)
+        end = 20 if own == "first" else 12
+        _, trainer = run(callbacks=[stopping, at_end], trainer={"max_steps": end}, **more)
+        assert stopping.patience == settings["patience"]
+        return trainer.global_step
+
+    assert ended(before, "first") == first
+    where = Path(f"first/step={first}.ckpt") if "had" in case or case == "nothing" else saved()
+    assert ended(after, "second", resume=where, folder="x") == expected
+
+
+def worsening(optimizer):
+    """Two steps down, and then up."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1.0 if s < 2 else -50.0)
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_in_a_new_directory_knows_the_best_checkpoint(moved):
+    def best(folder, **options):
+        options = {"monitor": "val/loss", "save_top_k": 1} | options
+        return ModelCheckpoint(folder, "best-{step}", **options)
+
+    model = {"optimizer": adamw(lr=1e-3), "lr_scheduler": worsening}
+    first, again = best("one"), best("two")
+    run(callbacks=[first], folder="one", **model)
+    assert Path(first.best_model_path).name == "best-step=2.ckpt"
+    if moved:
+        Path("one").rename("moved")
+    source = "moved" if moved else "one"
+    run(callbacks=[again], resume=saved(source), folder="y", **model)
+    assert Path(again.best_model_path) == Path(source, "best-step=2.ckpt").absolute()
+    assert float(again.best_model_score) == float(first.best_model_score)
+    assert not list(Path("two").glob("*"))  # nothing was better
+    Path(again.best_model_path).unlink()
+    other = best("three")
+    with pytest.warns(UserWarning, match="no longer among the best"):
+        run(callbacks=[other], resume=saved(source), folder="z", **model)
+    assert Path(other.best_model_path).parent.name == "three"
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_lower_save_top_k_takes_effect():
+    def run_with(top, **more):
+        keeping = ModelCheckpoint(
+            "kept", "kept-{step}", monitor="train/loss", save_top_k=top, every_n_train_steps=1
+        )
+        run(callbacks=[keeping], trainer={"max_steps": 4 if top == 3 else 8}, **more)
+        return keeping
+
+    many = run_with(3)
+    assert len(many.best_k_models) == 3
+    few = run_with(1, resume=saved(), folder="y")
+    assert len(few.best_k_models) == 1
+    (best,) = few.best_k_models
+    assert few.best_model_path == best
+    left = {path.name for path in Path("kept").iterdir()}
+    assert left <= {Path(p).name for p in [*many.best_k_models, best]}
