@@ -131,10 +131,10 @@ def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
         >>> special_token_frame(arithmetic_tokenizer())
         ([], [])
     """
-    text, bare = "a", _bare(["a"], tokenizer)[0]
+    text, bare = "a", _tokens(["a"], tokenizer)[0]
     if not bare:  # none of the tokenizer's letters
         for text in tokenizer.get_vocab():
-            bare = _bare([text], tokenizer)[0]
+            bare = _tokens([text], tokenizer)[0]
             if bare:
                 break
     framed: list[int] = tokenizer(text)["input_ids"]
@@ -148,9 +148,28 @@ def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
     )
 
 
-def _bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of texts, nothing added; names of special tokens in the text are those tokens."""
     batch: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return batch
+
+
+def _bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Tokens of texts, nothing added, none of them unknown to a tokenizer that gives padding then.
+
+    Raises:
+        ValueError: If the tokenizer gives padding for characters that it does not know.
+    """
+    batch = _tokens(texts, tokenizer)
+    padding = tokenizer.pad_token_id
+    if padding is not None and padding not in {tokenizer.eos_token_id, tokenizer.unk_token_id}:
+        for text, ids in zip(texts, batch, strict=True):
+            if padding in ids and tokenizer.pad_token not in text:
+                raise ValueError(
+                    f"the tokenizer does not know all characters of {text[:60]!r}, and gives "
+                    f"{tokenizer.pad_token}, its padding, for them, which would be trained on: use a "
+                    "tokenizer that was made for this text (lightning-kd tokenizer trains one)"
+                )
     return batch
 
 

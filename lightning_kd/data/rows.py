@@ -57,7 +57,7 @@ class EncodedRows:
         if not keep:
             raise ValueError(
                 f"all {len(tokenized)} rows are longer than max_length={limit.max_length} allows; "
-                "raise it, or choose truncation: left or right"
+                "raise it, or choose a truncation that cuts rows"
             )
         self._tokenized = tokenized if not self.dropped else tokenized.select(keep)
         self.cut = sum(self._tokenized["cut"])

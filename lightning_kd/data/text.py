@@ -1,6 +1,7 @@
 """Data modules for prompts and completions, and for chats."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
@@ -153,12 +154,12 @@ class PromptCompletionData(TextData):
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
         ended = columns.get(self.ended_column or "", [None] * len(columns[WHERE]))
+        given = given_ids(columns, COMPLETION_IDS, self.tokenizer)
         completions = encode_completions(
-            columns[self.completion_column or ""],
+            _unless(columns[self.completion_column or ""], given),
             self.tokenizer,
             [value != "false" for value in ended],
         )
-        given = given_ids(columns, COMPLETION_IDS, self.tokenizer)
         rows = []
         for number, (row, completion) in enumerate(
             zip(self._encode_prompts(columns), completions, strict=True)
@@ -188,9 +189,18 @@ class PromptCompletionData(TextData):
         return [
             Encoded(prompt if ids is None else ids, [], text, reference or "")
             for prompt, ids, text, reference in zip(
-                encode_prompts(texts, self.tokenizer), given, texts, references, strict=True
+                encode_prompts(_unless(texts, given), self.tokenizer),
+                given,
+                texts,
+                references,
+                strict=True,
             )
         ]
+
+
+def _unless(texts: Sequence[str], given: Sequence[list[int] | None]) -> list[str]:
+    """The texts, without those whose tokens came with them."""
+    return [text if ids is None else "" for text, ids in zip(texts, given, strict=True)]
 
 
 class ChatData(TextData):

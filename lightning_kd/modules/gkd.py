@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning.pytorch.utilities import rank_zero_info
+
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.evaluation import Matching
 from lightning_kd.modules.loss import LossTerm, Scores
@@ -49,6 +51,15 @@ class GKD(TeacherModule):
         require_positive(teacher_temperature=teacher_temperature)
         self.divergence = make_divergence(divergence)
         self.teacher_temperature = teacher_temperature
+
+    def on_fit_start(self) -> None:
+        """Say so where the student generates nothing."""
+        super().on_fit_start()
+        if not any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+            rank_zero_info(
+                "GKD without the callback OnPolicyGeneration trains on the data's completions alone, "
+                "as with lmbda: 0"
+            )
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The divergence at each token of the completion."""

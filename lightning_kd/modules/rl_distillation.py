@@ -1,5 +1,6 @@
 """Reinforcement learning and distillation at once."""
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -137,11 +138,22 @@ class RLDistillation(PolicyGradientModule):
         }
         total = torch.zeros(len(batch["row"]), dtype=torch.float64)
         for function, weight in zip(self.rewards, self.reward_weights, strict=True):
-            values = torch.as_tensor(function(**columns), dtype=torch.float64)
-            if values.shape != total.shape or not values.isfinite().all():
-                name = getattr(function, "__name__", repr(function))
+            name = getattr(function, "__name__", repr(function))
+            try:
+                inspect.signature(function).bind(**columns)
+            except TypeError as error:
                 raise ValueError(
-                    f"the reward {name} gave {values.tolist()!s:.100} for {len(total)} completions; "
+                    f"the reward {name} does not take what it is given ({error}): it takes "
+                    f"{', '.join(columns)} by name, and **_ for what it does not use"
+                ) from error
+            given = function(**columns)
+            try:
+                values = torch.as_tensor(given, dtype=torch.float64)
+            except (TypeError, ValueError, RuntimeError):  # None for one, or no numbers at all
+                values = torch.empty(0)
+            if values.shape != total.shape or not values.isfinite().all():
+                raise ValueError(
+                    f"the reward {name} gave {given!s:.100} for {len(total)} completions; "
                     "it must give one finite number for each"
                 )
             total += weight * values

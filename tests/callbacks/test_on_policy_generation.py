@@ -467,6 +467,20 @@ def two_teachers():
             "it must give one finite number for each",
         ),
         (
+            lambda: RLDistillation(
+                **models(), rewards=[lambda *, completions, **_: [None] * len(completions)]
+            ),
+            {"group_size": 2},
+            r"the reward <lambda> gave \[None.* it must give one finite number for each",
+        ),
+        (
+            lambda: RLDistillation(
+                **models(), rewards=[lambda completions: [1.0] * len(completions)]
+            ),
+            {"group_size": 2},
+            "<lambda> does not take what it is given .* takes prompts, completions, references by",
+        ),
+        (
             lambda: GKD(
                 student=Student.of(tiny_llama(0)),
                 teacher=RoutedTeacher({"a": ModelSource.of(tiny_llama(1))}, column="who"),

@@ -1,5 +1,6 @@
 import pytest
 
+from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import (
     Example,
@@ -11,7 +12,8 @@ from lightning_kd.data.encoding import (
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
 
 TEMPLATE = (
-    "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% for m in messages %}{{ 'n' if m['role'] == 'user' else 'a' }}{{ m['content'] }}"
+    "{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}a{% endif %}"
 )
 EOS, PAD = 1, 0
@@ -42,10 +44,8 @@ def test_a_chat_is_split_before_the_last_answer(chat):
         {"role": "user", "content": "e"},
         {"role": "assistant", "content": "fg"},
     ]
-    # The template of the fixture writes the role's first letter; 'u' is not among the letters.
-    messages = [m | {"role": m["role"]} for m in messages]
     (row,) = encode_chats([messages], chat, ["row"])
-    assert row.prompt_text == "ubc<eos>ad<eos>ue<eos>a"
+    assert row.prompt_text == "nbc<eos>ad<eos>ne<eos>a"
     assert row.completion == [*ids(chat, "fg"), EOS]
     assert row.prompt[-1] == ids(chat, "a")[0]
     assert row.completion_text == "fg"
@@ -139,3 +139,12 @@ def test_nothing_of_filler_is_trained_on_and_packed_text_has_no_prompts():
     batch = Collator(PAD)([(0, 0, Example([2, 3])), (1, FILLER_ROW, Example([2, 3]))])
     assert batch["labels"].tolist() == [[2, 3], [IGNORE_INDEX] * 2]
     assert "prompt_ids" not in batch
+
+
+def test_characters_that_become_padding_are_refused():
+    """The arithmetic tokenizer has no token for what it does not know, and gives padding."""
+    for encode in (encode_prompts, encode_completions):
+        with pytest.raises(
+            ValueError, match="does not know all characters of 'a dog', and gives <pad>"
+        ):
+            encode(["1+1=", "a dog"], arithmetic_tokenizer())
