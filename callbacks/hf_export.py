@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeGuard, get_args
+from uuid import uuid4
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
@@ -23,6 +24,9 @@ from lightning_kd.modules import DistillationModule
 from lightning_kd.strategies import whole_weights
 
 Which = Literal["last", "best"]
+
+_RUN = ".run"
+"""A file beside the model with the name of the run that has exported it."""
 
 _STUDENT = "student."
 """What the names of the student's weights begin with in a checkpoint."""
@@ -56,15 +60,15 @@ class HFExport(Callback):
         if weights not in get_args(Which):
             raise ValueError(f"unknown weights {weights!r}; choose one of {get_args(Which)}")
         self.dirpath, self.weights, self.overwrite = dirpath, weights, overwrite
-        self._resumed: str | None = None
+        self._run = uuid4().hex
 
     def state_dict(self) -> dict[str, Any]:
-        """Where a run that goes on from a checkpoint may export again."""
-        return {"directory": None if self.dirpath is None else str(Path(self.dirpath).resolve())}
+        """Which run this is; it may replace what it has exported itself."""
+        return {"run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Recognize what the resumed run has exported."""
-        self._resumed = state_dict["directory"]
+        self._run = state_dict.get("run", self._run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """See whether the student could be written, before it is trained.
@@ -72,6 +76,8 @@ class HFExport(Callback):
         Raises:
             ValueError: If it could not.
         """
+        if trainer.ckpt_path is None:
+            self._run = uuid4().hex  # where the callback is used again
         if not self._exports(pl_module, trainer):
             return
         if self.weights == "best":
@@ -107,7 +113,7 @@ class HFExport(Callback):
             self._check_free(trainer, directory)  # it may have come while this run trained
             try:
                 best = weights or self._best_weights(trainer)
-                _write(pl_module, best, directory)
+                _write(pl_module, best, directory, self._run)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise ValueError(
                     f"the student could not be written to {directory}: {error}. {_way_out(trainer)}"
@@ -156,7 +162,7 @@ class HFExport(Callback):
                 f"{', '.join(others[:3]) or 'files without a config.json'}. Choose another directory"
             )
         of_this_run = self.dirpath is None and bool(trainer.loggers)
-        own = of_this_run or str(directory) == self._resumed
+        own = of_this_run or _written_by(directory) == self._run
         if not own and not self.overwrite:
             raise ValueError(
                 f"there is a model in {directory} already. Choose another export.dirpath, or replace "
@@ -224,13 +230,20 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
     tokenizer.save_pretrained(directory)
 
 
-def _write(module: DistillationModule, weights: dict[str, Any], directory: Path) -> None:
+def _written_by(directory: Path) -> str | None:
+    """The run that has exported a model; None where it is of somewhere else."""
+    mark = directory / _RUN
+    return mark.read_text().strip() if mark.is_file() else None
+
+
+def _write(module: DistillationModule, weights: dict[str, Any], directory: Path, run: str) -> None:
     """Write under another name, then rename; what was written is removed where that fails."""
     fresh = fresh_name(directory)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
         write_student(module, weights, fresh)
+        (fresh / _RUN).write_text(run)
         flush(fresh)
         replace_directory(fresh, directory)
     finally:

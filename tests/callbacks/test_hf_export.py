@@ -139,6 +139,17 @@ def test_a_resumed_run_replaces_what_it_has_exported_itself():
     refused(sft(), HFExport("other"), "model in .*other already", **resumed)
 
 
+def test_a_resumed_run_leaves_what_another_run_has_exported_meanwhile():
+    keep = {"dirpath": "checkpoints", "filename": "{step}", "every_n_train_steps": 2}
+    fit(sft(), HFExport("elsewhere"), ModelCheckpoint(**keep), enable_checkpointing=True)
+    shutil.rmtree("elsewhere")
+    fit(sft(lr=0.2), HFExport("elsewhere"))  # of another run, where the first one would export
+    before = logits("elsewhere")
+    resumed = {"ckpt_path": "checkpoints/step=2.ckpt", "steps": 4}
+    refused(sft(), HFExport("elsewhere"), "model in .*elsewhere already", **resumed)
+    assert torch.equal(logits("elsewhere"), before)
+
+
 def best(**options):
     where = {"dirpath": "checkpoints", "save_on_train_epoch_end": False}
     return ModelCheckpoint(monitor="val/loss", save_top_k=1, **where, **options)
@@ -235,7 +246,7 @@ def test_a_file_size_limit_leaves_no_half_directory_and_the_message_says_how_to_
 def _export_for_ever(one, other, start):
     for number in range(start, 10**6):
         model = (one, other)[number % 2]
-        hf_export._write(model, model.student.state_dict(), Path("student").resolve())
+        hf_export._write(model, model.student.state_dict(), Path("student").resolve(), "run")
 
 
 def test_a_kill_at_any_time_leaves_one_of_the_two_models(monkeypatch):
@@ -245,7 +256,7 @@ def test_a_kill_at_any_time_leaves_one_of_the_two_models(monkeypatch):
         module.student, module._tokenizer = tiny_llama(seed), letter_tokenizer()
         modules.append(module)
     expected = [module.student(IDS).logits for module in modules]
-    hf_export._write(modules[0], modules[0].student.state_dict(), Path("student").resolve())
+    hf_export._write(modules[0], modules[0].student.state_dict(), Path("student").resolve(), "run")
     seen = set()
     # A killed process would never give back the lock that processes share for them.
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
