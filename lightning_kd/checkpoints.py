@@ -170,11 +170,15 @@ def newest_complete(near: Path) -> Path | None:
 
 
 def summarize(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the optimizer steps of a checkpoint, and the path of the best one that it knows."""
+    """Return the optimizer steps of a checkpoint, and the path of the best one that it knows.
+
+    Weights alone know nothing of callbacks.
+    """
     states = checkpoint.get("callbacks", {}).values()
     monitored = [s for s in states if isinstance(s, dict) and s.get("monitor")]
     best = next((s["best_model_path"] for s in monitored if s.get("best_model_path")), None)
-    return {"step": checkpoint.get("global_step", 0), "best": best}
+    step, alone = checkpoint.get("global_step", 0), "callbacks" not in checkpoint
+    return {"step": step, "best": best, "weights_only": alone}
 
 
 def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -11,6 +11,8 @@ from lightning_kd.checkpoints import ABOUT, explained, summarize, unsafe
 
 Name = Literal["last", "best"]
 
+_UNKNOWN = {"step": 0, "best": None, "weights_only": False}
+
 
 def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
     """Find the last or best checkpoint in the directories of one run.
@@ -30,6 +32,13 @@ def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
     last = max(found, key=lambda path: (known[path]["step"], path.stat().st_mtime))
     if name == "last":
         return _named(last)
+    telling = [path for path in found if not known[path].get("weights_only")]
+    if not telling:
+        raise ValueError(
+            f"--ckpt_path best: {last} holds weights alone (save_weights_only), which do not say which "
+            "are best; give the path of the one that is meant"
+        )
+    last = max(telling, key=lambda path: (known[path]["step"], path.stat().st_mtime))
     best = known[last]["best"]
     if best is None:
         raise ValueError(
@@ -59,6 +68,6 @@ def _read(path: Path) -> dict[str, Any]:
             about: dict[str, Any] = json.loads((path / ABOUT).read_text())
         except (OSError, ValueError) as error:
             raise unsafe(path, error) from error
-        return {"step": about.get("step", 0), "best": about.get("best")}
+        return {name: about.get(name, default) for name, default in _UNKNOWN.items()}
     with explained(path):
         return summarize(torch.load(path, mmap=True, map_location="cpu", weights_only=True))

@@ -74,6 +74,21 @@ class EpochLoop(_TrainingEpochLoop):
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
         return not self._should_accumulate() and super()._should_check_val_fx(data_fetcher)
 
+    def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
+        """Step schedules; one that depends on validation has nothing to look at but after one."""
+        strategy = self.trainer.strategy
+        configs = strategy.lr_scheduler_configs
+        if interval == "step" and self.moment != VALIDATED:
+            strategy.lr_scheduler_configs = [
+                c
+                for c in configs
+                if not (c.reduce_on_plateau and str(c.monitor).startswith("val/"))
+            ]
+        try:
+            super()._update_learning_rates(interval, update_plateau_schedulers)
+        finally:
+            strategy.lr_scheduler_configs = configs
+
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
         """Begin an epoch; where a run goes on, do first what was due when it was saved."""
         super().on_run_start(data_fetcher)

@@ -25,7 +25,12 @@ from lightning_kd.modules.loss import (
     evaluate,
     weigh,
 )
-from lightning_kd.modules.optimization import WarmupCosine, parameter_groups
+from lightning_kd.modules.optimization import (
+    WarmupCosine,
+    check_schedule,
+    parameter_groups,
+    with_schedule,
+)
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
@@ -46,7 +51,8 @@ class DistillationModule(ScaledSumModule):
             instance of a :class:`~lightning_kd.normalization.Normalization`.
         optimizer: Built from the student's trainable weights; vectors (biases, norms) get no weight
             decay.
-        lr_scheduler: Stepped once per optimizer step.
+        lr_scheduler: Stepped once per optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau``
+            with a ``monitor`` of validation once per validation.
         logits: How logits come about: :class:`~lightning_kd.models.FusedLogits`, a chunk at a time,
             when not given, or :class:`~lightning_kd.models.DenseLogits`.
         generation: How completions are written in ``predict`` and for samples.
@@ -204,7 +210,8 @@ class DistillationModule(ScaledSumModule):
         """The optimizer, and the schedule that is stepped with it.
 
         Raises:
-            ValueError: If the optimizer does not take its options.
+            ValueError: If the optimizer does not take its options, or a schedule that depends on a
+                metric does not say on which.
         """
         try:
             optimizer = self._optimizer(parameter_groups(self.parameters()))
@@ -212,10 +219,7 @@ class DistillationModule(ScaledSumModule):
             raise ValueError(f"the optimizer refuses its options: {error}") from error
         if self._lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self._lr_scheduler(optimizer), "interval": "step"},
-        }
+        return with_schedule(optimizer, self._lr_scheduler(optimizer))
 
     def on_train_start(self) -> None:
         """Give a cosine without an end the trainer's.
@@ -224,9 +228,10 @@ class DistillationModule(ScaledSumModule):
         before its state is restored.
 
         Raises:
-            ValueError: If the run has no end.
+            ValueError: If the run has no end, or a schedule depends on validation and there is none.
         """
         for config in self.trainer.lr_scheduler_configs:
+            check_schedule(config, self.trainer)
             if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
                 config.scheduler.end_with_run(self.trainer.estimated_stepping_batches)
         super().on_train_start()

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig, OptimizerLRScheduler
 from torch.nn import Parameter
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
 from lightning_kd.strategies import shape_of
 
@@ -101,3 +103,36 @@ class WarmupCosine(LambdaLR):
         """Resume the step count; the shape of the schedule stays as it was asked for this time."""
         shape = {"warmup_steps", "total_steps", "min_ratio"}
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in shape})
+
+
+def with_schedule(optimizer: Optimizer, scheduler: Any) -> OptimizerLRScheduler:
+    """An optimizer with a schedule that is stepped with it, or by the metric that it depends on.
+
+    Raises:
+        ValueError: If it depends on one and does not say on which.
+    """
+    monitor = getattr(scheduler, "monitor", None)
+    if isinstance(scheduler, ReduceLROnPlateau) and not monitor:
+        raise ValueError(
+            "model.lr_scheduler is a ReduceLROnPlateau without a monitor; use "
+            "lightning.pytorch.cli.ReduceLROnPlateau, with the metric that it depends on "
+            "(monitor: val/loss)"
+        )
+    return {
+        "optimizer": optimizer,
+        "lr_scheduler": {"scheduler": scheduler, "interval": "step", "monitor": monitor},
+    }
+
+
+def check_schedule(config: LRSchedulerConfig, trainer: L.Trainer) -> None:
+    """See whether there will be a metric to depend on.
+
+    Raises:
+        ValueError: If it is one of validation, and there is none.
+    """
+    validated = config.reduce_on_plateau and str(config.monitor).startswith("val/")
+    if validated and not trainer.enable_validation:
+        raise ValueError(
+            f"model.lr_scheduler depends on {config.monitor}, and this run does not validate "
+            "(limit_val_batches, data); let it, or choose another monitor or schedule"
+        )

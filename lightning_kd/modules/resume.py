@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
@@ -14,6 +15,7 @@ from lightning_kd.resuming import SHOWN, Plain, Resumable, describe, differences
 from lightning_kd.seeding import run_seed
 
 _SETTINGS, _OPTIMIZERS, _SCHEDULES = "settings", "optimizers", "schedules"
+_STEPPED = ("interval", "frequency", "reduce_on_plateau")
 
 
 class Resumption:
@@ -60,6 +62,12 @@ class Resumption:
         Raises:
             ValueError: If this run differs in what must not change.
         """
+        if checkpoint is not None and "lr_schedulers" not in checkpoint:
+            raise ValueError(
+                "the checkpoint holds weights alone (save_weights_only): without the state of the "
+                "optimizer, schedule and loops training cannot go on. Resume from another checkpoint "
+                "of the run; validate, test and predict take this one"
+            )
         if _SETTINGS not in saved:
             rank_zero_warn(
                 "the checkpoint does not remember what its run was told, so this run is not "
@@ -104,9 +112,10 @@ class Resumption:
         """
         trainer = self.module.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        fresh = [_constants(scheduler) for scheduler in schedulers]
+        fresh = [_constants(config) for config in trainer.lr_scheduler_configs]
         self.record[_SCHEDULES] = fresh
         saved, states, self.schedules = self.saved, self.schedules, []
+        self.saved = None
         if saved is None:
             return
         changed = saved.get(_SCHEDULES) != fresh
@@ -120,8 +129,9 @@ class Resumption:
         if changed:
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 done = trainer.global_step if config.interval == "step" else trainer.current_epoch
-                known = number < len(states)
-                _advance(config.scheduler, states[number]["last_epoch"] if known else done)
+                if number < len(states) and _counts_as(saved[_SCHEDULES][number], fresh[number]):
+                    done = states[number]["last_epoch"]
+                _advance(config.scheduler, done)
 
 
 def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Plain]:
@@ -173,10 +183,17 @@ def _made(optimizer: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _constants(scheduler: Any) -> dict[str, Plain]:
+def _constants(config: LRSchedulerConfig) -> dict[str, Plain]:
     """A fresh schedule's numbers and names."""
+    scheduler = config.scheduler
     state = {name: describe(value) for name, value in sorted(scheduler.state_dict().items())}
-    return {"class": type(scheduler).__qualname__, **state}
+    stepped = {name: getattr(config, name) for name in (*_STEPPED, "monitor")}
+    return {"class": type(scheduler).__qualname__, "stepped": stepped, **state}
+
+
+def _counts_as(saved: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Has a saved schedule been stepped as often as this one would have been?"""
+    return all(saved["stepped"][name] == now["stepped"][name] for name in _STEPPED)
 
 
 def _update(

@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
 
 from lightning_kd import (
     GKD,
@@ -28,6 +29,7 @@ from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.divergences import ForwardKL, GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
+from lightning_kd.named_checkpoints import find_checkpoint
 from lightning_kd.schedules import Linear
 from tests.command_line import EXPECTED_WARNINGS
 from tests.toys import tiny_llama
@@ -562,3 +564,74 @@ def test_a_lower_save_top_k_takes_effect():
     assert few.best_model_path == best
     left = {path.name for path in Path("kept").iterdir()}
     assert left <= {Path(p).name for p in [*many.best_k_models, best]}
+
+
+def plateau(**options):
+    options = {"monitor": "val/loss", "patience": 0, "factor": 0.5, "threshold": 1e3} | options
+    options |= {"threshold_mode": "abs"}
+    return lambda optimizer: MonitoredPlateau(optimizer, **options)
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_schedule_that_depends_on_validation_is_stepped_with_it_and_resumed():
+    # After steps 2 (the best), 4, 6, 9 and 11: halved by each but the first.
+    expected = dict(enumerate([0.01] * 4 + [0.005] * 2 + [0.0025] * 3 + [0.00125] * 2 + [0.000625]))
+    whole, _ = run(lr_scheduler=plateau(), trainer={"max_steps": 12})
+    assert whole.rates() == pytest.approx(expected)
+    again, _ = run(
+        lr_scheduler=plateau(), trainer={"max_steps": 12}, resume=saved(), folder="again"
+    )
+    assert again.rates() == {step: whole.rates()[step] for step in range(SAVED_AT, 12)}
+    assert again.losses == {step: whole.losses[step] for step in range(SAVED_AT, 12)}
+    with pytest.raises(ValueError, match="ReduceLROnPlateau depends on"):
+        run(lr_scheduler=plateau(factor=0.1), resume=saved(), folder="x")
+    seen, _ = run(resume="saved/step=8.ckpt", trainer={"max_steps": 10}, folder="y")
+    assert seen.rates() == pytest.approx({s: rate(s, total=10) for s in (8, 9)})
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_schedule_may_depend_on_training():
+    seen, _ = run(lr_scheduler=plateau(monitor="train/loss"))
+    assert seen.rates() == pytest.approx({s: 0.01 * 0.5 ** max(0, s - 1) for s in range(STEPS)})
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_schedule_that_has_nothing_to_depend_on_is_refused():
+    with pytest.raises(ValueError, match="without a monitor"):
+        run(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(ValueError, match="depends on val/loss, and this run does not validate"):
+        run(lr_scheduler=plateau(), trainer={"limit_val_batches": 0})
+
+
+class ByEpoch(SupervisedKD):
+    """A schedule of one's own, stepped each epoch."""
+
+    interval = "epoch"
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.AdamW(self.parameters(), lr=0.01)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: 1 / (1 + s))
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": self.interval},
+        }
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_schedule_that_is_stepped_otherwise_starts_where_the_run_is(monkeypatch):
+    run(method=ByEpoch)
+    monkeypatch.setattr(ByEpoch, "interval", "step")
+    seen, _ = run(method=ByEpoch, resume=saved(), folder="x")
+    assert seen.rates() == pytest.approx({4: 0.01 / 5, 5: 0.01 / 6})
+
+
+@pytest.mark.usefixtures("teachers")
+def test_weights_alone_are_no_run_to_go_on_from():
+    weights = ModelCheckpoint(
+        "w", "{step}", every_n_train_steps=4, save_weights_only=True, monitor="train/loss"
+    )
+    run(callbacks=[weights])
+    with pytest.raises(ValueError, match="holds weights alone"):
+        run(resume=saved("w"), folder="x")
+    with pytest.raises(ValueError, match="holds weights alone"):
+        find_checkpoint("best", [Path("w")])
