@@ -76,7 +76,14 @@ class Resumption:
             return
         if self.saved is None:
             self.saved = saved
-            self.compare()
+            if self.record:
+                self.compare()
+            else:
+                # A loader refuses other data when its place is restored, and knows fewer names. The
+                # model is still to be converted.
+                now = settings_of(self.module.trainer, self.module)
+                before = saved[_SETTINGS] | {"model": now["model"]}
+                _refuse(list(differences(before, now)))
         if checkpoint is not None:
             self.schedules, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
 
@@ -93,16 +100,7 @@ class Resumption:
         before, after = (
             ", ".join(o["class"] for o in r[_OPTIMIZERS]) for r in (saved, self.record)
         )
-        found += differences(before, after, "model.optimizer")
-        if not found:
-            return
-        more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
-        raise ValueError(
-            "the run that saved the checkpoint had another loss, other data or another teacher "
-            "(saved -> this run):\n  " + "\n  ".join(found[:SHOWN]) + more + "\n"
-            "Resume with the saved values; to change them on purpose, start a new run from the "
-            "exported student (model.student.name_or_path). docs/resuming.md says what may change"
-        )
+        _refuse([*found, *differences(before, after, "model.optimizer")])
 
     def apply(self) -> None:
         """Restore the schedules, and give optimizers and schedules what this run was told anew.
@@ -159,6 +157,23 @@ def settings_of(trainer: L.Trainer, module: L.LightningModule) -> dict[str, Plai
     }
     parts["seed_everything"] = run_seed()
     return {name: describe(part) for name, part in parts.items()}
+
+
+def _refuse(found: Sequence[str]) -> None:
+    """Refuse to go on with differences, if there are any.
+
+    Raises:
+        ValueError: If there are; it lists them.
+    """
+    if not found:
+        return
+    more = f"\n  and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
+    raise ValueError(
+        "the run that saved the checkpoint had another loss, other data or another teacher "
+        "(saved -> this run):\n  " + "\n  ".join(found[:SHOWN]) + more + "\n"
+        "Resume with the saved values; to change them on purpose, start a new run from the "
+        "exported student (model.student.name_or_path). docs/resuming.md says what may change"
+    )
 
 
 def _of_foreign(data: L.LightningDataModule | None) -> Any:

@@ -30,6 +30,7 @@ from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.divergences import ForwardKL, GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.named_checkpoints import find_checkpoint
+from lightning_kd.resuming import digest
 from lightning_kd.schedules import Linear
 from tests.command_line import EXPECTED_WARNINGS
 from tests.toys import tiny_llama
@@ -635,3 +636,15 @@ def test_weights_alone_are_no_run_to_go_on_from():
         run(resume=saved("w"), folder="x")
     with pytest.raises(ValueError, match="holds weights alone"):
         find_checkpoint("best", [Path("w")])
+
+
+@pytest.mark.parametrize("shape", [(512, 64), (1024, 512), (256, 256)])
+def test_a_digest_sees_more_than_one_column(shape):
+    weights = torch.zeros(shape)
+    before = digest([("embedding", weights)])
+    seen = 0
+    for column in range(0, shape[1], 8):
+        changed = weights.clone()
+        changed[:, column : column + 8] = 1.0
+        seen += digest([("embedding", changed)]) != before
+    assert seen >= shape[1] // 16  # half of the blocks: there are only 256 values
