@@ -130,7 +130,7 @@ class DistillationCLI(LightningCLI):
 
     def _set_seed(self) -> None:
         seed = self._get(self.config, "seed_everything")
-        if not isinstance(seed, bool) and not 0 <= seed < 2**32:
+        if seed is not None and not isinstance(seed, bool) and not 0 <= seed < 2**32:
             self.parser.error(f"seed_everything is {seed}; it must lie in [0, {2**32 - 1}]")
         super()._set_seed()
 

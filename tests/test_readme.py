@@ -65,6 +65,7 @@ def shrink(command):
         small += ["--trainer.enable_checkpointing", "true"]
     if "gsm8k" in text:
         small += ["--data.tokenizer", "runs/teacher", "--data.max_length", "4096"]
+        small += ["--data.prompt_template", "{prompt}"]
     return [*command, *small]
 
 

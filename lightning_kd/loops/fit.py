@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
@@ -140,7 +141,12 @@ class FitLoop(_FitLoop):
 
     def setup_data(self) -> None:
         """Set up the loader, and what follows from the length of this epoch."""
-        super().setup_data()
+        with warnings.catch_warnings():
+            # Logs go on from epoch to epoch: a short epoch leaves none of them out.
+            warnings.filterwarnings(
+                "ignore", message="The number of training batches .* is smaller"
+            )
+            super().setup_data()
         if self._combined_loader is None or self._data_fetcher is None:
             return
         if self.restarting and self._combined_loader_states_to_load:
