@@ -24,14 +24,15 @@ class SumScale:
     the scaler would skip the first dozen steps. So the sum is multiplied by :math:`2^{-k}` before
     the backward pass and its gradients by :math:`2^k` after it. :math:`2^k` is at least the total
     weight of the tokens of a micro-batch: the largest mean over the micro-batches of a step so far,
-    or in the first step that of a micro-batch whose rows are all as long as they may be. It is one
+    and that of this step's first micro-batch on any rank. In the first step, where others follow that
+    may be longer, it is that of a micro-batch whose rows are all as long as they may be. It is one
     number for a whole step, on all ranks. In any other precision :math:`k` is 0; there it would
     change nothing, being exact.
     """
 
     def __init__(self) -> None:
         self.largest = 0.0
-        """The largest total weight of a micro-batch so far; it goes into checkpoints."""
+        """The largest mean weight of a step's micro-batches so far; it goes into checkpoints."""
         self._exponent = 0
         self._weight: Tensor | None = None
 
@@ -41,18 +42,25 @@ class SumScale:
         """What the sum of a micro-batch is multiplied by; all ranks ask together."""
         if not _in_fp16(trainer):
             return 1.0
-        if self.largest == 0:
-            rows, columns = scored.mask.shape
+        own = _weight(scored.tokens_per_row, normalization)
+        if self._weight is None:
+            self._begin_step(trainer, scored, normalization, own)
+        self._weight = own if self._weight is None else self._weight + own
+        return 2.0**-self._exponent
+
+    def _begin_step(
+        self, trainer: L.Trainer, scored: ScoredPositions, normalization: Normalization, own: Tensor
+    ) -> None:
+        expected = own
+        if self.largest == 0 and trainer.accumulate_grad_batches > 1:
             # The first micro-batch may be the shortest: a large guess costs bits of one step only.
+            rows, columns = scored.mask.shape
             data = getattr(trainer, "datamodule", None)
             longest = max(columns, getattr(data, "max_length", None) or _LONG)
             lengths = torch.full((rows,), longest, device=scored.mask.device)
             expected = _weight(lengths, normalization)
-            self.largest = trainer.strategy.reduce(expected, reduce_op="max").item()
-        self._exponent = max(0, math.ceil(math.log2(self.largest)))
-        own = _weight(scored.tokens_per_row, normalization)
-        self._weight = own if self._weight is None else self._weight + own
-        return 2.0**-self._exponent
+        first = trainer.strategy.reduce(expected, reduce_op="max").item()
+        self._exponent = max(0, math.ceil(math.log2(max(1.0, self.largest, first))))
 
     def after(self, trainer: L.Trainer, cut_into: int) -> float:
         """What the gradients of a step are multiplied by, which is cut into so many micro-batches."""

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, ReverseKL
@@ -26,6 +28,16 @@ from lightning_kd.scoring import ScoredPositions
 from lightning_kd.types import IGNORE_INDEX, Batch
 
 Dropout = Literal["none", "configured"]
+
+
+class _RestoreDropout(Callback):
+    """Lightning tells callbacks of an exception, and no module."""
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        assert isinstance(pl_module, PolicyGradientModule)  # it has brought this callback
+        pl_module.restore_dropout()
 
 
 class PolicyGradientModule(TeacherModule):
@@ -81,6 +93,14 @@ class PolicyGradientModule(TeacherModule):
     def on_fit_end(self) -> None:
         """Give the student its dropout back."""
         super().on_fit_end()
+        self.restore_dropout()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add what gives the student its dropout back where a run is broken off."""
+        return [*super().configure_callbacks(), _RestoreDropout()]
+
+    def restore_dropout(self) -> None:
+        """Give the student the dropout that was switched off."""
         restore(self._switched_off)
         self._switched_off = []
 

@@ -139,6 +139,20 @@ def test_a_student_gets_its_dropout_back():
     assert set(rates) == {0.1}
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_student_gets_its_dropout_back_from_a_run_that_is_broken_off(error):
+    class Broken(OnPolicyDistillation):
+        def loss_terms(self, batch, scores):
+            assert self.student.config.resid_pdrop == 0.1
+            assert {m.p for m in self.student.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+            raise error("broken off")
+
+    student = gpt2()
+    with pytest.raises((error, SystemExit)):
+        step(Broken, Student.of(student))
+    assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
+
+
 class Noisy(torch.nn.Module):
     """Noise in training that no probability of dropout tells of."""
 
