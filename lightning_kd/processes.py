@@ -27,7 +27,7 @@ def end_together() -> None:
     if launcher is None and "TORCHELASTIC_RUN_ID" in os.environ:  # started by torchrun
         launcher = str(os.getppid())
     if launcher is not None:
-        threading.Thread(target=_follow, args=(int(launcher),), daemon=True).start()
+        _follow_unless_a_grandparent(int(launcher))
     os.environ[_LAUNCHER] = str(os.getpid())
 
 
@@ -43,6 +43,21 @@ def wait_for(launcher: Any) -> None:
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def _follow_unless_a_grandparent(launcher: int) -> None:
+    """End with a launcher: it is the parent, or gone while this process was starting.
+
+    Where it is neither, the variable was handed down through a process that has its own way of
+    starting others, such as a fork server.
+    """
+    if os.getppid() == launcher:
+        threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
+        return
+    try:
+        os.kill(launcher, 0)
+    except ProcessLookupError:
+        os._exit(128 + signal.SIGTERM)
 
 
 def _follow(parent: int) -> None:

@@ -29,7 +29,7 @@ from tests.toys import ragged_batch, tiny_llama
 
 
 def with_strategy(strategy, **settings):
-    defaults = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "ckpt_path": None}
+    defaults = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "callbacks": []}
     return SimpleNamespace(strategy=strategy, **(defaults | settings))
 
 
@@ -57,9 +57,10 @@ def test_lightnings_own_are_refused_with_a_way_out(strategy, own):
 
 
 def test_lightnings_own_fsdp2_does_not_go_on():
-    check_trainer(with_strategy(ModelParallelStrategy()))
+    strategy = ModelParallelStrategy()
+    check_trainer(with_strategy(strategy))
     with pytest.raises(ValueError, match=r"go on from last\.ckpt with --trainer\.strategy fsdp2"):
-        check_trainer(with_strategy(ModelParallelStrategy(), ckpt_path="last.ckpt"))
+        strategy.load_checkpoint("last.ckpt")
 
 
 def test_deepspeed_takes_one_micro_batch_per_step():
@@ -94,7 +95,7 @@ def test_lora_of_a_model_that_was_handed_over_is_refused_before_it_is_in_shards(
     monkeypatch.setattr("lightning_kd.modules.student.shares_weights", lambda trainer: True)
     student = Student.of(tiny_llama(0))
     student.lora = LoRA(r=2)
-    with pytest.raises(ValueError, match="lora of a model that was handed over"):
+    with pytest.raises(ValueError, match="adapters of a model that was handed over"):
         trainer(max_steps=1).fit(
             SFT(student=student), datamodule=BatchList([ragged_batch([(2, 5)])])
         )
@@ -104,7 +105,7 @@ def test_a_directory_is_read_as_it_was_written(tmp_path):
     strategy = SingleDeviceStrategy("cpu")
     strategy._lightning_module = SFT(student=Student.of(tiny_llama(0)))
     written = {"strategy": "deepspeed", "stage": 2, "processes": 4}
-    with replacing(strategy, tmp_path / "last.ckpt", written) as fresh:
+    with replacing(strategy, tmp_path / "last.ckpt", written, {}) as fresh:
         fresh.mkdir()
     with read_safely(strategy, tmp_path / "last.ckpt", written, True):
         pass

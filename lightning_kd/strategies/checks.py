@@ -1,6 +1,9 @@
 """What a module asks of its trainer before it starts."""
 
+from typing import Any
+
 import lightning as L
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
@@ -64,13 +67,11 @@ def check_trainer(trainer: L.Trainer) -> None:
                 f"over the last one; use {own.__name__} of lightning_kd, or its name, such as "
                 f"--trainer.strategy {name}"
             )
-    foreign = not isinstance(strategy, FullyShardedStrategy)
-    if isinstance(strategy, ModelParallelStrategy) and foreign and trainer.ckpt_path is not None:
-        raise ValueError(
-            "ModelParallelStrategy of Lightning reads directories with pickle, and gives the states "
-            "of an optimizer with several groups to the wrong weights; go on from "
-            f"{trainer.ckpt_path} with --trainer.strategy fsdp2"
-        )
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(
+        strategy, FullyShardedStrategy
+    ):
+        # The trainer does not tell anybody the path before it asks the strategy to load it.
+        strategy.load_checkpoint = _refuse_to_go_on  # type: ignore[method-assign]
     cut_into = trainer.accumulate_grad_batches
     if isinstance(strategy, DeepSpeedStrategy) and cut_into > 1:
         raise ValueError(
@@ -79,3 +80,11 @@ def check_trainer(trainer: L.Trainer) -> None:
             "by the count of the whole step. Use accumulate_grad_batches: 1 with a larger "
             "data.batch_size or more processes, or --trainer.strategy fsdp2"
         )
+
+
+def _refuse_to_go_on(checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    raise ValueError(
+        "ModelParallelStrategy of Lightning reads directories with pickle, and gives the states of an "
+        f"optimizer with several groups to the wrong weights; go on from {checkpoint_path} with "
+        "--trainer.strategy fsdp2"
+    )

@@ -1,6 +1,7 @@
 """A checkpoint is no one's own: what one strategy has written, another one goes on from."""
 
 import os
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -101,6 +102,40 @@ def test_a_directory_for_one_process_is_refused_with_a_way_out(root, written):
     assert process.exitcode == 2
     assert "--trainer.strategy fsdp2" in said
     assert "Traceback" not in said
+
+
+def test_lightnings_own_fsdp2_does_not_go_on(root, written):
+    strategy = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+    folder, source = root / "foreign", step_six(written["one"])
+    (process,) = start(command(folder, strategy, 1, resume=source), 1)
+    process.join(60)
+    said = (folder / "log_0.txt").read_text()
+    assert process.exitcode == 2, said[-2000:]
+    assert f"go on from {source} with --trainer.strategy fsdp2" in said
+    assert not records(folder, 1)
+
+
+def test_a_flipped_bit_in_a_shard_is_refused_by_all_and_the_newest_complete_one_named(
+    root, written
+):
+    copied = root / "flipped" / "copied"
+    shutil.copytree(written["directory"] / "checkpoints", copied)
+    for damaged in (copied / "last.ckpt", *copied.glob("*step=12.ckpt")):
+        (shard,) = damaged.glob("__1_*.distcp")
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    (complete,) = copied.glob("*step=9.ckpt")
+    argv = command(root / "flipped", DIRECTORY, 2, resume=copied / "last.ckpt")
+    processes = start(argv, 2)
+    for process in processes:
+        process.join(60)
+    said = (root / "flipped" / "log_0.txt").read_text()
+    assert [process.exitcode for process in processes] == [2, 2], said[-2000:]
+    assert "last.ckpt is no checkpoint that can be read safely: its bytes are not" in said
+    assert f"The newest complete one beside it is {complete}" in said
+    assert "Traceback" not in said
+    assert not records(root / "flipped", 2)
 
 
 def test_no_checkpoint_has_a_teacher(written):
