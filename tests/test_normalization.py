@@ -10,6 +10,7 @@ from lightning_kd.normalization import (
     ConstantLength,
     SequenceMean,
     TokenMean,
+    divisor,
     make_normalization,
 )
 from lightning_kd.scoring import ScoredPositions
@@ -91,6 +92,11 @@ def test_coefficients_weigh_terms_in_the_loss_but_not_in_their_own_logs():
     sums = LossSums(("a", "b"))
     sums.add(weighed(terms, scored, TokenMean()))
     assert sums.close(lambda tensor: tensor).means == {"loss": 2.5, "a": 2.0, "b": 1.0}
+
+
+def test_a_count_below_one_divides_too():
+    """One's own normalization may count in other units than tokens."""
+    assert divisor(torch.tensor([0.25, 0.0])).tolist() == [0.25, 1.0]
 
 
 def test_unknown_names_list_the_choices():

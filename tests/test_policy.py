@@ -82,6 +82,11 @@ def test_the_baseline_is_the_mean_of_the_others_on_all_ranks():
     torch.testing.assert_close(everyone[:3] * 2 / 3, pool[:3] - pool[:3].mean())
 
 
+def test_each_of_two_is_the_others_baseline():
+    pair, group = torch.tensor([5.0, 2.0]), torch.tensor([0, 0])
+    assert leave_one_out(pair, group, pair, group).tolist() == [3.0, -3.0]
+
+
 RATIOS = torch.tensor([0.5, 0.9, 1.0, 1.1, 3.0], dtype=torch.float64)
 OLD = torch.full_like(RATIOS, -2.0)
 

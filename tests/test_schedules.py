@@ -21,6 +21,7 @@ def test_values_on_the_way():
         (lambda: Linear(-0.1, 1, steps=3), "start is -0.1"),
         (lambda: Linear(0, 2, steps=3), "end is 2"),
         (lambda: Cosine(0, 1, steps=0), "steps is 0; it must be 1 or more"),
+        (lambda: Steps([0, 1.5], boundaries=[5]), "value is 1.5; it is a share"),
         (lambda: Steps([0, 1], boundaries=[]), "one value more than boundaries"),
         (lambda: Steps([0, 1, 0], boundaries=[5, 5]), "must rise"),
     ],

@@ -32,8 +32,6 @@ class Decoder:
         # Without padding there is nothing to mask, and the attention kernel need not look.
         self._mask = None if bool(prompt_mask.all()) else prompt_mask
         self._position = prompt_mask.sum(-1, keepdim=True)
-        self.forwarded = 0
-        """Tokens that went through the model, padding included."""
         first = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         self.logits = self._forward(prompt_ids, first)
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
@@ -73,6 +71,5 @@ class Decoder:
                 f"{type(self.model).__name__} keeps no key-value cache; choose engine: "
                 "transformers for its completions"
             )
-        self.forwarded += ids.numel()
         logits: Tensor = output.logits[:, -1]
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
+from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
 from lightning_kd.data import PromptCompletionData
-from lightning_kd.generation import SamplingOptions
+from lightning_kd.generation import Completions, SamplingOptions
 from lightning_kd.models import ModelSource, RoutedTeacher, SingleTeacher, Student, TeacherEnsemble
 from lightning_kd.modules import (
     GKD,
@@ -221,7 +223,7 @@ def test_a_run_resumed_inside_a_window_goes_on_bit_for_bit(tmp_path):
 
 
 def test_resumed_rollouts_are_written_down_once(tmp_path):
-    path = tmp_path / "rollouts.jsonl"
+    path = tmp_path / "new" / "rollouts.jsonl"
     options = {"path": str(path)}
     fit(GKD(**models()), steps=4, options=options, more=[Saves(tmp_path)])
     whole = records(path)
@@ -410,6 +412,21 @@ def test_the_numbers_of_a_window_are_logged(tmp_path):
     assert table.count("\n") == 3
     assert "reverse KL per token" in table
     assert written.Histograms("rollout/length")
+
+
+def test_the_speed_of_writing_is_that_of_all_tokens():
+    """Three tokens and one, in a quarter of a second."""
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    ids, numbers = torch.tensor([[3, 4, 1], [1, 0, 0]]), torch.zeros(2, 3)
+    statistics = RolloutStatistics(0)
+    statistics.add(Completions(ids, mask, numbers, numbers, torch.tensor([True, True])), 0.25)
+    alone = SimpleNamespace(all_gather=lambda own: own[None])
+    lightning = SimpleNamespace(
+        global_step=4, log_every_n_steps=1, strategy=alone, loggers=[], callback_metrics={}
+    )
+    statistics.end(lightning, True, 1)
+    assert lightning.callback_metrics["rollout/tokens_per_second"] == 16
+    assert lightning.callback_metrics["rollout/length_mean"] == 2
 
 
 def test_writing_leaves_models_in_the_mode_they_were_in():

@@ -148,3 +148,10 @@ def test_characters_that_become_padding_are_refused():
             ValueError, match="does not know all characters of 'a dog', and gives <pad>"
         ):
             encode(["1+1=", "a dog"], arithmetic_tokenizer())
+
+
+def test_a_batch_has_prompts_only_if_every_row_has_one():
+    with_prompt = Example([2, 3], prompt_length=1, prompt="a", completion="b")
+    batch = Collator(PAD)([(0, 0, with_prompt), (1, 1, Example([2, 3, 4]))])
+    assert "prompt_ids" not in batch
+    assert batch["input_ids"].tolist() == [[2, 3, PAD], [2, 3, 4]]

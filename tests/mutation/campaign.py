@@ -31,9 +31,18 @@ from tests.mutation.mutants import Mutant, mutants, mutated
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 
-_STEPS = ("tests/modules/test_base.py", "tests/modules/test_methods.py")
-_POLICY = ("tests/modules/test_unbiased.py", *_STEPS)
-_DATA = ("tests/data/test_encoding.py", "tests/data/test_datamodules.py")
+_STEPS = (
+    *("tests/modules/test_base.py", "tests/modules/test_loss.py", "tests/modules/test_methods.py"),
+    *("tests/modules/test_teacher.py", "tests/modules/test_half_precision.py"),
+)
+_POLICY = (
+    *("tests/modules/test_unbiased.py", "tests/modules/test_rl_distillation.py"),
+    *("tests/modules/test_policy_gradient.py", *_STEPS),
+)
+_DATA = (
+    *("tests/data/test_encoding.py", "tests/data/test_framing.py", "tests/data/test_generated.py"),
+    *("tests/data/test_rendering.py", "tests/data/test_datamodules.py"),
+)
 _ROLLOUTS = ("tests/generation/test_rollouts.py", "tests/callbacks/test_on_policy_generation.py")
 TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/divergences/*.py": ["tests/divergences"],
@@ -64,7 +73,11 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/normalization.py": ["tests/test_normalization.py", "tests/modules/test_base.py"],
     "lightning_kd/scoring.py": ["tests/test_scoring.py", *_STEPS],
     "lightning_kd/schedules.py": ["tests/test_schedules.py"],
-    "lightning_kd/metrics.py": _STEPS,
+    "lightning_kd/metrics.py": [
+        "tests/test_metrics.py",
+        "tests/modules/test_dropped_mass.py",
+        *_STEPS,
+    ],
     "lightning_kd/callbacks/gradient_audit.py": ["tests/callbacks/test_gradient_audit.py"],
     "lightning_kd/callbacks/loss_normalization.py": ["tests/callbacks/test_loss_normalization.py"],
     "lightning_kd/callbacks/rollout_*.py": ["tests/callbacks/test_on_policy_generation.py"],
@@ -73,15 +86,14 @@ TESTS: dict[str, Sequence[str]] = {
 
 WIDE = (
     *("tests/divergences", "tests/evaluation", "tests/generation", "tests/data", "tests/callbacks"),
-    *(
-        "tests/modules/test_base.py",
-        "tests/modules/test_methods.py",
-        "tests/modules/test_minillm.py",
-    ),
-    *("tests/modules/test_unbiased.py", "tests/test_normalization.py", "tests/test_policy.py"),
+    *(*_POLICY, "tests/modules/test_minillm.py", "tests/modules/test_dropped_mass.py"),
+    *("tests/test_metrics.py", "tests/test_normalization.py", "tests/test_policy.py"),
     *("tests/test_rewards.py", "tests/test_schedules.py", "tests/test_scoring.py", "tests/models"),
 )
 """The tests of one process, without the command line."""
+
+_OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--ignore-glob=*/test_sharded_heads.py")
+"""Of pytest; tests that start processes are slow, and a formula should not have to wait for them."""
 
 WARM = (
     *("torch", "lightning.pytorch", "lightning.pytorch.cli", "jsonargparse", "datasets", "pytest"),
@@ -196,7 +208,7 @@ class Tree:
         sys.dont_write_bytecode = True
         sys.path.insert(0, str(self.root))
         os.environ |= {"PYTHONPATH": str(self.root), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-        code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests])
+        code = pytest.main([*_OPTIONS, *tests])
         library = sys.modules.get("lightning_kd")
         if library is not None and not str(library.__file__).startswith(str(self.root)):
             code = 99

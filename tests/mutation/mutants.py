@@ -112,6 +112,8 @@ def _is_silent(node: ast.AST) -> bool:
     """Is it no part of what the program computes?"""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
         return True  # a docstring
+    if isinstance(node, ast.keyword) and node.arg == "strict":
+        return True  # of zip: a check, like an assertion
     imports = (ast.Import, ast.ImportFrom, ast.Raise, ast.Assert, ast.JoinedStr)
     return isinstance(node, imports) or (
         isinstance(node, ast.Assign)
