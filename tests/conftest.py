@@ -1,11 +1,16 @@
 """Fixtures; everything a test writes stays under ``tmp_path``."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported: without it, a wrong name waits for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    # As under nohup: what a test starts would ignore it too, and some tests send it.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import pytest
 import torch

@@ -131,16 +131,16 @@ def test_a_template_of_the_command_line_reaches_the_rows_and_the_saved_config(cl
     data += ["--data.train", "rows.jsonl", "--data.validation", "rows.jsonl"]
     samples = [{"class_path": "CompletionSamples", "init_args": {"max_new_tokens": 2}}]
     cli(
-        *fit("sft", *data, "--data.prompt_template", "2: {prompt}"),
+        *fit("sft", *data, "--data.prompt_template", "2+{prompt}"),
         *("--trainer.callbacks", json.dumps(samples), "--data.batch_size", 1),
     )
     saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
-    assert saved["data"]["init_args"]["prompt_template"] == "2: {prompt}"
+    assert saved["data"]["init_args"]["prompt_template"] == "2+{prompt}"
     (run,) = Path("runs").glob("version_*")
     seen = EventAccumulator(str(run), size_guidance={"tensors": 0})
     seen.Reload()
     text = seen.Tensors("val/samples/text_summary")[-1].tensor_proto.string_val[0]
-    assert b"2: 1+1=" in text
+    assert b"2+1+1=" in text
 
 
 def test_baby_llama_on_ones_own_text(cli, tmp_path):

@@ -593,7 +593,7 @@ def test_another_cut_of_the_same_steps_goes_on_in_the_same_epochs(tmp_path, step
 
 def test_other_steps_are_refused(tmp_path):
     path = saved_at(tmp_path, 3)
-    with pytest.raises(ValueError, match=r"with 4 samples in an optimizer step .* this run has 2"):
+    with pytest.raises(ValueError, match=r"global_batch_size .*: 4 -> 2"):
         run(plain(), ckpt_path=path, data=Letters(10, batch_size=2), max_steps=20)
 
 
