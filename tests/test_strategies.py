@@ -104,6 +104,7 @@ def test_lora_of_a_model_that_was_handed_over_is_refused_before_it_is_in_shards(
 def test_a_directory_is_read_as_it_was_written(tmp_path):
     strategy = SingleDeviceStrategy("cpu")
     strategy._lightning_module = SFT(student=Student.of(tiny_llama(0)))
+    strategy._lightning_module.trainer = trainer(max_steps=1)
     written = {"strategy": "deepspeed", "stage": 2, "processes": 4}
     with replacing(strategy, tmp_path / "last.ckpt", written, {}) as fresh:
         fresh.mkdir()
