@@ -82,3 +82,13 @@ def test_the_readme_names_real_targets_configs_and_files():
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"\]\(((?!http)[^)#]+)\)", readme):
         assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_data_class_is_frozen(path):
+    """What is passed around and shared stays what it was made as."""
+    classes = [
+        node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)
+    ]
+    decorators = [ast.unparse(line) for node in classes for line in node.decorator_list]
+    assert {text for text in decorators if "dataclass" in text} <= {"dataclass(frozen=True)"}

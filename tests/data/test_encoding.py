@@ -1,4 +1,6 @@
 import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.data.collate import Collator
@@ -148,6 +150,14 @@ def test_characters_that_become_padding_are_refused():
             ValueError, match="does not know all characters of 'a dog', and gives <pad>"
         ):
             encode(["1+1=", "a dog"], arithmetic_tokenizer())
+
+
+def test_a_tokenizer_may_pad_with_its_unknown_token():
+    known = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=known, eos_token="<eos>", unk_token="<unk>", pad_token="<unk>"
+    )
+    assert encode_prompts(["a", "b"], tokenizer) == [[2], [0]]
 
 
 def test_a_batch_has_prompts_only_if_every_row_has_one():

@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from lightning_kd.generation import GenerationOptions, SamplingOptions, sample
+from lightning_kd.generation import GenerationOptions, SamplingOptions, sample, sampler
 from lightning_kd.generation.completions import Completions
-from lightning_kd.generation.sampler import _Uniforms
+from lightning_kd.generation.sampler import _draw, _Uniforms
 from lightning_kd.models import LoRA
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
@@ -367,3 +367,31 @@ def test_random_numbers_do_not_depend_on_how_many_are_drawn_at_once():
         generator = torch.Generator().manual_seed(seed)
         expected = torch.rand(600, generator=generator, dtype=torch.float64)
         assert torch.equal(drawn[row], expected)
+
+
+def test_a_number_that_rounds_up_to_1_draws_the_last_token():
+    log_probs = torch.tensor([[0.5, 0.25, 0.25]]).log()
+    drawn = _draw(log_probs, torch.ones(1, dtype=torch.float64), SamplingOptions(max_new_tokens=1))
+    assert drawn.tolist() == [2]
+
+
+def test_a_process_whose_rows_have_ended_goes_on_with_the_others(monkeypatch):
+    """In shards, all processes run the model together; another one writes three tokens more."""
+    left, asked = [], []
+
+    def any_process(flag, device):
+        asked.append((flag, device))
+        left.append(flag)
+        return left.count(False) <= 3
+
+    options = SamplingOptions(max_new_tokens=200)
+    alone = sample([(tiny_llama(1), 1.0)], *PROMPTS, options, seeds=range(6), **ENDS)
+    monkeypatch.setattr(sampler, "is_sharded", lambda model: True)
+    monkeypatch.setattr(sampler, "any_process", any_process)
+    together = sample([(tiny_llama(1), 1.0)], *PROMPTS, options, seeds=range(6), **ENDS)
+    length = alone.ids.shape[1]
+    assert alone.ended.all()
+    assert together.ids.shape[1] == length + 3
+    assert torch.equal(together.ids[:, :length], alone.ids)
+    assert not together.mask[:, length:].any()
+    assert {type(flag) for flag, _ in asked} == {bool}

@@ -134,7 +134,9 @@ def _changes(node: ast.AST) -> Iterator[tuple[ast.AST, ast.AST]]:
         new.op = ast.Or() if isinstance(new.op, ast.And) else ast.And()
         yield node, new
     elif isinstance(new, ast.UnaryOp) and isinstance(new.op, ast.Not | ast.USub | ast.Invert):
-        yield node, new.operand
+        # The last dimension is the second of most tensors; -1 becomes -2 as a constant.
+        if ast.unparse(new) != "-1":
+            yield node, new.operand
     elif isinstance(new, ast.Constant):
         yield from ((node, ast.Constant(value)) for value in _other_constants(new.value))
     elif isinstance(new, ast.IfExp):
