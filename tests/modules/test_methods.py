@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
-from lightning_kd.modules import SFT, BabyLlama, SupervisedKD
+from lightning_kd.modules import GKD, SFT, BabyLlama, SupervisedKD
 from lightning_kd.normalization import ConstantLength
 from tests.modules.harness import BatchList, fit_one_step, trainer
 from tests.toys import ragged_batch, tiny_llama
@@ -237,3 +237,10 @@ def test_wrong_values_are_refused_before_a_model_is_loaded():
         BabyLlama(kl_scale="mean", **sources)
     with pytest.raises(ValueError, match="unknown normalization"):
         SFT(student=sources["student"], normalization="mean")
+
+
+def test_gkd_says_that_nobody_generates(caplog):
+    module = GKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    with caplog.at_level("INFO"):
+        fit_one_step(module, [BATCH])
+    assert "GKD without the callback OnPolicyGeneration" in caplog.text

@@ -200,6 +200,35 @@ def test_noise_shows_in_the_first_completions_that_are_scored(first):
     assert fit.global_step == first
 
 
+def test_modes_are_compared_once():
+    """Also where one of a window's micro-batches has nothing to compare."""
+
+    class Counted(OnPolicyDistillation):
+        compared = 0
+
+        def prepare_rollouts(self, rollouts, options):
+            rollouts[0]["labels"] = torch.full_like(rollouts[0]["labels"], -100)
+            super().prepare_rollouts(rollouts, options)
+
+        def _compare_modes(self, batch):
+            assert (batch["labels"] != -100).any()
+            self.compared += 1
+
+    writing = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=6), table_every=0)
+    module = Counted(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    fit = trainer(max_steps=3, max_epochs=-1, callbacks=[writing], accumulate_grad_batches=2)
+    fit.fit(module, datamodule=Letters(batch_size=2))
+    assert module.compared == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match=f"temperature is {temperature}"):
+        OnPolicyDistillation(
+            student=Student("./never"), teacher=SingleTeacher("./never"), temperature=temperature
+        )
+
+
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="unknown dropout 'off'; choose one of"):
         OnPolicyDistillation(
