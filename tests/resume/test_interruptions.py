@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import time
 from functools import cache, partial
@@ -71,6 +72,64 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
     argv[-2:-2] = ["--ckpt_path", str(folder / "checkpoints" / "last.ckpt")]
     finish(start(argv, world), folder / "log_0.txt")
     assert differences(expected, folder, world) == []
+
+
+def get_stuck():
+    record = Recorder.on_train_batch_end
+
+    def recorded(self, trainer, *rest):
+        record(self, trainer, *rest)
+        if trainer.global_step == 1:
+            time.sleep(60)
+
+    Recorder.on_train_batch_end = recorded
+
+
+def test_a_second_ctrl_c_ends_a_process_that_is_stuck_in_a_step(root):
+    folder = root / "stuck"
+    (process,) = start(arguments("supervised_kd", "one", folder), 1, get_stuck)
+    while len(records(folder, 1)) < 2:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGINT)
+    process.join(1)
+    assert process.is_alive()  # it is to finish its step
+    os.kill(process.pid, signal.SIGINT)
+    process.join(10)
+    assert process.exitcode == -signal.SIGINT
+
+
+def delete(*, name):
+    record = Recorder.on_train_batch_end
+
+    def recorded(self, trainer, *rest):
+        record(self, trainer, *rest)
+        if trainer.train_dataloader.position == 9:
+            shutil.rmtree(self.path.parent / name)
+
+    Recorder.on_train_batch_end = recorded
+
+
+def test_checkpoints_that_are_deleted_underneath_are_missed_by_nobody(root, reference):
+    folder = root / "deleted"
+    argv = arguments("supervised_kd", "one", folder)
+    (process,) = start(argv, 1, partial(delete, name="checkpoints"))
+    process.join(120)
+    assert process.exitcode == 0, (folder / "log_0.txt").read_text()[-2000:]
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 12
+    assert differences(reference("one"), folder, 1) == []
+
+
+def test_logs_that_are_deleted_underneath_end_the_run_in_a_line(root):
+    folder = root / "unlogged"
+    argv = arguments("supervised_kd", "one", folder)
+    (process,) = start(argv, 1, partial(delete, name="runs"))
+    process.join(120)
+    said = (folder / "log_0.txt").read_text()
+    assert process.exitcode == 2, said[-2000:]
+    assert "lightning-kd: error: [Errno 2] No such file or directory" in said
+    assert "events.out" in said.split("lightning-kd: error:")[1]
+    assert (folder / "checkpoints" / "last.ckpt").exists()
 
 
 def fill_the_disk_after_the_first_checkpoint():
