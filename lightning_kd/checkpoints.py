@@ -111,8 +111,10 @@ def put_in_place(fresh: Path, place: Path) -> None:
 
 def readable_checkpoint(path: Path) -> Path:
     """The checkpoint, or what it was to replace when the process was killed between two renamings."""
+    if path.exists() or not path.name:
+        return path
     old = _old(path)
-    return old if not path.exists() and old.exists() else path
+    return old if old.exists() else path
 
 
 def check_file(path: Path) -> None:

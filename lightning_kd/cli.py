@@ -229,7 +229,8 @@ def _checkpoint_places(options: Any) -> list[Path]:
 
 
 def _exists(checkpoint: str) -> bool:
-    return "://" in checkpoint or readable_checkpoint(Path(checkpoint)).exists()
+    found = "://" in checkpoint or readable_checkpoint(Path(checkpoint)).exists()
+    return found and checkpoint != ""  # which Path takes for the working directory
 
 
 def _makes_directories(logger: Any) -> bool:

@@ -87,6 +87,13 @@ def test_random_weights_are_not_evaluated_in_python(teacher):
     trainer.test(trained, data, verbose=False)
 
 
+@pytest.mark.parametrize(
+    ("path", "said"), [("", "checkpoint '' does not exist"), ("/", "/ is a directory")]
+)
+def test_a_path_without_a_name_is_a_short_error(fails, path, said):
+    assert said in fails(*fit("sft", f"--ckpt_path={path}"))
+
+
 @pytest.mark.parametrize("seed", [-1, 2**70])
 def test_a_seed_out_of_range_is_a_short_error(fails, seed):
     assert f"seed_everything is {seed}" in fails(*fit("sft", f"--seed_everything={seed}"))
