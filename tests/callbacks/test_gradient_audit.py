@@ -319,9 +319,22 @@ def test_nothing_to_log_is_said_once():
     assert not any(name.startswith("norm/") for name in fit.callback_metrics)
 
 
-def test_a_larger_tolerance_where_anything_is_in_half_precision():
+def test_a_gradient_that_is_not_finite_in_one_place_is_not_compared():
+    class Infinite(SummedInOneProcess):
+        def on_fit_start(self):
+            self.embedding.weight.register_hook(
+                lambda gradient: gradient.index_fill(0, torch.tensor([3]), torch.inf)
+            )
+
+    outcome = audit_case(Case("", Infinite))
+    assert "the gradient of the step is not finite" in outcome.warnings[0]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-3), ("bf16-true", 0.05)])
+def test_a_larger_tolerance_where_anything_is_in_half_precision(precision, tolerance):
     callback = LossNormalizationDiagnostics(histograms_every=0, audit="first", on_fault="raise")
-    fit = trainer(max_steps=1, callbacks=[callback], precision="bf16-true")
+    fit = trainer(max_steps=1, callbacks=[callback], precision=precision)
     fit.fit(SFT(student=Student.of(tiny_llama(0))), datamodule=BatchList(BATCHES))
-    assert callback.audit.report.tolerance == 0.05
-    assert max(callback.audit.report.differences.values()) > 1e-4  # rounding
+    assert callback.audit.report.tolerance == tolerance
+    rounded = max(callback.audit.report.differences.values()) > 1e-4
+    assert rounded == (precision != "32-true")

@@ -7,7 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_kd.callbacks import LossNormalizationDiagnostics
 from lightning_kd.evaluation import TokenLoss
 from lightning_kd.models import SingleTeacher, Student
-from lightning_kd.modules import SFT, BabyLlama, DistillationModule, LossTerm
+from lightning_kd.modules import SFT, BabyLlama, DistillationModule, LossTerm, SupervisedKD
 from lightning_kd.normalization import ConstantLength
 from tests.modules.harness import BatchList, trainer
 from tests.toys import ragged_batch, tiny_llama
@@ -84,6 +84,14 @@ def test_the_error_of_a_mean_of_means_is_seen_where_counts_differ():
     norm, _ = logged(SFT(student=Student.of(tiny_llama(0))), [whole, ragged_batch([(2, 1)])])
     assert (norm["count_min"], norm["count_max"]) == (1, 15)
     assert norm["mean_of_means_error"] > 0.01
+
+
+def test_terms_that_share_a_normalization_agree_whatever_it_weighs():
+    teacher = SingleTeacher.of(tiny_llama(1))
+    module = SupervisedKD(
+        student=Student.of(tiny_llama(0)), teacher=teacher, normalization="sequence"
+    )
+    assert logged(module)[0]["terms_agree"] == 1
 
 
 def test_the_official_baby_llama_scale_shows_as_terms_that_do_not_agree():

@@ -19,6 +19,7 @@ from lightning_kd.evaluation import (
     per_token,
     weighted_sum,
 )
+from lightning_kd.evaluation.quantities import Agreement, TeacherEntropy, TeacherToken
 from lightning_kd.evaluation.sources import Projection
 from lightning_kd.policy import ImportanceSampling, PPOClip
 
@@ -133,3 +134,45 @@ def test_no_chunk_is_much_shorter_than_another(positions, rows):
         values = sweep.values()
     assert seen.rows == [rows]
     assert values.shape == (1, positions)
+
+
+@pytest.mark.parametrize(
+    "quantity", [TeacherEntropy(), TeacherCrossEntropy(), TeacherToken(TOKENS), Agreement()]
+)
+def test_a_quantity_of_the_teacher_is_asked_for_alone(quantity):
+    theirs = TeacherLogits((Projection(((TEACHER, torch.eye(VOCABULARY).double()),)),))
+    alone = per_token(Sweep(Projection(((STATES, HEAD),)), theirs, [quantity]))[0]
+    whole = quantity.values(Block(slice(0, N), STATES @ HEAD.T, (TEACHER,), of_one_model))
+    torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-13)
+
+
+def test_a_teacher_that_no_quantity_needs_is_not_run():
+    class Idle(Projection):
+        def fill(self, rows, out):
+            raise AssertionError("nobody asked")
+
+    theirs = TeacherLogits((Idle(((TEACHER, torch.eye(VOCABULARY).double()),)),))
+    source = Projection(((STATES, HEAD),))
+    values = per_token(Sweep(source, theirs, [CrossEntropy(TOKENS)]))[0]
+    torch.testing.assert_close(values, -chosen(STATES @ HEAD.T, 1.0), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_adapted_head_of_two_products_has_the_gradient_of_each(bias):
+    """As LoRA on an output head: a second product of low rank."""
+    sizes = [(N, HIDDEN), (VOCABULARY, HIDDEN), (N, 2), (VOCABULARY, 2), (VOCABULARY,)]
+    tensors = [draw(*size, seed=10 + k).requires_grad_() for k, size in enumerate(sizes)]
+    states, head, low, up, offset = tensors
+    wanted = tensors if bias else tensors[:4]
+    source = Projection(((states, head), (low, up)), offset if bias else None)
+    sweep = Sweep(source, None, [CrossEntropy(TOKENS)], chunk_bytes=8 * VOCABULARY * 2)
+    logits = states @ head.T + low @ up.T + (offset if bias else 0)
+    dense = -(chosen(logits, 1.0) * WEIGHTS).sum()
+    expected = torch.autograd.grad(dense, wanted)
+    for total in (weighted_sum(sweep, [WEIGHTS])[0], (per_token(sweep)[0] * WEIGHTS).sum()):
+        torch.testing.assert_close(total, dense, rtol=1e-12, atol=1e-13)
+        for got, right in zip(torch.autograd.grad(total, wanted), expected, strict=True):
+            torch.testing.assert_close(got, right, rtol=1e-11, atol=1e-12)
+    again = source.frozen_on(torch.device("cpu"))
+    for one, other in zip(again.inputs, source.inputs, strict=True):
+        assert torch.equal(one, other)

@@ -192,3 +192,19 @@ def test_rows_of_a_thousand_tokens_keep_their_gradient_in_fp16(divergence, monke
         gradients.append([g.double() / 2.0**10 for g in made])
     for exact, found in zip(*gradients, strict=True):
         assert (found - exact).norm() < 2e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e3])
+def test_fp16_products_of_gradients_add_up_over_chunks(size, monkeypatch):
+    """Each chunk has a power of two of its own, which must not touch what is there already."""
+    generator = torch.Generator().manual_seed(0)
+    gradient, states = (
+        torch.randn(8, 5, generator=generator),
+        torch.randn(8, 3, generator=generator),
+    )
+    gradient, states = gradient * torch.tensor([[1.0]] * 4 + [[1e-3]] * 4) * size, states.half()
+    as_on_cuda(monkeypatch)
+    made = torch.full((5, 3), 7.0)
+    products.to_weight(gradient[:4], states[:4], made, add=False)
+    products.to_weight(gradient[4:], states[4:], made, add=True)
+    torch.testing.assert_close(made, gradient.T @ states.float(), rtol=2e-3, atol=2e-3 * size)

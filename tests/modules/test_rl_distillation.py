@@ -187,6 +187,10 @@ def test_the_diagnostics_show_both_normalizations(window):
     assert logged["divergence/weight"] == pytest.approx(ALPHA)
     # What the loss would be with another normalization of the divergence: the reward keeps its own.
     assert logged["loss_sequence"] == pytest.approx(logged["train/loss"], rel=1e-6)
+    for name in ("token", "batch"):
+        _, other, _ = step(12 // window, window, normalization=name)
+        loss = other.callback_metrics["train/loss"].item()
+        assert logged[f"loss_{name}"] == pytest.approx(loss, rel=1e-6)
     assert logged["train/loss"] == pytest.approx(
         (1 - ALPHA) * logged["train/policy_gradient"] + ALPHA * logged["train/divergence"]
     )

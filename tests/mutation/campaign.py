@@ -87,7 +87,10 @@ TESTS: dict[str, Sequence[str]] = {
         *_STEPS,
     ],
     "lightning_kd/callbacks/gradient_audit.py": ["tests/callbacks/test_gradient_audit.py"],
-    "lightning_kd/callbacks/loss_normalization.py": ["tests/callbacks/test_loss_normalization.py"],
+    "lightning_kd/callbacks/loss_normalization.py": [
+        "tests/callbacks/test_loss_normalization.py",
+        *_POLICY,
+    ],
     "lightning_kd/callbacks/rollout_*.py": ["tests/callbacks/test_on_policy_generation.py"],
 }
 """The core, and the tests of each of its files; its examples are tests too."""
@@ -231,6 +234,7 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--files", nargs="+", default=[], help="parts of the names of files")
+    parser.add_argument("--only", type=Path, help="file of mutants as printed, instead of a sample")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--wide", action="store_true", help="survivors meet all tests of one process"
@@ -241,6 +245,10 @@ def main() -> None:
     tests, known = core_tests(), equivalents()
     files = [f for f in tests if not options.files or any(part in f for part in options.files)]
     chosen = sample(files, options.mutants, options.seed)
+    if options.only:
+        wanted = {line.split(" (line ")[0] for line in options.only.read_text().splitlines()}
+        chosen = [place for file in files for place in places(file) if place.key in wanted]
+        files = [*dict.fromkeys(place.file for place in chosen)]
     counts: dict[str, Counter[str]] = {file: Counter() for file in files}
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
