@@ -8,10 +8,6 @@ from pathlib import Path
 # Read by huggingface_hub when it is imported: without it, a wrong name waits for the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    # As under nohup: what a test starts would ignore it too, and some tests send it.
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
@@ -21,6 +17,16 @@ from lightning_kd.data import arithmetic_tokenizer
 from tests.toys import letter_tokenizer, tiny_llama
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def pytest_configure() -> None:
+    """Take signals that a shell ignores under nohup or in the background: some tests send them."""
+    for number, handler in (
+        (signal.SIGHUP, signal.SIG_DFL),
+        (signal.SIGINT, signal.default_int_handler),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

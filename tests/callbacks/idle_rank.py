@@ -37,7 +37,9 @@ from lightning_kd.strategies import FullyShardedStrategy
 from tests.modules.harness import BatchList, Letters, Listed, trainer
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
-OUT, STRATEGY = Path(sys.argv[1]), sys.argv[2]
+# pytest imports this file too, for its doctests, with arguments of its own.
+GIVEN = sys.argv[1:] if __name__ == "__main__" else ["", "alone"]
+OUT, STRATEGY = Path(GIVEN[0]), GIVEN[1]
 RANK = int(os.environ.get("LOCAL_RANK", "0"))
 WAIT = timedelta(minutes=2)
 ROWS, NOTHING = ragged_batch([(2, 5), (1, 3), (3, 4)]), ragged_batch([(3, 0), (2, 0), (4, 0)])
