@@ -45,6 +45,24 @@ def wait_for(launcher: Any) -> None:
                 process.kill()
 
 
+def start_worker(main: int, worker: int) -> None:
+    """Begin a process that prepares data: it ends with the main process, and never before it.
+
+    A signal to all processes of a run (Ctrl-C, ``timeout``, a scheduler) asks the main process to
+    save after its step, and for that step it needs the workers' batches. So they are a process group
+    of their own, and ignore what a terminal sends. Their SIGTERM stays torch's, which ends a worker
+    where its main process says so.
+
+    Args:
+        main: Id of the main process.
+        worker: Number of the worker.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_follow, args=(main,), daemon=True).start()
+
+
 def _follow_unless_a_grandparent(launcher: int) -> None:
     """End with a launcher: it is the parent, or gone while this process was starting.
 

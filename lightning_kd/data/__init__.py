@@ -4,7 +4,7 @@ from lightning_kd.data.arithmetic import ArithmeticData, arithmetic_tokenizer
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.encoding import Example, LengthLimit
-from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
+from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.paired import PairedLoader, PromptsAndText
 from lightning_kd.data.plain_text import DocumentData, PackedTextData
 from lightning_kd.data.plan import Epochs, RolloutPlan
@@ -12,6 +12,7 @@ from lightning_kd.data.rows import EncodedRows, PackedRows
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import ChatData, PromptCompletionData
 from lightning_kd.data.tokenizer_training import train_tokenizer, write_tokenizer
+from lightning_kd.data.workers import Rows
 
 __all__ = [
     "ArithmeticData",

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import Example
-from lightning_kd.data.loader import Rows
+from lightning_kd.data.workers import Rows
 from lightning_kd.seeding import derive_seed
 
 _SIGNS = "0123456789+="

@@ -1,5 +1,6 @@
 """What every data module shares: the tokenizer and the loaders."""
 
+import math
 from abc import abstractmethod
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -8,8 +9,9 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.collate import Collator
-from lightning_kd.data.loader import EvaluationLoader, Rows, TrainingLoader
+from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plan import RolloutPlan
+from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.loops import check_epochs, prepare_trainer
 from lightning_kd.models.vocabulary import load_tokenizer
 from lightning_kd.resuming import Resumable
@@ -45,13 +47,16 @@ class DistillationData(Resumable, L.LightningDataModule):
         batch_size: Rows of a micro-batch on one process.
         eval_batch_size: Rows of an evaluation batch; ``batch_size`` when not given.
         num_workers: Processes that prepare batches ahead; the rows do not depend on it.
+        worker_timeout: Longest wait for a batch of theirs, in seconds: one that hangs ends the run.
 
     Raises:
         ValueError: If a value is out of its range.
     """
 
     # The rows of a step are compared, not how many of them a process has.
-    may_change_on_resume = frozenset({"batch_size", "eval_batch_size", "num_workers"})
+    may_change_on_resume = frozenset(
+        {"batch_size", "eval_batch_size", "num_workers", "worker_timeout"}
+    )
 
     def __init__(
         self,
@@ -60,6 +65,7 @@ class DistillationData(Resumable, L.LightningDataModule):
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__()
         sizes = (batch_size, batch_size if eval_batch_size is None else eval_batch_size)
@@ -72,7 +78,12 @@ class DistillationData(Resumable, L.LightningDataModule):
             raise ValueError(
                 f"num_workers is {num_workers}; it must be 0 or more, and at most {_MOST_WORKERS:,}"
             )
-        self.batch_size, self.num_workers = batch_size, num_workers
+        if not (worker_timeout > 0 and math.isfinite(worker_timeout)):
+            raise ValueError(
+                f"worker_timeout is {worker_timeout}; it must be a number of seconds above 0"
+            )
+        self.batch_size = batch_size
+        self.num_workers, self.worker_timeout = num_workers, worker_timeout
         self.eval_batch_size = eval_batch_size or batch_size
         self._tokenizer = tokenizer
         self._rows: dict[Split, Rows | None] = {}
@@ -151,6 +162,7 @@ class DistillationData(Resumable, L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             num_workers=self.num_workers,
+            worker_timeout=self.worker_timeout,
             plan=plan or RolloutPlan(trainer.accumulate_grad_batches),
             files=self.files("train"),
         )
@@ -181,6 +193,7 @@ class DistillationData(Resumable, L.LightningDataModule):
             rank=trainer.global_rank,
             world_size=trainer.world_size,
             num_workers=self.num_workers,
+            worker_timeout=self.worker_timeout,
         )
 
     def _ready(self, split: Split) -> Rows:

@@ -1,40 +1,15 @@
 """Loaders that count what was consumed, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_kd.data.collate import Collator
-from lightning_kd.data.encoding import Example
 from lightning_kd.data.plan import Epochs, RolloutPlan
+from lightning_kd.data.workers import WORKER_TIMEOUT, Examples, Key, Rows, prepared_batches
 from lightning_kd.seeding import derive_seed
 from lightning_kd.types import FILLER_ROW, Batch
-
-Key = tuple[int, int, int, int]
-"""Sample number and row number as the batch shows them, row that is read, pass over the data."""
-
-
-class Rows(Protocol):
-    """A data set, one example at a time."""
-
-    def __len__(self) -> int:
-        """Number of rows; it does not change."""
-        ...
-
-    def example(self, row: int, pass_: int) -> Example:
-        """The example of a row; it may differ from pass to pass."""
-        ...
-
-
-class _Examples(Dataset[tuple[int, int, Example]]):
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __getitem__(self, key: Any) -> tuple[int, int, Example]:
-        sample, number, row, pass_ = key
-        return sample, number, self.rows.example(row, pass_)
 
 
 class TrainingLoader:
@@ -56,6 +31,7 @@ class TrainingLoader:
         rank: This process.
         world_size: All of them.
         num_workers: Processes that prepare batches ahead; they do not change the stream.
+        worker_timeout: Longest wait for a batch of theirs, in seconds.
         plan: Windows that are passed over several times, groups of samples of one row.
         files: What the rows were read from, and a digest of each: a resumed run must find the same.
 
@@ -90,12 +66,14 @@ class TrainingLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
         plan: RolloutPlan | None = None,
         files: Mapping[str, str] | None = None,
     ) -> None:
         self.plan = plan or RolloutPlan()
         self.files = dict(files or {})
-        self.rows, self.collate, self.num_workers = rows, collate, num_workers
+        self.rows, self.collate = rows, collate
+        self.num_workers, self.worker_timeout = num_workers, worker_timeout
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
         self.samples_per_micro_batch = batch_size * world_size
@@ -131,7 +109,8 @@ class TrainingLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Go on behind the last batch that was handed out, to the end of the epoch."""
-        for batch in _loader(self.rows, self._keys(), self.collate, self.num_workers):
+        workers = (self.num_workers, self.worker_timeout)
+        for batch in prepared_batches(self.rows, self._keys(), self.collate, *workers):
             # Counted before it is handed out: whoever has the batch sees it as consumed.
             self.position += 1
             yield batch
@@ -139,7 +118,7 @@ class TrainingLoader:
     def window(self, index: int) -> list[Batch]:
         """The micro-batches of a window on this rank, before anything is written in them."""
         numbers = range(index * self.plan.micro_batches, (index + 1) * self.plan.micro_batches)
-        examples = _Examples(self.rows)
+        examples = Examples(self.rows)
         return [self.collate([examples[key] for key in self._samples(n, {})]) for n in numbers]
 
     def window_of(self, batch: Batch) -> tuple[int, int]:
@@ -250,6 +229,7 @@ class EvaluationLoader:
         rank: This process.
         world_size: All of them.
         num_workers: Processes that prepare batches ahead.
+        worker_timeout: Longest wait for a batch of theirs, in seconds.
     """
 
     def __init__(
@@ -261,8 +241,10 @@ class EvaluationLoader:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
-        self.rows, self.collate, self.num_workers = rows, collate, num_workers
+        self.rows, self.collate = rows, collate
+        self.num_workers, self.worker_timeout = num_workers, worker_timeout
         self.batch_size, self.rank, self.world_size = batch_size, rank, world_size
 
     def __len__(self) -> int:
@@ -271,7 +253,8 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's batches."""
-        yield from _loader(self.rows, self._keys(), self.collate, self.num_workers)
+        workers = (self.num_workers, self.worker_timeout)
+        yield from prepared_batches(self.rows, self._keys(), self.collate, *workers)
 
     def _keys(self) -> Iterator[list[Key]]:
         for batch in range(len(self)):
@@ -281,19 +264,3 @@ class EvaluationLoader:
             # A single process has no one to keep in step with: its last batch is simply shorter.
             fill = self.batch_size - len(real) if self.world_size > 1 else 0
             yield [(n, n, n, 0) for n in real] + [(FILLER_ROW, FILLER_ROW, 0, 0)] * fill
-
-
-def _loader(
-    rows: Rows, keys: Iterator[list[Key]], collate: Collator, num_workers: int
-) -> DataLoader[Batch]:
-    examples: Any = _Examples(rows)  # the collator turns its items into a Batch
-    return DataLoader(
-        examples,
-        batch_sampler=keys,
-        collate_fn=collate,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        # Without one of its own it draws from the global generator each time it starts, and
-        # training would depend on how often there was validation.
-        generator=torch.Generator(),
-    )

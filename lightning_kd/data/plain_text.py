@@ -6,10 +6,10 @@ import datasets
 
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
-from lightning_kd.data.loader import Rows
 from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import TextData
+from lightning_kd.data.workers import Rows
 from lightning_kd.seeding import run_seed
 
 

@@ -17,9 +17,9 @@ from lightning_kd.data.encoding import (
     encode_prompts,
 )
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
-from lightning_kd.data.loader import Rows
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, digests, load_rows
+from lightning_kd.data.workers import Rows
 
 
 class TextData(DistillationData):

@@ -234,6 +234,9 @@ def test_what_is_missing_is_named():
             data(**{name: 10**9})
     with pytest.raises(ValueError, match=r"num_workers is 100000; .* at most 1,024"):
         data(num_workers=100_000)
+    for value in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"worker_timeout is {value}; .* above 0"):
+            data(worker_timeout=value)
     with pytest.raises(
         ValueError, match=r"a window has 1000000000 micro-batches .* at most 65,536"
     ):

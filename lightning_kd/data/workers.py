@@ -1,0 +1,89 @@
+"""Batches of rows, prepared in this process or ahead of it in others."""
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_kd.data.collate import Collator
+from lightning_kd.data.encoding import Example
+from lightning_kd.processes import start_worker
+from lightning_kd.types import Batch
+
+Key = tuple[int, int, int, int]
+"""Sample number and row number as the batch shows them, row that is read, pass over the data."""
+
+WORKER_TIMEOUT = 600.0
+"""Longest wait for a batch of a worker process, in seconds; longer than any that works takes."""
+
+
+class Rows(Protocol):
+    """A data set, one example at a time."""
+
+    def __len__(self) -> int:
+        """Number of rows; it does not change."""
+        ...
+
+    def example(self, row: int, pass_: int) -> Example:
+        """The example of a row; it may differ from pass to pass."""
+        ...
+
+
+class Examples(Dataset[tuple[int, int, Example]]):
+    """The examples of rows, by :data:`Key`."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __getitem__(self, key: Any) -> tuple[int, int, Example]:
+        """Sample number and row number, and the example."""
+        sample, number, row, pass_ = key
+        return sample, number, self.rows.example(row, pass_)
+
+
+def prepared_batches(
+    rows: Rows,
+    keys: Iterator[list[Key]],
+    collate: Collator,
+    num_workers: int,
+    worker_timeout: float,
+) -> Iterator[Batch]:
+    """Batches of the rows that the keys name, in their order.
+
+    Args:
+        rows: The data.
+        keys: What each batch reads.
+        collate: Makes a batch.
+        num_workers: Processes that prepare batches ahead; 0 prepares them here.
+        worker_timeout: Longest wait for a batch of theirs, in seconds.
+
+    Raises:
+        TimeoutError: If none came in this time.
+    """
+    examples: Any = Examples(rows)  # the collator turns its items into a Batch
+    loader: DataLoader[Batch] = DataLoader(
+        examples,
+        batch_sampler=keys,
+        collate_fn=collate,
+        num_workers=num_workers,
+        timeout=worker_timeout if num_workers else 0,
+        worker_init_fn=partial(start_worker, os.getpid()),
+        pin_memory=torch.cuda.is_available(),
+        # Without one of its own it draws from the global generator each time it starts, and
+        # training would depend on how often there was validation.
+        generator=torch.Generator(),
+    )
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader timed out" not in str(error):
+            raise
+        raise TimeoutError(
+            f"the {num_workers} data.num_workers have prepared no batch in {worker_timeout:g} s, the "
+            "data.worker_timeout: one of them hangs, or reading the rows of a batch takes that long. "
+            "Set data.num_workers: 0 to prepare batches in the main process, or raise "
+            "data.worker_timeout"
+        ) from error

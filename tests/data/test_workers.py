@@ -1,0 +1,93 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from lightning_kd.data import Collator, EvaluationLoader, Example, TrainingLoader
+from tests.scripts import ROOT
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+
+
+class Stuck:
+    """Rows that name the process that reads them; the fifth is never read to its end."""
+
+    def __len__(self):
+        return 8
+
+    def example(self, row, pass_):
+        if row == 4:
+            time.sleep(1000)
+        return Example([os.getpid()])
+
+
+def gone(process):
+    """Does a process end within ten seconds?"""
+    for _ in range(100):
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize("kind", [TrainingLoader, EvaluationLoader])
+def test_a_worker_that_hangs_ends_the_run_by_name(kind, monkeypatch):
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    seed = {"seed": 0} if kind is TrainingLoader else {}
+    loader = kind(Stuck(), Collator(0), batch_size=1, num_workers=1, worker_timeout=0.5, **seed)
+    workers = set()
+    expected = r"(?s)prepared no batch in 0\.5 s.*num_workers: 0 .* raise\s+data\.worker_timeout"
+    with pytest.raises(TimeoutError, match=expected):
+        workers.update(int(batch["input_ids"]) for batch in loader)
+    assert all(gone(worker) for worker in workers)
+
+
+def test_an_error_of_a_worker_stays_what_it_is():
+    class Broken(Stuck):
+        def example(self, row, pass_):
+            raise RuntimeError("no such row")
+
+    loader = EvaluationLoader(Broken(), Collator(0), batch_size=1, num_workers=1)
+    with pytest.raises(RuntimeError, match="no such row"):
+        list(loader)
+
+
+RUN = """
+import os, signal, sys
+from lightning_kd.data import Collator, EvaluationLoader
+from tests.data.test_workers import Stuck
+
+asked = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, lambda number, frame: asked.append(number))
+loader = EvaluationLoader(Stuck(), Collator(0), batch_size=1, num_workers=2, worker_timeout=30)
+for row, batch in zip(range(4), loader):
+    if row == 0:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            os.killpg(0, number)
+    print(int(batch["input_ids"]), flush=True)
+assert len(asked) == 3
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_workers_outlive_signals_to_all_processes_and_end_with_the_main_one():
+    """The main process needs their batches to finish its step; one of them hangs when it is killed."""
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", RUN],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    workers = {int(line) for line in run.stdout.split()}
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert len(run.stdout.split()) == 4
+    assert len(workers) == 2
+    assert all(gone(worker) for worker in workers)
