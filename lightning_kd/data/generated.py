@@ -54,7 +54,8 @@ def given_ids(
         tokenizer: The one that the ids must belong to.
 
     Raises:
-        ValueError: If the ids are another tokenizer's, nobody's, or none of this tokenizer.
+        ValueError: If the ids are another tokenizer's, nobody's, or none of this tokenizer, or those
+            of a completion go on behind its EOS.
     """
     if not any(columns.get(name, ())):
         return [None] * len(columns[WHERE])
@@ -80,6 +81,13 @@ def given_ids(
                 f"{where}: column {name!r} has {wrong[0]!r}, which is no token of the tokenizer: its "
                 f"ids go from 0 to {size - 1}. Leave the row out, or set data.use_token_ids: false "
                 "to tokenize the texts"
+            )
+        eos = tokenizer.eos_token_id
+        if name == COMPLETION_IDS and eos in ids[:-1]:
+            raise ValueError(
+                f"{where}: column {name!r} has the EOS, {eos}, as number {ids.index(eos) + 1} of its "
+                f"{len(ids)} tokens, and generation ends there: what follows must not be trained on. "
+                "Cut the ids behind it"
             )
         result.append(ids)
     return result

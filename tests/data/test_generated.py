@@ -71,6 +71,8 @@ def test_a_column_says_which_completions_ended_also_without_ids():
         ({"completion_ids": [4, -1]}, "has -1, which is no token"),
         ({"prompt_ids": ["a"]}, "column 'prompt_ids' has 'a', which is no token"),
         ({"prompt_ids": [True]}, "has True, which is no token"),
+        ({"completion_ids": [3, EOS, 4, EOS]}, "has the EOS, 1, as number 2 of its 4 tokens"),
+        ({"completion_ids": [4, EOS, EOS]}, "has the EOS, 1, as number 2 of its 3 tokens"),
         ({"completion_ids": "4 1"}, "column 'completion_ids' must be a list"),
         ({"ended": "yes"}, "column 'ended' must be true or false, got str 'yes'"),
         ({"tokenizer_fingerprint": "0123"}, "but of tokenizer 0123, and data.tokenizer is .*false"),
