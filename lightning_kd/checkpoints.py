@@ -22,6 +22,11 @@ RUN_KEY = "lightning_kd"
 ABOUT = "about.json"
 """In a directory: by whom it was written, shapes of weights, checksums; it is looked at first."""
 
+_CHECKSUM = "checksum"
+"""In that file: of all else in it."""
+
+_ABOUT_HAS = {"writer", "weights", "run", "step", "best", "weights_only", "checksums"}
+
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
     *(ValueError, KeyError, TypeError, AttributeError),
@@ -140,6 +145,36 @@ def checksums(directory: Path, share: slice = slice(None)) -> dict[str, int]:
     return {str(path.relative_to(directory)): _checksum(path) for path in files[share]}
 
 
+def write_about(directory: Path, about: Mapping[str, Any]) -> None:
+    """Write what a directory says of itself, with a checksum of its own; it is written last."""
+    text = json.dumps(about)
+    # Read back, for JSON makes lists of tuples and text of keys.
+    (directory / ABOUT).write_text(json.dumps(json.loads(text) | {_CHECKSUM: _text_checksum(text)}))
+
+
+def read_about(directory: Path) -> dict[str, Any]:
+    """Read what a directory says of itself.
+
+    Raises:
+        ValueError: If it does not, so that it is not complete, or not in the words that were written.
+    """
+    try:
+        about = json.loads((directory / ABOUT).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"it is incomplete: {ABOUT}, which is written last, is missing") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"its file {ABOUT} is cut short or damaged ({error})") from error
+    if not isinstance(about, dict) or _CHECKSUM not in about:
+        raise ValueError(
+            f"its file {ABOUT} has no checksum: it is damaged, or of an earlier version of this library"
+        )
+    if about.pop(_CHECKSUM) != _text_checksum(json.dumps(about)):
+        raise ValueError(f"its bytes are not those that were written ({ABOUT})")
+    if lacking := sorted(_ABOUT_HAS - about.keys()):
+        raise ValueError(f"its file {ABOUT} lacks {', '.join(lacking)}")
+    return about
+
+
 def check_directory(
     directory: Path, written: Mapping[str, int], share: slice = slice(None)
 ) -> None:
@@ -162,10 +197,10 @@ def newest_complete(near: Path) -> Path | None:
     for path in sorted(others, key=lambda path: path.stat().st_mtime, reverse=True):
         try:
             if path.is_dir():
-                check_directory(path, json.loads((path / ABOUT).read_text())["checksums"])
+                check_directory(path, read_about(path)["checksums"])
             else:
                 check_file(path)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError):
             continue
         return path
     return None
@@ -181,6 +216,15 @@ def summarize(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     best = next((s["best_model_path"] for s in monitored if s.get("best_model_path")), None)
     step, alone = checkpoint.get("global_step", 0), "callbacks" not in checkpoint
     return {"step": step, "best": best, "weights_only": alone}
+
+
+def weights_alone() -> ValueError:
+    """What to say where training is to go on from weights."""
+    return ValueError(
+        "the checkpoint holds weights alone (save_weights_only): without the state of the "
+        "optimizer, schedule and loops training cannot go on. Resume from another checkpoint "
+        "of the run; validate, test and predict take this one"
+    )
 
 
 def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
@@ -236,6 +280,10 @@ def unsafe(path: _PATH, error: BaseException) -> ValueError:
         f"{path} is no checkpoint that can be read safely: {reason[:200]}. {way_out}; give one that "
         "this library has written, from a source that you trust"
     )
+
+
+def _text_checksum(text: str) -> int:
+    return zlib.crc32(text.encode())
 
 
 def _checksum(path: Path) -> int:

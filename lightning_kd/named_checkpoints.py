@@ -1,17 +1,14 @@
 """The checkpoints that a run calls last and best."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from lightning_kd.checkpoints import ABOUT, explained, summarize, unsafe
+from lightning_kd.checkpoints import explained, read_about, summarize, unsafe
 
 Name = Literal["last", "best"]
-
-_UNKNOWN = {"step": 0, "best": None, "weights_only": False}
 
 
 def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
@@ -32,7 +29,7 @@ def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
     last = max(found, key=lambda path: (known[path]["step"], path.stat().st_mtime))
     if name == "last":
         return _named(last)
-    telling = [path for path in found if not known[path].get("weights_only")]
+    telling = [path for path in found if not known[path]["weights_only"]]
     if not telling:
         raise ValueError(
             f"--ckpt_path best: {last} holds weights alone (save_weights_only), which do not say which "
@@ -65,9 +62,9 @@ def _named(path: Path) -> Path:
 def _read(path: Path) -> dict[str, Any]:
     if path.is_dir():
         try:
-            about: dict[str, Any] = json.loads((path / ABOUT).read_text())
-        except (OSError, ValueError) as error:
+            about = read_about(path)
+        except ValueError as error:
             raise unsafe(path, error) from error
-        return {name: about.get(name, default) for name, default in _UNKNOWN.items()}
+        return {name: about[name] for name in ("step", "best", "weights_only")}
     with explained(path):
         return summarize(torch.load(path, mmap=True, map_location="cpu", weights_only=True))

@@ -4,6 +4,7 @@ import json
 import pickle
 from pathlib import Path, PosixPath
 
+import lightning as L
 import pytest
 import torch
 import torch.distributed.checkpoint
@@ -11,7 +12,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.callbacks.completion_samples import markdown_table
-from lightning_kd.checkpoints import AtomicCheckpointIO
+from lightning_kd.checkpoints import AtomicCheckpointIO, checksums, write_about
 from lightning_kd.data import ChatData, PromptCompletionData, arithmetic_tokenizer
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
@@ -38,11 +39,20 @@ def test_a_checkpoint_is_not_executed(tmp_path):
 def shards(folder, state):
     """A directory as all processes would write it, by one."""
     torch.distributed.checkpoint.save(state, checkpoint_id=folder)
+    describe_as_the_library_does(Path(folder))
     return Path(folder)
+
+
+def describe_as_the_library_does(folder):
+    """Whoever writes a hostile directory writes its checksums, too."""
+    about = {"writer": {"strategy": "fsdp2"}, "weights": {}, "run": {}, "step": 1, "best": None}
+    write_about(folder, about | {"weights_only": False, "checksums": checksums(folder)})
 
 
 def read(folder, weights_only=True):
     strategy = SingleDeviceStrategy("cpu")
+    strategy._lightning_module = L.LightningModule()
+    strategy._lightning_module.trainer = trainer()
     state = {"tensor": torch.zeros(2), "bytes": None}
     with read_safely(strategy, Path(folder), {"strategy": "fsdp2"}, weights_only):
         torch.distributed.checkpoint.load(state, checkpoint_id=folder)
@@ -84,6 +94,7 @@ def test_the_index_of_shards_is_not_executed(attack):
     folder = shards("shards", good)
     assert read("shards")["bytes"] == "linear"
     attack(folder)
+    describe_as_the_library_does(folder)
     with pytest.raises(ValueError, match=r"\.metadata is no checkpoint that can be read safely"):
         read("shards")
     assert not Path("executed").exists()

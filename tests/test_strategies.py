@@ -1,3 +1,5 @@
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +13,13 @@ from lightning.pytorch.strategies import (
     SingleDeviceStrategy,
     StrategyRegistry,
 )
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, TimeoutReport
 from lightning_kd.models import LoRA, Student
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import SFT
+from lightning_kd.named_checkpoints import find_checkpoint
 from lightning_kd.strategies import (
     FlatShardedStrategy,
     FullyShardedStrategy,
@@ -101,27 +105,101 @@ def test_lora_of_a_model_that_was_handed_over_is_refused_before_it_is_in_shards(
         )
 
 
-def test_a_directory_is_read_as_it_was_written(tmp_path):
+WRITTEN = {"strategy": "deepspeed", "stage": 2, "processes": 4}
+
+
+def write_directory(path, steps=1, **checkpoint):
+    """What every strategy does around the writing of its shards."""
     strategy = SingleDeviceStrategy("cpu")
     strategy._lightning_module = SFT(student=Student.of(tiny_llama(0)))
     strategy._lightning_module.trainer = trainer(max_steps=1)
-    written = {"strategy": "deepspeed", "stage": 2, "processes": 4}
-    with replacing(strategy, tmp_path / "last.ckpt", written, {}) as fresh:
+    state = {"global_step": steps, "callbacks": {}} | checkpoint
+    with replacing(strategy, path, WRITTEN, state) as fresh:
         fresh.mkdir()
-    with read_safely(strategy, tmp_path / "last.ckpt", written, True):
-        pass
+        (fresh / "shard").write_bytes(bytes(range(256)))
+    os.utime(path, (steps, steps))
+    return strategy
+
+
+def read_directory(strategy, path, writer=WRITTEN):
+    """What every strategy does around the reading of them."""
+    with read_safely(strategy, path, writer, True):
+        return True
+
+
+def test_a_directory_is_read_as_it_was_written(tmp_path):
+    strategy = write_directory(tmp_path / "last.ckpt")
+    assert read_directory(strategy, tmp_path / "last.ckpt")
     said = "written with strategy deepspeed, stage 2, processes 4, and this run has strategy fsdp;"
-    with (
-        pytest.raises(ValueError, match=said),
-        read_safely(strategy, tmp_path / "last.ckpt", {"strategy": "fsdp"}, True),
-    ):
-        pass
-    (tmp_path / "last.ckpt" / "about.json").write_text("[]")
-    with (
-        pytest.raises(ValueError, match=r"about\.json is no checkpoint that can be read"),
-        read_safely(strategy, tmp_path / "last.ckpt", written, True),
-    ):
-        pass
+    with pytest.raises(ValueError, match=said):
+        read_directory(strategy, tmp_path / "last.ckpt", {"strategy": "fsdp"})
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << (place % 7)  # stays text
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "missing": (Path.unlink, "it is incomplete: about.json, which is written last, is missing"),
+    "empty": (lambda about: os.truncate(about, 0), "about.json is cut short or damaged"),
+    "truncated": (lambda about: os.truncate(about, 900), "about.json is cut short or damaged"),
+    "a list": (lambda about: about.write_text("[]"), "about.json has no checksum"),
+    "nothing": (lambda about: about.write_text("{}"), "about.json has no checksum"),
+    "a shard": (lambda about: flip(about.with_name("shard"), 100), r"not those .* \(shard\)"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_directory_is_refused_and_the_newest_complete_one_named(tmp_path, damage):
+    for steps in (1, 2, 3, 4):
+        strategy = write_directory(tmp_path / f"step={steps}.ckpt", steps)
+    hurt, said = DAMAGES[damage]
+    for steps in (3, 4):
+        hurt(tmp_path / f"step={steps}.ckpt" / "about.json")
+    with pytest.raises(ValueError, match=said) as refused:
+        read_directory(strategy, tmp_path / "step=4.ckpt")
+    assert str(refused.value).startswith(f"{tmp_path / 'step=4.ckpt'} is no checkpoint that")
+    assert f"newest complete one beside it is {tmp_path / 'step=2.ckpt'}" in str(refused.value)
+
+
+def test_a_flipped_bit_in_what_a_directory_says_of_itself_is_found(tmp_path):
+    """Wherever it is: also in a name, a shape or a number, which would only mean something else."""
+    path = tmp_path / "last.ckpt"
+    strategy = write_directory(path, best="step=1.ckpt")
+    about = path / "about.json"
+    text = about.read_bytes()
+    for place in range(0, len(text), 11):
+        flip(about, place)
+        with pytest.raises(
+            ValueError, match=r"last\.ckpt is no checkpoint .* about\.json|about\.json\)"
+        ):
+            read_directory(strategy, path)
+        about.write_bytes(text)
+    assert read_directory(strategy, path)
+
+
+def test_last_and_best_are_looked_for_among_undamaged_directories(tmp_path):
+    write_directory(tmp_path / "step=2.ckpt", 2)
+    write_directory(tmp_path / "step=4.ckpt", 4)
+    assert find_checkpoint("last", [tmp_path]) == tmp_path / "step=4.ckpt"
+    (tmp_path / "step=4.ckpt" / "about.json").unlink()
+    with pytest.raises(ValueError, match=r"incomplete.* beside it is .*step=2\.ckpt"):
+        find_checkpoint("last", [tmp_path])
+
+
+def test_weights_alone_in_a_directory_are_evaluated_and_not_trained_on(tmp_path):
+    path = tmp_path / "last.ckpt"
+    strategy = write_directory(path)
+    with replacing(strategy, path, WRITTEN, {"global_step": 1}) as fresh:  # save_weights_only
+        fresh.mkdir()
+    state = strategy.lightning_module.trainer.state
+    state.fn = TrainerFn.VALIDATING
+    assert read_directory(strategy, path)
+    state.fn = TrainerFn.FITTING
+    with pytest.raises(ValueError, match=r"holds weights alone .* Resume from another checkpoint"):
+        read_directory(strategy, path)
 
 
 def test_what_lightning_lets_pass():

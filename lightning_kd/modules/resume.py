@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_kd.checkpoints import weights_alone
 from lightning_kd.resuming import SHOWN, Plain, Resumable, describe, differences
 from lightning_kd.seeding import run_seed
 
@@ -63,11 +64,7 @@ class Resumption:
             ValueError: If this run differs in what must not change.
         """
         if checkpoint is not None and "lr_schedulers" not in checkpoint:
-            raise ValueError(
-                "the checkpoint holds weights alone (save_weights_only): without the state of the "
-                "optimizer, schedule and loops training cannot go on. Resume from another checkpoint "
-                "of the run; validate, test and predict take this one"
-            )
+            raise weights_alone()
         if _SETTINGS not in saved:
             rank_zero_warn(
                 "the checkpoint does not remember what its run was told, so this run is not "

@@ -1,6 +1,5 @@
 """Checkpoints that all processes write to one directory."""
 
-import json
 import os
 import pickle
 import shutil
@@ -16,16 +15,17 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.serialization import safe_globals
 
 from lightning_kd.checkpoints import (
-    ABOUT,
     RUN_KEY,
     check_directory,
     checksums,
     compare_shapes,
-    explained,
     fresh_name,
     put_in_place,
+    read_about,
     summarize,
     unsafe,
+    weights_alone,
+    write_about,
 )
 from lightning_kd.strategies.pieces import shapes
 from lightning_kd.strategies.shard_index import check_indices
@@ -63,7 +63,7 @@ def replacing(
         about = {"writer": writer, "weights": _shapes(strategy), "run": run}
         about |= summary
         about["checksums"] = {name: checksum for part in shares for name, checksum in part.items()}
-        (fresh / ABOUT).write_text(json.dumps(about))
+        write_about(fresh, about)
         put_in_place(fresh, path)
     strategy.barrier("checkpoint_in_place")
 
@@ -88,23 +88,23 @@ def read_safely(
         classes: Harmless ones that may be in it, besides tensors and plain values.
 
     Raises:
-        ValueError: If something in it would be executed, or it was written by another strategy, in
-            another layout, or of another model.
+        ValueError: If something in it would be executed, is damaged or missing, or it was written by
+            another strategy, in another layout, or of another model, or is not one to train on from.
     """
-    if (path / ABOUT).exists():
-        _compare(path / ABOUT, writer, _shapes(strategy))
-        with explained(path):
-            about = json.loads((path / ABOUT).read_text())
-        damage = ""
-        try:
-            check_directory(path, about["checksums"], _share())
-        except (OSError, ValueError) as error:
-            damage = str(error)
-        # Every process hears of what one has found, and none waits for another that has stopped.
-        found = next((said for said in _from_all(damage) if said), None)
-        if found:
-            raise unsafe(path, ValueError(found))
-        compare_run(strategy, about["run"])
+    about, damage = {}, ""
+    try:
+        about = read_about(path)
+        check_directory(path, about["checksums"], _share())
+    except (OSError, ValueError) as error:
+        damage = str(error)
+    # Every process hears of what one has found, and none waits for another that has stopped.
+    found = next((said for said in _from_all(damage) if said), None)
+    if found:
+        raise unsafe(path, ValueError(found))
+    _compare(path, about, writer, _shapes(strategy))
+    if about["weights_only"] and _trains(strategy):
+        raise weights_alone()
+    compare_run(strategy, about["run"])
     if weights_only is False:
         yield
         return
@@ -135,8 +135,13 @@ def compare_run(strategy: Strategy, saved: Mapping[str, Any]) -> None:
     module = strategy.lightning_module
     assert module is not None  # the trainer has connected it
     resumption = getattr(module, "resumption", None)
-    if resumption is not None and module.trainer.state.fn is TrainerFn.FITTING:
+    if resumption is not None and _trains(strategy):
         resumption.load(None, saved)
+
+
+def _trains(strategy: Strategy) -> bool:
+    module = strategy.lightning_module
+    return module is not None and module.trainer.state.fn is TrainerFn.FITTING
 
 
 def _share() -> slice:
@@ -160,16 +165,15 @@ def _shapes(strategy: Strategy) -> dict[str, list[int]]:
     return shapes(strategy.lightning_module)
 
 
-def _compare(path: Path, own: Writer, weights: dict[str, list[int]]) -> None:
-    with explained(path):
-        found = json.loads(path.read_text())
-        writer, saved = found["writer"], {n: tuple(s) for n, s in found["weights"].items()}
-    if writer != own:
+def _compare(
+    path: Path, about: Mapping[str, Any], own: Writer, weights: dict[str, list[int]]
+) -> None:
+    if about["writer"] != own:
         raise ValueError(
-            f"{path.parent} was written with {_said(writer)}, and this run has {_said(own)}; such a "
+            f"{path} was written with {_said(about['writer'])}, and this run has {_said(own)}; such a "
             "directory is read as it was written"
         )
-    compare_shapes(saved, weights)
+    compare_shapes(about["weights"], weights)
 
 
 def _said(writer: Writer) -> str:

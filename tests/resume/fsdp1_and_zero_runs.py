@@ -1,7 +1,7 @@
 """What two processes under FSDP1 or ZeRO write and read: ``fsdp1_and_zero_runs.py OUT STRATEGY``.
 
 Student-written GKD of four optimizer steps; the same from the checkpoint of the second; a step that is
-not finite; a directory that would run something.
+not finite; directories that would run something, and that are incomplete.
 """
 
 import os
@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.callbacks import HFExport, NonFiniteGuard
+from lightning_kd.checkpoints import ABOUT, checksums, read_about, write_about
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
 from lightning_kd.strategies import whole_weights
@@ -122,6 +123,12 @@ def main() -> None:
         shards = "meta.pt" if name == "fsdp" else "checkpoint/zero_pp_rank_0*optim_states.pt"
         (file,) = evil.glob(shards)
         torch.save(Payload(out.parent / "executed"), file)
+        if name == "fsdp":
+            # Whoever writes a hostile directory writes its checksums, too. Of ZeRO's files each is
+            # read by one process, and here the other one would wait for it.
+            write_about(evil, read_about(evil) | {"checksums": checksums(evil)})
+        (out.parent / "step=1.ckpt" / ABOUT).unlink()
+    results["incomplete"] = refusal(name, resume=out.parent / "step=1.ckpt")
     results["evil"] = refusal(name, resume=evil)
     if first:
         torch.save(results, out)

@@ -138,6 +138,36 @@ def test_a_flipped_bit_in_a_shard_is_refused_by_all_and_the_newest_complete_one_
     assert not records(root / "flipped", 2)
 
 
+def flip_a_letter(about):
+    about.write_text(about.read_text().replace("pad_token_id", "pad_poken_id"))
+
+
+@pytest.mark.parametrize(
+    ("hurt", "said"),
+    [
+        (Path.unlink, "it is incomplete: about.json, which is written last, is missing"),
+        (partial(os.truncate, length=1000), "its file about.json is cut short or damaged"),
+        (flip_a_letter, "its bytes are not those that were written (about.json)"),
+    ],
+)
+def test_a_directory_that_says_nothing_true_of_itself_is_refused(
+    root, written, tmp_path, hurt, said
+):
+    copied = tmp_path / "copied"
+    shutil.copytree(written["directory"] / "checkpoints", copied)
+    hurt(copied / "last.ckpt" / "about.json")
+    (complete,) = copied.glob("*step=12.ckpt")
+    folder = root / f"about_{tmp_path.name}"
+    (process,) = start(command(folder, "fsdp2", 1, resume=copied / "last.ckpt"), 1)
+    process.join(60)
+    log = (folder / "log_0.txt").read_text()
+    assert process.exitcode == 2, log[-2000:]
+    assert f"last.ckpt is no checkpoint that can be read safely: {said}" in log
+    assert f"The newest complete one beside it is {complete}" in log
+    assert "Traceback" not in log
+    assert not records(folder, 1)
+
+
 def test_no_checkpoint_has_a_teacher(written):
     for name in ("one", "ddp", "fsdp2"):
         weights = torch.load(step_six(written[name]), weights_only=True)["state_dict"]

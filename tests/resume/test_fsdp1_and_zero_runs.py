@@ -83,6 +83,15 @@ def test_a_checkpoint_is_not_executed(runs):
     assert not (folder / "executed").exists()
 
 
+def test_an_incomplete_checkpoint_is_named_and_the_newest_complete_one(runs):
+    folder, results = runs
+    said = results["incomplete"]
+    assert (
+        f"{folder / 'step=1.ckpt'} is no checkpoint that can be read safely: it is incomp" in said
+    )
+    assert f"newest complete one beside it is {folder / 'step=4.ckpt'}" in said
+
+
 def test_nothing_is_left_of_the_writing(runs):
     folder, _ = runs
     steps = [f"step={number}.ckpt" for number in (1, 2, 3, 4)]
