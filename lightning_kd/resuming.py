@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
+from types import CodeType, FunctionType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -84,8 +86,9 @@ class Resumable:
 def describe(value: Any) -> Plain:
     """Return plain data that is equal for two values exactly where they mean the same.
 
-    Functions are known by their names, tensors and models by a digest, other objects by their class
-    and attributes.
+    Functions are known by their names, and by their code where no import finds them by these (lambdas,
+    functions within others, functions of a script or notebook); tensors and models by a digest, other
+    objects by their class and attributes.
 
     Example:
         >>> describe({"betas": (0.9, 0.95), "dtype": torch.bfloat16})
@@ -115,12 +118,15 @@ def describe(value: Any) -> Plain:
             return {_CLASS: type(value).__qualname__, "weights": digest(value.named_parameters())}
         case partial():
             parts = {"args": value.args, "keywords": value.keywords}
-            return {_CLASS: _name(value.func)} | _described(parts)
+            known = describe(value.func)
+            return (known if isinstance(known, dict) else {_CLASS: known}) | _described(parts)
         case type():
             return value.__qualname__
         case _ if is_dataclass(value):
             own = {field.name: getattr(value, field.name) for field in fields(value)}
             return {_CLASS: type(value).__qualname__} | _described(own)
+        case FunctionType() if "<" in value.__qualname__ or value.__module__ == "__main__":
+            return _nameless(value)
         case _ if callable(value) and hasattr(value, "__qualname__"):
             return _name(value)
         case _ if type(value).__module__ in {"pathlib", "torch"}:
@@ -212,6 +218,56 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _described(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(name): describe(value) for name, value in values.items()}
+
+
+def _nameless(function: FunctionType, closures: bool = True) -> dict[str, Any]:
+    """A function that no import finds by its name: what it does, as far as plain values tell.
+
+    The bytecode is that of one version of Python, which is therefore told with it.
+    """
+    code = function.__code__
+    values = {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            values[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    values = {name: value for name, value in values.items() if value is not function}
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return {
+        _CLASS: function.__qualname__,
+        "code": hashlib.blake2b(repr(_steps(code)).encode(), digest_size=8).hexdigest(),
+        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "defaults": [_told(value, closures) for value in defaults],
+        "values": {name: _told(value, closures) for name, value in values.items()},
+    }
+
+
+def _steps(code: CodeType) -> list[Any]:
+    """What code does, without where it is written; sets have no order of their own."""
+    constants: list[Any] = []
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            constants.append(_steps(value))
+        else:
+            known = sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
+            constants.append(known)
+    return [code.co_code.hex(), code.co_names, constants]
+
+
+def _told(value: Any, closures: bool) -> Plain:
+    """What a function reads from elsewhere; of other objects their class: they may hold anything."""
+    match value:
+        case None | bool() | int() | float() | str() | Enum() | Tensor() | nn.Module():
+            return describe(value)
+        case FunctionType() if closures:
+            return _nameless(value, closures=False) if "<" in value.__qualname__ else _name(value)
+        case list() | tuple():
+            return [_told(item, closures) for item in value]
+        case dict():
+            return {str(name): _told(item, closures) for name, item in value.items()}
+        case _:
+            return _name(value)
 
 
 def _name(function: Any) -> str:
