@@ -1,11 +1,8 @@
 """Checkpoints that are complete or not there at all."""
 
-import json
 import os
 import pickle
 import shutil
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,16 +13,10 @@ from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from lightning_kd.integrity import check_directory, check_file, read_about
+
 RUN_KEY = "lightning_kd"
 """Where a checkpoint remembers the method and what the run was told."""
-
-ABOUT = "about.json"
-"""In a directory: by whom it was written, shapes of weights, checksums; it is looked at first."""
-
-_CHECKSUM = "checksum"
-"""In that file: of all else in it."""
-
-_ABOUT_HAS = {"writer", "weights", "run", "step", "best", "weights_only", "checksums"}
 
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
@@ -122,74 +113,6 @@ def readable_checkpoint(path: Path) -> Path:
     return old if old.exists() else path
 
 
-def check_file(path: Path) -> None:
-    """Compare each part of a file with the checksum that was written with it.
-
-    Raises:
-        ValueError: If it is no archive of torch, is cut short, or has other bytes than were written.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"the checkpoint {path} does not exist")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, zlib.error) as error:
-        raise ValueError(f"it is cut short, or no checkpoint at all ({error})") from error
-    if damaged is not None:
-        raise ValueError(f"its bytes are not those that were written ({damaged})")
-
-
-def checksums(directory: Path, share: slice = slice(None)) -> dict[str, int]:
-    """Return a checksum (CRC-32) of each file below a directory, by its name, or of a share of them."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != ABOUT)
-    return {str(path.relative_to(directory)): _checksum(path) for path in files[share]}
-
-
-def write_about(directory: Path, about: Mapping[str, Any]) -> None:
-    """Write what a directory says of itself, with a checksum of its own; it is written last."""
-    text = json.dumps(about)
-    # Read back, for JSON makes lists of tuples and text of keys.
-    (directory / ABOUT).write_text(json.dumps(json.loads(text) | {_CHECKSUM: _text_checksum(text)}))
-
-
-def read_about(directory: Path) -> dict[str, Any]:
-    """Read what a directory says of itself.
-
-    Raises:
-        ValueError: If it does not, so that it is not complete, or not in the words that were written.
-    """
-    try:
-        about = json.loads((directory / ABOUT).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"it is incomplete: {ABOUT}, which is written last, is missing") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"its file {ABOUT} is cut short or damaged ({error})") from error
-    if not isinstance(about, dict) or _CHECKSUM not in about:
-        raise ValueError(
-            f"its file {ABOUT} has no checksum: it is damaged, or of an earlier version of this library"
-        )
-    if about.pop(_CHECKSUM) != _text_checksum(json.dumps(about)):
-        raise ValueError(f"its bytes are not those that were written ({ABOUT})")
-    if lacking := sorted(_ABOUT_HAS - about.keys()):
-        raise ValueError(f"its file {ABOUT} lacks {', '.join(lacking)}")
-    return about
-
-
-def check_directory(
-    directory: Path, written: Mapping[str, int], share: slice = slice(None)
-) -> None:
-    """Compare the files of a directory, or a share of them, with the checksums written with it.
-
-    Raises:
-        ValueError: If one is missing, or has other bytes than were written.
-    """
-    for name, checksum in sorted(written.items())[share]:
-        if not (directory / name).is_file():
-            raise ValueError(f"its file {name} is missing")
-        if _checksum(directory / name) != checksum:
-            raise ValueError(f"its bytes are not those that were written ({name})")
-
-
 def newest_complete(near: Path) -> Path | None:
     """Return the newest checkpoint beside another one that is complete, or None."""
     others = [path for path in near.parent.glob("*.ckpt*") if path not in {near, fresh_name(near)}]
@@ -280,18 +203,6 @@ def unsafe(path: _PATH, error: BaseException) -> ValueError:
         f"{path} is no checkpoint that can be read safely: {reason[:200]}. {way_out}; give one that "
         "this library has written, from a source that you trust"
     )
-
-
-def _text_checksum(text: str) -> int:
-    return zlib.crc32(text.encode())
-
-
-def _checksum(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
 
 
 def _old(path: Path) -> Path:

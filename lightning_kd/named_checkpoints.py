@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_kd.checkpoints import explained, read_about, summarize, unsafe
+from lightning_kd.checkpoints import explained, summarize, unsafe
+from lightning_kd.integrity import read_about
 
 Name = Literal["last", "best"]
 

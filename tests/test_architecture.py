@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"types", "seeding", "resuming", "processes"},
+    {"types", "seeding", "resuming", "processes", "integrity"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"checkpoints", "filesystem", "loops"},
     {"strategies", "named_checkpoints"},

@@ -6,12 +6,11 @@ import torch
 
 from lightning_kd.checkpoints import (
     AtomicCheckpointIO,
-    check_directory,
-    checksums,
     fresh_name,
     put_in_place,
     readable_checkpoint,
 )
+from lightning_kd.integrity import check_directory, checksums
 
 
 def write(path, kind, content):

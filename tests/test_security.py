@@ -12,8 +12,9 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.callbacks.completion_samples import markdown_table
-from lightning_kd.checkpoints import AtomicCheckpointIO, checksums, write_about
+from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import ChatData, PromptCompletionData, arithmetic_tokenizer
+from lightning_kd.integrity import checksums, write_about
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
 from lightning_kd.strategies.directories import read_safely

@@ -16,17 +16,14 @@ from torch.serialization import safe_globals
 
 from lightning_kd.checkpoints import (
     RUN_KEY,
-    check_directory,
-    checksums,
     compare_shapes,
     fresh_name,
     put_in_place,
-    read_about,
     summarize,
     unsafe,
     weights_alone,
-    write_about,
 )
+from lightning_kd.integrity import check_directory, checksums, read_about, write_about
 from lightning_kd.strategies.pieces import shapes
 from lightning_kd.strategies.shard_index import check_indices
 

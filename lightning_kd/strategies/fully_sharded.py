@@ -15,13 +15,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from lightning_kd.checkpoints import (
-    RUN_KEY,
-    check_file,
-    compare_weights,
-    explained,
-    readable_checkpoint,
-)
+from lightning_kd.checkpoints import RUN_KEY, compare_weights, explained, readable_checkpoint
+from lightning_kd.integrity import check_file
 from lightning_kd.strategies.directories import compare_run, read_safely, replacing
 
 _WRITER = {"strategy": "fsdp2"}

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.callbacks import HFExport, NonFiniteGuard
-from lightning_kd.checkpoints import ABOUT, checksums, read_about, write_about
+from lightning_kd.integrity import ABOUT, checksums, read_about, write_about
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD
 from lightning_kd.strategies import whole_weights
