@@ -69,6 +69,12 @@ def test_equal_values_whiten_to_zero():
     assert whiten(values, mask, whitening_statistics(values, mask)).abs().sum() == 0
 
 
+def test_one_value_alone_is_its_own_mean_and_none_is_no_error():
+    values = torch.tensor([[5.0, 7.0]])
+    for mask in (torch.tensor([[True, False]]), torch.tensor([[False, False]])):
+        assert whiten(values, mask, whitening_statistics(values, mask)).tolist() == [[0, 0]]
+
+
 def test_the_baseline_is_the_mean_of_the_others_on_all_ranks():
     """This rank has the first, second and last of the pool; rank 1 the rest of their groups."""
     pool = torch.tensor([1.0, 0.0, 2.0, 7.0, 4.0], dtype=torch.float64)

@@ -427,6 +427,17 @@ def test_the_speed_of_writing_is_that_of_all_tokens():
     statistics.end(lightning, True, 1)
     assert lightning.callback_metrics["rollout/tokens_per_second"] == 16
     assert lightning.callback_metrics["rollout/length_mean"] == 2
+    assert lightning.callback_metrics["rollout/length_min"] == 1
+    assert lightning.callback_metrics["rollout/length_max"] == 3
+
+
+def test_a_window_is_logged_where_any_of_its_steps_is():
+    """The third step, a window's first pass, is; the fourth is the end of its second."""
+    options = {"passes": 2}
+    for steps, logged in ((2, False), (4, True)):
+        module = OnPolicyDistillation(**models())
+        lightning, _ = fit(module, steps=steps, options=options, log_every_n_steps=3)
+        assert ("rollout/length_mean" in lightning.callback_metrics) == logged
 
 
 def test_writing_leaves_models_in_the_mode_they_were_in():
@@ -555,6 +566,12 @@ def test_a_policy_gradient_without_rollouts_is_refused():
 def test_wrong_values_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         OnPolicyGeneration(**wrong)
+
+
+def test_the_smallest_values_are_allowed():
+    settings = {"passes": 1, "group_size": 1, "steps_per_window": 1, "rows_at_once": 1}
+    made = OnPolicyGeneration(lmbda=0.0, mixture_alpha=0.0, table_every=0, table_rows=1, **settings)
+    assert (made.plan.passes, made.plan.group_size, made.rows_at_once) == (1, 1, 1)
 
 
 AUDITED = {

@@ -78,7 +78,9 @@ def test_the_first_eos_belongs_to_the_completion_also_where_pad_is_eos():
     [
         ("max_new_tokens", 0, "1 or more"),
         ("max_new_tokens", 10**9, "at most 16,777,216"),
+        ("max_new_tokens", 2**24 + 1, "at most 16,777,216"),
         ("num_beams", 10**6, "at most 1,000"),
+        ("num_beams", 1001, "at most 1,000"),
         ("temperature", -1.0, "0 \\(greedy\\) or more"),
         ("top_k", -1, "0 \\(keep all\\)"),
         ("top_p", 0.0, "above 0"),
@@ -89,6 +91,18 @@ def test_the_first_eos_belongs_to_the_completion_also_where_pad_is_eos():
 def test_wrong_options_are_refused(name, value, expected):
     with pytest.raises(ValueError, match=f"{name} is .*{expected}"):
         GenerationOptions(**{name: value})
+
+
+def test_the_largest_and_the_smallest_options_are_allowed():
+    GenerationOptions(max_new_tokens=2**24, num_beams=1000)
+    GenerationOptions(max_new_tokens=1, num_beams=1, temperature=0, top_k=0, top_p=1)
+
+
+def test_what_is_not_said_is_greedy_and_ends_after_128_tokens():
+    """As docs/on_policy.md has it."""
+    settings = {"max_new_tokens": 128, "top_k": 0, "top_p": 1.0, "num_beams": 1, "engine": "auto"}
+    assert GenerationOptions() == GenerationOptions(temperature=0.0, **settings)
+    assert SamplingOptions() == SamplingOptions(temperature=1.0, **settings)
 
 
 def test_beam_search_without_the_engine_that_has_it_is_refused():

@@ -31,6 +31,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import PackedTextData, PromptsAndText
 from lightning_kd.generation import SamplingOptions
+from lightning_kd.loops.checks import check_limits
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import GKD, SFT, MiniLLM, SupervisedKD, WarmupCosine
 from tests.modules.harness import BatchList, Letters, trainer
@@ -439,6 +440,17 @@ def refused(match, module=plain, **settings):
 )
 def test_what_cannot_be_kept_is_refused_before_the_first_step(settings, match):
     refused(match, **settings)
+
+
+def test_limits_that_say_none_are_allowed():
+    check_limits(trainer(gradient_clip_val=0, accumulate_grad_batches=1, min_steps=2, max_steps=2))
+
+
+@pytest.mark.parametrize(("interval", "validations"), [(0.1, 5), (0.4, 2), (1.0, 1)])
+def test_an_interval_of_less_than_a_step_is_one_step(interval, validations):
+    """Five micro-batches: a tenth of them is none."""
+    _, seen, *_ = run(plain(), max_epochs=1, val_check_interval=interval)
+    assert sum(event[0] == "validation" for event in seen) == validations
 
 
 @pytest.mark.filterwarnings("ignore:.*ckpt_path=.*:UserWarning")
