@@ -116,6 +116,7 @@ def test_the_unclipped_and_the_weight_clipped_surrogates():
     for surrogate, weights in (
         (ImportanceSampling(), RATIOS),
         (CISPO(ceiling=2.0), RATIOS.clamp(max=2.0)),
+        (CISPO(ceiling=0.6), RATIOS.clamp(max=0.6)),
     ):
         log_probs = (OLD + RATIOS.log()).requires_grad_()
         (gradient,) = torch.autograd.grad(surrogate(log_probs, OLD, advantages).sum(), log_probs)

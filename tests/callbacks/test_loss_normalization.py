@@ -5,10 +5,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.evaluation import TokenLoss
+from lightning_kd.evaluation import CrossEntropy, TokenLoss
 from lightning_kd.models import SingleTeacher, Student
 from lightning_kd.modules import SFT, BabyLlama, DistillationModule, LossTerm, SupervisedKD
-from lightning_kd.normalization import ConstantLength
+from lightning_kd.normalization import BatchMean, ConstantLength
 from tests.modules.harness import BatchList, trainer
 from tests.toys import ragged_batch, tiny_llama
 
@@ -92,6 +92,36 @@ def test_terms_that_share_a_normalization_agree_whatever_it_weighs():
         student=Student.of(tiny_llama(0)), teacher=teacher, normalization="sequence"
     )
     assert logged(module)[0]["terms_agree"] == 1
+
+
+class TwoNormalizations(SFT):
+    """Half of each row's sum beside the mean over tokens, in the loss of 16 tokens and 4 rows."""
+
+    terms = ("cross_entropy", "of_rows")
+
+    def loss_terms(self, batch, scores):
+        loss = CrossEntropy(scores.positions.targets)
+        return {
+            "cross_entropy": LossTerm(loss),
+            "of_rows": LossTerm(loss, 0.5, BatchMean(), 16 / 4),
+        }
+
+
+def test_a_term_with_a_normalization_of_its_own_is_the_same_under_all_others():
+    rows = token_losses(tiny_llama(0))
+    norm, values = logged(TwoNormalizations(student=Student.of(tiny_llama(0))))
+    own = 0.5 * np.mean([row.sum() for row in rows])
+    by_token, by_sequence = np.concatenate(rows).mean(), np.mean([row.mean() for row in rows])
+    expected = {
+        "loss_token": by_token + own,
+        "loss_sequence": by_sequence + own,
+        "loss_batch": np.mean([row.sum() for row in rows]) + own,
+        "sequence_over_token": (by_sequence + own) / (by_token + own),
+        "mean_of_means_error": 0,
+        "terms_agree": 0,
+    }
+    assert {k: norm[k] for k in expected} == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert values["train/loss"] == pytest.approx(by_token + own, rel=1e-5)
 
 
 def test_the_official_baby_llama_scale_shows_as_terms_that_do_not_agree():

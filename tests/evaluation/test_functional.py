@@ -247,6 +247,22 @@ def test_bfloat16_inputs_keep_their_gradient(noise):
         assert (got.double() - exact.double()).norm() <= 5e-3 * exact.double().norm()
 
 
+@pytest.mark.parametrize("of_states", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("of_weight", [torch.float32, torch.bfloat16, torch.float16])
+def test_operands_may_have_two_types(of_states, of_weight):
+    """As under autocast, where the head stays in float32."""
+    (hidden, weight, _), teacher = heads(bias=False, dtype=torch.float32)
+    student = [hidden.detach().to(of_states), weight.detach().to(of_weight)]
+    student = [*(tensor.requires_grad_() for tensor in student), None]
+    exact = dense(student, teacher, "forward_kl")
+    result = fused(student, teacher)
+    torch.testing.assert_close(result.values.double(), exact, rtol=1e-5, atol=1e-6)
+    expected = gradients(exact.sum(), student)
+    for got, right in zip(gradients(result.total, student), expected, strict=True):
+        assert got.dtype == right.dtype
+        assert (got.double() - right.double()).norm() <= 5e-3 * right.double().norm()
+
+
 def test_autocast_does_not_round_the_logits():
     student, teacher = heads(dtype=torch.float32)
     alone = fused(student, teacher)

@@ -157,6 +157,14 @@ def test_a_teacher_that_no_quantity_needs_is_not_run():
     torch.testing.assert_close(values, -chosen(STATES @ HEAD.T, 1.0), rtol=1e-12, atol=1e-13)
 
 
+def test_the_values_beside_a_sum_say_that_they_have_no_gradient():
+    states = STATES.clone().requires_grad_()
+    sweep = Sweep(Projection(((states, HEAD),)), None, [CrossEntropy(TOKENS)])
+    total, values = weighted_sum(sweep, [WEIGHTS])
+    assert total.requires_grad
+    assert not values.requires_grad
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_an_adapted_head_of_two_products_has_the_gradient_of_each(bias):
     """As LoRA on an output head: a second product of low rank."""

@@ -32,6 +32,7 @@ from tests.mutation.mutants import Mutant, mutants, mutated
 ROOT = Path(__file__).resolve().parents[2]
 EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 
+_EVERYWHERE = ("tests/test_architecture.py::test_every_data_class_is_frozen",)
 _STEPS = (
     *("tests/modules/test_base.py", "tests/modules/test_loss.py", "tests/modules/test_methods.py"),
     *("tests/modules/test_teacher.py", "tests/modules/test_half_precision.py"),
@@ -94,7 +95,10 @@ TESTS: dict[str, Sequence[str]] = {
         "tests/modules/test_dropped_mass.py",
         *_STEPS,
     ],
-    "lightning_kd/callbacks/gradient_*.py": ["tests/callbacks/test_gradient_audit.py"],
+    "lightning_kd/callbacks/gradient_*.py": [
+        "tests/callbacks/test_gradient_evidence.py",
+        "tests/callbacks/test_gradient_audit.py",
+    ],
     "lightning_kd/callbacks/loss_normalization.py": [
         "tests/callbacks/test_loss_normalization.py",
         *_POLICY,
@@ -152,7 +156,7 @@ def core_tests() -> dict[str, list[str]]:
         for path in sorted(ROOT.glob(pattern)):
             if path.name != "__init__.py":
                 name = str(path.relative_to(ROOT))
-                found[name] = [*dict.fromkeys([name, *tests])]
+                found[name] = [*dict.fromkeys([name, *_EVERYWHERE, *tests])]
     return found
 
 
