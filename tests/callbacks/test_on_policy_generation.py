@@ -490,6 +490,11 @@ def two_teachers():
         ),
         (lambda: GKD(**models()), {"group_size": 3}, "4 rows .* group_size 3 does not divide"),
         (
+            lambda: GKD(**models(max_position_embeddings=32)),
+            {"generation": SamplingOptions(max_new_tokens=33)},
+            "on_policy.generation.max_new_tokens take up to .* the student has 32 positions",
+        ),
+        (
             lambda: RLDistillation(**models(), rewards=[lambda **_: [1.0]]),
             {"group_size": 2},
             "it must give one finite number for each",
@@ -572,6 +577,11 @@ def test_the_smallest_values_are_allowed():
     settings = {"passes": 1, "group_size": 1, "steps_per_window": 1, "rows_at_once": 1}
     made = OnPolicyGeneration(lmbda=0.0, mixture_alpha=0.0, table_every=0, table_rows=1, **settings)
     assert (made.plan.passes, made.plan.group_size, made.rows_at_once) == (1, 1, 1)
+
+
+def test_tables_come_every_hundred_steps_where_nothing_is_said():
+    made = OnPolicyGeneration()
+    assert made.statistics.histograms_every == made.records.table_every == 100
 
 
 AUDITED = {

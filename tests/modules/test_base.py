@@ -1,6 +1,7 @@
 """What the base module promises to every method."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,6 +48,42 @@ def test_the_gradient_does_not_depend_on_the_cut(normalization, clip):
         loss, gradient = fit_one_step(kd(normalization), cut(rows), gradient_clip_val=clip)
         assert loss == pytest.approx(whole, rel=1e-5)
         assert (gradient - whole_gradient).norm() / whole_gradient.norm() < 1e-5
+
+
+class Announced(BatchList):
+    """Says how long the rows of its splits are."""
+
+    def __init__(self, split, tokens):
+        super().__init__([ROWS])
+        self.rows = {split: (tokens, 1)}
+
+    def longest(self):
+        return self.rows
+
+
+@pytest.mark.parametrize("split", ["train", "validate"])
+def test_rows_beyond_a_models_positions_are_refused_before_the_first_step(split):
+    for tokens, steps in ((24, 1), (25, 0)):
+        module = SFT(student=Student.of(tiny_llama(0, max_position_embeddings=24)))
+        fit = trainer(max_steps=1)
+        if steps:
+            fit.fit(module, datamodule=Announced(split, tokens))
+        else:
+            with pytest.raises(ValueError, match=f"{split} rows take up to 25 .* has 24 positions"):
+                fit.fit(module, datamodule=Announced(split, tokens))
+        assert fit.global_step == steps
+
+
+def test_every_third_step_is_logged_before_and_after_it_is_taken():
+    module = kd()
+    steps = SimpleNamespace(log_every_n_steps=3, global_step=0)
+    module._trainer = steps
+    seen = {0: [], 1: []}
+    for steps.global_step in range(1, 10):
+        for taken, logged in seen.items():
+            if module._logs_this_step(taken=taken):
+                logged.append(steps.global_step - taken)  # the number of the step, from 0
+    assert seen == {0: [2, 5, 8], 1: [2, 5, 8]}
 
 
 def test_a_short_last_window_is_divided_by_what_it_holds():
