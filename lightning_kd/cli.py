@@ -31,7 +31,7 @@ from lightning_kd.callbacks import (
     TokensPerSecond,
 )
 from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
-from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, is_for_the_user
+from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.modules import MiniLLMObjective
@@ -183,7 +183,11 @@ def main() -> None:
         command = EXTRA_COMMANDS[sys.argv[1]]
         try:
             auto_cli(
-                command, args=sys.argv[2:], as_positional=False, prog=f"lightning-kd {sys.argv[1]}"
+                command,
+                args=sys.argv[2:],
+                as_positional=False,
+                parser_class=ShortErrors,
+                prog=f"lightning-kd {sys.argv[1]}",
             )
         except ValueError as error:
             sys.stderr.write(f"lightning-kd {sys.argv[1]}: error: {error}\n")

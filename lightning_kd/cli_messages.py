@@ -4,12 +4,14 @@ import re
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
+from collections.abc import Collection, Sequence
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
 
@@ -17,17 +19,95 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the lines of the description as they stand."""
 
 
-class ShortErrorParser(LightningArgumentParser):
-    """Says what is wrong in a few lines and exits with 2, never with a traceback."""
+class ShortErrors(ArgumentParser):
+    """Says what is wrong in a few lines and exits with 2; options are written in full."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the lines of ``message`` that help, and exit."""
-        text = shorten(message)
-        if re.match("Problems parsing config|Unexpected config", text):
-            names = [b for a, b in pairwise(sys.argv) if a in {"--config", "-c"}]
-            text += f"\n  (in {' or '.join(names)})"
-        sys.stderr.write(f"lightning-kd: error: {text}\n")
+        text, names = shorten(message), unknown_names(message)
+        lines = [text, *(suggestion(name, self._options(), sys.argv[1:]) for name in names)]
+        given = [f".{word}" for word in re.findall(r"[\w.]+", " ".join(sys.argv))]
+        elsewhere = [n for n in names if not any(word.endswith(f".{n}") for word in given)]
+        if elsewhere or re.match("Problems parsing config|Unexpected config", text):
+            files = [b for a, b in pairwise(sys.argv) if a in {"--config", "-c"}]
+            lines += [f"(in {' or '.join(files)})"] if files else []
+        said = "\n  ".join(filter(None, lines))
+        sys.stderr.write(f"lightning-kd: error: {said}\n")
         raise SystemExit(2)
+
+    def _options(self) -> set[str]:
+        """Names of the options, those of subcommands too."""
+        own = [action for action in self._actions if action.dest != "help"]
+        below = [action.choices for action in own if isinstance(action.choices, dict)]
+        parsers = [parser for choices in below for parser in choices.values()]
+        actions = [*own, *(action for parser in parsers for action in parser._actions)]
+        return {a.dest for a in actions if a.option_strings and a.dest.split(".")[-1] != "help"}
+
+
+class ShortErrorParser(ShortErrors, LightningArgumentParser):
+    """Parser of the trainer's commands with short errors."""
+
+
+def unknown_names(message: str) -> list[str]:
+    """Return the options that a jsonargparse message calls unknown.
+
+    Example:
+        >>> unknown_names("unrecognized arguments: --trainer.max_step 5")
+        ['trainer.max_step']
+        >>> unknown_names("Group 'trainer' does not accept option 'max_step'")
+        ['trainer.max_step']
+    """
+    if message.startswith("unrecognized arguments:"):
+        return re.findall(r"--([\w.]+)", message)
+    found = re.match(r"(?:Group '(.+?)' |Sub.+? )?(?:does not accept o|O)ption '(.+?)'", message)
+    return [".".join(filter(None, found.groups()))] if found else []
+
+
+def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = ()) -> str:
+    """Return a line with the options that an unknown one may mean, or with the choices.
+
+    Args:
+        name: What came, as the parser knows it.
+        options: The names that the parser knows.
+        arguments: The command line, which has the name with all that is before it.
+
+    Returns:
+        The line; empty where the name is known (and came at a wrong place).
+
+    Example:
+        >>> suggestion("max", {"max_steps", "max_time", "limit"}, ["--trainer.max=5"])
+        '--trainer.max: did you mean --trainer.max_steps or --trainer.max_time?'
+        >>> suggestion("modle.alpha", {"model", "data"})
+        'modle.alpha: did you mean model.alpha?'
+        >>> suggestion("size", {"beta", "alpha"})
+        'size: the choices are alpha, beta'
+    """
+    if name in options:
+        return ""
+    spelled = [a.split("=")[0] for a in arguments if a.startswith("--")]
+    full = next((s for s in spelled if s.lstrip("-") == name or s.endswith(f".{name}")), name)
+    before, parts, group = full.removesuffix(name), name.split("."), name.rpartition(".")[0]
+    beside = sorted(o for o in options if o.rpartition(".")[0] == group)
+    meant = [option for option in beside if option.startswith(name)]
+    if not meant:
+        # Without a group of that name: one that is alike, or a class, whose own options are behind it.
+        groups = {o.rpartition(".")[0] for o in options}
+
+        def likeness(option: str) -> float:
+            head = ".".join(parts[: option.count(".") + 1])
+            same = len(group) if beside else 0
+            return SequenceMatcher(None, option[same:], head[same:]).ratio()
+
+        near = sorted(beside or set(options) - groups, key=likeness, reverse=True)
+        near = [option for option in near[:3] if likeness(option) > 0.7]
+        meant = [".".join([option, *parts[option.count(".") + 1 :]]) for option in near]
+    if meant:
+        return f"{full}: did you mean {' or '.join(before + option for option in meant)}?"
+    choices = beside or sorted(o for o in options if "." not in o)
+    return f"{full}: the choices are {', '.join(before + option for option in choices)}"
 
 
 def shorten(message: str) -> str:

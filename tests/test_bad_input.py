@@ -61,6 +61,8 @@ def files(teacher):
     write("roles.jsonl", {"messages": [{"content": "1"}, {"role": "assistant", "content": "2"}]})
     write("broken.yaml", "model: [")
     write("list.yaml", "- 1")
+    write("typo.yaml", "data: {init_args: {trian_size: 5}}")
+    write("trainer.yaml", "trainer: {max_step: 1}")
     write("no_student.yaml", "model: {init_args: {student: {config: null}}}")
     template = "tokenizer: teacher, train: good.jsonl, prompt_template: {Q: {prompt: null}}"
     write("template.yaml", f"data: {{class_path: PromptCompletionData, init_args: {{{template}}}}}")
@@ -141,7 +143,32 @@ TABLE = {
     ),
     "alpha outside": ([*KD, "--model.alpha", "2"], ["alpha is 2", "[0, 1]"]),
     "temperature zero": ([*KD, "--model.temperature", "0"], ["temperature", "0", "positive"]),
-    "unknown option": ([*KD, "--model.alfa", "0.5"], ["alfa"]),
+    "unknown option": (
+        [*KD, "--model.zzz", "0.5"],
+        ["--model.zzz", "choices are", "--model.alpha"],
+    ),
+    "misspelt option": (
+        [*KD, "--data.trian_size", "5"],
+        ["--data.trian_size", "did you mean --data.train_size?"],
+    ),
+    "misspelt class": ([*KD, "--modle.alpha", "0"], ["did you mean --model.alpha?"]),
+    "abbreviated option": (
+        [*KD, "--trainer.max_step", "1"],
+        ["--trainer.max_step", "did you mean --trainer.max_steps?"],
+    ),
+    "abbreviated export": ([*KD, "--export.dir", "x"], ["did you mean --export.dirpath?"]),
+    "abbreviation of several": (
+        [*KD, "--trainer.max=1"],
+        ["--trainer.max_epochs or --trainer.max_steps or --trainer.max_time?"],
+    ),
+    "misspelt option of the data in a file": (
+        [*KD, "--config", "typo.yaml"],
+        ["'trian_size'", "did you mean train_size?", "typo.yaml"],
+    ),
+    "misspelt option of the trainer in a file": (
+        [*KD, "--config", "trainer.yaml"],
+        ["max_step'", "did you mean trainer.max_steps?", "trainer.yaml"],
+    ),
     "wrong type": ([*KD, "--model.alpha", "much"], ["alpha", "much", "float"]),
     "unknown normalization": ([*KD, "--model.normalization", "mean"], ["'mean'", "token"]),
     "unknown method": (["--model", "SuperKD"], ["SuperKD"]),

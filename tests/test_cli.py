@@ -249,6 +249,17 @@ def test_prompts_and_text_through_minillm(cli, teacher):
     assert all(1 < value < 20 for value in losses)
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["demo", "--out", "x"], "--out: did you mean --output?"),
+        (["tokenizer", "--file", '["x"]'], "--file: did you mean --files?"),
+    ],
+)
+def test_the_other_commands_take_no_abbreviations_either(fails, command, said):
+    assert said in fails(*command)
+
+
 def test_epochs_are_passes_over_the_data(cli):
     cli(
         *fit("sft", "--trainer.max_steps", -1, "--trainer.max_epochs", 3, "--data.train_size", 10),

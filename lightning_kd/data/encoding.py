@@ -150,7 +150,9 @@ def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Tokens of texts, nothing added; names of special tokens in the text are those tokens."""
-    batch: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # Not verbose: a tokenizer warns of texts that are longer than its model, before they are cut. Rows
+    # beyond the models' positions are refused where the models are known.
+    batch: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return batch
 
 

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +11,7 @@ from lightning_kd.data.encoding import (
     LengthLimit,
     encode_chats,
     encode_completions,
+    encode_documents,
     encode_prompts,
 )
 from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
@@ -37,6 +40,21 @@ def test_completions_end_with_one_eos_and_prompts_with_none(tokenizer):
     assert [c.ids for c in both] == [[*ids(tokenizer, "ab"), EOS], [EOS]]
     (cut,) = encode_completions(["a<eos>b"], tokenizer)
     assert cut.ids == [*ids(tokenizer, "a"), EOS]
+
+
+def test_long_texts_are_tokenized_without_a_warning_that_they_reach_no_model(tokenizer, caplog):
+    tokenizer.model_max_length = 4
+    logger = logging.getLogger("transformers.tokenization_utils_base")
+    logger.addHandler(caplog.handler)
+    try:
+        encode_prompts(["abcdefgh"], tokenizer)
+        encode_completions(["abcdefgh"], tokenizer)
+        encode_documents(["abcdefgh"], tokenizer, add_eos=True)
+        assert not caplog.messages
+        tokenizer("abcdefgh")  # which transformers warns of
+        assert "longer than the specified maximum" in caplog.text
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_a_chat_is_split_before_the_last_answer(chat):
