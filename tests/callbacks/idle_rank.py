@@ -1,7 +1,8 @@
 """Every collective of the library, reached with one rank that has nothing.
 
-A script of its own, as a user would start it: ``python idle_rank.py OUT STRATEGY``. A rank that waits
-in vain gives up after two minutes. With ``alone`` instead of a strategy, one process has all rows.
+A script of its own, as a user would start it: ``python idle_rank.py OUT STRATEGY``, with ``ddp``,
+``fsdp2`` or a name of ``tests.cpu_strategies``. A rank that waits in vain gives up after two minutes.
+With ``alone`` instead of a strategy, one process has all rows.
 """
 
 import os
@@ -29,11 +30,21 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.evaluation import Combination
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import SingleTeacher, Student
-from lightning_kd.modules import GKD, SFT, MiniLLM, RLDistillation, SupervisedKD
+from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.modules import (
+    GKD,
+    SFT,
+    BabyLlama,
+    MiniLLM,
+    OnPolicyDistillation,
+    RLDistillation,
+    SequenceKD,
+    SupervisedKD,
+)
 from lightning_kd.modules.loss import LossTerm
 from lightning_kd.rewards import exact_match
 from lightning_kd.strategies import FullyShardedStrategy
+from tests.cpu_strategies import STRATEGIES
 from tests.modules.harness import BatchList, Letters, Listed, trainer
 from tests.toys import ragged_batch, tiny_llama, with_prompts
 
@@ -51,6 +62,8 @@ def strategy() -> Any:
         return "auto"
     if STRATEGY == "fsdp2":
         return FullyShardedStrategy(process_group_backend="gloo", timeout=WAIT)
+    if STRATEGY in STRATEGIES:
+        return STRATEGIES[STRATEGY]()  # type: ignore[no-untyped-call]
     return DDPStrategy(process_group_backend="gloo", timeout=WAIT)
 
 
@@ -72,9 +85,15 @@ def on_rank_0(batch: Any) -> list[Any]:
     return [batch if RANK == 0 else NOTHING]
 
 
-def two() -> dict[str, Any]:
+def two(placement: str = "replicated") -> dict[str, Any]:
     """Student and teacher."""
-    return {"student": Student.of(tiny_llama(0)), "teacher": SingleTeacher.of(tiny_llama(1))}
+    teacher = SingleTeacher.of(tiny_llama(1), placement=placement)
+    return {"student": Student.of(tiny_llama(0)), "teacher": teacher}
+
+
+def in_shards() -> str:
+    """Where a teacher is placed when as many weights as possible are in shards."""
+    return "sharded" if STRATEGY == "fsdp2" else "replicated"
 
 
 def numbers(fit: Any, *prefixes: str) -> dict[str, float]:
@@ -121,6 +140,20 @@ def nothing_scored() -> dict[str, float]:
     return numbers(fit, "train/", "norm/")
 
 
+def baby_llama() -> dict[str, float]:
+    """A step whose second count is summed before it, and a validation of fillers."""
+    sources = [ModelSource.of(tiny_llama(seed)) for seed in (1, 2)]
+    module = BabyLlama(
+        student=Student.of(tiny_llama(0)),
+        teacher=TeacherEnsemble(sources, placement=in_shards()),
+        kl_scale="batchmean",
+    )
+    fit = run("baby_llama", max_steps=1)
+    data = BatchList(on_rank_0(ROWS), on_rank_0(ROWS))
+    fit.fit(module, datamodule=data)
+    return numbers(fit)
+
+
 def in_fp16() -> dict[str, float]:
     """The power of two that goes in before and comes out after."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
@@ -160,11 +193,16 @@ def rollouts(method: str, truncated: str) -> Callable[[], dict[str, float]]:
             table_every=1,
         )
         rewards = {"rewards": [exact_match]} if grouped else {}
-        kind: Any = {"gkd": GKD, "minillm": MiniLLM, "rl": RLDistillation}[method]
+        kind: Any = {
+            "gkd": GKD,
+            "minillm": MiniLLM,
+            "on_policy": OnPolicyDistillation,
+            "rl": RLDistillation,
+        }[method]
         steps = [callback, LossNormalizationDiagnostics(histograms_every=1)]
         fit = run(f"{method}-{truncated}", steps, max_steps=3, max_epochs=-1, limit_val_batches=0)
         fit.fit(
-            kind(**two(), **rewards),
+            kind(**two(in_shards()), **rewards),
             datamodule=Letters(rows=8, batch_size=4 if STRATEGY == "alone" else 2),
         )
         return numbers(fit, "train/loss", "train/tokens", "rollout/length", "rollout/eos")
@@ -172,28 +210,42 @@ def rollouts(method: str, truncated: str) -> Callable[[], dict[str, float]]:
     return case
 
 
-def predictions() -> dict[str, float]:
-    """One row to predict: the second rank has fillers."""
-    path = OUT.parent / STRATEGY / "predictions.jsonl"
-    fit = run("predict", [JsonlPredictions(str(path))])
-    module = SFT(student=Student.of(tiny_llama(0)))
-    data = Letters(rows=1, batch_size=2)
-    fit.predict(module, datamodule=data, return_predictions=False)
-    return {"lines": float(len(path.read_text().splitlines()))} if RANK == 0 else {}
+def predictions(kind: Any) -> Callable[[], dict[str, float]]:
+    """One row that the student or its teacher completes: the second rank has fillers."""
+
+    def case() -> dict[str, float]:
+        path = OUT.parent / STRATEGY / f"{kind.__name__}.jsonl"
+        fit = run("predict", [JsonlPredictions(str(path))])
+        teacher = {} if kind is SFT else {"teacher": two(in_shards())["teacher"]}
+        module = kind(student=Student.of(tiny_llama(0)), **teacher)
+        data = Letters(rows=1, batch_size=2)
+        fit.predict(module, datamodule=data, return_predictions=False)
+        return {"lines": float(len(path.read_text().splitlines()))} if RANK == 0 else {}
+
+    return case
+
+
+METHODS = ("gkd", "minillm", "on_policy", "rl")
 
 
 def cases() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
     """Names and what is run."""
     yield "only fillers", only_fillers
+    yield "nothing scored", nothing_scored
+    yield "baby llama", baby_llama
+    for method in METHODS:
+        yield f"{method} drop", rollouts(method, "drop")
+    if STRATEGY in STRATEGIES:
+        return
     if STRATEGY != "fsdp2":  # in shards, no rank computes alone, whatever the library does
         yield "no batch", no_batch
-    yield "nothing scored", nothing_scored
     yield "fp16", in_fp16
     yield "not finite", not_finite
-    for method in ("gkd", "minillm", "rl"):
-        for truncated in ("keep", "drop"):
+    for method in METHODS:
+        for truncated in ("keep", "mask"):
             yield f"{method} {truncated}", rollouts(method, truncated)
-    yield "predictions", predictions
+    for kind in (SFT, SequenceKD):
+        yield f"predictions of {kind.__name__}", predictions(kind)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from tests.scripts import written_by
+from tests.cpu_strategies import written_under
+from tests.scripts import needs_deepspeed, written_by
 
 OF_THE_CUT = ("padding_share", "count_min", "mean_of_means_error")
 """Diagnostics that say how a step was cut."""
@@ -15,10 +16,8 @@ def alone(tmp_path_factory):
     )
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_path):
-    found = written_by("callbacks/idle_rank.py", tmp_path / "two.pt", strategy)
-    assert set(found) == set(alone) - ({"no batch"} if strategy == "fsdp2" else set())
+def compared_with(alone, found):
+    """Every number of two processes is that of one."""
     for case, numbers in found.items():
         assert set(numbers) == set(alone[case]), case
         for name, value in numbers.items():
@@ -27,5 +26,21 @@ def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_pa
     masked = found["nothing scored"]
     assert masked["norm/count_min"] == 0
     assert masked["norm/count_max"] == masked["norm/count"]
+    # All that is left of a window of rollouts is one completion, of one rank.
+    assert found["minillm drop"]["train/tokens"] == 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_path):
+    found = written_by("callbacks/idle_rank.py", tmp_path / "two.pt", strategy)
+    assert set(found) == set(alone) - ({"no batch"} if strategy == "fsdp2" else set())
+    compared_with(alone, found)
     assert found["fp16"]["scale"] == 2.0**16
     assert found["not finite"]["skipped"] == 1
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero_3", marks=needs_deepspeed)])
+def test_so_do_those_whose_collectives_are_of_the_strategy(strategy, alone, tmp_path):
+    found = written_under(strategy, "callbacks/idle_rank.py", tmp_path / "two.pt")
+    assert len(found) == 7
+    compared_with(alone, found)
