@@ -11,7 +11,12 @@ from lightning.pytorch.callbacks import (
     Timer,
 )
 
-from lightning_kd.loops.fit import EpochLoader, checkpoint_callbacks, limited
+from lightning_kd.loops.fit import (
+    EpochLoader,
+    checkpoint_callbacks,
+    limited,
+    validation_interval,
+)
 
 _EPOCHS_LOOKED_AT = 1000
 """Epochs have two lengths; more than this many are not looked through for the second."""
@@ -23,7 +28,7 @@ def check_limits(trainer: L.Trainer) -> None:
     Raises:
         ValueError: If there is one.
     """
-    cut_into, interval = trainer.accumulate_grad_batches, trainer.val_check_interval
+    cut_into, interval = trainer.accumulate_grad_batches, validation_interval(trainer)
     if cut_into < 1:
         raise ValueError(f"trainer.accumulate_grad_batches is {cut_into}; it must be 1 or more")
     for what in ("steps", "epochs"):
@@ -106,7 +111,7 @@ def _check_lengths(trainer: L.Trainer, loader: EpochLoader) -> None:
             f"an optimizer step or window of rollouts, which have {window}. Use "
             f"{_multiples(min(cut), window)}"
         )
-    interval = trainer.val_check_interval
+    interval = validation_interval(trainer)
     if not isinstance(interval, int) or not trainer.enable_validation or not limit:
         return
     by_epoch = trainer.check_val_every_n_epoch is not None

@@ -73,7 +73,13 @@ class EpochLoop(_TrainingEpochLoop):
         return super().done and not self._should_accumulate()
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
-        return not self._should_accumulate() and super()._should_check_val_fx(data_fetcher)
+        if self._should_accumulate():
+            return False
+        decision = super()._should_check_val_fx(data_fetcher)
+        if self.trainer._val_check_time_interval is None:
+            return decision
+        # Each process has a clock of its own, and all must validate together.
+        return bool(self.trainer.strategy.broadcast(decision))
 
     def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
         """Step schedules; one that depends on validation has nothing to look at but after one."""
@@ -160,7 +166,7 @@ class FitLoop(_FitLoop):
             self.max_batches = limited(loader.length_of(epoch), trainer.limit_train_batches)
             self._combined_loader.limits = [self.max_batches]
             self._data_fetcher.length = self.max_batches
-        interval = trainer.val_check_interval
+        interval = validation_interval(trainer)
         if isinstance(interval, float) and isinstance(self.max_batches, int):
             steps = int(self.max_batches * interval) // trainer.accumulate_grad_batches
             every = max(1, steps) * trainer.accumulate_grad_batches
@@ -257,6 +263,11 @@ def checkpoint_callbacks(trainer: L.Trainer) -> list[ModelCheckpoint]:
     """Lightning's checkpoint callbacks of a trainer."""
     found: list[Checkpoint] = trainer.checkpoint_callbacks
     return [callback for callback in found if isinstance(callback, ModelCheckpoint)]
+
+
+def validation_interval(trainer: L.Trainer) -> int | float | None:
+    """``val_check_interval`` in micro-batches or as a share of an epoch; None where it is a time."""
+    return getattr(trainer, "val_check_interval", None)
 
 
 def limited(length: int, limit: int | float) -> int:

@@ -225,6 +225,25 @@ def predictions(kind: Any) -> Callable[[], dict[str, float]]:
     return case
 
 
+def own_clocks() -> dict[str, float]:
+    """Validation by time, which is over on the first rank and far from it on the second one."""
+
+    class Clocks(Callback):
+        validations = 0
+
+        def on_train_start(self, trainer: Any, *_: Any) -> None:
+            trainer._last_val_time += 1e6 if RANK == 1 else -1e6
+
+        def on_validation_end(self, *_: Any) -> None:
+            self.validations += 1
+
+    clocks = Clocks()
+    fit = run("clocks", [clocks], max_steps=3, max_epochs=-1, val_check_interval="00:01:00:00")
+    data = Letters(rows=4, batch_size=2 if STRATEGY == "alone" else 1)
+    fit.fit(SFT(student=Student.of(tiny_llama(0))), datamodule=data)
+    return {"validations": float(clocks.validations)} | numbers(fit, "val/")
+
+
 METHODS = ("gkd", "minillm", "on_policy", "rl")
 
 
@@ -239,6 +258,7 @@ def cases() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
         return
     if STRATEGY != "fsdp2":  # in shards, no rank computes alone, whatever the library does
         yield "no batch", no_batch
+    yield "own clocks", own_clocks
     yield "fp16", in_fp16
     yield "not finite", not_finite
     for method in METHODS:

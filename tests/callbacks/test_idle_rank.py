@@ -35,6 +35,7 @@ def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_pa
     found = written_by("callbacks/idle_rank.py", tmp_path / "two.pt", strategy)
     assert set(found) == set(alone) - ({"no batch"} if strategy == "fsdp2" else set())
     compared_with(alone, found)
+    assert found["own clocks"]["validations"] == 1
     assert found["fp16"]["scale"] == 2.0**16
     assert found["not finite"]["skipped"] == 1
 
