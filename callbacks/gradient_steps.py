@@ -134,7 +134,7 @@ class GradientRunner:
 
         def before_step() -> None:
             for parameter in self.parameters:
-                if parameter.grad is not None and self._scale != 1:
+                if parameter.grad is not None:
                     parameter.grad.div_(self._scale)
             module.on_before_optimizer_step(optimizer)
             module.configure_gradient_clipping(

@@ -127,8 +127,8 @@ class Projection(LogitSource):
 
     def with_inputs(self, inputs: Sequence[Tensor]) -> "Projection":
         """The same head on other tensors, in the order of :attr:`inputs`."""
-        count = len(self.factors)
-        factors = tuple(zip(inputs[: 2 * count : 2], inputs[1 : 2 * count : 2], strict=True))
+        pairs = inputs[: 2 * len(self.factors)]
+        factors = tuple(zip(pairs[::2], pairs[1::2], strict=True))
         return replace(self, factors=factors, bias=inputs[-1] if self.bias is not None else None)
 
     def fill(self, rows: slice, out: Tensor) -> None:

@@ -431,6 +431,13 @@ def test_the_speed_of_writing_is_that_of_all_tokens():
     assert lightning.callback_metrics["rollout/length_max"] == 3
 
 
+def test_gkd_with_a_callback_that_writes_has_nothing_to_say(caplog):
+    """Whatever other callbacks there are."""
+    with caplog.at_level("INFO"):
+        fit(GKD(**models()), steps=1)
+    assert "GKD without the callback" not in caplog.text
+
+
 def test_a_window_is_logged_where_any_of_its_steps_is():
     """The third step, a window's first pass, is; the fourth is the end of its second."""
     options = {"passes": 2}

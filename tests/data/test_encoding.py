@@ -109,6 +109,7 @@ PROMPT, COMPLETION = [2, 3, 4, 5], [6, 7, 1]
         (LengthLimit(6, truncation="drop"), None),
         (LengthLimit(6, truncation="left"), ([3, 4, 5], COMPLETION)),
         (LengthLimit(9, 2, truncation="left"), ([4, 5], COMPLETION)),
+        (LengthLimit(4, truncation="left"), ([5], COMPLETION)),
         (LengthLimit(3, truncation="left"), None),
         (LengthLimit(6, truncation="right"), (PROMPT, [6, 7])),
         (LengthLimit(9, 2, truncation="right"), ([2, 3], COMPLETION)),

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.evaluation import CrossEntropy, GivenLogits
+from lightning_kd.divergences import ReverseKL
+from lightning_kd.evaluation import CrossEntropy, GivenLogits, Matching, TeacherLogits
 from lightning_kd.evaluation.block import Quantity
-from lightning_kd.models import DenseLogits, SingleTeacher, Student
+from lightning_kd.models import DenseLogits, FusedLogits, SingleTeacher, Student
 from lightning_kd.modules import (
     SFT,
     DistillationModule,
@@ -45,6 +46,18 @@ class Reversed(SupervisedKD):
 
 def models():
     return {"student": Student.of(tiny_llama(0)), "teacher": SingleTeacher.of(tiny_llama(1))}
+
+
+def test_logits_that_are_given_are_evaluated_whoever_is_asked():
+    """As those of a model whose output head is not understood."""
+    own, other = torch.tensor([[1.0, 0, 0], [0, 2, 0]]), torch.tensor([[0, 0, 3.0], [0, 1, 0]])
+    teacher = TeacherLogits((GivenLogits(other),))
+    sides = GivenLogits(own), teacher, [Matching(ReverseKL())], [torch.ones(2)]
+    total, values = FusedLogits().evaluate(*sides)
+    q, p = own.log_softmax(-1), other.log_softmax(-1)
+    expected = torch.nn.functional.kl_div(p, q, reduction="none", log_target=True).sum(-1)
+    torch.testing.assert_close(values[0], expected)
+    assert total.item() == pytest.approx(expected.sum().item())
 
 
 def test_the_order_of_terms_changes_nothing():
