@@ -9,15 +9,10 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_kd.loops.fit import checkpoint_callbacks
+from lightning_kd.loops.fit import checkpoint_callbacks, early_stoppings
 
 _DECIDES = ("min_delta", "check_finite", "stopping_threshold", "divergence_threshold")
 """What an EarlyStopping compares a measurement with; the patience is compared with its count."""
-
-
-def early_stoppings(trainer: L.Trainer) -> list[EarlyStopping]:
-    """The callbacks of a trainer that may end it early."""
-    return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
 
 
 def stopping_settings(trainer: L.Trainer) -> dict[str, dict[str, Any]]:

@@ -13,7 +13,9 @@ from lightning.pytorch.callbacks import (
 
 from lightning_kd.loops.fit import (
     EpochLoader,
+    batches_between_validations,
     checkpoint_callbacks,
+    early_stoppings,
     limited,
     validation_interval,
 )
@@ -87,6 +89,50 @@ def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:
             "EarlyStopping"
         )
     _check_lengths(trainer, loader)
+    monitors = [(type(c).__name__, c.monitor) for c in early_stoppings(trainer)]
+    monitors += [(type(c).__name__, c.monitor or "") for c in checkpoint_callbacks(trainer)]
+    for name, monitor in monitors:
+        if monitor.startswith("val/"):
+            check_validates(trainer, loader, name, monitor)
+
+
+def check_validates(trainer: L.Trainer, loader: EpochLoader, what: str, monitor: str) -> None:
+    """Refuse what depends on a metric of validation where the run ends before the first one.
+
+    Args:
+        trainer: It validates, if it comes so far.
+        loader: Tells its epochs.
+        what: Depends on the metric.
+        monitor: The metric.
+
+    Raises:
+        ValueError: If no validation comes.
+    """
+    if not trainer.enable_validation or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    first = _first_validation(trainer, loader)
+    whole = trainer.max_steps * trainer.accumulate_grad_batches
+    epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
+    too_few_epochs = epochs not in {None, -1} and every is not None and every > (epochs or 0)
+    if too_few_epochs or 0 < whole < first:
+        ends = f"max_epochs {epochs}" if too_few_epochs else f"max_steps {trainer.max_steps}"
+        raise ValueError(
+            f"{what} depends on {monitor}, and the run ends, by trainer.{ends}, before its first "
+            f"validation, after {first} micro-batches. Lower trainer.val_check_interval or "
+            "trainer.check_val_every_n_epoch, or let the run be longer"
+        )
+
+
+def _first_validation(trainer: L.Trainer, loader: EpochLoader) -> int:
+    """Micro-batches up to the first validation; 0 where it comes by time."""
+    interval, limit = validation_interval(trainer), trainer.limit_train_batches
+    if interval is None:
+        return 0
+    before = min(trainer.check_val_every_n_epoch or 1, _EPOCHS_LOOKED_AT) - 1
+    lengths = [limited(loader.length_of(e), limit) for e in range(before + 1)]
+    if isinstance(interval, float):
+        interval = batches_between_validations(interval, lengths[-1], trainer)
+    return sum(lengths[:-1]) + interval
 
 
 _REASONS = {

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 from lightning.fabric.utilities.types import _PATH
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.progress import _ProcessedTracker, _ReadyCompletedTracker
@@ -168,9 +168,9 @@ class FitLoop(_FitLoop):
             self._data_fetcher.length = self.max_batches
         interval = validation_interval(trainer)
         if isinstance(interval, float) and isinstance(self.max_batches, int):
-            steps = int(self.max_batches * interval) // trainer.accumulate_grad_batches
-            every = max(1, steps) * trainer.accumulate_grad_batches
-            trainer.val_check_batch = self.max_batches if interval == 1.0 else every
+            trainer.val_check_batch = batches_between_validations(
+                interval, self.max_batches, trainer
+            )
 
     def on_run_start(self) -> None:
         """Begin; where the run goes on from the end of an epoch, let that end first."""
@@ -265,9 +265,20 @@ def checkpoint_callbacks(trainer: L.Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in found if isinstance(callback, ModelCheckpoint)]
 
 
+def early_stoppings(trainer: L.Trainer) -> list[EarlyStopping]:
+    """The callbacks of a trainer that may end it early."""
+    return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+
+
 def validation_interval(trainer: L.Trainer) -> int | float | None:
     """``val_check_interval`` in micro-batches or as a share of an epoch; None where it is a time."""
     return getattr(trainer, "val_check_interval", None)
+
+
+def batches_between_validations(share: float, length: int, trainer: L.Trainer) -> int:
+    """A share of an epoch's micro-batches, in optimizer steps that are complete."""
+    steps = int(length * share) // trainer.accumulate_grad_batches
+    return length if share == 1.0 else max(1, steps) * trainer.accumulate_grad_batches
 
 
 def limited(length: int, limit: int | float) -> int:

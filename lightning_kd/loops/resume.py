@@ -11,11 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_kd.loops.callback_states import (
-    early_stoppings,
-    stopping_settings,
-    under_new_settings,
-)
+from lightning_kd.loops.callback_states import stopping_settings, under_new_settings
 from lightning_kd.loops.checks import check_limits
 from lightning_kd.loops.fit import (
     ENDED,
@@ -25,6 +21,7 @@ from lightning_kd.loops.fit import (
     FitLoop,
     FitTrainer,
     checkpoint_callbacks,
+    early_stoppings,
     epoch_loader,
 )
 from lightning_kd.loops.logs import EarlierRows, forget_steps

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
+from lightning_kd.loops import EpochLoader, check_validates
 from lightning_kd.strategies import shape_of
 
 
@@ -136,3 +137,6 @@ def check_schedule(config: LRSchedulerConfig, trainer: L.Trainer) -> None:
             f"model.lr_scheduler depends on {config.monitor}, and this run does not validate "
             "(limit_val_batches, data); let it, or choose another monitor or schedule"
         )
+    loader = trainer.train_dataloader
+    if validated and isinstance(loader, EpochLoader):
+        check_validates(trainer, loader, "model.lr_scheduler", str(config.monitor))

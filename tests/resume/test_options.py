@@ -607,6 +607,28 @@ def test_a_schedule_that_has_nothing_to_depend_on_is_refused():
         run(lr_scheduler=plateau(), trainer={"limit_val_batches": 0})
 
 
+@pytest.mark.parametrize(
+    ("limits", "ends"),
+    [
+        ({"max_epochs": 2, "max_steps": -1, "check_val_every_n_epoch": 3}, "max_epochs 2"),
+        ({"max_steps": 1, "check_val_every_n_epoch": 1, "val_check_interval": 1.0}, "max_steps 1"),
+    ],
+)
+@pytest.mark.usefixtures("teachers")
+def test_what_depends_on_a_validation_that_never_comes_is_refused(limits, ends):
+    limits = {"val_check_interval": 1.0} | limits
+    for callback in (EarlyStopping("val/loss"), ModelCheckpoint(monitor="val/loss")):
+        name = type(callback).__name__
+        with pytest.raises(
+            ValueError, match=f"{name} depends on val/loss, .*trainer.{ends}, before"
+        ):
+            run(trainer=limits, callbacks=[callback], folder=name)
+    with pytest.raises(
+        ValueError, match=rf"model\.lr_scheduler depends on .*trainer.{ends}, before"
+    ):
+        run(lr_scheduler=plateau(), trainer=limits)
+
+
 class ByEpoch(SupervisedKD):
     """A schedule of one's own, stepped each epoch."""
 
