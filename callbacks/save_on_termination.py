@@ -7,24 +7,23 @@ from types import FrameType
 from typing import Any
 
 import lightning as L
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_kd.loops import SavesAfterStep, handler_before, requeues
 from lightning_kd.models.sharding import highest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """What ends a run after its optimizer step: the cluster, Ctrl-C, a terminal that is gone."""
 
 
-class SaveOnTermination(Callback):
+class SaveOnTermination(SavesAfterStep):
     """On SIGTERM, SIGHUP or Ctrl-C, finish the optimizer step, save ``last.ckpt``, and exit.
 
     The exit code is what a shell reports of the signal: 143, 129 or 130. A second Ctrl-C ends the
     process at once. One process that gets the signal is enough: the others learn of it at the end of
-    the step. Where Lightning requeues SLURM jobs, SIGTERM is left to it. Give it behind callbacks whose
-    state goes into checkpoints.
+    the step. Where Lightning requeues SLURM jobs, SIGTERM is left to it.
 
     Args:
         dirpath: Where to; the directory of the run's ``ModelCheckpoint`` when not given, or else
@@ -71,8 +70,9 @@ class SaveOnTermination(Callback):
 
         for number in SIGNALS:
             ignored = signal.getsignal(number) is signal.SIG_IGN  # as by nohup
-            if not ignored and not (number == signal.SIGTERM and _requeues(trainer)):
-                self._before[number] = signal.signal(number, handle)
+            if not ignored and not (number == signal.SIGTERM and requeues(trainer)):
+                self._before[number] = handler_before(trainer, number)
+                signal.signal(number, handle)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
@@ -107,14 +107,9 @@ class SaveOnTermination(Callback):
         return Path(log_dir or trainer.default_root_dir) / "checkpoints"
 
 
-def _requeues(trainer: L.Trainer) -> bool:
-    environment = getattr(trainer.strategy, "cluster_environment", None)
-    return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
-
-
 def _release_sigterm(trainer: L.Trainer) -> None:
     """Let SIGTERM do what it did before the trainer; its handler would wait for the other processes."""
     before: Any = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
     listens = threading.current_thread() is threading.main_thread()
-    if before is not None and listens and not _requeues(trainer):
+    if before is not None and listens and not requeues(trainer):
         signal.signal(signal.SIGTERM, before)

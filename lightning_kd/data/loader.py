@@ -41,6 +41,7 @@ class TrainingLoader:
         end: The position at which it ends.
 
     Example:
+        >>> from lightning_kd.data.encoding import Example
         >>> class Letters:
         ...     def __len__(self):
         ...         return 4

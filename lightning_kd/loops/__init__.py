@@ -2,13 +2,17 @@
 
 from lightning_kd.loops.checks import check_epochs, check_validates
 from lightning_kd.loops.fit import EpochLoader, FitTrainer, estimated_steps
+from lightning_kd.loops.requeue import SavesAfterStep, handler_before, requeues
 from lightning_kd.loops.resume import prepare_trainer
 
 __all__ = [
     "EpochLoader",
     "FitTrainer",
+    "SavesAfterStep",
     "check_epochs",
     "check_validates",
     "estimated_steps",
+    "handler_before",
     "prepare_trainer",
+    "requeues",
 ]

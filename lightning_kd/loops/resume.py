@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
@@ -26,6 +26,7 @@ from lightning_kd.loops.fit import (
 )
 from lightning_kd.loops.logs import EarlierRows, forget_steps
 from lightning_kd.loops.place import place_of
+from lightning_kd.loops.requeue import RequeueAfterStep, SavesAfterStep, requeues
 
 CHECKPOINT_KEY = "lightning_kd_run"
 
@@ -43,6 +44,9 @@ def prepare_trainer(trainer: L.Trainer) -> None:
     if not any(isinstance(callback, ResumeState) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         # In front of all others, so that a moment is known when they save.
         trainer.callbacks.insert(0, ResumeState(EarlierRows(trainer)))  # type: ignore[attr-defined]
+    if requeues(trainer) and not any(isinstance(c, RequeueAfterStep) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        trainer.callbacks.append(RequeueAfterStep())  # type: ignore[attr-defined]
+    trainer.callbacks.sort(key=_turn)  # type: ignore[attr-defined]
     if not isinstance(trainer.fit_loop, FitLoop):
         trainer.fit_loop.__class__ = FitLoop
         trainer.fit_loop.epoch_loop.__class__ = EpochLoop
@@ -51,6 +55,11 @@ def prepare_trainer(trainer: L.Trainer) -> None:
     elif not isinstance(trainer, FitTrainer):
         own = type(trainer)
         trainer.__class__ = type(own.__name__, (FitTrainer, own), {})
+
+
+def _turn(callback: Callback) -> int:
+    """The place of a callback among others: those that save are behind all that has to be saved."""
+    return 2 if isinstance(callback, Checkpoint) else int(isinstance(callback, SavesAfterStep))
 
 
 class ResumeState(Callback):

@@ -47,6 +47,7 @@ def reference(root):
         ("one", 0, signal.SIGINT),
         ("ddp", 0, signal.SIGINT),
         ("one", 0, signal.SIGHUP),
+        ("ddp", 1, signal.SIGHUP),
     ],
 )
 def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
