@@ -8,14 +8,14 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_kd.batch import FILLER_ROW, Batch
+from lightning_kd.collectives import any_process
+from lightning_kd.evaluation import ExactMatch
 from lightning_kd.generation import GenerationOptions
-from lightning_kd.metrics import ExactMatch
 from lightning_kd.models.positions import check_length
-from lightning_kd.models.sharding import any_process
 from lightning_kd.modules import DistillationModule
-from lightning_kd.modules.student import longest_rows
+from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.strategies import outside_of_steps
-from lightning_kd.types import FILLER_ROW, Batch
 
 Stage = Literal["val", "test"]
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.generation import Truncation
 from lightning_kd.modules import DistillationModule
-from lightning_kd.types import IGNORE_INDEX, Batch
 
 _MOST = 3
 """Empty windows in a row that are put up with: without a gradient the next one is no different."""

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.callbacks.batch_cuts import join_rows, pad_rows, rows_of, split_rows, width_of
 from lightning_kd.callbacks.cause_texts import (
     BATCH_STATISTICS,
     COUNTED_TWICE,
@@ -36,6 +35,13 @@ from lightning_kd.callbacks.gradient_evidence import (
     token_counts,
 )
 from lightning_kd.callbacks.gradient_steps import REFUSALS, GradientRunner
+from lightning_kd.callbacks.micro_batch_partitioning import (
+    join_rows,
+    pad_rows,
+    rows_of,
+    split_rows,
+    width_of,
+)
 
 
 class Evidence:

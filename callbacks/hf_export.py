@@ -9,7 +9,8 @@ from uuid import uuid4
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from torch import Tensor
@@ -17,11 +18,11 @@ from transformers import GenerationConfig
 
 from lightning_kd.checkpoints import AtomicCheckpointIO, fresh_name
 from lightning_kd.filesystem import check_writable, flush, replace_directory
-from lightning_kd.generation import end_of_sequence_ids
 from lightning_kd.models.adapters import check_mergeable, has_adapters, merge_adapters
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
-from lightning_kd.strategies import whole_weights
+from lightning_kd.strategies import full_state_dict
+from lightning_kd.tokenization import end_of_sequence_ids
 
 Which = Literal["last", "best"]
 
@@ -106,7 +107,7 @@ class HFExport(Callback):
         """
         if not self._exports(pl_module, trainer):
             return
-        weights = {} if self.weights == "best" else whole_weights(trainer, pl_module.student)
+        weights = {} if self.weights == "best" else full_state_dict(trainer, pl_module.student)
         directory = self._directory(trainer)
 
         def export() -> None:
@@ -176,7 +177,7 @@ class HFExport(Callback):
                 "with monitor: val/loss, or export.weights: last"
             )
         strategy = trainer.strategy
-        in_directories = isinstance(strategy, FSDPStrategy | DeepSpeedStrategy)
+        in_directories = isinstance(strategy, FSDPStrategy | LightningDeepSpeedStrategy)
         if in_directories or getattr(strategy, "_save_distributed_checkpoint", False):
             raise ValueError(
                 "export.weights is best, but this strategy writes checkpoints in shards; use "
@@ -215,7 +216,7 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
         # Merging changes the weights in place, and this model may go on training; one in shards
         # cannot be copied, but it can be had again.
         if is_sharded(model):
-            model = module.student_source.build(tokenizer)
+            model = module.student_spec.build(tokenizer)
         else:
             model = copy.deepcopy(model).cpu()
         model.load_state_dict(weights)
@@ -253,7 +254,7 @@ def _write(module: DistillationModule, weights: dict[str, Any], directory: Path,
 def _read_by(module: DistillationModule) -> list[tuple[str, str]]:
     """Directories that a run reads, each with what it is; some may be names of a hub."""
     teacher = getattr(module, "teacher", None)
-    sources = {"student": module.student_source, **getattr(teacher, "sources", {})}
+    sources = {"student": module.student_spec, **getattr(teacher, "sources", {})}
     named = [(role, source.name_or_path) for role, source in sources.items()]
     named += [(role, model.name_or_path) for role, model in module.models.items()]
     named.append(("tokenizer", module.tokenizer.name_or_path))

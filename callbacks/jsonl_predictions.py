@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_kd.batch import FILLER_ROW, Batch
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
@@ -19,7 +20,6 @@ from lightning_kd.data.generated import (
 )
 from lightning_kd.generation import Completions
 from lightning_kd.modules import DistillationModule
-from lightning_kd.types import FILLER_ROW, Batch
 
 
 class JsonlPredictions(Callback):

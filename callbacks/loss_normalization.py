@@ -10,13 +10,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_kd.batch import Batch
 from lightning_kd.callbacks.publishing import publish
 from lightning_kd.callbacks.step_audit import StepAudit
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.loss import EvaluatedTerm
 from lightning_kd.normalization import ConstantLength
-from lightning_kd.types import Batch
 
 _FIELDS = (
     "count",

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_kd.models.sharding import any_process
-from lightning_kd.strategies import divides_first, was_left_out
-from lightning_kd.types import Batch
+from lightning_kd.batch import Batch
+from lightning_kd.collectives import any_process
+from lightning_kd.strategies import scales_loss_before_backward, skipped_last_step
 
 Action = Literal["stop", "skip"]
 
@@ -70,7 +70,7 @@ class NonFiniteGuard(Callback):
             ValueError: If the run is to stop.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if scaled or divides_first(trainer):
+        if scaled or scales_loss_before_backward(trainer):
             return
         own = not _finite([p.grad for p in pl_module.parameters() if p.grad is not None])
         if not any_process(own, trainer.strategy.root_device):
@@ -88,8 +88,10 @@ class NonFiniteGuard(Callback):
         Raises:
             ValueError: If DeepSpeed has left one out, and the run is to stop.
         """
-        if divides_first(trainer) and not trainer.precision_plugin.precision.startswith("16"):
-            if was_left_out(trainer):
+        if scales_loss_before_backward(
+            trainer
+        ) and not trainer.precision_plugin.precision.startswith("16"):
+            if skipped_last_step(trainer):
                 self._act(trainer, trainer.global_step)
             else:
                 self._in_a_row = 0

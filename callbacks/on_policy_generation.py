@@ -9,34 +9,29 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
+from lightning_kd.batch import Batch
 from lightning_kd.callbacks.empty_windows import EmptyWindows
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.callbacks.publishing import of_all_ranks
-from lightning_kd.callbacks.rollout_records import RolloutRecords
-from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
-from lightning_kd.callbacks.rollout_writing import (
+from lightning_kd.callbacks.rollout_generation import (
     check_batches,
     check_lengths,
     check_method,
     complete,
+    generating_teacher,
     loader_of,
-    writing_teacher,
 )
+from lightning_kd.callbacks.rollout_records import RolloutRecords
+from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
 from lightning_kd.data import RolloutPlan
-from lightning_kd.generation import (
-    SamplingOptions,
-    Truncation,
-    evaluating,
-    padding_id,
-    rollout_batch,
-)
-from lightning_kd.models.sharding import can_be_whole, whole
+from lightning_kd.generation import SamplingOptions, Truncation, evaluating, rollout_batch
+from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import outside_of_steps
-from lightning_kd.types import Batch
+from lightning_kd.tokenization import padding_id
 
 Otherwise = Literal["dataset", "teacher"]
 
@@ -161,7 +156,7 @@ class OnPolicyGeneration(Resumable, Callback):
         check_method(pl_module)
         if self.records.path is not None:
             check_output(trainer, self.records.path, "on_policy.path")
-        if self.unshard and not can_be_whole(pl_module.student):
+        if self.unshard and not is_fsdp2_sharded(pl_module.student):
             raise ValueError(
                 "unshard: true keeps shards of FSDP2 whole, and this strategy has none; leave it out, "
                 "or use --trainer.strategy fsdp2"
@@ -186,7 +181,7 @@ class OnPolicyGeneration(Resumable, Callback):
                 "set model.temperature and on_policy.generation.temperature to the same value"
             )
         if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
-            writing_teacher(pl_module)
+            generating_teacher(pl_module)
         from_data = not always and self.otherwise == "dataset"
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 
@@ -272,9 +267,9 @@ class OnPolicyGeneration(Resumable, Callback):
         batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
         models = [module.student, *getattr(getattr(module, "teacher", None), "models", [])]
         context = trainer.precision_plugin.train_step_context()
-        sharded = [model for model in models if self.unshard and can_be_whole(model)]
+        sharded = [model for model in models if self.unshard and is_fsdp2_sharded(model)]
         gathered = outside_of_steps(trainer)
-        with evaluating(*models), torch.no_grad(), gathered, whole(sharded), context:
+        with evaluating(*models), torch.no_grad(), gathered, unsharded(sharded), context:
             started = time.perf_counter()
             written = complete(
                 module,

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lightning_kd.batch import Batch
 from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollout_statistics import passes_multiple
@@ -22,7 +23,6 @@ from lightning_kd.data.generated import (
 from lightning_kd.generation import completion_texts, evaluating
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.strategies import outside_of_steps
-from lightning_kd.types import Batch
 
 
 class RolloutRecords:

@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_kd.collectives import max_over_processes
 from lightning_kd.loops import SavesAfterStep, handler_before, requeues
-from lightning_kd.models.sharding import highest
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """What ends a run after its optimizer step: the cluster, Ctrl-C, a terminal that is gone."""
@@ -81,7 +81,7 @@ class SaveOnTermination(SavesAfterStep):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        number = highest(self._asked, trainer.strategy.root_device)
+        number = max_over_processes(self._asked, trainer.strategy.root_device)
         if number:
             directory = self._directory(trainer)
             trainer.save_checkpoint(directory / "last.ckpt", weights_only=False)

@@ -13,7 +13,7 @@ from lightning_kd.callbacks.gradient_audit import audit_window
 from lightning_kd.callbacks.gradient_steps import takes_batches
 from lightning_kd.callbacks.publishing import publish
 from lightning_kd.models.sharding import is_sharded
-from lightning_kd.strategies import divides_first
+from lightning_kd.strategies import scales_loss_before_backward
 
 
 class StepAudit:
@@ -57,7 +57,9 @@ class StepAudit:
         """
         self.stop()
         self._recorder.take()
-        if divides_first(trainer) or any(is_sharded(part) for part in module.modules()):
+        if scales_loss_before_backward(trainer) or any(
+            is_sharded(part) for part in module.modules()
+        ):
             raise ValueError(
                 f"audit is {self.when!r}, but the gradients of this strategy are in shards, and no "
                 "process can compute another cut by itself; audit with ddp or one process"

@@ -29,7 +29,7 @@ _PHASES = {
 class TimeoutReport(Callback):
     """Add step and phase to the error of a process that has waited in vain for the others.
 
-    How long it waits is the strategy's ``timeout`` (``--trainer.strategy FullyShardedStrategy
+    How long it waits is the strategy's ``timeout`` (``--trainer.strategy FSDP2Strategy
     --trainer.strategy.timeout 0:05:00``, and likewise for ``DDPStrategy``).
     """
 

@@ -6,6 +6,7 @@ modules, data modules, divergences, normalizations, students and teachers.
 
 from importlib.metadata import version
 
+from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import (
     ArithmeticData,
@@ -23,19 +24,9 @@ from lightning_kd.divergences import (
     make_divergence,
     register_divergence,
 )
-from lightning_kd.evaluation import fused_linear_divergence
+from lightning_kd.fused import fused_linear_divergence
 from lightning_kd.generation import GenerationOptions, SamplingOptions
-from lightning_kd.models import (
-    DenseLogits,
-    FusedLogits,
-    LoRA,
-    ModelSource,
-    RoutedTeacher,
-    SingleTeacher,
-    Student,
-    Teacher,
-    TeacherEnsemble,
-)
+from lightning_kd.models import DenseLogits, FusedLogits, LoRA, ModelSpec, StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -61,8 +52,8 @@ from lightning_kd.normalization import (
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
-from lightning_kd.strategies import FlatShardedStrategy, FullyShardedStrategy, ZeroStrategy
-from lightning_kd.types import IGNORE_INDEX, Batch
+from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher, TeacherEnsemble
 
 __version__ = version("lightning-kd")
 
@@ -80,20 +71,22 @@ __all__ = [
     "Constant",
     "ConstantLength",
     "Cosine",
+    "DeepSpeedStrategy",
     "DenseLogits",
     "DistillationData",
     "DistillationModule",
     "Divergence",
     "DocumentData",
-    "FlatShardedStrategy",
-    "FullyShardedStrategy",
+    "FSDP1Strategy",
+    "FSDP2Strategy",
     "FusedLogits",
     "GenerationOptions",
     "ImportanceSampling",
     "Linear",
     "LoRA",
+    "LocalTeacher",
     "MiniLLM",
-    "ModelSource",
+    "ModelSpec",
     "Normalization",
     "OfficialCode",
     "OnPolicyDistillation",
@@ -108,16 +101,14 @@ __all__ = [
     "SamplingOptions",
     "SequenceKD",
     "SequenceMean",
-    "SingleTeacher",
     "Steps",
-    "Student",
+    "StudentSpec",
     "SupervisedKD",
     "Teacher",
     "TeacherEnsemble",
     "TeacherModule",
     "TokenMean",
     "WarmupCosine",
-    "ZeroStrategy",
     "arithmetic_tokenizer",
     "available_divergences",
     "fused_linear_divergence",

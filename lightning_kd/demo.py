@@ -26,7 +26,7 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.data import ArithmeticData
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -36,6 +36,7 @@ from lightning_kd.modules import (
     SupervisedKD,
     WarmupCosine,
 )
+from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
 
 TEACHER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
 STUDENT = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 2}
@@ -107,7 +108,7 @@ def demo(
 
 def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModule]:
     """All from the same random start, but for the one that goes on from ``SFT``."""
-    first, ensemble = SingleTeacher(teachers[0]), TeacherEnsemble(list(map(ModelSource, teachers)))
+    first, ensemble = LocalTeacher(teachers[0]), TeacherEnsemble(list(map(ModelSpec, teachers)))
     from_scratch: dict[str, Any] = {"student": _llama(STUDENT), **_optimization(2e-3)}
     return {
         "SFT": SFT(**from_scratch),
@@ -115,7 +116,9 @@ def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModu
         "BabyLlama": BabyLlama(teacher=ensemble, **from_scratch),
         "GKD": GKD(teacher=first, divergence="forward_kl", **from_scratch),
         AFTER_SFT: MiniLLM(
-            student=Student(str(root / "SFT" / "student")), teacher=first, **_optimization(5e-4, 20)
+            student=StudentSpec(str(root / "SFT" / "student")),
+            teacher=first,
+            **_optimization(5e-4, 20),
         ),
     }
 
@@ -137,8 +140,8 @@ def _optimization(lr: float, warmup_steps: int = 100) -> dict[str, Any]:
     }
 
 
-def _llama(config: dict[str, int]) -> Student:
-    return Student(config={"model_type": "llama", "num_attention_heads": 4, **config})
+def _llama(config: dict[str, int]) -> StudentSpec:
+    return StudentSpec(config={"model_type": "llama", "num_attention_heads": 4, **config})
 
 
 def _run(
@@ -178,7 +181,7 @@ def _run(
 def _test(result: Result, teacher: str, root: Path) -> Result:
     """Measure an exported model on the test problems, against the first teacher."""
     module = SupervisedKD(
-        student=Student(str(root / result.name / "student")), teacher=SingleTeacher(teacher)
+        student=StudentSpec(str(root / result.name / "student")), teacher=LocalTeacher(teacher)
     )
     trainer = _trainer(
         logger=False, callbacks=[CompletionSamples(max_new_tokens=6)], enable_progress_bar=False

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.types import IGNORE_INDEX
+from lightning_kd.batch import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

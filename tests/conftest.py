@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.cli import main
 from lightning_kd.data import arithmetic_tokenizer
-from tests.toys import letter_tokenizer, tiny_llama
+from tests.support.toys import letter_tokenizer, tiny_llama
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 

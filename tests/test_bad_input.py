@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_kd.data import arithmetic_tokenizer
-from tests.command_line import EXPECTED_WARNINGS, SMALL, fit
-from tests.toys import letter_tokenizer, tiny_llama
+from tests.support.command_line import EXPECTED_WARNINGS, SMALL, fit
+from tests.support.toys import letter_tokenizer, tiny_llama
 
 pytestmark = [
     *EXPECTED_WARNINGS,
@@ -173,9 +173,15 @@ TABLE = {
     "unknown normalization": ([*KD, "--model.normalization", "mean"], ["'mean'", "token"]),
     "unknown method": (["--model", "SuperKD"], ["SuperKD"]),
     "unknown data": ([*KD, "--data", "SuperData"], ["SuperData"]),
-    "unknown logits": ([*KD, "--model.logits", "SparseLogits"], ["SparseLogits"]),
+    "unknown logits": ([*KD, "--model.logits_backend", "SparseLogits"], ["SparseLogits"]),
     "no chunk": (
-        [*KD, "--model.logits", "FusedLogits", "--model.logits.chunk_megabytes", "0"],
+        [
+            *KD,
+            "--model.logits_backend",
+            "FusedLogits",
+            "--model.logits_backend.chunk_megabytes",
+            "0",
+        ],
         ["chunk_megabytes is 0", "positive"],
     ),
     "unknown optimizer": ([*KD, "--model.optimizer", "torch.optim.Adamant"], ["Adamant"]),

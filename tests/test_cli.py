@@ -11,8 +11,17 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_kd.data import PromptCompletionData, arithmetic_tokenizer
-from tests.command_line import CONFIGS, DEBUG, EXPECTED_WARNINGS, QUIET, SMALL, fit, run, scalars
-from tests.toys import tiny_llama
+from tests.support.command_line import (
+    CONFIGS,
+    DEBUG,
+    EXPECTED_WARNINGS,
+    QUIET,
+    SMALL,
+    fit,
+    run,
+    scalars,
+)
+from tests.support.toys import tiny_llama
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -394,12 +403,20 @@ def test_gsm8k_on_policy(cli, shared_data, config, more):
 
 
 @pytest.mark.parametrize(
-    "logits", [["DenseLogits"], ["FusedLogits", "--model.logits.chunk_megabytes", "1"]]
+    "logits", [["DenseLogits"], ["FusedLogits", "--model.logits_backend.chunk_megabytes", "1"]]
 )
 def test_how_logits_come_about_by_flags(cli, teacher, logits):
-    cli(*fit("supervised_kd", "--model.teacher.name_or_path", teacher, "--model.logits", *logits))
+    cli(
+        *fit(
+            "supervised_kd",
+            "--model.teacher.name_or_path",
+            teacher,
+            "--model.logits_backend",
+            *logits,
+        )
+    )
     saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
-    assert saved["model"]["init_args"]["logits"]["class_path"].endswith(logits[0])
+    assert saved["model"]["init_args"]["logits_backend"]["class_path"].endswith(logits[0])
 
 
 def test_adapters_of_a_student_in_shards_are_merged_into_the_export(teacher):

@@ -8,7 +8,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.command_line import fit
+from tests.support.command_line import fit
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 import yaml
 
-from lightning_kd import SFT, ArithmeticData, SequenceKD, SingleTeacher, Student
+from lightning_kd import SFT, ArithmeticData, LocalTeacher, SequenceKD, StudentSpec
 from lightning_kd.named_checkpoints import find_checkpoint
-from tests.command_line import EXPECTED_WARNINGS, SMALL, fit
-from tests.scripts import ROOT
+from tests.support.command_line import EXPECTED_WARNINGS, SMALL, fit
+from tests.support.scripts import ROOT
 
 pytestmark = [*EXPECTED_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
@@ -79,10 +79,10 @@ def test_random_weights_are_not_evaluated_in_python(teacher):
     quiet |= {"enable_checkpointing": False, "enable_model_summary": False, "max_steps": 1}
     for evaluate in ("validate", "test", "predict"):
         with pytest.raises(ValueError, match="its weights are random"):
-            getattr(L.Trainer(**quiet), evaluate)(SFT(student=Student(config=config)), data)
-    written = SequenceKD(student=Student(config=config), teacher=SingleTeacher(str(teacher)))
+            getattr(L.Trainer(**quiet), evaluate)(SFT(student=StudentSpec(config=config)), data)
+    written = SequenceKD(student=StudentSpec(config=config), teacher=LocalTeacher(str(teacher)))
     L.Trainer(**quiet).predict(written, data, return_predictions=False)
-    trained, trainer = SFT(student=Student(config=config)), L.Trainer(**quiet)
+    trained, trainer = SFT(student=StudentSpec(config=config)), L.Trainer(**quiet)
     trainer.fit(trained, data)
     trainer.test(trained, data, verbose=False)
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd.evaluation import CrossEntropy, GivenLogits, Projection, Quantity
+from lightning_kd.fused import CrossEntropy, LazyHeadLogits, MaterializedLogits, TokenTerm
 from lightning_kd.models import DenseLogits, FusedLogits
 from lightning_kd.modules.loss import LossSums, LossTerm, Scores, evaluate, weigh
 from lightning_kd.normalization import (
@@ -14,7 +14,7 @@ from lightning_kd.normalization import (
     make_normalization,
 )
 from lightning_kd.scoring import ScoredPositions
-from tests.toys import ragged_batch
+from tests.support.toys import ragged_batch
 
 LENGTHS = [(2, 5), (1, 1), (3, 0), (2, 9)]
 # Written from the definitions, with NumPy means over Python lists.
@@ -32,7 +32,7 @@ NORMALIZATIONS = {
 }
 
 
-class Given(Quantity):
+class Given(TokenTerm):
     """Values that are known beforehand."""
 
     def __init__(self, values):
@@ -43,7 +43,7 @@ class Given(Quantity):
 
 
 def weighed(terms, scored, normalization):
-    student = GivenLogits(torch.zeros(len(scored.targets), 2))
+    student = MaterializedLogits(torch.zeros(len(scored.targets), 2))
     scores = Scores(scored, student)
     return weigh(evaluate(DenseLogits(), scores, terms, normalization).micro_batch, normalization)
 
@@ -71,7 +71,7 @@ def test_the_loss_is_the_definition_however_the_batch_is_cut(name, cut):
 def test_nothing_scored_gives_zero_and_a_finite_gradient(name):
     scored = ScoredPositions.from_labels(ragged_batch([(3, 0), (2, 0)])["labels"])
     states, weight = (torch.randn(n, 5, requires_grad=True) for n in (6, 7))
-    student = Projection(((states[scored.mask.flatten()], weight),))
+    student = LazyHeadLogits(((states[scored.mask.flatten()], weight),))
     terms = {"term": LossTerm(CrossEntropy(scored.targets))}
     loss = evaluate(FusedLogits(), Scores(scored, student), terms, NORMALIZATIONS[name])
     loss.total.backward()

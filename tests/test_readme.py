@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from lightning_kd.cli import main
-from tests.command_line import EXPECTED_WARNINGS, QUIET, SMALL, run
-from tests.toys import tiny_llama
+from tests.support.command_line import EXPECTED_WARNINGS, QUIET, SMALL, run
+from tests.support.toys import tiny_llama
 
 pytestmark = EXPECTED_WARNINGS
 

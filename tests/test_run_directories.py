@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from lightning_kd.run_directories import claim_version
-from tests.command_line import EXPECTED_WARNINGS, fit
+from tests.support.command_line import EXPECTED_WARNINGS, fit
 
 pytestmark = EXPECTED_WARNINGS
 LOGGERS = {"TensorBoardLogger": TensorBoardLogger, "CSVLogger": CSVLogger}
@@ -48,10 +48,10 @@ def test_a_version_that_was_given_is_kept():
 
 def test_a_run_that_is_overtaken_takes_the_next_directory(cli, monkeypatch):
     """Another run makes the directory between this one's look and its own."""
-    look = TensorBoardLogger._get_next_version
+    evaluate_no_grad = TensorBoardLogger._get_next_version
 
     def overtaken(logger):
-        number = look(logger)
+        number = evaluate_no_grad(logger)
         Path(logger.root_dir, f"version_{number}").mkdir(parents=True)
         return number
 

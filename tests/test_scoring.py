@@ -1,8 +1,8 @@
 import torch
 
+from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import IGNORE_INDEX
-from tests.toys import ragged_batch
+from tests.support.toys import ragged_batch
 
 
 def test_the_logits_before_a_label_are_scored():

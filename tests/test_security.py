@@ -15,11 +15,12 @@ from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import ChatData, PromptCompletionData, arithmetic_tokenizer
 from lightning_kd.integrity import checksums, write_about
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
 from lightning_kd.strategies.directories import read_safely
-from tests.modules.harness import trainer
-from tests.toys import tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import trainer
+from tests.support.toys import tiny_llama
 
 
 class Command:
@@ -119,7 +120,7 @@ def test_pickled_weights_of_a_model_are_not_executed():
     Path("model/model.safetensors").unlink()
     torch.save({"lm_head.weight": Command()}, "model/pytorch_model.bin")
     with pytest.raises(ValueError, match="cannot load the model"):
-        SingleTeacher("model").load(arithmetic_tokenizer(), "teacher")
+        LocalTeacher("model").load(arithmetic_tokenizer(), "teacher")
     assert not Path("executed").exists()
 
 
@@ -157,8 +158,8 @@ def test_the_text_of_a_row_stays_text(tmp_path):
     )
     size = len(tokenizer)
     module = GKD(
-        student=Student.of(tiny_llama(0, vocab_size=size, max_position_embeddings=256)),
-        teacher=SingleTeacher.of(tiny_llama(1, vocab_size=size, max_position_embeddings=256)),
+        student=StudentSpec.of(tiny_llama(0, vocab_size=size, max_position_embeddings=256)),
+        teacher=LocalTeacher.of(tiny_llama(1, vocab_size=size, max_position_embeddings=256)),
     )
     before = {path for path in Path().rglob("*") if path.is_file()}
     writing = OnPolicyGeneration(path="rollouts.jsonl", table_every=0)
@@ -175,6 +176,6 @@ def test_the_text_of_a_row_stays_text(tmp_path):
 
 
 def letter_tokenizer_of(letters):
-    from tests.toys import letter_tokenizer
+    from tests.support.toys import letter_tokenizer
 
     return letter_tokenizer("".join(["Q", " ", *(x for x in letters if x not in "Q ")]))

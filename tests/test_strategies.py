@@ -7,7 +7,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
+    DeepSpeedStrategy as LightningDeepSpeedStrategy,
+)
+from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
@@ -16,20 +18,20 @@ from lightning.pytorch.strategies import (
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, TimeoutReport
-from lightning_kd.models import LoRA, Student
+from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import SFT
 from lightning_kd.named_checkpoints import find_checkpoint
 from lightning_kd.strategies import (
-    FlatShardedStrategy,
-    FullyShardedStrategy,
-    ZeroStrategy,
+    DeepSpeedStrategy,
+    FSDP1Strategy,
+    FSDP2Strategy,
     check_trainer,
     shard_mesh,
 )
 from lightning_kd.strategies.directories import read_safely, replacing
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 
 def with_strategy(strategy, **settings):
@@ -39,7 +41,7 @@ def with_strategy(strategy, **settings):
 
 def test_fsdp2_is_a_name_for_all_processes_in_shards():
     found = StrategyRegistry.get("fsdp2")
-    assert isinstance(found, FullyShardedStrategy)
+    assert isinstance(found, FSDP2Strategy)
     assert isinstance(found, ModelParallelStrategy)
 
 
@@ -51,8 +53,8 @@ def without_package(kind):
 @pytest.mark.parametrize(
     ("strategy", "own"),
     [
-        (FSDPStrategy(), "FlatShardedStrategy"),
-        (without_package(DeepSpeedStrategy), "ZeroStrategy"),
+        (FSDPStrategy(), "FSDP1Strategy"),
+        (without_package(LightningDeepSpeedStrategy), "DeepSpeedStrategy"),
     ],
 )
 def test_lightnings_own_are_refused_with_a_way_out(strategy, own):
@@ -68,27 +70,27 @@ def test_lightnings_own_fsdp2_does_not_go_on():
 
 
 def test_deepspeed_takes_one_micro_batch_per_step():
-    check_trainer(with_strategy(without_package(ZeroStrategy)))
+    check_trainer(with_strategy(without_package(DeepSpeedStrategy)))
     with pytest.raises(
         ValueError, match="accumulate_grad_batches is 2: DeepSpeed divides by it twice"
     ):
-        check_trainer(with_strategy(without_package(ZeroStrategy), accumulate_grad_batches=2))
+        check_trainer(with_strategy(without_package(DeepSpeedStrategy), accumulate_grad_batches=2))
 
 
 def test_lightnings_names_are_ours():
     known = StrategyRegistry.available_strategies()
     kinds = {name: StrategyRegistry[name]["strategy"] for name in known}
-    ours = {FlatShardedStrategy: "fsdp", ZeroStrategy: "deepspeed", FullyShardedStrategy: "fsdp2"}
+    ours = {FSDP1Strategy: "fsdp", DeepSpeedStrategy: "deepspeed", FSDP2Strategy: "fsdp2"}
     for name, kind in kinds.items():
         assert kind in ours if name.startswith(("fsdp", "deepspeed")) else kind not in ours
-    assert kinds["fsdp_cpu_offload"] is FlatShardedStrategy
+    assert kinds["fsdp_cpu_offload"] is FSDP1Strategy
     assert StrategyRegistry["deepspeed_stage_3"]["init_params"] == {"stage": 3}
     assert StrategyRegistry.get("fsdp_cpu_offload").cpu_offload.offload_params
 
 
 @pytest.mark.parametrize("kind", ["FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD"])
 def test_every_kind_of_flat_shards_can_be_had(kind):
-    strategy = FlatShardedStrategy(sharding_strategy=kind)
+    strategy = FSDP1Strategy(sharding_strategy=kind)
     assert strategy.sharding_strategy.name == kind
     strategy._precision_plugin = FSDPPrecision("bf16-mixed")
     assert strategy.mixed_precision_config.param_dtype == torch.bfloat16
@@ -96,8 +98,8 @@ def test_every_kind_of_flat_shards_can_be_had(kind):
 
 
 def test_lora_of_a_model_that_was_handed_over_is_refused_before_it_is_in_shards(monkeypatch):
-    monkeypatch.setattr("lightning_kd.modules.student.shares_weights", lambda trainer: True)
-    student = Student.of(tiny_llama(0))
+    monkeypatch.setattr("lightning_kd.modules.student_module.shards_weights", lambda trainer: True)
+    student = StudentSpec.of(tiny_llama(0))
     student.lora = LoRA(r=2)
     with pytest.raises(ValueError, match="adapters of a model that was handed over"):
         trainer(max_steps=1).fit(
@@ -111,7 +113,7 @@ WRITTEN = {"strategy": "deepspeed", "stage": 2, "processes": 4}
 def write_directory(path, steps=1, **checkpoint):
     """What every strategy does around the writing of its shards."""
     strategy = SingleDeviceStrategy("cpu")
-    strategy._lightning_module = SFT(student=Student.of(tiny_llama(0)))
+    strategy._lightning_module = SFT(student=StudentSpec.of(tiny_llama(0)))
     strategy._lightning_module.trainer = trainer(max_steps=1)
     state = {"global_step": steps, "callbacks": {}} | checkpoint
     with replacing(strategy, path, WRITTEN, state) as fresh:
@@ -218,7 +220,7 @@ def test_tensors_are_not_split():
 
 def test_gradients_in_shards_are_not_audited(monkeypatch):
     monkeypatch.setattr("lightning_kd.callbacks.step_audit.is_sharded", lambda part: True)
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     assert not is_sharded(module)
     fit = trainer(max_steps=1, callbacks=[LossNormalizationDiagnostics(audit="first")])
     with pytest.raises(ValueError, match="audit with ddp or one process"):
@@ -248,7 +250,7 @@ class Silence(Callback):
     ],
 )
 def test_silence_is_named_by_step_and_phase(message, noted):
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     fit = trainer(max_steps=3, callbacks=[Silence(message), TimeoutReport()])
     with pytest.raises(RuntimeError, match=message) as raised:
         fit.fit(module, datamodule=BatchList([ragged_batch([(2, 5)])] * 3))

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
 from lightning_kd.data.encoding import Example
-from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 
 class Collator:

@@ -13,9 +13,9 @@ from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.loops import check_epochs, prepare_trainer
-from lightning_kd.models.vocabulary import load_tokenizer
 from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import run_seed
+from lightning_kd.tokenization import load_tokenizer
 
 Split = Literal["train", "validation", "test", "predict"]
 _SPLITS_OF: dict[str, tuple[Split, ...]] = {
@@ -38,7 +38,7 @@ class PlansRollouts(Protocol):
 
 
 class DistillationData(Resumable, L.LightningDataModule):
-    """Rows of each split, as batches of :class:`~lightning_kd.types.Batch`.
+    """Rows of each split, as batches of :class:`~lightning_kd.batch.Batch`.
 
     A data module derives from this class and writes :meth:`rows`.
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import torch
 
+from lightning_kd.batch import FILLER_ROW, Batch
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.data.workers import WORKER_TIMEOUT, Examples, Key, Rows, prepared_batches
 from lightning_kd.seeding import derive_seed
-from lightning_kd.types import FILLER_ROW, Batch
 
 
 class TrainingLoader:

@@ -7,12 +7,12 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.batch import Batch
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plain_text import PackedTextData
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.resuming import Resumable
-from lightning_kd.types import Batch
 
 
 class PairedLoader:

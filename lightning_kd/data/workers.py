@@ -8,10 +8,10 @@ from typing import Any, Protocol
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_kd.batch import Batch
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import Example
 from lightning_kd.processes import start_worker
-from lightning_kd.types import Batch
 
 Key = tuple[int, int, int, int]
 """Sample number and row number as the batch shows them, row that is read, pass over the data."""

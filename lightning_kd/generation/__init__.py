@@ -2,7 +2,7 @@
 
 from lightning_kd.generation.completions import Completions, completion_mask
 from lightning_kd.generation.decoder import evaluating
-from lightning_kd.generation.generate import end_of_sequence_ids, generate, padding_id
+from lightning_kd.generation.generate import generate
 from lightning_kd.generation.options import GenerationOptions, SamplingOptions
 from lightning_kd.generation.rollouts import Truncation, completion_texts, rollout_batch
 from lightning_kd.generation.sampler import sample
@@ -14,10 +14,8 @@ __all__ = [
     "Truncation",
     "completion_mask",
     "completion_texts",
-    "end_of_sequence_ids",
     "evaluating",
     "generate",
-    "padding_id",
     "rollout_batch",
     "sample",
 ]

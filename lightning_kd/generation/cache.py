@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
-class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
+class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
     """Keys and values of a layer at the beginning of larger tensors.
 
     The layer it stands in for copies all that it holds for every token.
@@ -43,12 +43,12 @@ class RoomyLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
 
     def _move(self, keys: Tensor, values: Tensor) -> None:
         length = keys.shape[-2]
-        self._all_keys, self._all_values = _with_room(keys), _with_room(values)
+        self._all_keys, self._all_values = _with_spare_length(keys), _with_spare_length(values)
         self.keys = self._all_keys[..., :length, :]
         self.values = self._all_values[..., :length, :]
 
 
-def _with_room(values: Tensor) -> Tensor:
+def _with_spare_length(values: Tensor) -> Tensor:
     """The values at the beginning of a tensor that is a half longer, and at least 64 tokens."""
     *outer, length, width = values.shape
     larger = values.new_empty(*outer, length + max(64, length // 2), width)
@@ -56,11 +56,13 @@ def _with_room(values: Tensor) -> Tensor:
     return larger
 
 
-def with_room(cache: Any) -> Any:
+def preallocated(cache: Any) -> Any:
     """A cache whose plain layers do not copy; other kinds of layers stay as they are."""
     if isinstance(cache, DynamicCache):
         cache.layers = [
-            RoomyLayer(layer) if type(layer) is DynamicLayer and layer.is_initialized else layer
+            PreallocatedLayer(layer)
+            if type(layer) is DynamicLayer and layer.is_initialized
+            else layer
             for layer in cache.layers
         ]
     return cache
@@ -68,7 +70,7 @@ def with_room(cache: Any) -> Any:
 
 def can_drop_rows(cache: Any) -> bool:
     """Can rows be taken out? Of a recurrent state they cannot."""
-    plain = {RoomyLayer, DynamicLayer, DynamicSlidingWindowLayer}
+    plain = {PreallocatedLayer, DynamicLayer, DynamicSlidingWindowLayer}
     return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.generation.cache import can_drop_rows, with_room
+from lightning_kd.generation.cache import can_drop_rows, preallocated
 from lightning_kd.models.modes import evaluating
 
 __all__ = ["Decoder", "evaluating"]
@@ -35,7 +35,7 @@ class Decoder:
         first = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         self.logits = self._forward(prompt_ids, first)
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
-        self._cache = with_room(self._cache)
+        self._cache = preallocated(self._cache)
 
     def append(self, tokens: Tensor) -> None:
         """Read one more token of each row, ``(rows,)``."""

@@ -12,6 +12,7 @@ from lightning_kd.generation.huggingface import generate_with_transformers
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.sampler import sample
 from lightning_kd.models.positions import check_length
+from lightning_kd.tokenization import end_of_sequence_ids, padding_id
 
 
 def generate(
@@ -63,16 +64,3 @@ def generate(
         return sample([(model, 1.0)], prompt_ids, prompt_mask, options, **ends)
     mixture = [(model, 1 - mixed_with[1]), mixed_with]
     return sample(mixture, prompt_ids, prompt_mask, options, **ends)
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills up a row: the tokenizer's padding, or else its EOS."""
-    pad = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad is None else pad)
-
-
-def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All ids that end a completion: the tokenizer's and those of the model's generation config."""
-    of_model = model.generation_config.eos_token_id if model.generation_config else None
-    ids = of_model if isinstance(of_model, list) else [of_model]
-    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}

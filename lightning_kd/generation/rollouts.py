@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
 from lightning_kd.generation.completions import Completions
-from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 Truncation = Literal["keep", "mask", "drop"]
 """What happens to completions that reached their longest without an EOS. ``keep`` trains on them;
@@ -44,11 +44,11 @@ def rollout_batch(
     lost = ~completions.ended & (truncation != "keep")
     labeled = written & ~lost[:, None]
 
-    def laid_out(of_prompt: Tensor, of_completion: Tensor, fill: float, where: Tensor) -> Tensor:
+    def scattered(of_prompt: Tensor, of_completion: Tensor, fill: float, where: Tensor) -> Tensor:
         values = torch.cat([of_prompt, of_completion], -1).gather(-1, source)
         return values.masked_fill(~where, fill)
 
-    ids = laid_out(batch["prompt_ids"], completions.ids, pad_id, real)
+    ids = scattered(batch["prompt_ids"], completions.ids, pad_id, real)
     zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)
     rewritten: Batch = {
         **batch,
@@ -56,8 +56,8 @@ def rollout_batch(
         "attention_mask": real.long(),
         "labels": ids.masked_fill(~labeled, IGNORE_INDEX),
         "completion_mask": written,
-        "log_probs": laid_out(zeros, completions.log_probs, 0, labeled),
-        "sampling_log_probs": laid_out(zeros, completions.sampling_log_probs, 0, labeled),
+        "log_probs": scattered(zeros, completions.log_probs, 0, labeled),
+        "sampling_log_probs": scattered(zeros, completions.sampling_log_probs, 0, labeled),
     }
     if truncation == "drop":
         rewritten["row"] = batch["row"].masked_fill(lost, FILLER_ROW)

@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lightning_kd.collectives import any_process
 from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating
 from lightning_kd.generation.options import GenerationOptions
-from lightning_kd.models.sharding import any_process, is_sharded
+from lightning_kd.models.sharding import is_sharded
 
 _IDLE_SHARE = 1 / 16
 """Ended rows are taken out of the batch when they are more than this share of it: more often costs

@@ -30,9 +30,11 @@ def check_limits(trainer: L.Trainer) -> None:
     Raises:
         ValueError: If there is one.
     """
-    cut_into, interval = trainer.accumulate_grad_batches, validation_interval(trainer)
-    if cut_into < 1:
-        raise ValueError(f"trainer.accumulate_grad_batches is {cut_into}; it must be 1 or more")
+    micro_batches, interval = trainer.accumulate_grad_batches, validation_interval(trainer)
+    if micro_batches < 1:
+        raise ValueError(
+            f"trainer.accumulate_grad_batches is {micro_batches}; it must be 1 or more"
+        )
     for what in ("steps", "epochs"):
         least, most = getattr(trainer, f"min_{what}"), getattr(trainer, f"max_{what}")
         if least is not None and most not in {None, -1} and least > most:
@@ -40,11 +42,11 @@ def check_limits(trainer: L.Trainer) -> None:
     clip = trainer.gradient_clip_val
     if clip is not None and not (math.isfinite(clip) and clip >= 0):
         raise ValueError(f"trainer.gradient_clip_val is {clip}; it must be 0 (none) or more")
-    if isinstance(interval, int) and interval % cut_into and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if isinstance(interval, int) and interval % micro_batches and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(
             f"trainer.val_check_interval is {interval} micro-batches, which accumulate_grad_batches "
-            f"{cut_into} does not divide: validation would fall inside an optimizer step, where "
-            f"nothing can be saved. Use {_multiples(interval, cut_into)}"
+            f"{micro_batches} does not divide: validation would fall inside an optimizer step, where "
+            f"nothing can be saved. Use {_multiples(interval, micro_batches)}"
         )
     callbacks = [type(c).__name__ for c in checkpoint_callbacks(trainer) if c.save_on_exception]
     callbacks += [

@@ -87,20 +87,21 @@ def _without_record(
     Raises:
         ValueError: If it is from the inside of an optimizer step.
     """
-    batches, cut_into = loops["epoch_loop.batch_progress"], trainer.accumulate_grad_batches
+    batches, micro_batches = loops["epoch_loop.batch_progress"], trainer.accumulate_grad_batches
     done, complete = batches["current"]["processed"], batches["is_last_batch"]
     of_run, epoch = batches["total"]["processed"], loops["epoch_progress"]["current"]["processed"]
-    inside = bool(done % cut_into) and not complete
+    inside = bool(done % micro_batches) and not complete
     if loader is not None and loader.position > 0:  # the run was one epoch then
         of_run = loader.position
-        inside = of_run != global_step * cut_into
+        inside = of_run != global_step * micro_batches
         epoch = loader.epoch_of(of_run - 1)
         done, complete = of_run - loader.start_of(epoch), of_run == loader.start_of(epoch + 1)
     if inside:
         raise ValueError(
             f"the checkpoint was saved inside an optimizer step: {of_run} micro-batches had been "
-            f"trained on in {global_step} steps of {cut_into}, and the gradient in between is lost. "
-            "Go on from another one, with the same batch_size x processes x accumulate_grad_batches"
+            f"trained on in {global_step} steps of {micro_batches}, and the gradient in between "
+            "is lost. Go on from another one, with the same batch_size x processes x "
+            "accumulate_grad_batches"
         )
     in_hooks = batches["current"]["completed"] < batches["current"]["processed"]
     return Place(epoch, done, of_run, done > 0, complete, TRAINED if in_hooks else VALIDATED)

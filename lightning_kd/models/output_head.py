@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
-from lightning_kd.evaluation import Projection
+from lightning_kd.fused import LazyHeadLogits
 from lightning_kd.models.modes import evaluating
-from lightning_kd.strategies import gathered_copy, is_released, shape_of
+from lightning_kd.strategies import gathered_copy, is_partitioned, shape_of
 
 _SCALES: dict[str, Callable[[float], float]] = {
     "logit_scale": float,  # Cohere
@@ -44,22 +44,24 @@ class OutputHead:
     scale: float = 1.0
     softcap: float | None = None
 
-    def project(self, states: Tensor) -> Projection:
+    def project(self, states: Tensor) -> LazyHeadLogits:
         """The head on these hidden states, ``(N, H)``, with the weights that it has now."""
         base: Any = getattr(self.module, "base_layer", self.module)
-        factors = [(states, _whole(base.weight))]
+        factors = [(states, _unsharded(base.weight))]
         if base is not self.module:
             adapter: Any = self.module
             for name in adapter.active_adapters if not adapter.disable_adapters else ():
                 down = adapter.lora_A[name]
                 low = down(adapter.lora_dropout[name](states.to(down.weight.dtype)))
-                factors.append((low * adapter.scaling[name], _whole(adapter.lora_B[name].weight)))
+                factors.append(
+                    (low * adapter.scaling[name], _unsharded(adapter.lora_B[name].weight))
+                )
         bias = getattr(base, "bias", None)
-        bias = None if bias is None else _whole(bias)
+        bias = None if bias is None else _unsharded(bias)
         # On an accelerator the products are made as autocast would; the logits stay float32.
         narrow = torch.get_autocast_dtype("cuda") if _under_autocast(states) else None
         pairs = tuple((h.to(narrow or h.dtype), w.to(narrow or w.dtype)) for h, w in factors)
-        return Projection(pairs, bias, self.scale, self.softcap)
+        return LazyHeadLogits(pairs, bias, self.scale, self.softcap)
 
     @contextmanager
     def bypassed(self) -> Iterator[list[Tensor]]:
@@ -84,7 +86,7 @@ class OutputHead:
         if versions and [states._version for states in seen] != versions:
             raise RuntimeError(
                 "the model writes over its logits in place, which it did not when its output head "
-                "was looked at; use model.logits: DenseLogits"
+                "was looked at; use model.logits_backend: DenseLogits"
             )
 
 
@@ -170,9 +172,9 @@ class _Probe:
         wanted = 4.0 ** (torch.arange(len(rows), device=like.device) % 8)[:, None]
         rows = (rows * (wanted / sizes.clamp(min=1e-30))).to(weight)
         found = self.forward(rows.reshape(like.shape)).reshape(len(rows), -1)
-        projection = head.project(rows)
-        expected = torch.empty(found.shape, dtype=projection.dtype, device=found.device)
-        projection.fill(slice(0, len(rows)), expected)
+        head_logits = head.project(rows)
+        expected = torch.empty(found.shape, dtype=head_logits.dtype, device=found.device)
+        head_logits.fill(slice(0, len(rows)), expected)
         finite = expected.isfinite()
         if not torch.equal(found[~finite].to(expected), expected[~finite]):
             return False
@@ -180,7 +182,7 @@ class _Probe:
         error = (found - expected).where(finite, 0.0)
         # A result is rounded once, or twice with an adapter; its sum adds up in a wider type.
         once, summed = (torch.finfo(tensor.dtype).eps for tensor in (found, expected))
-        of_entries = 2 * once * size.abs() + (once / 8 + 64 * summed) * _bound(projection)
+        of_entries = 2 * once * size.abs() + (once / 8 + 64 * summed) * _bound(head_logits)
         of_rows = (4 * once + 64 * summed) * size.norm(dim=-1)
         return bool((error.abs() <= of_entries).all() and (error.norm(dim=-1) <= of_rows).all())
 
@@ -198,12 +200,12 @@ def _ramp(shape: torch.Size) -> Tensor:
     return steps[torch.stack(places) % len(steps)].reshape(shape)
 
 
-def _bound(projection: Projection) -> Tensor:
+def _bound(head_logits: LazyHeadLogits) -> Tensor:
     """What the logits cannot exceed, by the norms of states and weights; without the bias: (N, V)."""
     norms = [
-        torch.linalg.vector_norm(states, dim=-1, dtype=projection.dtype)[:, None]
-        * torch.linalg.vector_norm(weight, dim=-1, dtype=projection.dtype)
-        for states, weight in projection.factors
+        torch.linalg.vector_norm(states, dim=-1, dtype=head_logits.dtype)[:, None]
+        * torch.linalg.vector_norm(weight, dim=-1, dtype=head_logits.dtype)
+        for states, weight in head_logits.factors
     ]
     return torch.stack(norms).sum(0)
 
@@ -252,9 +254,9 @@ def _under_autocast(states: Tensor) -> bool:
     return states.is_cuda and torch.is_autocast_enabled("cuda")
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _unsharded(weight: Tensor) -> Tensor:
     """A sharded weight in one piece, whose gradient is the mean over all ranks."""
-    if is_released(weight):
+    if is_partitioned(weight):
         return gathered_copy(weight)
     if not isinstance(weight, DTensor):
         return weight

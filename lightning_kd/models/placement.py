@@ -31,7 +31,7 @@ def check_placement(placement: str) -> None:
         )
 
 
-def settle(
+def place_model(
     model: PreTrainedModel, placement: str, device: torch.device, mesh: DeviceMesh | None
 ) -> None:
     """Bring a model to where it is kept.
@@ -75,7 +75,9 @@ def settle(
 
 
 @contextmanager
-def at_work(model: PreTrainedModel, placement: str, device: torch.device) -> Iterator[torch.device]:
+def on_compute_device(
+    model: PreTrainedModel, placement: str, device: torch.device
+) -> Iterator[torch.device]:
     """The device that a model computes on while this is open.
 
     An offloaded model is copied to ``device`` for as long; its weights on the CPU stay, so that

@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -29,8 +28,8 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
 
 
-def can_be_whole(model: nn.Module) -> bool:
-    """Is it in shards of FSDP2, which :func:`whole` gathers?"""
+def is_fsdp2_sharded(model: nn.Module) -> bool:
+    """Is it in shards of FSDP2, which :func:`unsharded` gathers?"""
     return isinstance(model, FSDPModule)
 
 
@@ -38,11 +37,11 @@ def is_sharded(model: nn.Module) -> bool:
     """Must all processes run this model together?"""
     flat = any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
     # DeepSpeed numbers the weights of which it leaves a process no more than its share.
-    return can_be_whole(model) or flat or any(hasattr(p, "ds_id") for p in model.parameters())
+    return is_fsdp2_sharded(model) or flat or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 @contextmanager
-def whole(models: Sequence[PreTrainedModel]) -> Iterator[None]:
+def unsharded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     """While this is open, every process has all weights of these models, and waits for no other."""
     units = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
     for unit in units:
@@ -55,17 +54,3 @@ def whole(models: Sequence[PreTrainedModel]) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(id(unit) not in roots, recurse=False)
             unit.reshard()
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Is the flag raised on any process? All of them ask together; a single one just knows."""
-    return highest(int(flag), device) > 0
-
-
-def highest(number: int, device: torch.device) -> int:
-    """The highest number that any process gives. All of them ask together."""
-    if not torch.distributed.is_initialized():
-        return number
-    given = torch.tensor(float(number), device=device)
-    torch.distributed.all_reduce(given, torch.distributed.ReduceOp.MAX)
-    return int(given.item())

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.models.source import check_path
 from lightning_kd.strategies import shape_of
+from lightning_kd.tokenization import load_tokenizer
 
 VocabularyPolicy = Literal["equal", "shared"]
 """``equal``: logits of one width, or an error. ``shared``: both are cut to the narrower width before
@@ -19,19 +19,6 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     text = model.config.get_text_config()  # a composite configuration has no vocabulary itself
     return int(text.vocab_size if head is None else shape_of(head.weight)[0])
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a directory or a hub name; no code that comes with it runs.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    check_path(name_or_path, "tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot load the tokenizer {name_or_path!r}: {error}") from error
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, role: str) -> None:

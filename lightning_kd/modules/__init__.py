@@ -1,19 +1,19 @@
 """The methods, one page each, and what they share."""
 
 from lightning_kd.modules.baby_llama import BabyLlama
-from lightning_kd.modules.base import DistillationModule
+from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.gkd import GKD
-from lightning_kd.modules.kd import SupervisedKD
 from lightning_kd.modules.loss import LossTerm, MicroBatch, Scores
 from lightning_kd.modules.minillm import MiniLLM
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, OfficialCode, Paper
-from lightning_kd.modules.on_policy import OnPolicyDistillation
+from lightning_kd.modules.on_policy_distillation import OnPolicyDistillation
 from lightning_kd.modules.optimization import WarmupCosine
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.modules.rl_distillation import RLDistillation
 from lightning_kd.modules.sequence_kd import SequenceKD
 from lightning_kd.modules.sft import SFT
-from lightning_kd.modules.teacher import TeacherModule
+from lightning_kd.modules.supervised_kd import SupervisedKD
+from lightning_kd.modules.teacher_module import TeacherModule
 
 __all__ = [
     "GKD",

@@ -7,12 +7,12 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_kd.modules.counts import book_count_ratio
-from lightning_kd.modules.kd import SupervisedKD
+from lightning_kd.batch import Batch
+from lightning_kd.modules.counts import set_count_ratio
 from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.supervised_kd import SupervisedKD
 from lightning_kd.normalization import BatchMean
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import Batch
 
 KLScale = Literal["token", "batchmean"]
 
@@ -94,7 +94,7 @@ class BabyLlama(SupervisedKD):
                 "before the last micro-batch. Set model.normalization: sequence (the same loss on "
                 "blocks of one length), or accumulate_grad_batches: 1"
             )
-        book_count_ratio(self, [batch], LabeledRows())
+        set_count_ratio(self, [batch], LabeledRows())
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Cross-entropy and KL; for ``batchmean``, the latter with a normalization of its own."""

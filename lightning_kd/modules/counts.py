@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.modules.base import DistillationModule
+from lightning_kd.batch import Batch
+from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.normalization import Normalization, divisor
-from lightning_kd.types import Batch
 
 
 def step_counts(
@@ -25,7 +25,7 @@ def step_counts(
     return module.sum_over_ranks(steps)
 
 
-def book_count_ratio(
+def set_count_ratio(
     module: DistillationModule, batches: Sequence[Batch], own: Normalization
 ) -> None:
     """Give every row the ``count_ratio`` of its step, for a term with a normalization of its own.

@@ -5,11 +5,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.evaluation import Matching
+from lightning_kd.fused import DivergenceTerm
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.teacher import TeacherModule, require_positive
-from lightning_kd.types import Batch
+from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 
 
 class GKD(TeacherModule):
@@ -63,5 +63,7 @@ class GKD(TeacherModule):
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The divergence at each token of the completion."""
-        matching = Matching(self.divergence, teacher_temperature=self.teacher_temperature)
-        return {"divergence": LossTerm(matching)}
+        divergence_term = DivergenceTerm(
+            self.divergence, teacher_temperature=self.teacher_temperature
+        )
+        return {"divergence": LossTerm(divergence_term)}

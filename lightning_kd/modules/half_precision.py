@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.checkpoints import RUN_KEY
-from lightning_kd.modules.student import StudentModule
+from lightning_kd.modules.student_module import StudentModule
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 
@@ -62,11 +62,11 @@ class SumScale:
         first = trainer.strategy.reduce(expected, reduce_op="max").item()
         self._exponent = max(0, math.ceil(math.log2(max(1.0, self.largest, first))))
 
-    def after(self, trainer: L.Trainer, cut_into: int) -> float:
+    def after(self, trainer: L.Trainer, micro_batches: int) -> float:
         """What the gradients of a step are multiplied by, which is cut into so many micro-batches."""
         if self._weight is None:
             return 1.0
-        weight = trainer.strategy.reduce(self._weight, reduce_op="sum").item() / cut_into
+        weight = trainer.strategy.reduce(self._weight, reduce_op="sum").item() / micro_batches
         self.largest, self._weight = max(self.largest, weight), None
         return 2.0**self._exponent
 
@@ -75,7 +75,7 @@ class ScaledSumModule(StudentModule):
     """A student whose :class:`SumScale` goes into its checkpoints.
 
     Args:
-        base: The options of :class:`~lightning_kd.modules.student.StudentModule`.
+        base: The options of :class:`~lightning_kd.modules.student_module.StudentModule`.
     """
 
     def __init__(self, **base: Any) -> None:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences.log_space import weighted
-from lightning_kd.evaluation import LogitSource, Quantity, TeacherLogits
-from lightning_kd.models import Logits
+from lightning_kd.fused import LazyLogits, TeacherLogits, TokenTerm
+from lightning_kd.models import LogitsBackend
 from lightning_kd.normalization import Normalization, divisor
 from lightning_kd.scoring import ScoredPositions
 
@@ -18,7 +18,7 @@ class Scores:
     """What student and teacher say at the scored positions of a micro-batch."""
 
     positions: ScoredPositions
-    student: LogitSource
+    student: LazyLogits
     teacher: TeacherLogits | None = None
     uncut: "Scores | None" = None
     """The same over all tokens, where both were cut to a shared vocabulary."""
@@ -32,7 +32,7 @@ class LossTerm:
         ValueError: If it is over other data than the batch's and has no normalization of its own.
     """
 
-    quantity: Quantity
+    token_term: TokenTerm
     """Nats at each scored position."""
     coefficient: float = 1.0
     """Weight of the term in the loss."""
@@ -117,7 +117,7 @@ class Evaluation:
     """What the backward pass starts from, ``()``: weighted, not yet divided. Without a scored
     position it is a zero that still has a gradient, so that every rank has something to reduce."""
     micro_batch: MicroBatch
-    watched: Tensor
+    metric_terms: Tensor
     """What was only looked at, ``(quantities, N)``."""
 
 
@@ -146,20 +146,20 @@ def by_name(
 
 
 def evaluate(
-    logits: Logits,
+    logits_backend: LogitsBackend,
     scores: Scores,
     terms: Mapping[str, LossTerm],
     normalization: Normalization,
-    watched: Sequence[Quantity] = (),
+    metric_terms: Sequence[TokenTerm] = (),
 ) -> Evaluation:
     """Evaluate all terms: those over the batch, and what is watched there, in one pass.
 
     Args:
-        logits: How logits come about.
+        logits_backend: Computes them.
         scores: Of the batch.
         terms: The loss.
         normalization: Gives each row its weight in the terms without one of their own.
-        watched: Quantities at the batch's positions that are not part of the loss.
+        metric_terms: Terms at the batch's positions that are not part of the loss.
     """
     row_weights = {
         name: (term.normalization or normalization).row_weights(
@@ -169,7 +169,7 @@ def evaluate(
     }
 
     def one_pass(
-        stream: Scores, names: list[str], also: Sequence[Quantity]
+        stream: Scores, names: list[str], also: Sequence[TokenTerm]
     ) -> tuple[Tensor, Tensor]:
         # A term without weight needs no gradient, which is most of its cost.
         weights = [
@@ -180,13 +180,13 @@ def evaluate(
             else None
             for name in names
         ]
-        quantities = [*(terms[name].quantity for name in names), *also]
-        return logits.evaluate(
-            stream.student, stream.teacher, quantities, [*weights, *[None] * len(also)]
+        token_terms = [*(terms[name].token_term for name in names), *also]
+        return logits_backend.evaluate(
+            stream.student, stream.teacher, token_terms, [*weights, *[None] * len(also)]
         )
 
     own = [name for name, term in terms.items() if term.scores is None]
-    total, values = one_pass(scores, own, watched)
+    total, values = one_pass(scores, own, metric_terms)
     values_of = dict(zip(own, values, strict=False))
     for name, term in terms.items():
         if term.scores is not None:

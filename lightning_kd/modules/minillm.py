@@ -6,24 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
 from lightning_kd.divergences import ReverseKL
-from lightning_kd.evaluation import (
-    Combination,
+from lightning_kd.fused import (
     CrossEntropy,
-    Nothing,
-    Quantity,
     TeacherCrossEntropy,
+    TokenTerm,
+    WeightedSum,
+    ZeroTerm,
 )
 from lightning_kd.generation import GenerationOptions
-from lightning_kd.modules.base import DistillationModule
 from lightning_kd.modules.counts import step_counts
+from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.normalization import TokenMean, divisor
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 
 class MiniLLM(PolicyGradientModule):
@@ -91,11 +91,11 @@ class MiniLLM(PolicyGradientModule):
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The clipped policy gradient, the exact single step and, where there is text, its loss."""
         advantages = self.sampled(batch, scores, "advantages")
-        single_step: Quantity = self.matching(ReverseKL())
+        single_step: TokenTerm = self.divergence_term(ReverseKL())
         if self.objective.weigh_single_step:
             written_by = self.sampled(batch, scores, "sampling_log_probs")
             log_weight = self.sampled(batch, scores, "log_probs") - written_by
-            single_step = Combination((single_step, log_weight.exp()))
+            single_step = WeightedSum((single_step, log_weight.exp()))
         return {
             "policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages)),
             "single_step": LossTerm(single_step),
@@ -105,13 +105,13 @@ class MiniLLM(PolicyGradientModule):
     def _rewards(self, batch: Batch) -> Tensor:
         """Scaled and clipped log-ratios of teacher and student at the sampled tokens, ``(B, T)``."""
         positions = ScoredPositions.from_labels(batch["labels"])
-        logits = self.teacher.read(batch, positions, self.logits).narrowed(self.width)
+        logits = self.teacher.read(batch, positions, self.logits_backend).narrowed(self.width)
         temperature = self.objective.reward_temperature or self.temperature
         teacher = self.teacher_at_tokens(logits, positions, temperature)
         own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)
-        laid_out = torch.zeros_like(batch["labels"], dtype=teacher.dtype)
-        laid_out[batch["labels"] != IGNORE_INDEX] = self.objective.reward(teacher - own)
-        return laid_out
+        scattered = torch.zeros_like(batch["labels"], dtype=teacher.dtype)
+        scattered[batch["labels"] != IGNORE_INDEX] = self.objective.reward(teacher - own)
+        return scattered
 
     def _whitened(
         self, batch: Batch, statistics: Tensor, rows: float, options: GenerationOptions
@@ -133,15 +133,15 @@ class MiniLLM(PolicyGradientModule):
         """The mean over the tokens of the second stream's micro-batches in the step."""
         text = batch.get("text")
         if text is None or self.text_coefficient == 0:
-            return LossTerm(Nothing(), 0.0)
+            return LossTerm(ZeroTerm(), 0.0)
         ratio = self.objective.text_kd_ratio
         # Without a share of the teacher it need not read the text.
         scores = self.score(text) if ratio > 0 else DistillationModule.score(self, text)
         targets = scores.positions.targets
-        loss: Quantity = CrossEntropy(targets)
+        loss: TokenTerm = CrossEntropy(targets)
         if ratio > 0:
-            loss = Combination((loss, 1 - ratio), (TeacherCrossEntropy(), ratio))
+            loss = WeightedSum((loss, 1 - ratio), (TeacherCrossEntropy(), ratio))
         # Blocks of text are equally long, so every micro-batch of the step has as many tokens.
-        cut_into = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        ratio_of_counts = batch["step_count"][0] / (len(targets) * cut_into)
+        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        ratio_of_counts = batch["step_count"][0] / (len(targets) * micro_batches)
         return LossTerm(loss, self.text_coefficient, TokenMean(), ratio_of_counts, scores)

@@ -8,24 +8,24 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.collectives import any_process
 from lightning_kd.divergences import Divergence, ReverseKL
-from lightning_kd.evaluation import (
+from lightning_kd.fused import (
+    ChunkedPass,
     CrossEntropy,
-    Matching,
-    Sweep,
+    DivergenceTerm,
     TeacherLogits,
-    TeacherToken,
+    TeacherTokenLogProb,
     TokenLoss,
-    look,
+    evaluate_no_grad,
 )
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, training
-from lightning_kd.models.sharding import any_process
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.teacher import TeacherModule, require_positive
+from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import IGNORE_INDEX, Batch
 
 Dropout = Literal["none", "configured"]
 
@@ -121,8 +121,10 @@ class PolicyGradientModule(TeacherModule):
         positions = self.positions(batch)
 
         def log_probs() -> Tensor:
-            student = self.logits.read(self.student, batch, positions)
-            return look(Sweep(student, None, [CrossEntropy(positions.targets)]))[0]
+            student = self.logits_backend.read(self.student, batch, positions)
+            return evaluate_no_grad(ChunkedPass(student, None, [CrossEntropy(positions.targets)]))[
+                0
+            ]
 
         evaluated = log_probs()
         with training(self.student):
@@ -142,11 +144,11 @@ class PolicyGradientModule(TeacherModule):
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The reverse KL of student and teacher at each label."""
-        return {"reverse_kl": LossTerm(self.matching(ReverseKL()))}
+        return {"reverse_kl": LossTerm(self.divergence_term(ReverseKL()))}
 
-    def matching(self, divergence: Divergence) -> Matching:
+    def divergence_term(self, divergence: Divergence) -> DivergenceTerm:
         """A divergence from the teacher at the method's temperature."""
-        return Matching(
+        return DivergenceTerm(
             divergence,
             student_temperature=self.temperature,
             teacher_temperature=self.temperature,
@@ -165,8 +167,8 @@ class PolicyGradientModule(TeacherModule):
         self, teacher: TeacherLogits, positions: ScoredPositions, temperature: float
     ) -> Tensor:
         """The teacher's log-probabilities of the sampled tokens, ``(N,)``."""
-        at_tokens = TeacherToken(positions.targets, temperature=temperature)
-        return look(Sweep(None, teacher, [at_tokens]))[0]
+        at_tokens = TeacherTokenLogProb(positions.targets, temperature=temperature)
+        return evaluate_no_grad(ChunkedPass(None, teacher, [at_tokens]))[0]
 
     def sampled(self, batch: Batch, scores: Scores, key: str) -> Tensor:
         """What a rollout knows of its tokens, ``(N,)``.

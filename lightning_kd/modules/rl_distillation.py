@@ -8,15 +8,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import GenerationOptions, completion_texts
-from lightning_kd.modules.counts import book_count_ratio
+from lightning_kd.modules.counts import set_count_ratio
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.policy import PPOClip, Surrogate, leave_one_out
 from lightning_kd.rewards import RewardFunction
-from lightning_kd.types import FILLER_ROW, IGNORE_INDEX, Batch
 
 
 class RLDistillation(PolicyGradientModule):
@@ -116,7 +116,7 @@ class RLDistillation(PolicyGradientModule):
         sizes = [len(batch["row"]) for batch in rollouts]
         for batch, of_rows in zip(rollouts, torch.split(advantages, sizes), strict=True):
             batch["advantages"] = of_rows[:, None] * (batch["labels"] != IGNORE_INDEX)
-        book_count_ratio(self, rollouts, self.reward_normalization)
+        set_count_ratio(self, rollouts, self.reward_normalization)
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The policy gradient of the reward and the divergence, at each sampled token."""
@@ -125,7 +125,7 @@ class RLDistillation(PolicyGradientModule):
             "policy_gradient": LossTerm(
                 reinforced, 1 - self.alpha, self.reward_normalization, batch["count_ratio"][0]
             ),
-            "divergence": LossTerm(self.matching(self.divergence), self.alpha),
+            "divergence": LossTerm(self.divergence_term(self.divergence), self.alpha),
         }
 
     def _reward(self, batch: Batch) -> Tensor:

@@ -4,9 +4,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from lightning_kd.models import SingleTeacher
 from lightning_kd.modules.sft import SFT
 from lightning_kd.strategies import shard_mesh
+from lightning_kd.teachers import LocalTeacher
 
 
 class SequenceKD(SFT):
@@ -29,7 +29,7 @@ class SequenceKD(SFT):
 
     may_change_on_resume = frozenset({"teacher"})
 
-    def __init__(self, *, teacher: SingleTeacher, **base: Any) -> None:
+    def __init__(self, *, teacher: LocalTeacher, **base: Any) -> None:
         super().__init__(**base)
         self.teacher = teacher
 

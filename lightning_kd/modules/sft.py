@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from lightning_kd.evaluation import CrossEntropy
-from lightning_kd.modules.base import DistillationModule
+from lightning_kd.batch import Batch
+from lightning_kd.fused import CrossEntropy
+from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.types import Batch
 
 
 class SFT(DistillationModule):

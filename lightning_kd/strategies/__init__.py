@@ -3,36 +3,36 @@
 On import, ``fsdp2``, ``fsdp`` and ``deepspeed_stage_1`` to ``_3`` become names of these classes.
 """
 
-from lightning_kd.strategies.checks import check_trainer, shard_mesh, shares_weights
-from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
-from lightning_kd.strategies.fully_sharded import FullyShardedStrategy
+from lightning_kd.strategies.checks import check_trainer, shard_mesh, shards_weights
+from lightning_kd.strategies.deepspeed import DeepSpeedStrategy, gathered_copy, is_partitioned
+from lightning_kd.strategies.fsdp1 import FSDP1Strategy
+from lightning_kd.strategies.fsdp2 import FSDP2Strategy
 from lightning_kd.strategies.gradients import (
     clip_gradients,
-    divides_first,
     gradient_norm,
-    was_left_out,
+    scales_loss_before_backward,
+    skipped_last_step,
 )
 from lightning_kd.strategies.names import register
 from lightning_kd.strategies.pieces import shape_of
-from lightning_kd.strategies.weights import outside_of_steps, whole_weights
-from lightning_kd.strategies.zero import ZeroStrategy, gathered_copy, is_released
+from lightning_kd.strategies.weights import full_state_dict, outside_of_steps
 
 __all__ = [
-    "FlatShardedStrategy",
-    "FullyShardedStrategy",
-    "ZeroStrategy",
+    "DeepSpeedStrategy",
+    "FSDP1Strategy",
+    "FSDP2Strategy",
     "check_trainer",
     "clip_gradients",
-    "divides_first",
+    "full_state_dict",
     "gathered_copy",
     "gradient_norm",
-    "is_released",
+    "is_partitioned",
     "outside_of_steps",
+    "scales_loss_before_backward",
     "shape_of",
     "shard_mesh",
-    "shares_weights",
-    "was_left_out",
-    "whole_weights",
+    "shards_weights",
+    "skipped_last_step",
 ]
 
 register()

@@ -5,12 +5,13 @@ from typing import Any
 import lightning as L
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.device_mesh import DeviceMesh
 
-from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
-from lightning_kd.strategies.fully_sharded import FullyShardedStrategy
-from lightning_kd.strategies.zero import ZeroStrategy
+from lightning_kd.strategies.deepspeed import DeepSpeedStrategy
+from lightning_kd.strategies.fsdp1 import FSDP1Strategy
+from lightning_kd.strategies.fsdp2 import FSDP2Strategy
 
 
 def shard_mesh(trainer: L.Trainer) -> DeviceMesh | None:
@@ -32,12 +33,12 @@ def shard_mesh(trainer: L.Trainer) -> DeviceMesh | None:
     return strategy.device_mesh["data_parallel"]
 
 
-def shares_weights(trainer: L.Trainer) -> bool:
+def shards_weights(trainer: L.Trainer) -> bool:
     """Has each process no more than a share of the student's weights?"""
     strategy = trainer.strategy
-    if isinstance(strategy, ZeroStrategy):
+    if isinstance(strategy, DeepSpeedStrategy):
         return strategy.zero_stage_3
-    return isinstance(strategy, FlatShardedStrategy | ModelParallelStrategy)
+    return isinstance(strategy, FSDP1Strategy | ModelParallelStrategy)
 
 
 def check_trainer(trainer: L.Trainer) -> None:
@@ -58,8 +59,8 @@ def check_trainer(trainer: L.Trainer) -> None:
             )
     strategy = trainer.strategy
     for lightnings, own, name in (
-        (FSDPStrategy, FlatShardedStrategy, "fsdp"),
-        (DeepSpeedStrategy, ZeroStrategy, "deepspeed_stage_2"),
+        (FSDPStrategy, FSDP1Strategy, "fsdp"),
+        (LightningDeepSpeedStrategy, DeepSpeedStrategy, "deepspeed_stage_2"),
     ):
         if isinstance(strategy, lightnings) and not isinstance(strategy, own):
             raise ValueError(
@@ -67,18 +68,16 @@ def check_trainer(trainer: L.Trainer) -> None:
                 f"over the last one; use {own.__name__} of lightning_kd, or its name, such as "
                 f"--trainer.strategy {name}"
             )
-    if isinstance(strategy, ModelParallelStrategy) and not isinstance(
-        strategy, FullyShardedStrategy
-    ):
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         # The trainer does not tell anybody the path before it asks the strategy to load it.
         strategy.load_checkpoint = _refuse_to_go_on  # type: ignore[method-assign]
-    cut_into = trainer.accumulate_grad_batches
-    if isinstance(strategy, DeepSpeedStrategy) and cut_into > 1:
+    micro_batches = trainer.accumulate_grad_batches
+    if isinstance(strategy, LightningDeepSpeedStrategy) and micro_batches > 1:
         raise ValueError(
-            f"accumulate_grad_batches is {cut_into}: DeepSpeed divides by it twice, drops the last "
-            "partial window, and shows no gradient before its step, so the loss could not be divided "
-            "by the count of the whole step. Use accumulate_grad_batches: 1 with a larger "
-            "data.batch_size or more processes, or --trainer.strategy fsdp2"
+            f"accumulate_grad_batches is {micro_batches}: DeepSpeed divides by it twice, drops "
+            "the last partial window, and shows no gradient before its step, so the loss could "
+            "not be divided by the count of the whole step. Use accumulate_grad_batches: 1 with "
+            "a larger data.batch_size or more processes, or --trainer.strategy fsdp2"
         )
 
 

@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
-from lightning_kd.strategies.zero import ZeroStrategy
+from lightning_kd.strategies.deepspeed import DeepSpeedStrategy
+from lightning_kd.strategies.fsdp1 import FSDP1Strategy
 
 
-def divides_first(trainer: L.Trainer) -> bool:
+def scales_loss_before_backward(trainer: L.Trainer) -> bool:
     """Must the loss be divided before the backward pass, because nobody sees the gradients after it?
 
     So it is under DeepSpeed. A step has one micro-batch there, so that its count is known in time.
     """
-    return isinstance(trainer.strategy, ZeroStrategy)
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def gradient_norm(trainer: L.Trainer, gradients: Sequence[Tensor]) -> Tensor:
@@ -29,9 +29,9 @@ def gradient_norm(trainer: L.Trainer, gradients: Sequence[Tensor]) -> Tensor:
         gradients: What this process has of them.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, ZeroStrategy):
+    if isinstance(strategy, DeepSpeedStrategy):
         return strategy.last_gradient_norm()
-    if isinstance(strategy, FlatShardedStrategy):
+    if isinstance(strategy, FSDP1Strategy):
         return strategy.clip_by_norm(math.inf)
     norm = torch.nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
@@ -42,14 +42,14 @@ def clip_gradients(
 ) -> None:
     """Clip as the trainer says, where the strategy has not done it itself."""
     strategy = module.trainer.strategy
-    if isinstance(strategy, FlatShardedStrategy) and value and algorithm != "value":
+    if isinstance(strategy, FSDP1Strategy) and value and algorithm != "value":
         # Lightning refuses, because its precision plugin does not know the root of the shards.
         strategy.clip_by_norm(value)
         return
     module.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
 
-def was_left_out(trainer: L.Trainer) -> bool:
+def skipped_last_step(trainer: L.Trainer) -> bool:
     """Has DeepSpeed left out the last optimizer step, because its gradient was not finite?"""
     strategy = trainer.strategy
-    return isinstance(strategy, ZeroStrategy) and strategy.left_out()
+    return isinstance(strategy, DeepSpeedStrategy) and strategy.skipped_last_step()

@@ -14,7 +14,7 @@ _WRAPPED = "_fsdp_wrapped_module."
 
 def shape_of(weight: Tensor) -> Sequence[int]:
     """The shape of a weight, also where nothing but a share of a flat row is left of it here."""
-    for noted in ("ds_shape", "whole_shape"):  # by DeepSpeed, by our FSDP1
+    for noted in ("ds_shape", "full_shape"):  # by DeepSpeed, by our FSDP1
         if hasattr(weight, noted):
             shape: Sequence[int] = getattr(weight, noted)
             return shape

@@ -7,9 +7,9 @@ import lightning as L
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from lightning_kd.strategies.flat_sharded import FlatShardedStrategy
+from lightning_kd.strategies.deepspeed import DeepSpeedStrategy
+from lightning_kd.strategies.fsdp1 import FSDP1Strategy
 from lightning_kd.strategies.pieces import collected
-from lightning_kd.strategies.zero import ZeroStrategy
 
 
 def outside_of_steps(trainer: L.Trainer) -> AbstractContextManager[None]:
@@ -18,18 +18,18 @@ def outside_of_steps(trainer: L.Trainer) -> AbstractContextManager[None]:
     FSDP1 has embedding and output head ready within its own forward pass only.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, FlatShardedStrategy):
+    if isinstance(strategy, FSDP1Strategy):
         return strategy.gathered_rest()
     return nullcontext()
 
 
-def whole_weights(trainer: L.Trainer, model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(trainer: L.Trainer, model: nn.Module) -> dict[str, Tensor]:
     """All weights of a model, in memory of the CPU.
 
     All processes ask together; the first one gets them, and another one may get nothing.
     """
     strategy = trainer.strategy
-    if isinstance(strategy, FlatShardedStrategy | ZeroStrategy):
+    if isinstance(strategy, FSDP1Strategy | DeepSpeedStrategy):
         return collected(model, strategy.pieces(model), wanted=trainer.is_global_zero)
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights: dict[str, Any] = get_model_state_dict(model, options=options)

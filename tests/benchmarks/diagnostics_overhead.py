@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SupervisedKD
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 STEPS = 20
 
@@ -57,7 +58,8 @@ class Clock(L.Callback):
 def share(every: int, size: dict[str, int]) -> tuple[float, float]:
     """Seconds per step, and the share of them inside the callback."""
     module = SupervisedKD(
-        student=Student.of(tiny_llama(0, **size)), teacher=SingleTeacher.of(tiny_llama(1, **size))
+        student=StudentSpec.of(tiny_llama(0, **size)),
+        teacher=LocalTeacher.of(tiny_llama(1, **size)),
     )
     timed = Timed()
     rows = [(8, 20 + 7 * k) for k in range(8)]

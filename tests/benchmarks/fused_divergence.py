@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.evaluation import CHUNK_BYTES, fused_linear_divergence
+from lightning_kd.fused import CHUNK_BYTES, fused_linear_divergence
 
 
 @dataclass(frozen=True)

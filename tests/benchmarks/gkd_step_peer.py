@@ -32,10 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import DistillationData, Example
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import DenseLogits, Logits, SingleTeacher, Student
+from lightning_kd.models import DenseLogits, LogitsBackend, StudentSpec
 from lightning_kd.modules import GKD
-from tests.modules.harness import trainer
-from tests.toys import LETTERS, letter_tokenizer
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import trainer
+from tests.support.toys import LETTERS, letter_tokenizer
 
 ROUNDS, STEPS, ROWS, PROMPT, NEW = 3, 5, 8, 16, 64
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
@@ -110,16 +111,16 @@ def gaps(times: list[float]) -> list[float]:
     return [b - a for a, b in itertools.pairwise(times)]
 
 
-def ours(accumulation: int, vocabulary: int, logits: Logits | None = None) -> list[float]:
+def ours(accumulation: int, vocabulary: int, logits: LogitsBackend | None = None) -> list[float]:
     """Seconds per step of this library."""
     clock = Clock()
     generation = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=NEW), table_every=0, truncated="keep"
     )
     module = GKD(
-        student=Student.of(llama(0, 256, vocabulary)),
-        teacher=SingleTeacher.of(llama(1, 512, vocabulary)),
-        logits=logits,
+        student=StudentSpec.of(llama(0, 256, vocabulary)),
+        teacher=LocalTeacher.of(llama(1, 512, vocabulary)),
+        logits_backend=logits,
     )
     # As often as both log by default: not once in so short a run.
     fit = trainer(

@@ -12,13 +12,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from matplotlib.figure import Figure
 
+from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.models import Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT
 from lightning_kd.normalization import ConstantLength, Normalization
-from lightning_kd.types import IGNORE_INDEX, Batch
-from tests.modules.harness import BatchList, trainer
-from tests.toys import tiny_llama
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import tiny_llama
 
 STEPS, ROWS, LONGEST = 200, 16, 12
 EOS, FIRST_LETTER, FIRST_NUMBER, VOCABULARY = 1, 2, 10, 27
@@ -67,7 +67,7 @@ def run(normalization: Normalization | str) -> list[dict[str, float]]:
             parameter.mul_(1 / 8 if parameter.ndim > 1 else 1)
     generator = torch.Generator().manual_seed(0)
     module = SFT(
-        student=Student.of(model),
+        student=StudentSpec.of(model),
         normalization=normalization,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     )

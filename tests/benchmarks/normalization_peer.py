@@ -16,10 +16,11 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SupervisedKD
-from tests.modules.harness import fit_one_step
-from tests.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import fit_one_step
+from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
 
 LETTERS = "abcdefghijklmnop"
 ANSWERS = ["ab", "cdefgh", "i", "jklmnopabc"]
@@ -82,8 +83,8 @@ def ours(repeats: int, accumulation: int) -> tuple[float, float]:
     size = 4 // accumulation
     pieces = [{k: v[s : s + size] for k, v in batch.items()} for s in range(0, 4, size)]
     module = SupervisedKD(
-        student=Student.of(tiny_llama(0)),
-        teacher=SingleTeacher.of(tiny_llama(1)),
+        student=StudentSpec.of(tiny_llama(0)),
+        teacher=LocalTeacher.of(tiny_llama(1)),
         divergence="generalized_jsd",
         alpha=0.0,
     )

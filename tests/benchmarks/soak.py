@@ -15,10 +15,10 @@ from lightning.pytorch.callbacks import Callback
 from rich.console import Console
 from rich.table import Table
 
-from lightning_kd import GKD, ArithmeticData, SingleTeacher, Student
+from lightning_kd import GKD, ArithmeticData, LocalTeacher, StudentSpec
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
-from tests.toys import tiny_llama
+from tests.support.toys import tiny_llama
 
 EVERY = 200
 
@@ -55,8 +55,8 @@ def main() -> None:
             callbacks=[writing, resident],
         )
         module = GKD(
-            student=Student.of(tiny_llama(0, vocab_size=14, hidden_size=64)),
-            teacher=SingleTeacher.of(tiny_llama(1, vocab_size=14, hidden_size=64)),
+            student=StudentSpec.of(tiny_llama(0, vocab_size=14, hidden_size=64)),
+            teacher=LocalTeacher.of(tiny_llama(1, vocab_size=14, hidden_size=64)),
         )
         trainer.fit(module, datamodule=ArithmeticData(batch_size=32))
     table = Table("step", "resident MB", f"of step {EVERY}")

@@ -26,7 +26,7 @@ from tests.callbacks.audited_modules import (
     OneOverWorldSize,
     Reduced,
 )
-from tests.modules.harness import BatchList, trainer
+from tests.support.harness import BatchList, trainer
 
 
 @dataclass(frozen=True)

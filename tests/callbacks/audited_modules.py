@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.distributed import all_reduce
 from torch.distributed._functional_collectives import all_reduce as functional_all_reduce
 
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.toys import ragged_batch, tiny_llama
 
 THREE = [
     ragged_batch([(2, 5), (1, 3)], seed=1),
@@ -561,8 +562,8 @@ class BeforeBackward(Base):
 
 def ours(method, **options):
     def build():
-        teacher = {} if method is SFT else {"teacher": SingleTeacher.of(tiny_llama(1))}
-        return method(student=Student.of(tiny_llama(0)), **teacher, **options)
+        teacher = {} if method is SFT else {"teacher": LocalTeacher.of(tiny_llama(1))}
+        return method(student=StudentSpec.of(tiny_llama(0)), **teacher, **options)
 
     return build
 

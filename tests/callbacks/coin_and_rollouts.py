@@ -16,10 +16,11 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
-from tests.modules.harness import Letters, trainer
-from tests.toys import tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
 
 STEPS = 200
 
@@ -41,7 +42,7 @@ class Watch(Callback):
 
 def run(path: Path, steps: int = STEPS, nuisance: bool = True, world: int = 2, **fit: Any) -> Any:
     """Who wrote each step; the completions are appended to ``path``."""
-    module = GKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
     generation = OnPolicyGeneration(
         lmbda=0.5, generation=SamplingOptions(max_new_tokens=4), table_every=0, path=str(path)
     )

@@ -1,8 +1,8 @@
 """Every collective of the library, reached with one rank that has nothing.
 
 A script of its own, as a user would start it: ``python idle_rank.py OUT STRATEGY``, with ``ddp``,
-``fsdp2`` or a name of ``tests.cpu_strategies``. A rank that waits in vain gives up after two minutes.
-With ``alone`` instead of a strategy, one process has all rows.
+``fsdp2`` or a name of ``tests.support.cpu_strategies``. A rank that waits in vain gives up after two
+minutes. With ``alone`` instead of a strategy, one process has all rows.
 """
 
 import os
@@ -28,9 +28,9 @@ from lightning_kd.callbacks import (
     OnPolicyGeneration,
     SaveOnTermination,
 )
-from lightning_kd.evaluation import Combination
+from lightning_kd.fused import WeightedSum
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -43,10 +43,11 @@ from lightning_kd.modules import (
 )
 from lightning_kd.modules.loss import LossTerm
 from lightning_kd.rewards import exact_match
-from lightning_kd.strategies import FullyShardedStrategy
-from tests.cpu_strategies import STRATEGIES
-from tests.modules.harness import BatchList, Letters, Listed, trainer
-from tests.toys import ragged_batch, tiny_llama, with_prompts
+from lightning_kd.strategies import FSDP2Strategy
+from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
+from tests.support.cpu_strategies import STRATEGIES
+from tests.support.harness import BatchList, Letters, Listed, trainer
+from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 # pytest imports this file too, for its doctests, with arguments of its own.
 GIVEN = sys.argv[1:] if __name__ == "__main__" else ["", "alone"]
@@ -61,7 +62,7 @@ def strategy() -> Any:
     if STRATEGY == "alone":
         return "auto"
     if STRATEGY == "fsdp2":
-        return FullyShardedStrategy(process_group_backend="gloo", timeout=WAIT)
+        return FSDP2Strategy(process_group_backend="gloo", timeout=WAIT)
     if STRATEGY in STRATEGIES:
         return STRATEGIES[STRATEGY]()  # type: ignore[no-untyped-call]
     return DDPStrategy(process_group_backend="gloo", timeout=WAIT)
@@ -87,8 +88,8 @@ def on_rank_0(batch: Any) -> list[Any]:
 
 def two(placement: str = "replicated") -> dict[str, Any]:
     """Student and teacher."""
-    teacher = SingleTeacher.of(tiny_llama(1), placement=placement)
-    return {"student": Student.of(tiny_llama(0)), "teacher": teacher}
+    teacher = LocalTeacher.of(tiny_llama(1), placement=placement)
+    return {"student": StudentSpec.of(tiny_llama(0)), "teacher": teacher}
 
 
 def in_shards() -> str:
@@ -142,9 +143,9 @@ def nothing_scored() -> dict[str, float]:
 
 def baby_llama() -> dict[str, float]:
     """A step whose second count is summed before it, and a validation of fillers."""
-    sources = [ModelSource.of(tiny_llama(seed)) for seed in (1, 2)]
+    sources = [ModelSpec.of(tiny_llama(seed)) for seed in (1, 2)]
     module = BabyLlama(
-        student=Student.of(tiny_llama(0)),
+        student=StudentSpec.of(tiny_llama(0)),
         teacher=TeacherEnsemble(sources, placement=in_shards()),
         kl_scale="batchmean",
     )
@@ -158,7 +159,7 @@ def in_fp16() -> dict[str, float]:
     """The power of two that goes in before and comes out after."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     fit = run("fp16", plugins=[plugin], max_steps=1)
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     fit.fit(module, datamodule=BatchList(on_rank_0(ROWS), [ROWS]))
     return {"largest": module._sum_scale.largest, "scale": plugin.scaler.get_scale()}
 
@@ -171,11 +172,11 @@ def not_finite() -> dict[str, float]:
             terms = super().loss_terms(batch, scores)
             factor = float("nan") if RANK == 1 or STRATEGY == "alone" else 1.0
             ((name, term),) = terms.items()
-            return {name: LossTerm(Combination((term.quantity, factor)))}
+            return {name: LossTerm(WeightedSum((term.token_term, factor)))}
 
     guard = NonFiniteGuard("skip", dirpath=str(OUT.parent / STRATEGY / "non_finite"))
     fit = run("not_finite", [guard], max_steps=1)
-    fit.fit(Broken(student=Student.of(tiny_llama(0))), datamodule=BatchList([ROWS], [ROWS]))
+    fit.fit(Broken(student=StudentSpec.of(tiny_llama(0))), datamodule=BatchList([ROWS], [ROWS]))
     return {"skipped": float(guard.skipped)}
 
 
@@ -217,7 +218,7 @@ def predictions(kind: Any) -> Callable[[], dict[str, float]]:
         path = OUT.parent / STRATEGY / f"{kind.__name__}.jsonl"
         fit = run("predict", [JsonlPredictions(str(path))])
         teacher = {} if kind is SFT else {"teacher": two(in_shards())["teacher"]}
-        module = kind(student=Student.of(tiny_llama(0)), **teacher)
+        module = kind(student=StudentSpec.of(tiny_llama(0)), **teacher)
         data = Letters(rows=1, batch_size=2)
         fit.predict(module, datamodule=data, return_predictions=False)
         return {"lines": float(len(path.read_text().splitlines()))} if RANK == 0 else {}
@@ -240,7 +241,7 @@ def own_clocks() -> dict[str, float]:
     clocks = Clocks()
     fit = run("clocks", [clocks], max_steps=3, max_epochs=-1, val_check_interval="00:01:00:00")
     data = Letters(rows=4, batch_size=2 if STRATEGY == "alone" else 1)
-    fit.fit(SFT(student=Student.of(tiny_llama(0))), datamodule=data)
+    fit.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=data)
     return {"validations": float(clocks.validations)} | numbers(fit, "val/")
 
 

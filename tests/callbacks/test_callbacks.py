@@ -8,6 +8,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from lightning_kd.batch import FILLER_ROW
 from lightning_kd.callbacks import (
     CompletionSamples,
     HFExport,
@@ -17,11 +18,11 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.callbacks.tensorboard_layout import LAYOUT
 from lightning_kd.data import PromptCompletionData
-from lightning_kd.models import LoRA, SingleTeacher, Student
+from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.modules import SFT, SequenceKD, SupervisedKD
-from lightning_kd.types import FILLER_ROW
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama, with_prompts
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 2)]))
 IDS = torch.arange(2, 12)[None]
@@ -34,7 +35,7 @@ def events(logger):
 
 
 def test_the_exported_student_loads_and_teaches_the_next_run(tmp_path, tokenizer):
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     callbacks = [HFExport(str(tmp_path / "student"))]
     trainer(max_steps=2, callbacks=callbacks).fit(module, datamodule=BatchList([BATCH] * 2))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
@@ -43,17 +44,17 @@ def test_the_exported_student_loads_and_teaches_the_next_run(tmp_path, tokenizer
     assert {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json"} <= names
     assert AutoTokenizer.from_pretrained(tmp_path / "student").get_vocab() == tokenizer.get_vocab()
     assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id in (1, [1])
-    taught = SupervisedKD(
-        student=Student.of(tiny_llama(5)), teacher=SingleTeacher(str(tmp_path / "student"))
+    has_teacher = SupervisedKD(
+        student=StudentSpec.of(tiny_llama(5)), teacher=LocalTeacher(str(tmp_path / "student"))
     )
     fit = trainer(max_steps=1)
-    fit.fit(taught, datamodule=BatchList([BATCH]))
+    fit.fit(has_teacher, datamodule=BatchList([BATCH]))
     assert fit.callback_metrics["train/forward_kl"].item() > 0
 
 
 def test_lora_adapters_are_merged_into_the_export(tmp_path):
     module = SFT(
-        student=Student.of(tiny_llama(0), lora=LoRA(r=2)),
+        student=StudentSpec.of(tiny_llama(0), lora=LoRA(r=2)),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=1.0),
     )
     trainer(max_steps=3, callbacks=[HFExport(str(tmp_path / "student"))]).fit(
@@ -69,7 +70,7 @@ def test_predictions_are_jsonl_in_row_order_without_filler(tmp_path, tokenizer):
     filler = {k: v.clone() if torch.is_tensor(v) else v for k, v in BATCH.items()}
     filler["row"] = torch.tensor([FILLER_ROW, 7, 5])
     path = tmp_path / "out" / "predictions.jsonl"
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     trainer(callbacks=[JsonlPredictions(str(path))]).predict(
         module, datamodule=BatchList([], evaluate=[filler, BATCH]), return_predictions=False
     )
@@ -82,7 +83,7 @@ def test_predictions_are_jsonl_in_row_order_without_filler(tmp_path, tokenizer):
 
 def test_predictions_never_replace_the_prompts_they_come_from(tokenizer):
     Path("prompts.jsonl").write_text('{"prompt": "ab"}')
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     data = PromptCompletionData(tokenizer=tokenizer, predict="*.jsonl")
     with pytest.raises(
         ValueError, match=r"predictions.path is 'prompts.jsonl', which this run reads"
@@ -95,14 +96,14 @@ def test_predictions_never_replace_the_prompts_they_come_from(tokenizer):
 
 def test_sequence_kd_lets_the_teacher_write_and_the_student_learn(tmp_path):
     teacher = tiny_llama(4)
-    module = SequenceKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(teacher))
+    module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(teacher))
     path = tmp_path / "teacher.jsonl"
     trainer(callbacks=[JsonlPredictions(str(path))]).predict(
         module, datamodule=BatchList([], evaluate=[BATCH]), return_predictions=False
     )
     by_teacher = trainer(callbacks=[JsonlPredictions(str(tmp_path / "sft.jsonl"))])
     by_teacher.predict(
-        SFT(student=Student.of(tiny_llama(4))),
+        SFT(student=StudentSpec.of(tiny_llama(4))),
         datamodule=BatchList([], evaluate=[BATCH]),
         return_predictions=False,
     )
@@ -126,7 +127,7 @@ def test_exact_match_and_samples_reach_tensorboard(tmp_path, tokenizer):
         callbacks=[CompletionSamples(max_new_tokens=5, samples=3)],
     )
     (result,) = fit.validate(
-        SFT(student=Student.of(tiny_llama(0))),
+        SFT(student=StudentSpec.of(tiny_llama(0))),
         datamodule=BatchList([], evaluate=[batch]),
         verbose=False,
     )
@@ -141,7 +142,7 @@ def test_the_layout_and_tokens_per_second_are_logged(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
     callbacks = [TensorBoardLayout(), TokensPerSecond()]
     fit = trainer(max_steps=2, accumulate_grad_batches=2, logger=logger, callbacks=callbacks)
-    fit.fit(SFT(student=Student.of(tiny_llama(0))), datamodule=BatchList([BATCH] * 4))
+    fit.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=BatchList([BATCH] * 4))
     seen = events(logger)
     layout = layout_pb2.Layout()
     (summary,) = seen.Tensors("custom_scalars__config__")

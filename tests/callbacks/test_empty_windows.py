@@ -3,21 +3,22 @@
 import pytest
 import torch
 
+from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.callbacks.empty_windows import EmptyWindows
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
-from lightning_kd.types import IGNORE_INDEX
-from tests.modules.harness import Letters, trainer
-from tests.toys import tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
 
 
 def fit(truncated, steps):
     generation = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=1), truncated=truncated, table_every=0
     )
-    module = GKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
     fitted = trainer(max_steps=steps, max_epochs=-1, callbacks=[generation])
     fitted.fit(module, datamodule=Letters(batch_size=1, rows=4))
     return fitted

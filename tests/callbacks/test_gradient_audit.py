@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import SFT, BabyLlama, SequenceKD, SupervisedKD
 from lightning_kd.normalization import ConstantLength
+from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
 from tests.benchmarks.audit_table import HEADINGS, row_of
 from tests.callbacks.audit_runs import (
     Outcome,
@@ -32,8 +33,8 @@ from tests.callbacks.audited_modules import (
 from tests.callbacks.audited_modules import (
     MeanOfMeans as TokenMean,
 )
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 BATCHES = [
     ragged_batch([(2, 5), (1, 3)], seed=1),
@@ -140,12 +141,12 @@ def methods():
     def llama(seed):
         return tiny_llama(seed).double()
 
-    teacher = SingleTeacher.of(llama(1))
-    two = TeacherEnsemble([ModelSource.of(llama(1)), ModelSource.of(llama(2))])
+    teacher = LocalTeacher.of(llama(1))
+    two = TeacherEnsemble([ModelSpec.of(llama(1)), ModelSpec.of(llama(2))])
     for normalization in ("token", "sequence", "batch", ConstantLength(12)):
 
         def build(method, n=normalization, **settings):
-            return lambda: method(student=Student.of(llama(0)), normalization=n, **settings)
+            return lambda: method(student=StudentSpec.of(llama(0)), normalization=n, **settings)
 
         yield build(SFT)
         yield build(SequenceKD, teacher=teacher)
@@ -263,8 +264,8 @@ def test_an_audited_run_is_bit_for_bit_an_unaudited_one(kind):
         "token mean": TokenMean,
         "llama": MeanOfMeans,
         "ours": lambda: SupervisedKD(
-            student=Student.of(tiny_llama(0, attention_dropout=0.3)),
-            teacher=SingleTeacher.of(tiny_llama(1)),
+            student=StudentSpec.of(tiny_llama(0, attention_dropout=0.3)),
+            teacher=LocalTeacher.of(tiny_llama(1)),
         ),
     }[kind]
 
@@ -334,7 +335,7 @@ def test_a_gradient_that_is_not_finite_in_one_place_is_not_compared():
 def test_a_larger_tolerance_where_anything_is_in_half_precision(precision, tolerance):
     callback = LossNormalizationDiagnostics(histograms_every=0, audit="first", on_fault="raise")
     fit = trainer(max_steps=1, callbacks=[callback], precision=precision)
-    fit.fit(SFT(student=Student.of(tiny_llama(0))), datamodule=BatchList(BATCHES))
+    fit.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=BatchList(BATCHES))
     assert callback.audit.report.tolerance == tolerance
     rounded = max(callback.audit.report.differences.values()) > 1e-4
     assert rounded == (precision != "32-true")

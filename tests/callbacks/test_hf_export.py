@@ -17,11 +17,12 @@ from transformers import AutoModelForCausalLM
 
 from lightning_kd import filesystem
 from lightning_kd.callbacks import HFExport, hf_export
-from lightning_kd.models import LoRA, SingleTeacher, Student
+from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
-from tests.command_line import EXPECTED_WARNINGS
-from tests.modules.harness import BatchList, trainer
-from tests.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
+from lightning_kd.teachers import LocalTeacher
+from tests.support.command_line import EXPECTED_WARNINGS
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -41,7 +42,7 @@ def logits(directory):
 
 def sft(student=None, **options):
     return SFT(
-        student=student or Student.of(tiny_llama(0)),
+        student=student or StudentSpec.of(tiny_llama(0)),
         optimizer=lambda groups: torch.optim.SGD(groups, **{"lr": 0.1, **options}),
     )
 
@@ -91,14 +92,14 @@ def test_what_the_run_reads_is_never_replaced(path, overwrite):
         saved(name)
     Path("link").symlink_to("teacher")
     module = SupervisedKD(
-        student=Student("student"), teacher=SingleTeacher("teacher"), tokenizer="tokenizer"
+        student=StudentSpec("student"), teacher=LocalTeacher("teacher"), tokenizer="tokenizer"
     )
     what = "teacher" if path == "link" else Path(path).name
     refused(module, HFExport(path, overwrite=overwrite), f"is the {what} of this run")
 
 
 def test_a_model_that_was_handed_over_is_not_replaced_where_it_came_from():
-    module = sft(Student.of(AutoModelForCausalLM.from_pretrained(saved("student"))))
+    module = sft(StudentSpec.of(AutoModelForCausalLM.from_pretrained(saved("student"))))
     refused(module, HFExport("student", overwrite=True), "is the student of this run")
 
 
@@ -198,7 +199,7 @@ def test_adapters_that_were_handed_over_are_merged(added):
         from peft import LoraConfig
 
         model.add_adapter(LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    module = sft(Student.of(model), lr=1.0)
+    module = sft(StudentSpec.of(model), lr=1.0)
     fit(module, HFExport("student"), steps=3)
     assert {p.name for p in Path("student").glob("*.safetensors")} == {"model.safetensors"}
     expected = module.student.eval()(input_ids=IDS).logits
@@ -211,9 +212,11 @@ def test_adapters_that_no_weight_can_hold_are_refused():
 
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(tiny_llama(0), config)
-    refused(sft(Student.of(model)), HFExport("student"), "PROMPT_TUNING, which cannot be merged")
+    refused(
+        sft(StudentSpec.of(model)), HFExport("student"), "PROMPT_TUNING, which cannot be merged"
+    )
     with pytest.raises(ValueError, match="has adapters already"):
-        Student.of(LoRA(r=2).adapt(tiny_llama(0)), lora=LoRA()).build(letter_tokenizer())
+        StudentSpec.of(LoRA(r=2).adapt(tiny_llama(0)), lora=LoRA()).build(letter_tokenizer())
 
 
 def test_a_file_size_limit_leaves_no_half_directory_and_the_message_says_how_to_go_on():
@@ -252,7 +255,7 @@ def _export_for_ever(one, other, start):
 def test_a_kill_at_any_time_leaves_one_of_the_two_models(monkeypatch):
     modules = []
     for seed in (0, 1):
-        module = sft(Student.of(tiny_llama(seed)))
+        module = sft(StudentSpec.of(tiny_llama(seed)))
         module.student, module._tokenizer = tiny_llama(seed), letter_tokenizer()
         modules.append(module)
     expected = [module.student(IDS).logits for module in modules]

@@ -2,8 +2,8 @@
 
 import pytest
 
-from tests.cpu_strategies import written_under
-from tests.scripts import needs_deepspeed, written_by
+from tests.support.cpu_strategies import written_under
+from tests.support.scripts import needs_deepspeed, written_by
 
 OF_THE_CUT = ("padding_share", "count_min", "mean_of_means_error")
 """Diagnostics that say how a step was cut."""

@@ -5,12 +5,13 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.evaluation import CrossEntropy, TokenLoss
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.fused import CrossEntropy, TokenLoss
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT, BabyLlama, DistillationModule, LossTerm, SupervisedKD
 from lightning_kd.normalization import BatchMean, ConstantLength
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 LENGTHS = [(2, 5), (1, 3), (3, 7), (2, 1)]
 BATCHES = [ragged_batch(LENGTHS[:2], seed=1), ragged_batch(LENGTHS[2:], seed=2)]
@@ -44,7 +45,7 @@ def token_losses(model):
 @pytest.mark.parametrize("normalization", ["token", "sequence", ConstantLength(16)])
 def test_the_numbers_are_those_of_numpy(normalization):
     rows = token_losses(tiny_llama(0))
-    norm, values = logged(SFT(student=Student.of(tiny_llama(0)), normalization=normalization))
+    norm, values = logged(SFT(student=StudentSpec.of(tiny_llama(0)), normalization=normalization))
     lengths = np.array([len(row) for row in rows])
     means = np.array([row.mean() for row in rows])
     expected = {
@@ -81,15 +82,15 @@ def test_the_numbers_are_those_of_numpy(normalization):
 def test_the_error_of_a_mean_of_means_is_seen_where_counts_differ():
     """The same rows cut unevenly: 5 + 3 + 7 tokens against 1."""
     whole = ragged_batch([(2, 5), (1, 3), (3, 7)], seed=1)
-    norm, _ = logged(SFT(student=Student.of(tiny_llama(0))), [whole, ragged_batch([(2, 1)])])
+    norm, _ = logged(SFT(student=StudentSpec.of(tiny_llama(0))), [whole, ragged_batch([(2, 1)])])
     assert (norm["count_min"], norm["count_max"]) == (1, 15)
     assert norm["mean_of_means_error"] > 0.01
 
 
 def test_terms_that_share_a_normalization_agree_whatever_it_weighs():
-    teacher = SingleTeacher.of(tiny_llama(1))
+    teacher = LocalTeacher.of(tiny_llama(1))
     module = SupervisedKD(
-        student=Student.of(tiny_llama(0)), teacher=teacher, normalization="sequence"
+        student=StudentSpec.of(tiny_llama(0)), teacher=teacher, normalization="sequence"
     )
     assert logged(module)[0]["terms_agree"] == 1
 
@@ -109,7 +110,7 @@ class TwoNormalizations(SFT):
 
 def test_a_term_with_a_normalization_of_its_own_is_the_same_under_all_others():
     rows = token_losses(tiny_llama(0))
-    norm, values = logged(TwoNormalizations(student=Student.of(tiny_llama(0))))
+    norm, values = logged(TwoNormalizations(student=StudentSpec.of(tiny_llama(0))))
     own = 0.5 * np.mean([row.sum() for row in rows])
     by_token, by_sequence = np.concatenate(rows).mean(), np.mean([row.mean() for row in rows])
     expected = {
@@ -126,9 +127,9 @@ def test_a_term_with_a_normalization_of_its_own_is_the_same_under_all_others():
 
 def test_the_official_baby_llama_scale_shows_as_terms_that_do_not_agree():
     blocks = ragged_batch([(0, 8), (0, 8)])
-    teacher = SingleTeacher.of(tiny_llama(1))
+    teacher = LocalTeacher.of(tiny_llama(1))
     module = BabyLlama(
-        student=Student.of(tiny_llama(0)), teacher=teacher, alpha=0.5, kl_scale="batchmean"
+        student=StudentSpec.of(tiny_llama(0)), teacher=teacher, alpha=0.5, kl_scale="batchmean"
     )
     norm, _ = logged(module, [blocks])
     assert norm["terms_agree"] == 0
@@ -161,7 +162,7 @@ def test_the_policy_gradient_identities(normalization):
     rewards = torch.tensor([1.0, 0.0, 0.5, 2.0])
     batch["advantages"] = rewards - rewards.mean()
     norm, values = logged(
-        PolicyGradient(student=Student.of(tiny_llama(0)), normalization=normalization), [batch]
+        PolicyGradient(student=StudentSpec.of(tiny_llama(0)), normalization=normalization), [batch]
     )
     lengths = np.array([5, 3, 7, 1])
     advantages = batch["advantages"].numpy()
@@ -174,7 +175,7 @@ def test_the_policy_gradient_identities(normalization):
 
 def test_histograms_reach_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
-    logged(SFT(student=Student.of(tiny_llama(0))), logger=logger)
+    logged(SFT(student=StudentSpec.of(tiny_llama(0))), logger=logger)
     seen = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0})
     seen.Reload()
     (event,) = seen.Histograms("norm/completion_length")
@@ -184,7 +185,7 @@ def test_histograms_reach_tensorboard(tmp_path):
 
 
 def test_nothing_scored_is_no_obstacle():
-    norm, _ = logged(SFT(student=Student.of(tiny_llama(0))), [ragged_batch([(3, 0), (2, 0)])])
+    norm, _ = logged(SFT(student=StudentSpec.of(tiny_llama(0))), [ragged_batch([(3, 0), (2, 0)])])
     assert norm["tokens"] == norm["count"] == norm["loss_token"] == 0
 
 

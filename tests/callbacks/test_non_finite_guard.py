@@ -4,10 +4,10 @@ from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
 from lightning_kd.callbacks import NonFiniteGuard
-from lightning_kd.models import Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 BATCHES = [ragged_batch([(2, 5), (1, 3)], seed) for seed in range(8)]
 
@@ -32,7 +32,7 @@ class Poison(Callback):
 
 def fit(guard, poison, **settings):
     module = SFT(
-        student=Student.of(tiny_llama(0)),
+        student=StudentSpec.of(tiny_llama(0)),
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=0.01, weight_decay=0.1),
     )
     run = trainer(callbacks=[guard, poison], **settings)

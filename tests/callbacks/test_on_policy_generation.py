@@ -12,7 +12,7 @@ from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGenerat
 from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
 from lightning_kd.data import PromptCompletionData
 from lightning_kd.generation import Completions, SamplingOptions
-from lightning_kd.models import ModelSource, RoutedTeacher, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -23,10 +23,11 @@ from lightning_kd.modules import (
     RLDistillation,
 )
 from lightning_kd.schedules import Linear
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
 from tests.callbacks.coin_and_rollouts import STEPS, run
-from tests.modules.harness import BatchList, Letters, trainer
-from tests.scripts import run_script
-from tests.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
+from tests.support.harness import BatchList, Letters, trainer
+from tests.support.scripts import run_script
+from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -56,8 +57,8 @@ class Saves(Callback):
 
 def models(student=0, teacher=1, **settings):
     return {
-        "student": Student.of(tiny_llama(student, **settings)),
-        "teacher": SingleTeacher.of(tiny_llama(teacher)),
+        "student": StudentSpec.of(tiny_llama(student, **settings)),
+        "teacher": LocalTeacher.of(tiny_llama(teacher)),
     }
 
 
@@ -358,9 +359,11 @@ def test_each_row_has_its_own_teacher():
     """A routed teacher's logits are those of the row's member, in any order of rows."""
     batch = ragged_batch([(2, 5), (3, 2), (1, 4)])
     members = {"a": tiny_llama(1), "b": tiny_llama(2)}
-    sources = {name: ModelSource.of(model) for name, model in members.items()}
+    sources = {name: ModelSpec.of(model) for name, model in members.items()}
     module = GKD(
-        student=Student.of(tiny_llama(0)), teacher=RoutedTeacher(sources), divergence="reverse_kl"
+        student=StudentSpec.of(tiny_llama(0)),
+        teacher=RoutedTeacher(sources),
+        divergence="reverse_kl",
     )
     names = ["b", "a", "b"]
     rows = [batch | {"extra": {"teacher": names}}]
@@ -467,7 +470,7 @@ class Unprompted(Letters):
 
 
 def two_teachers():
-    members = [ModelSource.of(tiny_llama(k)) for k in (1, 2)]
+    members = [ModelSpec.of(tiny_llama(k)) for k in (1, 2)]
     return TeacherEnsemble(members)
 
 
@@ -486,14 +489,14 @@ def two_teachers():
             "sampled at temperature 1.0, but MiniLLM trains the student at 0.7",
         ),
         (
-            lambda: SFT(student=Student.of(tiny_llama(0))),
+            lambda: SFT(student=StudentSpec.of(tiny_llama(0))),
             {"lmbda": 0.0, "otherwise": "teacher"},
             "SFT learns the completions of the data",
         ),
         (
-            lambda: GKD(student=Student.of(tiny_llama(0)), teacher=two_teachers()),
+            lambda: GKD(student=StudentSpec.of(tiny_llama(0)), teacher=two_teachers()),
             {"mixture_alpha": 0.2},
-            "has TeacherEnsemble; give it a SingleTeacher",
+            "has TeacherEnsemble; give it a LocalTeacher",
         ),
         (lambda: GKD(**models()), {"group_size": 3}, "4 rows .* group_size 3 does not divide"),
         (
@@ -522,8 +525,8 @@ def two_teachers():
         ),
         (
             lambda: GKD(
-                student=Student.of(tiny_llama(0)),
-                teacher=RoutedTeacher({"a": ModelSource.of(tiny_llama(1))}, column="who"),
+                student=StudentSpec.of(tiny_llama(0)),
+                teacher=RoutedTeacher({"a": ModelSpec.of(tiny_llama(1))}, column="who"),
             ),
             {},
             "no column 'who' that says which teacher",
@@ -612,8 +615,8 @@ def test_the_audit_finds_no_cut_that_matters(name, normalization):
     make, options = AUDITED[name]
     audit = LossNormalizationDiagnostics(audit=1, on_fault="raise", tolerance=1e-6)
     module = make(
-        student=Student.of(tiny_llama(0).double()),
-        teacher=SingleTeacher.of(tiny_llama(1).double()),
+        student=StudentSpec.of(tiny_llama(0).double()),
+        teacher=LocalTeacher.of(tiny_llama(1).double()),
         normalization=normalization,
     )
     lightning, _ = fit(

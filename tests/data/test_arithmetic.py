@@ -3,7 +3,7 @@ import hashlib
 import pytest
 
 from lightning_kd.data import ArithmeticData
-from tests.toys import letter_tokenizer
+from tests.support.toys import letter_tokenizer
 
 
 @pytest.mark.parametrize(

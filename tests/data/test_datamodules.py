@@ -16,9 +16,9 @@ from lightning_kd.data import (
     arithmetic_tokenizer,
     train_tokenizer,
 )
-from lightning_kd.models import load_tokenizer
-from tests.modules.harness import trainer
-from tests.toys import letter_tokenizer
+from lightning_kd.tokenization import load_tokenizer
+from tests.support.harness import trainer
+from tests.support.toys import letter_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 

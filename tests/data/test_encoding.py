@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX
 from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import (
@@ -14,7 +15,6 @@ from lightning_kd.data.encoding import (
     encode_documents,
     encode_prompts,
 )
-from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
 
 TEMPLATE = (
     "{% for m in messages %}{{ 'n' if m['role'] == 'user' else 'a' }}{{ m['content'] }}"

@@ -7,7 +7,7 @@ import pytest
 
 from lightning_kd.data import PromptCompletionData
 from lightning_kd.data.generated import tokenizer_fingerprint
-from tests.toys import letter_tokenizer
+from tests.support.toys import letter_tokenizer
 
 EOS = 1
 

@@ -3,6 +3,7 @@ from itertools import islice
 import pytest
 import torch
 
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX
 from lightning_kd.data import (
     Collator,
     Epochs,
@@ -12,7 +13,6 @@ from lightning_kd.data import (
     RolloutPlan,
     TrainingLoader,
 )
-from lightning_kd.types import FILLER_ROW, IGNORE_INDEX
 
 
 class Numbers:
@@ -215,14 +215,16 @@ CUTS = [(1, 6, 2), (2, 3, 2), (3, 2, 2), (1, 3, 4), (1, 12, 1)]
 
 
 @pytest.mark.parametrize("settings", [{}, {"passes": 3}, {"group_size": 2}])
-@pytest.mark.parametrize(("world_size", "batch_size", "cut_into"), CUTS)
-def test_where_an_epoch_ends_does_not_depend_on_the_cut(world_size, batch_size, cut_into, settings):
+@pytest.mark.parametrize(("world_size", "batch_size", "micro_batches"), CUTS)
+def test_where_an_epoch_ends_does_not_depend_on_the_cut(
+    world_size, batch_size, micro_batches, settings
+):
     """Ten rows, and windows of 12 samples."""
-    plan = RolloutPlan(cut_into, **settings)
+    plan = RolloutPlan(micro_batches, **settings)
     loader = training(batch_size=batch_size, world_size=world_size, plan=plan)
     reference = training(batch_size=12, plan=RolloutPlan(1, **settings))
     for epoch in range(6):
-        assert loader.start_of(epoch) == reference.start_of(epoch) * cut_into
+        assert loader.start_of(epoch) == reference.start_of(epoch) * micro_batches
         assert loader.length_of(epoch) % plan.window == 0
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lightning_kd.data import ChatData
 from lightning_kd.data.rendering import RenderLimits, render_chats
-from tests.toys import letter_tokenizer
+from tests.support.toys import letter_tokenizer
 
 CHAT = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c\u20ac\n"}]
 PLAIN = (

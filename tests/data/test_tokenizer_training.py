@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from lightning_kd.data import train_tokenizer, write_tokenizer
-from tests.toys import tiny_llama
+from tests.support.toys import tiny_llama
 
 TEXTS = ["the cat sat on the mat, the end", "two  spaces and a tab\t."]
 

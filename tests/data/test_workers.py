@@ -7,7 +7,7 @@ import time
 import pytest
 
 from lightning_kd.data import Collator, EvaluationLoader, Example, TrainingLoader
-from tests.scripts import ROOT
+from tests.support.scripts import ROOT
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lightning_kd.divergences import AdaptiveKL, ForwardKL, ReverseKL
-from tests.toys import logit_gradient
+from tests.support.toys import logit_gradient
 
 
 def pair(student, teacher):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_kd.divergences import ForwardKL, GeneralizedJSD, ReverseKL
-from tests.toys import logit_gradient
+from tests.support.toys import logit_gradient
 
 
 @pytest.fixture(scope="module")

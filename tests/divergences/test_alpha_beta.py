@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_kd.divergences import AlphaBeta, ForwardKL, ReverseKL, SquaredHellinger
-from tests.toys import logit_gradient
+from tests.support.toys import logit_gradient
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from lightning_kd.divergences import (
     make_divergence,
     register_divergence,
 )
-from tests.toys import logit_gradient
+from tests.support.toys import logit_gradient
 
 
 class ChiSquare(Divergence):

@@ -14,7 +14,7 @@ from scipy.special import rel_entr, xlogy
 from scipy.stats import entropy
 
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
-from tests.toys import logit_gradient
+from tests.support.toys import logit_gradient
 
 
 def jensen_shannon(p, q, beta=0.5, normalized=False):

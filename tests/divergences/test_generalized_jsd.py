@@ -11,7 +11,7 @@ from lightning_kd.divergences import (
     SkewReverseKL,
     TotalVariation,
 )
-from tests.toys import logit_gradient
+from tests.support.toys import logit_gradient
 
 BETAS = [0.01, 0.1, 0.3, 0.5, 0.8, 0.99]
 

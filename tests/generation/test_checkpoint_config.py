@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_kd.generation import GenerationOptions, generate
 from lightning_kd.models import LoRA
-from tests.toys import letter_tokenizer, tiny_llama
+from tests.support.toys import letter_tokenizer, tiny_llama
 
 VOCABULARY, EOS = 5, 1
 PROMPT = torch.tensor([2, 3, 2])

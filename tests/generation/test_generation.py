@@ -1,13 +1,8 @@
 import pytest
 import torch
 
-from lightning_kd.generation import (
-    GenerationOptions,
-    SamplingOptions,
-    completion_mask,
-    generate,
-)
-from tests.toys import ragged_batch, tiny_llama, with_prompts
+from lightning_kd.generation import GenerationOptions, SamplingOptions, completion_mask, generate
+from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 2)]))
 PROMPTS = BATCH["prompt_ids"], BATCH["prompt_mask"]

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
+from lightning_kd.batch import FILLER_ROW
 from lightning_kd.generation import completion_texts, rollout_batch
 from lightning_kd.generation.completions import Completions
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.types import FILLER_ROW
-from tests.toys import letter_tokenizer
+from tests.support.toys import letter_tokenizer
 
 # Prompts [5, 6], [7]; the first completion ends, the second does not.
 BATCH = {

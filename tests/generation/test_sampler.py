@@ -20,7 +20,7 @@ from lightning_kd.generation import GenerationOptions, SamplingOptions, sample, 
 from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.sampler import _draw, _Uniforms
 from lightning_kd.models import LoRA
-from tests.toys import ragged_batch, tiny_llama, with_prompts
+from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 LENGTHS = [(2, 5), (5, 3), (1, 2), (4, 1), (3, 3), (2, 2)]
 BATCH = with_prompts(ragged_batch(LENGTHS))

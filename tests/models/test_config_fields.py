@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_kd.models import SingleTeacher, Student, vocabulary_size
-from tests.models.test_source import CONFIG
-from tests.toys import tiny_llama
+from lightning_kd.models import StudentSpec, vocabulary_size
+from lightning_kd.teachers import LocalTeacher
+from tests.models.test_model_spec import CONFIG
+from tests.support.toys import tiny_llama
 
 GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2}
 
@@ -41,7 +42,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("kind", [Student, SingleTeacher])
+@pytest.mark.parametrize("kind", [StudentSpec, LocalTeacher])
 def test_a_field_that_nothing_reads_is_refused(tokenizer, kind, case):
     config, message = WRONG[case]
     with pytest.raises(ValueError, match=f"config of the student.*{message}"):
@@ -51,7 +52,7 @@ def test_a_field_that_nothing_reads_is_refused(tokenizer, kind, case):
 def test_a_file_is_held_to_the_same(tokenizer):
     Path("config.json").write_text(json.dumps(CONFIG | {"num_hidden_layer": 1}))
     with pytest.raises(ValueError, match="did you mean num_hidden_layers"):
-        Student(config="config.json").load(tokenizer, "student")
+        StudentSpec(config="config.json").load(tokenizer, "student")
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_a_file_is_held_to_the_same(tokenizer):
     ],
 )
 def test_other_names_and_common_fields_are_read(tokenizer, config, attribute, value):
-    model = Student(config=config).load(tokenizer, "student")
+    model = StudentSpec(config=config).load(tokenizer, "student")
     assert getattr(model.config, attribute) == value
     if "rope_theta" in config:
         assert model.config.rope_parameters["rope_theta"] == 5.0
@@ -93,17 +94,17 @@ def test_a_language_model_that_is_part_of_another_has_the_vocabulary_of_the_toke
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
     vision = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = {"model_type": "gemma3", "text_config": sizes, "vision_config": vision}
-    model = Student(config=config).load(tokenizer, "student")
+    model = StudentSpec(config=config).load(tokenizer, "student")
     assert vocabulary_size(model) == len(tokenizer)
 
 
 def test_what_save_pretrained_writes_is_a_config(tokenizer):
     tiny_llama().save_pretrained("saved")
-    model = Student(config="saved/config.json").load(tokenizer, "student")
+    model = StudentSpec(config="saved/config.json").load(tokenizer, "student")
     assert model.config.num_hidden_layers == 2
 
 
 def test_a_saved_model_without_layers_is_refused(tokenizer):
     tiny_llama(num_hidden_layers=0).save_pretrained("saved")
     with pytest.raises(ValueError, match="the student has 0 layers"):
-        Student("saved").load(tokenizer, "student")
+        StudentSpec("saved").load(tokenizer, "student")

@@ -8,8 +8,8 @@ from transformers import (
 )
 
 from lightning_kd.models.dropout import restore, switch_off_dropout, training
-from lightning_kd.models.student import LoRA
-from tests.toys import tiny_llama
+from lightning_kd.models.student_spec import LoRA
+from tests.support.toys import tiny_llama
 
 IDS = torch.arange(2, 18)[None].repeat(2, 1)
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -14,15 +14,9 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-from lightning_kd.models import (
-    LoRA,
-    ModelSource,
-    RoutedTeacher,
-    SingleTeacher,
-    Student,
-    TeacherEnsemble,
-)
-from tests.toys import letter_tokenizer, tiny_llama
+from lightning_kd.models import LoRA, ModelSpec, StudentSpec
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
+from tests.support.toys import letter_tokenizer, tiny_llama
 
 IDS = torch.arange(2, 10)[None]
 
@@ -77,7 +71,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-@pytest.mark.parametrize("kind", [Student, SingleTeacher])
+@pytest.mark.parametrize("kind", [StudentSpec, LocalTeacher])
 def test_a_checkpoint_that_does_not_fit_is_refused_with_both_lists(tokenizer, kind, case):
     changes, expected = WRONG[case]
     model = changes.get("model", tiny_llama)()
@@ -90,7 +84,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_lists(tokenizer, ki
 
 def test_members_of_an_ensemble_and_of_a_routed_teacher_are_checked(tokenizer):
     good, bad = saved("good"), saved("bad", num_hidden_layers=3)
-    members = [ModelSource(good), ModelSource(bad)]
+    members = [ModelSpec(good), ModelSpec(bad)]
     for teacher in (TeacherEnsemble(members), RoutedTeacher(dict(zip("ab", members, strict=True)))):
         with pytest.raises(ValueError, match="9 missing"):
             teacher.prepare(tokenizer, torch.device("cpu"), "equal")
@@ -128,7 +122,7 @@ RIGHT = {
 def test_what_is_no_weight_or_has_another_name_is_no_reason(tokenizer, case):
     model = RIGHT[case].get("model", lambda: tiny_llama(1))()
     name = saved("model", model, RIGHT[case].get("change"))
-    loaded = Student(name).load(tokenizer, "student")
+    loaded = StudentSpec(name).load(tokenizer, "student")
     assert torch.equal(loaded(IDS).logits, model.eval()(IDS).logits)
 
 
@@ -137,21 +131,21 @@ def test_shards_come_back_and_a_lost_one_is_an_error(tokenizer):
     model.save_pretrained("model", max_shard_size="4KB")
     shards = sorted(Path("model").glob("model-*.safetensors"))
     assert len(shards) > 2
-    assert torch.equal(Student("model").load(tokenizer, "s")(IDS).logits, model(IDS).logits)
+    assert torch.equal(StudentSpec("model").load(tokenizer, "s")(IDS).logits, model(IDS).logits)
     shards[1].unlink()
     with pytest.raises(ValueError, match="cannot load the model 'model'"):
-        Student("model").load(tokenizer, "student")
+        StudentSpec("model").load(tokenizer, "student")
 
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
 def test_quantized_weights_are_all_of_them(tokenizer, bits):
     pytest.importorskip("bitsandbytes")
-    teacher = SingleTeacher(
+    teacher = LocalTeacher(
         saved("model"), quantization={"quant_method": "bitsandbytes", bits: True}
     )
     teacher.load(tokenizer, "teacher").save_pretrained("quantized")
-    assert ModelSource("quantized").load(tokenizer, "teacher").hf_quantizer is not None
-    wrong = SingleTeacher(
+    assert ModelSpec("quantized").load(tokenizer, "teacher").hf_quantizer is not None
+    wrong = LocalTeacher(
         saved("model", num_hidden_layers=3),
         quantization={"quant_method": "bitsandbytes", bits: True},
     )
@@ -179,7 +173,7 @@ def adapters(base, change=None):
 def test_adapters_are_merged_into_their_model_and_all_of_it_trains(tokenizer):
     expected = adapters(saved("base"))
     before = torch.random.get_rng_state()
-    student = Student("adapters").build(tokenizer)
+    student = StudentSpec("adapters").build(tokenizer)
     assert torch.equal(before, torch.random.get_rng_state())
     torch.testing.assert_close(student(IDS).logits, expected(IDS).logits)
     assert (student(IDS).logits - tiny_llama(1)(IDS).logits).abs().max() > 1e-2
@@ -194,13 +188,13 @@ def test_adapters_and_the_model_under_them_are_checked(tokenizer):
     with pytest.raises(
         ValueError, match=r"'adapters' does not hold(.|\n)*14 missing(.|\n)*layers.7"
     ):
-        Student("adapters").load(tokenizer, "student")
+        StudentSpec("adapters").load(tokenizer, "student")
     adapters(base)
     saved("base", num_hidden_layers=3)
     with pytest.raises(ValueError, match=r"'base' does not hold(.|\n)*9 missing"):
-        Student("adapters").load(tokenizer, "student")
+        StudentSpec("adapters").load(tokenizer, "student")
 
 
 def test_a_real_checkpoint_is_whole(shared_data):
-    source = Student(str(shared_data / "models" / "stories260K"))
+    source = StudentSpec(str(shared_data / "models" / "stories260K"))
     assert source.load(letter_tokenizer(), "student").config.num_hidden_layers == 5

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from lightning_kd.models import DenseLogits, FusedLogits, vocabulary_size
 from lightning_kd.models.output_head import UnsupportedHeadError, find_head
 from lightning_kd.scoring import ScoredPositions
-from tests.toys import ragged_batch, tiny_llama
+from tests.support.toys import ragged_batch, tiny_llama
 
 VOCABULARY = 18
 BATCH = ragged_batch([(2, 5), (1, 3), (3, 7), (2, 1)])

@@ -1,17 +1,12 @@
 import pytest
 import torch
 
-from lightning_kd.models import (
-    ModelSource,
-    RoutedTeacher,
-    SingleTeacher,
-    Student,
-    TeacherEnsemble,
-)
-from lightning_kd.models.placement import at_work, settle
+from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models.placement import on_compute_device, place_model
 from lightning_kd.modules import SupervisedKD
-from tests.modules.harness import fit_one_step
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
+from tests.support.harness import fit_one_step
+from tests.support.toys import ragged_batch, tiny_llama
 
 BATCH = ragged_batch([(2, 5), (1, 3)])
 CPU = torch.device("cpu")
@@ -21,9 +16,9 @@ CPU = torch.device("cpu")
 def test_where_a_teacher_is_kept_changes_nothing(placement):
     def step(placement):
         module = SupervisedKD(
-            student=Student.of(tiny_llama(0)),
+            student=StudentSpec.of(tiny_llama(0)),
             teacher=TeacherEnsemble(
-                [ModelSource.of(tiny_llama(1)), ModelSource.of(tiny_llama(2))], placement=placement
+                [ModelSpec.of(tiny_llama(1)), ModelSpec.of(tiny_llama(2))], placement=placement
             ),
         )
         return fit_one_step(module, [BATCH])
@@ -36,8 +31,8 @@ def test_where_a_teacher_is_kept_changes_nothing(placement):
 def test_an_offloaded_model_keeps_its_weights_where_they_were():
     model = tiny_llama(0).requires_grad_(False)
     kept = {name: tensor.data_ptr() for name, tensor in model.state_dict().items()}
-    settle(model, "offloaded", CPU, None)
-    with at_work(model, "offloaded", CPU) as there:
+    place_model(model, "offloaded", CPU, None)
+    with on_compute_device(model, "offloaded", CPU) as there:
         assert there == CPU
         for parameter in model.parameters():  # as a copy to an accelerator does
             parameter.data = parameter.data.clone()
@@ -47,20 +42,20 @@ def test_an_offloaded_model_keeps_its_weights_where_they_were():
 
 def test_a_teacher_on_a_device_of_its_own_stays_there():
     model = tiny_llama(0).requires_grad_(False)
-    settle(model, "meta", CPU, None)
-    with at_work(model, "meta", CPU) as there:
+    place_model(model, "meta", CPU, None)
+    with on_compute_device(model, "meta", CPU) as there:
         assert {p.device for p in model.parameters()} == {there} == {torch.device("meta")}
 
 
 @pytest.mark.parametrize("placement", ["moon", "meta"])
 def test_an_unknown_placement_lists_the_choices(placement):
     with pytest.raises(ValueError, match=f"unknown placement '{placement}'; choose replicated, sh"):
-        SingleTeacher("somewhere", placement=placement)
+        LocalTeacher("somewhere", placement=placement)
 
 
 def test_rows_with_teachers_of_their_own_cannot_have_them_in_shards():
     with pytest.raises(ValueError, match="each process asks the teachers of its own rows"):
-        RoutedTeacher({"a": ModelSource.of(tiny_llama(0))}, placement="sharded")
+        RoutedTeacher({"a": ModelSpec.of(tiny_llama(0))}, placement="sharded")
 
 
 QUANTIZED = [
@@ -75,14 +70,14 @@ def test_a_quantized_teacher_teaches_nearly_the_same(quantization, layer, off, t
     """Through transformers and bitsandbytes, from a directory, as a user would load it."""
     size = {"hidden_size": 64, "intermediate_size": 256}
     tiny_llama(1, **size).save_pretrained(tmp_path)
-    teacher = SingleTeacher(str(tmp_path), quantization=quantization)
-    module = SupervisedKD(student=Student.of(tiny_llama(0)), teacher=teacher)
+    teacher = LocalTeacher(str(tmp_path), quantization=quantization)
+    module = SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
     loss, gradient = fit_one_step(module, [BATCH])
     (small,) = teacher.models
     assert type(small.model.layers[0].mlp.up_proj).__name__ == layer
     assert small.get_memory_footprint() < 0.5 * tiny_llama(1, **size).get_memory_footprint()
 
-    whole = SupervisedKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher(str(tmp_path)))
+    whole = SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher(str(tmp_path)))
     expected, reference = fit_one_step(whole, [BATCH])
     assert loss == pytest.approx(expected, rel=off)
     assert (gradient - reference).norm() < off * reference.norm()
@@ -90,4 +85,4 @@ def test_a_quantized_teacher_teaches_nearly_the_same(quantization, layer, off, t
 
 def test_only_weights_that_are_loaded_can_be_quantized():
     with pytest.raises(ValueError, match="give name_or_path"):
-        SingleTeacher(config={"model_type": "llama"}, quantization={"quant_method": "bitsandbytes"})
+        LocalTeacher(config={"model_type": "llama"}, quantization={"quant_method": "bitsandbytes"})

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_kd.models import ModelSource, Student
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.models.context import context_length
 from lightning_kd.models.positions import check_length
-from tests.toys import tiny_llama
+from tests.support.toys import tiny_llama
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 18}
 
@@ -56,14 +56,14 @@ def test_the_model_itself_ends_where_its_limit_is():
 
 def test_rotary_positions_can_be_gone_beyond_on_purpose(tokenizer):
     tiny_llama().save_pretrained("llama")
-    source = Student("llama", max_positions=128)
+    source = StudentSpec("llama", max_positions=128)
     longer = source.load(tokenizer, "student")
     check_length({"student": longer}, 128, "rows")
     longer.save_pretrained("again")
-    assert context_length(ModelSource("again").load(tokenizer, "student").config) == 128
+    assert context_length(ModelSpec("again").load(tokenizer, "student").config) == 128
     model("gpt2", max_position_embeddings=24).save_pretrained("gpt2")
     with pytest.raises(ValueError, match="no rotary positions: its 24 positions are all there are"):
-        Student("gpt2", max_positions=128).load(tokenizer, "student")
+        StudentSpec("gpt2", max_positions=128).load(tokenizer, "student")
     for wrong in ({"config": {"model_type": "llama"}}, {"name_or_path": "llama"}):
         with pytest.raises(ValueError, match="max_positions is 0"):
-            Student(**wrong, max_positions=0)
+            StudentSpec(**wrong, max_positions=0)

@@ -1,8 +1,10 @@
 import pytest
 import torch
 
-from lightning_kd.models import SingleTeacher, load_tokenizer, shared_vocabulary
-from tests.toys import letter_tokenizer, tiny_llama
+from lightning_kd.models import shared_vocabulary
+from lightning_kd.teachers import LocalTeacher
+from lightning_kd.tokenization import load_tokenizer
+from tests.support.toys import letter_tokenizer, tiny_llama
 
 CPU = torch.device("cpu")
 
@@ -10,7 +12,7 @@ CPU = torch.device("cpu")
 def saved_teacher(path, letters, **settings):
     tiny_llama(vocab_size=len(letters) + 2, **settings).save_pretrained(path)
     letter_tokenizer(letters).save_pretrained(path)
-    return SingleTeacher(str(path))
+    return LocalTeacher(str(path))
 
 
 def test_equal_tokenizers_pass(tokenizer, tmp_path):
@@ -35,7 +37,7 @@ def test_further_tokens_pass_where_the_vocabulary_is_shared(tokenizer, tmp_path)
 
 def test_weights_without_a_tokenizer_pass(tokenizer, tmp_path):
     tiny_llama().save_pretrained(tmp_path / "t")
-    SingleTeacher(str(tmp_path / "t")).prepare(tokenizer, CPU, "equal")
+    LocalTeacher(str(tmp_path / "t")).prepare(tokenizer, CPU, "equal")
 
 
 def test_unequal_widths_name_both_sizes():

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lightning_kd.modules import WarmupCosine
-from lightning_kd.strategies import whole_weights
-from tests.cpu_strategies import STRATEGIES
+from lightning_kd.strategies import full_state_dict
 from tests.modules.partition_grid import METHODS, ON_POLICY, build, fitted, writing
+from tests.support.cpu_strategies import STRATEGIES
 
 CASES = [(method, clip, tied) for method in METHODS for clip, tied in [(None, True), (0.01, False)]]
 CASES += [(method, None, False) for method in ON_POLICY]
@@ -40,7 +40,7 @@ def run(
     module = build(method, "sequence" if by_row else "token", dtype=dtype, tied=tied)
     module._optimizer = adamw
     module._lr_scheduler = lambda optimizer: WarmupCosine(optimizer, warmup_steps=4, total_steps=8)
-    before = {n: t.clone() for n, t in module.student_source._given.state_dict().items()}
+    before = {n: t.clone() for n, t in module.student_spec._given.state_dict().items()}
     fit, losses = fitted(
         module,
         method,
@@ -56,7 +56,7 @@ def run(
         "losses": losses,
         "logged": logged,
         "before": before,
-        "after": whole_weights(fit, module.student),
+        "after": full_state_dict(fit, module.student),
         "buffers": sorted({str(buffer.dtype) for buffer in module.student.buffers()}),
     }
 

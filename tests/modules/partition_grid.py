@@ -15,9 +15,10 @@ from lightning.pytorch.callbacks import Callback
 from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from lightning_kd.batch import Batch
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -32,9 +33,9 @@ from lightning_kd.modules import (
 )
 from lightning_kd.modules.loss import LossSums
 from lightning_kd.normalization import ConstantLength
-from lightning_kd.types import Batch
-from tests.modules.harness import BatchList, Letters, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
+from tests.support.harness import BatchList, Letters, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 # Eight rows for the first optimizer step, four for the second: where there are several
 # micro-batches, the second window is a short one. One row has nothing scored.
@@ -93,12 +94,12 @@ def build(
     # A policy gradient has no dropout in its steps: no cut and no process draws any.
     dropout = 0.3 if method in POLICY_GRADIENTS else 0.0
     common: dict[str, Any] = {
-        "student": Student.of(llama(0, attention_dropout=dropout)),
+        "student": StudentSpec.of(llama(0, attention_dropout=dropout)),
         "normalization": ConstantLength(16) if normalization == "constant" else normalization,
         "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     }
-    two = TeacherEnsemble([ModelSource.of(llama(1)), ModelSource.of(llama(2))], placement=placement)
-    one = SingleTeacher.of(llama(1), placement=placement)
+    two = TeacherEnsemble([ModelSpec.of(llama(1)), ModelSpec.of(llama(2))], placement=placement)
+    one = LocalTeacher.of(llama(1), placement=placement)
     if method == "sft":
         return SFT(**common)
     if method == "sequence_kd":

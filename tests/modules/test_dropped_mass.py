@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from lightning_kd.models import DenseLogits, FusedLogits, SingleTeacher, Student, TeacherEnsemble
-from lightning_kd.models.source import ModelSource
+from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
+from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.modules import SupervisedKD
-from tests.modules.harness import BatchList, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 BATCHES = [ragged_batch([(2, 9), (1, 7)], seed=1), ragged_batch([(4, 1)], seed=2)]
 
@@ -27,10 +28,10 @@ def beyond(network, width):
 def test_of_either_side_over_a_whole_evaluation(sizes, logits):
     student, teacher = (tiny_llama(seed, vocab_size=size) for seed, size in enumerate(sizes))
     module = SupervisedKD(
-        student=Student.of(student),
-        teacher=SingleTeacher.of(teacher),
+        student=StudentSpec.of(student),
+        teacher=LocalTeacher.of(teacher),
         vocabulary="shared",
-        logits=logits,
+        logits_backend=logits,
     )
     side, wider = ("student", student) if sizes[0] > sizes[1] else ("teacher", teacher)
     expected = beyond(wider, 18).mean().item()
@@ -46,8 +47,8 @@ def test_of_either_side_over_a_whole_evaluation(sizes, logits):
 def test_of_several_teachers_the_one_that_gives_most():
     members = [tiny_llama(seed, vocab_size=size) for seed, size in ((1, 21), (2, 24), (3, 18))]
     module = SupervisedKD(
-        student=Student.of(tiny_llama(0)),
-        teacher=TeacherEnsemble([ModelSource.of(member) for member in members]),
+        student=StudentSpec.of(tiny_llama(0)),
+        teacher=TeacherEnsemble([ModelSpec.of(member) for member in members]),
         vocabulary="shared",
     )
     expected = torch.stack([beyond(member, 18) for member in members]).amax(0).mean().item()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests.cpu_strategies import NAMES, written_under
 from tests.modules.fsdp1_and_zero_grid import CASES, CUTS, run
+from tests.support.cpu_strategies import NAMES, written_under
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -6,14 +6,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from lightning_kd.divergences import available_divergences
-from lightning_kd.evaluation import fused_linear_divergence, products
-from lightning_kd.models import DenseLogits, FusedLogits, SingleTeacher, Student
+from lightning_kd.fused import fused_linear_divergence, head_matmul
+from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
 from lightning_kd.modules.half_precision import SumScale
 from lightning_kd.normalization import make_normalization
 from lightning_kd.scoring import ScoredPositions
-from tests.modules.harness import BatchList, fit_one_step, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, fit_one_step, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 WINDOWS = {
     "one": [ragged_batch([(2, 40), (1, 61), (3, 25), (2, 50)])],
@@ -62,9 +63,9 @@ def of_a_plain_mean(window, steps):
 def fit(window, steps, normalization="token", logits=None, **settings):
     seen = Scales()
     module = SFT(
-        student=Student.of(tiny_llama(0)),
+        student=StudentSpec.of(tiny_llama(0)),
         normalization=normalization,
-        logits=logits,
+        logits_backend=logits,
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.01),
     )
     run = trainer(
@@ -100,8 +101,8 @@ def test_the_gradient_is_that_of_float32(normalization, clip):
     found, exact = (
         fit_one_step(
             SupervisedKD(
-                student=Student.of(tiny_llama(0)),
-                teacher=SingleTeacher.of(tiny_llama(1)),
+                student=StudentSpec.of(tiny_llama(0)),
+                teacher=LocalTeacher.of(tiny_llama(1)),
                 normalization=normalization,
             ),
             window,
@@ -129,7 +130,7 @@ def test_the_norm_that_is_logged_is_that_of_the_mean():
 def test_the_power_is_one_for_a_step_and_goes_into_checkpoints(normalization):
     """The largest total weight of a micro-batch: tokens, or rows where each row weighs 1."""
     window = [ScoredPositions.from_labels(b["labels"]) for b in WINDOWS["a short one first"]]
-    module = SFT(student=Student.of(tiny_llama(0)), normalization=normalization)
+    module = SFT(student=StudentSpec.of(tiny_llama(0)), normalization=normalization)
     run = trainer(plugins=[fp16()], accumulate_grad_batches=len(window))
     rule = module.normalization
     weight = 3 if normalization == "sequence" else 2 + 60 + 58
@@ -145,7 +146,7 @@ def test_the_power_is_one_for_a_step_and_goes_into_checkpoints(normalization):
     module._sum_scale = scale
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
-    fresh = SFT(student=Student.of(tiny_llama(0)))
+    fresh = SFT(student=StudentSpec.of(tiny_llama(0)))
     fresh.on_load_checkpoint(checkpoint)
     assert fresh._sum_scale.before(run, window[1], rule) == factors[0]
 
@@ -168,8 +169,8 @@ def as_on_cuda(monkeypatch):
         made = first.float() @ second.float()
         out.copy_(out + made if add else made)
 
-    monkeypatch.setattr(products, "_is_native", native)
-    monkeypatch.setattr(products, "_product", product)
+    monkeypatch.setattr(head_matmul, "_is_native", native)
+    monkeypatch.setattr(head_matmul, "_product", product)
 
 
 @pytest.mark.parametrize("divergence", [n for n in available_divergences() if n != "alpha_beta"])
@@ -205,6 +206,6 @@ def test_fp16_products_of_gradients_add_up_over_chunks(size, monkeypatch):
     gradient, states = gradient * torch.tensor([[1.0]] * 4 + [[1e-3]] * 4) * size, states.half()
     as_on_cuda(monkeypatch)
     made = torch.full((5, 3), 7.0)
-    products.to_weight(gradient[:4], states[:4], made, add=False)
-    products.to_weight(gradient[4:], states[4:], made, add=True)
+    head_matmul.to_weight(gradient[:4], states[:4], made, add=False)
+    head_matmul.to_weight(gradient[4:], states[4:], made, add=True)
     torch.testing.assert_close(made, gradient.T @ states.float(), rtol=2e-3, atol=2e-3 * size)

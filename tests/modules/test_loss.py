@@ -7,9 +7,9 @@ import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
 from lightning_kd.divergences import ReverseKL
-from lightning_kd.evaluation import CrossEntropy, GivenLogits, Matching, TeacherLogits
-from lightning_kd.evaluation.block import Quantity
-from lightning_kd.models import DenseLogits, FusedLogits, SingleTeacher, Student
+from lightning_kd.fused import CrossEntropy, DivergenceTerm, MaterializedLogits, TeacherLogits
+from lightning_kd.fused.logits_chunk import TokenTerm
+from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
 from lightning_kd.modules import (
     SFT,
     DistillationModule,
@@ -17,7 +17,7 @@ from lightning_kd.modules import (
     OnPolicyDistillation,
     SupervisedKD,
 )
-from lightning_kd.modules.counts import book_count_ratio
+from lightning_kd.modules.counts import set_count_ratio
 from lightning_kd.modules.loss import (
     EvaluatedTerm,
     Evaluation,
@@ -31,8 +31,9 @@ from lightning_kd.modules.loss import (
 )
 from lightning_kd.normalization import BatchMean, SequenceMean, TokenMean
 from lightning_kd.scoring import ScoredPositions
-from tests.modules.harness import BatchList, fit_one_step, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, fit_one_step, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 BATCH = ragged_batch([(2, 5), (1, 3)])
 
@@ -45,14 +46,14 @@ class Reversed(SupervisedKD):
 
 
 def models():
-    return {"student": Student.of(tiny_llama(0)), "teacher": SingleTeacher.of(tiny_llama(1))}
+    return {"student": StudentSpec.of(tiny_llama(0)), "teacher": LocalTeacher.of(tiny_llama(1))}
 
 
 def test_logits_that_are_given_are_evaluated_whoever_is_asked():
     """As those of a model whose output head is not understood."""
     own, other = torch.tensor([[1.0, 0, 0], [0, 2, 0]]), torch.tensor([[0, 0, 3.0], [0, 1, 0]])
-    teacher = TeacherLogits((GivenLogits(other),))
-    sides = GivenLogits(own), teacher, [Matching(ReverseKL())], [torch.ones(2)]
+    teacher = TeacherLogits((MaterializedLogits(other),))
+    sides = MaterializedLogits(own), teacher, [DivergenceTerm(ReverseKL())], [torch.ones(2)]
     total, values = FusedLogits().evaluate(*sides)
     q, p = own.log_softmax(-1), other.log_softmax(-1)
     expected = torch.nn.functional.kl_div(p, q, reduction="none", log_target=True).sum(-1)
@@ -93,13 +94,13 @@ class Unstated(SFT):
 )  # fmt: skip
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 def test_a_term_that_is_missing_or_unknown_is_refused(method, message, stage):
-    module = method(student=Student.of(tiny_llama(0)))
+    module = method(student=StudentSpec.of(tiny_llama(0)))
     run = trainer(max_steps=1, limit_val_batches=1.0)
     with pytest.raises(ValueError, match=message):
         getattr(run, stage)(module, datamodule=BatchList([BATCH], evaluate=[BATCH]))
 
 
-class Given(Quantity):
+class Given(TokenTerm):
     """Values as they are given."""
 
     def __init__(self, values):
@@ -118,7 +119,7 @@ def closed(pieces, normalization, names):
     """The sums of several micro-batches, each the positions and its terms."""
     sums = LossSums(names)
     for scored, terms in pieces:
-        scores = Scores(scored, GivenLogits(torch.zeros(len(scored.targets), 2)))
+        scores = Scores(scored, MaterializedLogits(torch.zeros(len(scored.targets), 2)))
         evaluation = evaluate(DenseLogits(), scores, terms, normalization)
         sums.add(weigh(evaluation.micro_batch, normalization))
     return sums.close(lambda tensor: tensor)
@@ -150,7 +151,7 @@ class TwoCounts(DistillationModule):
         return {"rows": LossTerm(term), "tokens": LossTerm(term, 0.5, TokenMean(), ratio)}
 
     def on_train_batch_start(self, batch, batch_idx):
-        book_count_ratio(self, [batch], TokenMean())
+        set_count_ratio(self, [batch], TokenMean())
 
 
 def test_the_gradient_of_a_term_with_its_own_count_is_that_of_its_mean():
@@ -162,7 +163,7 @@ def test_the_gradient_of_a_term_with_its_own_count_is_that_of_its_mean():
     expected = (losses.sum(-1) / lengths).mean() + 0.5 * losses.sum() / lengths.sum()
     expected.backward()
     wanted = torch.cat([p.grad.flatten() for p in student.parameters()])
-    module = TwoCounts(student=Student.of(tiny_llama(0)), normalization="sequence")
+    module = TwoCounts(student=StudentSpec.of(tiny_llama(0)), normalization="sequence")
     loss, gradient = fit_one_step(module, [BATCH])
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
@@ -174,9 +175,9 @@ def test_a_second_stream_adds_its_gradient_and_its_loss():
 
     def scores(count):
         scored = ScoredPositions.from_labels(ragged_batch([(1, count)])["labels"])
-        return Scores(scored, GivenLogits(torch.stack([weights] * count)))
+        return Scores(scored, MaterializedLogits(torch.stack([weights] * count)))
 
-    class First(Quantity):
+    class First(TokenTerm):
         def __init__(self, factor):
             self.factor = factor
 
@@ -210,7 +211,7 @@ def test_where_nothing_is_scored_the_divisor_is_1():
 def test_a_term_over_other_data_needs_a_count_of_its_own():
     scored, term = given(BATCH, [0.0] * 8)
     with pytest.raises(ValueError, match="give it a normalization of its own"):
-        LossTerm(term.quantity, scores=Scores(scored, GivenLogits(torch.zeros(8, 2))))
+        LossTerm(term.token_term, scores=Scores(scored, MaterializedLogits(torch.zeros(8, 2))))
 
 
 @pytest.mark.parametrize(

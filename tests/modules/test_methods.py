@@ -4,11 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_kd.models import ModelSource, SingleTeacher, Student, TeacherEnsemble
+from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import GKD, SFT, BabyLlama, SupervisedKD
 from lightning_kd.normalization import ConstantLength
-from tests.modules.harness import BatchList, fit_one_step, trainer
-from tests.toys import ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
+from tests.support.harness import BatchList, fit_one_step, trainer
+from tests.support.toys import ragged_batch, tiny_llama
 
 BATCH = ragged_batch([(2, 5), (1, 3), (3, 7)])
 BLOCKS = ragged_batch([(0, 8), (0, 8), (0, 8)])
@@ -44,7 +45,7 @@ def test_sft_is_the_loss_of_transformers():
     loss = student(
         BATCH["input_ids"], attention_mask=BATCH["attention_mask"], labels=BATCH["labels"]
     ).loss
-    check(SFT(student=Student.of(student)), student, loss, BATCH)
+    check(SFT(student=StudentSpec.of(student)), student, loss, BATCH)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -62,8 +63,8 @@ def test_supervised_kd(alpha, temperature):
     ).sum(-1)
     ce = F.cross_entropy(z[scored], labels[scored])
     module = SupervisedKD(
-        student=Student.of(student),
-        teacher=SingleTeacher.of(teacher),
+        student=StudentSpec.of(student),
+        teacher=LocalTeacher.of(teacher),
         alpha=alpha,
         temperature=temperature,
     )
@@ -82,8 +83,8 @@ def test_the_power_of_the_temperature_is_the_divergences(temperature):
     loss = 0.4 * F.cross_entropy(z[scored], labels[scored])
     loss = loss + 0.6 * temperature * 0.5 * (p - q).abs().sum(-1).mean()
     module = SupervisedKD(
-        student=Student.of(student),
-        teacher=SingleTeacher.of(teacher),
+        student=StudentSpec.of(student),
+        teacher=LocalTeacher.of(teacher),
         divergence="total_variation",
         alpha=0.4,
         temperature=temperature,
@@ -107,8 +108,8 @@ def test_baby_llama_reproduces_the_official_scale_on_unpadded_blocks(alpha, norm
     student, *teachers = student_and_teachers()
     loss = official_baby_llama(student, teachers, BLOCKS, alpha, 2.0)
     module = BabyLlama(
-        student=Student.of(student),
-        teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+        student=StudentSpec.of(student),
+        teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
         alpha=alpha,
         kl_scale="batchmean",
         normalization=normalization,
@@ -149,8 +150,8 @@ def test_the_official_scale_on_ragged_rows(alpha, normalization):
     loss = ragged_baby_llama(student, teachers, normalization, alpha, 2.0)
     expected = expected_gradient(student, loss)
     module = BabyLlama(
-        student=Student.of(student),
-        teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+        student=StudentSpec.of(student),
+        teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
         alpha=alpha,
         kl_scale="batchmean",
         normalization=ConstantLength(16) if normalization == "constant" else normalization,
@@ -162,8 +163,8 @@ def test_the_official_scale_on_ragged_rows(alpha, normalization):
 
 
 def test_the_official_scale_over_tokens_is_refused_with_accumulation():
-    teacher = SingleTeacher.of(tiny_llama(1))
-    module = BabyLlama(student=Student.of(tiny_llama(0)), teacher=teacher, kl_scale="batchmean")
+    teacher = LocalTeacher.of(tiny_llama(1))
+    module = BabyLlama(student=StudentSpec.of(tiny_llama(0)), teacher=teacher, kl_scale="batchmean")
     with pytest.raises(ValueError, match=r"Set model\.normalization: sequence") as refusal:
         fit_one_step(module, [BATCH, BATCH])
     assert "kl_scale batchmean" in str(refusal.value)
@@ -176,8 +177,8 @@ def test_the_official_scale_in_validation_has_both_counts():
     student, *teachers = (tiny_llama(seed) for seed in (0, 1, 2))
     loss = ragged_baby_llama(student, teachers, "token", 0.5, 2.0)
     module = BabyLlama(
-        student=Student.of(student),
-        teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+        student=StudentSpec.of(student),
+        teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
         kl_scale="batchmean",
     )
     pieces = [{k: v[rows] for k, v in BATCH.items()} for rows in (slice(0, 1), slice(1, 3))]
@@ -193,8 +194,8 @@ def test_the_official_scale_is_the_token_scale_times_the_tokens_of_a_block():
     losses = {}
     for scale in ("token", "batchmean"):
         module = BabyLlama(
-            student=Student.of(tiny_llama(0)),
-            teacher=TeacherEnsemble([ModelSource.of(t) for t in teachers]),
+            student=StudentSpec.of(tiny_llama(0)),
+            teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
             alpha=0.0,
             kl_scale=scale,
         )
@@ -210,15 +211,15 @@ def test_the_official_scale_is_the_token_scale_times_the_tokens_of_a_block():
 
 def test_identical_teachers_are_one_and_a_perfect_student_has_no_gradient():
     student, teacher, _ = student_and_teachers()
-    ensemble = TeacherEnsemble([ModelSource.of(tiny_llama(1)), ModelSource.of(tiny_llama(1))])
-    both = BabyLlama(student=Student.of(student), teacher=ensemble)
-    one = BabyLlama(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(teacher))
+    ensemble = TeacherEnsemble([ModelSpec.of(tiny_llama(1)), ModelSpec.of(tiny_llama(1))])
+    both = BabyLlama(student=StudentSpec.of(student), teacher=ensemble)
+    one = BabyLlama(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(teacher))
     loss_both, gradient_both = fit_one_step(both, [BATCH])
     loss_one, gradient_one = fit_one_step(one, [BATCH])
     assert loss_both == pytest.approx(loss_one, rel=1e-6)
     torch.testing.assert_close(gradient_both, gradient_one, rtol=1e-4, atol=1e-6)
     same = SupervisedKD(
-        student=Student.of(tiny_llama(1)), teacher=SingleTeacher.of(teacher), alpha=0.0
+        student=StudentSpec.of(tiny_llama(1)), teacher=LocalTeacher.of(teacher), alpha=0.0
     )
     loss, gradient = fit_one_step(same, [BATCH])
     assert abs(loss) < 1e-9
@@ -226,7 +227,7 @@ def test_identical_teachers_are_one_and_a_perfect_student_has_no_gradient():
 
 
 def test_wrong_values_are_refused_before_a_model_is_loaded():
-    sources = {"student": Student("./never"), "teacher": SingleTeacher("./never")}
+    sources = {"student": StudentSpec("./never"), "teacher": LocalTeacher("./never")}
     with pytest.raises(ValueError, match=r"alpha is 1\.5"):
         SupervisedKD(alpha=1.5, **sources)
     with pytest.raises(ValueError, match="temperature is 0"):
@@ -240,7 +241,7 @@ def test_wrong_values_are_refused_before_a_model_is_loaded():
 
 
 def test_gkd_says_that_nobody_generates(caplog):
-    module = GKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
     with caplog.at_level("INFO"):
         fit_one_step(module, [BATCH])
     assert "GKD without the callback OnPolicyGeneration" in caplog.text

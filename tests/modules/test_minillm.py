@@ -7,11 +7,12 @@ import torch
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.data import DocumentData, PackedTextData, PairedLoader, PromptsAndText
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import MiniLLM, MiniLLMObjective, OfficialCode, Paper
-from tests.modules.harness import GradientProbe, Letters, trainer
+from lightning_kd.teachers import LocalTeacher
 from tests.modules.partition_grid import without_float32_islands
-from tests.toys import LETTERS, letter_tokenizer, tiny_llama
+from tests.support.harness import GradientProbe, Letters, trainer
+from tests.support.toys import LETTERS, letter_tokenizer, tiny_llama
 
 LENGTHS = [4, 1, 6]
 MASK = torch.tensor([[0] + [1] * n + [0] * (7 - n) for n in LENGTHS], dtype=torch.bool)
@@ -100,8 +101,8 @@ def step(objective, batch_size=4, window=1, text=None, coefficient=1.0, more=(),
     settings = {"generation": sampling, "table_every": 0} | options
     callback, probe = Kept(**settings), GradientProbe()
     module = MiniLLM(
-        student=Student.of(tiny_llama(0).double()),
-        teacher=SingleTeacher.of(tiny_llama(1).double()),
+        student=StudentSpec.of(tiny_llama(0).double()),
+        teacher=LocalTeacher.of(tiny_llama(1).double()),
         temperature=0.8,
         objective=objective,
         text_coefficient=coefficient,
@@ -287,9 +288,9 @@ def test_the_text_term_is_the_mean_over_its_tokens_in_every_cut(objective, text)
         for m in (tiny_llama(0), tiny_llama(1))
     )
     cross_entropy = -student.gather(-1, ids[:, 1:, None]).mean().item()
-    matching = -(teacher.exp() * student).sum(-1).mean().item()
+    divergence_term = -(teacher.exp() * student).sum(-1).mean().item()
     ratio = objective.text_kd_ratio
-    expected = (1 - ratio) * cross_entropy + ratio * matching
+    expected = (1 - ratio) * cross_entropy + ratio * divergence_term
     assert whole.callback_metrics["train/language_modeling"].item() == pytest.approx(expected)
     for batch_size, window in ((4, 2), (2, 4), (1, 8)):
         _, other, cut = step(objective, batch_size, window, text)

@@ -4,12 +4,13 @@ import pytest
 import torch
 from lightning.pytorch.plugins import MixedPrecision
 
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SupervisedKD
-from tests.modules.harness import fit_one_step
+from lightning_kd.teachers import LocalTeacher
 from tests.modules.partition_grid import CASES, CUTS, run
-from tests.scripts import written_by
-from tests.toys import ragged_batch, tiny_llama, with_prompts
+from tests.support.harness import fit_one_step
+from tests.support.scripts import written_by
+from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_the_text_of_references_has_no_part_in_the_gradient():
     gradients = []
     for factor in (1, 4, 16):
         module = SupervisedKD(
-            student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1))
+            student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1))
         )
         texts = [text * factor for text in batch["completion"]]
         _, gradient = fit_one_step(module, [batch | {"completion": texts}])
@@ -67,7 +68,7 @@ def test_mixed_precision_and_the_gradient_scaler_keep_the_promise(precision, cli
 
     def step(batches):
         module = SupervisedKD(
-            student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1))
+            student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1))
         )
         # As a plugin: by flag alone, Lightning puts bfloat16 in float16's place on a CPU.
         scaler = torch.amp.GradScaler("cpu", init_scale=256) if precision == "16-mixed" else None
@@ -76,7 +77,7 @@ def test_mixed_precision_and_the_gradient_scaler_keep_the_promise(precision, cli
 
     (loss, gradient), (other_loss, other) = step([rows]), step(halves)
     exact_loss, exact = fit_one_step(
-        SupervisedKD(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1))),
+        SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1))),
         [rows],
         gradient_clip_val=clip,
     )

@@ -6,11 +6,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import LoRA, SingleTeacher, Student
+from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, RLDistillation
 from lightning_kd.policy import Surrogate
-from tests.modules.harness import GradientProbe, Letters, trainer
-from tests.toys import tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import GradientProbe, Letters, trainer
+from tests.support.toys import tiny_llama
 
 
 class Ratios(Surrogate):
@@ -38,7 +39,7 @@ def gpt2(dropout=0.1):
     return model
 
 
-class Adapted(Student):
+class Adapted(StudentSpec):
     """With adapters that have learned something: fresh ones add nothing, with or without dropout."""
 
     def build(self, tokenizer):
@@ -50,8 +51,8 @@ class Adapted(Student):
 
 
 STUDENTS = {
-    "llama": lambda **k: Student.of(tiny_llama(0, attention_dropout=0.5), **k),
-    "gpt2": lambda **k: Student.of(gpt2(), **k),
+    "llama": lambda **k: StudentSpec.of(tiny_llama(0, attention_dropout=0.5), **k),
+    "gpt2": lambda **k: StudentSpec.of(gpt2(), **k),
     "lora": lambda **k: Adapted.of(tiny_llama(0), lora=LoRA(r=2, dropout=0.5), **k),
 }
 METHODS = {
@@ -69,7 +70,7 @@ def step(make, student, **options):
     writing = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=6), group_size=2, table_every=0
     )
-    module = make(student=student, teacher=SingleTeacher.of(tiny_llama(1)), **options)
+    module = make(student=student, teacher=LocalTeacher.of(tiny_llama(1)), **options)
     fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing, probe])
     fit.fit(module, datamodule=Letters(batch_size=4))
     return fit, probe.gradient
@@ -95,8 +96,8 @@ def test_dropout_on_purpose_is_there():
 
 def test_the_gradient_is_that_of_a_student_without_dropout():
     for method in METHODS.values():
-        _, with_rates = step(method, Student.of(gpt2(0.3)))
-        _, without = step(method, Student.of(gpt2(0.0)))
+        _, with_rates = step(method, StudentSpec.of(gpt2(0.3)))
+        _, without = step(method, StudentSpec.of(gpt2(0.0)))
         torch.testing.assert_close(with_rates, without, rtol=1e-6, atol=1e-8)
 
 
@@ -127,12 +128,12 @@ def test_gradient_checkpointing_goes_on_recomputing(student):
 
 
 def test_on_policy_gkd_keeps_its_dropout():
-    gradients = [step(GKD, Student.of(gpt2(rate)))[1] for rate in (0.3, 0.0)]
+    gradients = [step(GKD, StudentSpec.of(gpt2(rate)))[1] for rate in (0.3, 0.0)]
     assert (gradients[0] - gradients[1]).norm() > 0.01 * gradients[1].norm()
 
 
 def test_a_student_gets_its_dropout_back():
-    fit, _ = step(OnPolicyDistillation, Student.of(gpt2()))
+    fit, _ = step(OnPolicyDistillation, StudentSpec.of(gpt2()))
     student = fit.lightning_module.student
     assert student.config.resid_pdrop == 0.1
     rates = [m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)]
@@ -149,7 +150,7 @@ def test_a_student_gets_its_dropout_back_from_a_run_that_is_broken_off(error):
 
     student = gpt2()
     with pytest.raises((error, SystemExit)):
-        step(Broken, Student.of(student))
+        step(Broken, StudentSpec.of(student))
     assert {m.p for m in student.modules() if isinstance(m, torch.nn.Dropout)} == {0.1}
 
 
@@ -172,8 +173,8 @@ def test_noise_that_is_not_known_is_refused(method):
     with pytest.raises(
         ValueError, match="dropout is none, but LlamaForCausalLM gives tokens other"
     ):
-        step(METHODS[method], Student.of(model))
-    step(METHODS[method], Student.of(model), dropout="configured")
+        step(METHODS[method], StudentSpec.of(model))
+    step(METHODS[method], StudentSpec.of(model), dropout="configured")
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -191,7 +192,7 @@ def test_noise_shows_in_the_first_completions_that_are_scored(first):
     model = tiny_llama(0)
     model.model.layers[0].mlp = Noisy(model.model.layers[0].mlp)
     writing = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=6), table_every=0)
-    module = Unended(student=Student.of(model), teacher=SingleTeacher.of(tiny_llama(1)))
+    module = Unended(student=StudentSpec.of(model), teacher=LocalTeacher.of(tiny_llama(1)))
     fit = trainer(max_steps=3, max_epochs=-1, callbacks=[writing], accumulate_grad_batches=2)
     with pytest.raises(
         ValueError, match="dropout is none, but LlamaForCausalLM gives tokens other"
@@ -215,7 +216,7 @@ def test_modes_are_compared_once():
             self.compared += 1
 
     writing = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=6), table_every=0)
-    module = Counted(student=Student.of(tiny_llama(0)), teacher=SingleTeacher.of(tiny_llama(1)))
+    module = Counted(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
     fit = trainer(max_steps=3, max_epochs=-1, callbacks=[writing], accumulate_grad_batches=2)
     fit.fit(module, datamodule=Letters(batch_size=2))
     assert module.compared == 1
@@ -225,12 +226,12 @@ def test_modes_are_compared_once():
 def test_a_temperature_that_is_none_is_refused(temperature):
     with pytest.raises(ValueError, match=f"temperature is {temperature}"):
         OnPolicyDistillation(
-            student=Student("./never"), teacher=SingleTeacher("./never"), temperature=temperature
+            student=StudentSpec("./never"), teacher=LocalTeacher("./never"), temperature=temperature
         )
 
 
 def test_an_unknown_choice_is_refused():
     with pytest.raises(ValueError, match="unknown dropout 'off'; choose one of"):
         OnPolicyDistillation(
-            student=Student("./never"), teacher=SingleTeacher("./never"), dropout="off"
+            student=StudentSpec("./never"), teacher=LocalTeacher("./never"), dropout="off"
         )

@@ -7,11 +7,12 @@ import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import RLDistillation
 from lightning_kd.normalization import ConstantLength
-from tests.modules.harness import GradientProbe, Letters, trainer
-from tests.toys import LETTERS, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import GradientProbe, Letters, trainer
+from tests.support.toys import LETTERS, tiny_llama
 
 ALPHA, LONGEST = 0.3, 6
 
@@ -38,8 +39,8 @@ def step(batch_size=12, window=1, more=(), *, truncated="keep", group_size=4, **
     )
     probe = GradientProbe()
     module = RLDistillation(
-        student=Student.of(tiny_llama(0).double()),
-        teacher=SingleTeacher.of(tiny_llama(1).double()),
+        student=StudentSpec.of(tiny_llama(0).double()),
+        teacher=LocalTeacher.of(tiny_llama(1).double()),
         rewards=[length],
         alpha=ALPHA,
         **options,
@@ -206,8 +207,8 @@ def test_terms_of_one_normalization_agree():
 def test_an_unknown_normalization_is_refused():
     with pytest.raises(ValueError, match="unknown normalization 'rows'"):
         RLDistillation(
-            student=Student("./never"),
-            teacher=SingleTeacher("./never"),
+            student=StudentSpec("./never"),
+            teacher=LocalTeacher("./never"),
             rewards=[length],
             reward_normalization="rows",
         )

@@ -4,7 +4,7 @@ import pytest
 
 from tests.modules.partition_grid import CUTS, run
 from tests.modules.sharded_grid import CASES, RUNS, UNSHARDED
-from tests.scripts import written_by
+from tests.support.scripts import written_by
 
 
 @pytest.fixture(scope="module")

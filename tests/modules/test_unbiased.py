@@ -9,12 +9,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_kd.models import DenseLogits, SingleTeacher, Student
+from lightning_kd.models import DenseLogits, StudentSpec
 from lightning_kd.modules import GKD, MiniLLM, OnPolicyDistillation, Paper, RLDistillation
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
-from tests.modules.harness import BatchList, GradientProbe, trainer
-from tests.modules.tabular import (
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, GradientProbe, trainer
+from tests.support.tabular import (
     Expectation,
     Prepared,
     Table,
@@ -31,9 +32,9 @@ def expected_gradient(make, longest=3, alpha=0.0):
     student, teacher = Table(0), Table(1)
     batch, probabilities = everything_written(student, teacher, longest, alpha)
     module = make(
-        student=Student.of(student),
-        teacher=SingleTeacher.of(teacher),
-        logits=DenseLogits(),  # a table has no output head to take apart
+        student=StudentSpec.of(student),
+        teacher=LocalTeacher.of(teacher),
+        logits_backend=DenseLogits(),  # a table has no output head to take apart
         normalization=Expectation(probabilities),
     )
     probe = GradientProbe()
@@ -177,9 +178,9 @@ def expected_gradient_over_groups(size, longest, **options):
     fit = trainer(max_steps=len(groups), callbacks=[Prepared(), summed], precision="64-true")
     module = RLDistillation(
         rewards=[letters],
-        student=Student.of(student),
-        teacher=SingleTeacher.of(teacher),
-        logits=DenseLogits(),
+        student=StudentSpec.of(student),
+        teacher=LocalTeacher.of(teacher),
+        logits_backend=DenseLogits(),
         optimizer=lambda groups: torch.optim.SGD(groups, lr=0.0),
         **options,
     )

@@ -34,8 +34,12 @@ EQUIVALENT = Path(__file__).with_name("equivalent.txt")
 
 _EVERYWHERE = ("tests/test_architecture.py::test_every_data_class_is_frozen",)
 _STEPS = (
-    *("tests/modules/test_base.py", "tests/modules/test_loss.py", "tests/modules/test_methods.py"),
-    *("tests/modules/test_teacher.py", "tests/modules/test_half_precision.py"),
+    *(
+        "tests/modules/test_distillation_module.py",
+        "tests/modules/test_loss.py",
+        "tests/modules/test_methods.py",
+    ),
+    *("tests/modules/test_teacher_module.py", "tests/modules/test_half_precision.py"),
 )
 _STUDENT = (
     *("tests/callbacks/test_callbacks.py", "tests/models/test_loading.py", *_STEPS),
@@ -57,7 +61,7 @@ _LOOPS = (
 _ROLLOUTS = ("tests/generation/test_rollouts.py", "tests/callbacks/test_on_policy_generation.py")
 TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/divergences/*.py": ["tests/divergences"],
-    "lightning_kd/evaluation/*.py": ["tests/evaluation", *_STEPS],
+    "lightning_kd/fused/*.py": ["tests/evaluation", *_STEPS],
     "lightning_kd/generation/sampler.py": ["tests/generation"],
     "lightning_kd/generation/cache.py": ["tests/generation"],
     "lightning_kd/generation/options.py": ["tests/generation"],
@@ -65,7 +69,7 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/generation/rollouts.py": _ROLLOUTS,
     "lightning_kd/generation/decoder.py": ["tests/generation"],
     "lightning_kd/modules/loss.py": [*_STEPS, "tests/callbacks/test_loss_normalization.py"],
-    "lightning_kd/modules/base.py": _STEPS,
+    "lightning_kd/modules/distillation_module.py": _STEPS,
     "lightning_kd/modules/counts.py": ["tests/modules/test_minillm.py", *_POLICY],
     "lightning_kd/modules/half_precision.py": _STEPS,
     "lightning_kd/modules/resume.py": _LOOPS,
@@ -76,14 +80,14 @@ TESTS: dict[str, Sequence[str]] = {
         *_STEPS,
         f"{_ROLLOUTS[1]}::test_gkd_with_a_callback_that_writes_has_nothing_to_say",
     ],
-    "lightning_kd/modules/kd.py": _STEPS,
+    "lightning_kd/modules/supervised_kd.py": _STEPS,
     "lightning_kd/modules/sft.py": _STEPS,
     "lightning_kd/modules/sequence_kd.py": [*_STEPS, "tests/callbacks/test_callbacks.py"],
-    "lightning_kd/modules/student.py": _STUDENT,
-    "lightning_kd/modules/teacher.py": [*_STEPS, "tests/modules/test_dropped_mass.py"],
+    "lightning_kd/modules/student_module.py": _STUDENT,
+    "lightning_kd/modules/teacher_module.py": [*_STEPS, "tests/modules/test_dropped_mass.py"],
     "lightning_kd/modules/optimization.py": _STEPS,
     "lightning_kd/modules/minillm*.py": ["tests/modules/test_minillm.py", *_POLICY],
-    "lightning_kd/modules/on_policy.py": _POLICY,
+    "lightning_kd/modules/on_policy_distillation.py": _POLICY,
     "lightning_kd/modules/policy_gradient.py": _POLICY,
     "lightning_kd/modules/rl_distillation.py": [*_POLICY, _ROLLOUTS[1]],
     "lightning_kd/data/loader.py": ["tests/data/test_loader.py"],
@@ -92,12 +96,15 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/data/collate.py": [*_DATA, "tests/data/test_loader.py"],
     "lightning_kd/data/encoding.py": _DATA,
     "lightning_kd/policy.py": ["tests/test_policy.py", "tests/modules/test_minillm.py"],
-    "lightning_kd/normalization.py": ["tests/test_normalization.py", "tests/modules/test_base.py"],
+    "lightning_kd/normalization.py": [
+        "tests/test_normalization.py",
+        "tests/modules/test_distillation_module.py",
+    ],
     "lightning_kd/scoring.py": ["tests/test_scoring.py", *_STEPS],
     "lightning_kd/schedules.py": ["tests/test_schedules.py"],
     "lightning_kd/rewards.py": ["tests/test_rewards.py"],
-    "lightning_kd/metrics.py": [
-        "tests/test_metrics.py",
+    "lightning_kd/evaluation/*.py": [
+        "tests/evaluation/test_metrics.py",
         "tests/modules/test_dropped_mass.py",
         *_STEPS,
     ],
@@ -117,7 +124,7 @@ TESTS: dict[str, Sequence[str]] = {
 WIDE = (
     *("tests/divergences", "tests/evaluation", "tests/generation", "tests/data", "tests/callbacks"),
     *(*_POLICY, "tests/modules/test_minillm.py", "tests/modules/test_dropped_mass.py"),
-    *("tests/test_metrics.py", "tests/test_normalization.py", "tests/test_policy.py"),
+    *("tests/evaluation/test_metrics.py", "tests/test_normalization.py", "tests/test_policy.py"),
     *("tests/test_rewards.py", "tests/test_schedules.py", "tests/test_scoring.py", "tests/models"),
     *_LOOPS,
 )

@@ -16,14 +16,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.callbacks import HFExport, NonFiniteGuard
 from lightning_kd.integrity import ABOUT, checksums, read_about, write_about
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
-from lightning_kd.strategies import whole_weights
-from tests.cpu_strategies import STRATEGIES
+from lightning_kd.strategies import full_state_dict
+from lightning_kd.teachers import LocalTeacher
 from tests.modules.fsdp1_and_zero_grid import adamw
-from tests.modules.harness import Letters, trainer
 from tests.modules.partition_grid import writing
-from tests.toys import tiny_llama
+from tests.support.cpu_strategies import STRATEGIES
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
 
 
 class Losses(Callback):
@@ -71,8 +72,8 @@ def fit(
 ) -> Any:
     """Losses and last weights of a run, and a loss of what it has trained."""
     module = GKD(
-        student=Student.of(student or tiny_llama(0, attention_dropout=0.2)),
-        teacher=SingleTeacher.of(tiny_llama(1)),
+        student=StudentSpec.of(student or tiny_llama(0, attention_dropout=0.2)),
+        teacher=LocalTeacher.of(tiny_llama(1)),
         optimizer=adamw,
     )
     losses = Losses()
@@ -85,7 +86,7 @@ def fit(
     )
     data = Letters(batch_size=2)
     run.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    weights = whole_weights(run, module.student)
+    weights = full_state_dict(run, module.student)
     (tested,) = run.test(module, datamodule=data, verbose=False)
     return losses.seen, weights, tested["test/loss"]
 

@@ -36,7 +36,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from lightning_kd.cli import main as cli
 from lightning_kd.data import arithmetic_tokenizer
 from tests.resume import places
-from tests.toys import tiny_llama
+from tests.support.toys import tiny_llama
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = ("supervised_kd", "gkd", "minillm")

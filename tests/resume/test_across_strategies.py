@@ -21,7 +21,7 @@ from tests.resume.kill_runs import (
     start,
 )
 
-DIRECTORY = {"class_path": "FullyShardedStrategy"}
+DIRECTORY = {"class_path": "FSDP2Strategy"}
 DIRECTORY |= {"init_args": {"save_distributed_checkpoint": True}}
 
 

@@ -32,10 +32,11 @@ from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import PackedTextData, PromptsAndText
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.loops.checks import check_limits
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD, SFT, MiniLLM, SupervisedKD, WarmupCosine
-from tests.modules.harness import BatchList, Letters, trainer
-from tests.toys import LETTERS, letter_tokenizer, ragged_batch, tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, Letters, trainer
+from tests.support.toys import LETTERS, letter_tokenizer, ragged_batch, tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -117,7 +118,7 @@ def saves_everything(folder):
 
 def plain(**settings):
     return SFT(
-        student=Student.of(tiny_llama(0, attention_dropout=0.1)),
+        student=StudentSpec.of(tiny_llama(0, attention_dropout=0.1)),
         optimizer=lambda p: torch.optim.AdamW(p, lr=3e-2),
         lr_scheduler=lambda o: WarmupCosine(o, 2),
         **settings,
@@ -126,16 +127,16 @@ def plain(**settings):
 
 def distilled():
     return SupervisedKD(
-        student=Student.of(tiny_llama(0, attention_dropout=0.1)),
-        teacher=SingleTeacher.of(tiny_llama(1)),
+        student=StudentSpec.of(tiny_llama(0, attention_dropout=0.1)),
+        teacher=LocalTeacher.of(tiny_llama(1)),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
     )
 
 
 def on_policy(cls=GKD):
     return cls(
-        student=Student.of(tiny_llama(0)),
-        teacher=SingleTeacher.of(tiny_llama(1)),
+        student=StudentSpec.of(tiny_llama(0)),
+        teacher=LocalTeacher.of(tiny_llama(1)),
         optimizer=lambda p: torch.optim.AdamW(p, lr=1e-2),
     )
 
@@ -382,7 +383,7 @@ class Plateau(SFT):
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_a_plateau_is_met_at_the_same_validations(tmp_path, interval):
     def module():
-        made = Plateau(student=Student.of(tiny_llama(0)))
+        made = Plateau(student=StudentSpec.of(tiny_llama(0)))
         made.interval = interval
         return made
 
@@ -514,7 +515,7 @@ def test_the_steps_of_a_run_are_the_sum_over_its_epochs():
         ({"max_steps": 7, "max_epochs": -1}, 7),
     ):
         fit, *_ = run(
-            Asks(student=Student.of(tiny_llama(0))), accumulate_grad_batches=2, **settings
+            Asks(student=StudentSpec.of(tiny_llama(0))), accumulate_grad_batches=2, **settings
         )
         assert asked[-1] == fit.estimated_stepping_batches == fit.global_step == steps
 
@@ -587,7 +588,7 @@ def batches(seen):
 def saved_at(folder, step, **settings):
     save = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
     cut = {"accumulate_grad_batches": 2, "data": Letters(10, batch_size=2)}
-    module = SFT(student=Student.of(tiny_llama(0)))
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
     run(module, callbacks=[save], enable_checkpointing=True, **(cut | settings))
     return folder / f"step={step}.ckpt"
 
@@ -596,8 +597,8 @@ def saved_at(folder, step, **settings):
 def test_another_cut_of_the_same_steps_goes_on_in_the_same_epochs(tmp_path, step):
     path = saved_at(tmp_path, step)
     settings = {"data": Letters(10, batch_size=4), "max_epochs": 3}
-    _, whole, *_ = run(SFT(student=Student.of(tiny_llama(0))), **settings)
-    fit, seen, *_ = run(SFT(student=Student.of(tiny_llama(0))), ckpt_path=path, **settings)
+    _, whole, *_ = run(SFT(student=StudentSpec.of(tiny_llama(0))), **settings)
+    fit, seen, *_ = run(SFT(student=StudentSpec.of(tiny_llama(0))), ckpt_path=path, **settings)
     assert batches(seen) == batches(whole)[step:]
     assert steps_of(seen, "validation") == [s for s in (3, 5, 8) if s >= step]
     assert fit.global_step == 8
@@ -633,8 +634,8 @@ def as_before(path, position, step):
 def test_a_checkpoint_of_an_earlier_version_goes_on_in_its_epoch(tmp_path, step):
     path = as_before(saved_at(tmp_path, step), 2 * step, step)
     settings = {"data": Letters(10, batch_size=2), "accumulate_grad_batches": 2}
-    _, whole, *_ = run(SFT(student=Student.of(tiny_llama(0))), **settings)
-    _, seen, *_ = run(SFT(student=Student.of(tiny_llama(0))), ckpt_path=path, **settings)
+    _, whole, *_ = run(SFT(student=StudentSpec.of(tiny_llama(0))), **settings)
+    _, seen, *_ = run(SFT(student=StudentSpec.of(tiny_llama(0))), ckpt_path=path, **settings)
     assert batches(seen) == batches(whole)[2 * step :]
     assert steps_of(seen, "validation") == [s for s in (3, 5, 8) if s >= step]
 
@@ -645,7 +646,7 @@ def test_a_checkpoint_from_the_inside_of_a_step_is_refused(tmp_path):
         ValueError, match=r"inside an optimizer step: 7 micro-batches .* 3 steps of 2"
     ):
         run(
-            SFT(student=Student.of(tiny_llama(0))),
+            SFT(student=StudentSpec.of(tiny_llama(0))),
             ckpt_path=path,
             data=Letters(10, batch_size=2),
             accumulate_grad_batches=2,
@@ -668,14 +669,14 @@ def test_a_loader_of_ones_own_goes_on_exactly_too(tmp_path):
 def test_a_loader_that_gives_nothing_ends_with_an_error():
     class Empty(BatchList):
         def train_dataloader(self):
-            class Nothing:
+            class ZeroTerm:
                 def __len__(self):
                     return 3
 
                 def __iter__(self):
                     return iter(())
 
-            return Nothing()
+            return ZeroTerm()
 
     with pytest.raises(ValueError, match="given no batch in epoch 1, though its length is 3"):
         run(plain(), data=Empty(listed().batches), max_steps=4, limit_val_batches=0)

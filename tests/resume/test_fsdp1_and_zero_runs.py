@@ -7,11 +7,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from lightning_kd.models import SingleTeacher, Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
-from tests.cpu_strategies import NAMES, written_under
-from tests.modules.harness import Letters, trainer
-from tests.toys import tiny_llama
+from lightning_kd.teachers import LocalTeacher
+from tests.support.cpu_strategies import NAMES, written_under
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -39,7 +40,9 @@ def test_a_run_goes_on_bit_for_bit(runs):
 
 def test_what_was_trained_is_tested_by_the_same_trainer(runs):
     folder, results = runs
-    module = GKD(student=Student(str(folder / "student")), teacher=SingleTeacher.of(tiny_llama(1)))
+    module = GKD(
+        student=StudentSpec(str(folder / "student")), teacher=LocalTeacher.of(tiny_llama(1))
+    )
     (alone,) = trainer().test(module, datamodule=Letters(batch_size=4), verbose=False)
     assert results["whole"][2] == pytest.approx(alone["test/loss"], rel=1e-5)
 

@@ -18,12 +18,12 @@ from lightning_kd import (
     ArithmeticData,
     Divergence,
     FusedLogits,
+    LocalTeacher,
     LoRA,
     PPOClip,
     PromptCompletionData,
     Resumable,
-    SingleTeacher,
-    Student,
+    StudentSpec,
     SupervisedKD,
     TeacherEnsemble,
     WarmupCosine,
@@ -35,8 +35,8 @@ from lightning_kd.generation import SamplingOptions
 from lightning_kd.named_checkpoints import find_checkpoint
 from lightning_kd.resuming import describe, differences, digest
 from lightning_kd.schedules import Linear
-from tests.command_line import EXPECTED_WARNINGS
-from tests.toys import tiny_llama
+from tests.support.command_line import EXPECTED_WARNINGS
+from tests.support.toys import tiny_llama
 
 pytestmark = [*EXPECTED_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
 
@@ -84,8 +84,8 @@ def kd(**changes):
     teacher = {"name_or_path": "teacher"} | changes.pop("teacher", {})
     options = {"optimizer": adamw(), "lr_scheduler": cosine()} | changes
     if isinstance(teacher, dict):
-        options.setdefault("teacher_object", SingleTeacher(**teacher))
-    spec = Student(**({"config": LLAMA | student.pop("config", {})} | student))
+        options.setdefault("teacher_object", LocalTeacher(**teacher))
+    spec = StudentSpec(**({"config": LLAMA | student.pop("config", {})} | student))
     teacher_object = options.pop("teacher_object")
     return options.pop("method", SupervisedKD)(student=spec, teacher=teacher_object, **options)
 
@@ -193,8 +193,8 @@ REFUSED = {
     "teacher, trained anew": ({}, {"before": retrain_the_teacher}, ["model.teacher.models"]),
     "ensemble": (
         {},
-        {"teacher_object": lambda: TeacherEnsemble([SingleTeacher("teacher")])},
-        ["model.teacher: SingleTeacher -> TeacherEnsemble"],
+        {"teacher_object": lambda: TeacherEnsemble([LocalTeacher("teacher")])},
+        ["model.teacher: LocalTeacher -> TeacherEnsemble"],
     ),
     "student's dropout": (
         {},

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
 from lightning.pytorch.trainer.connectors import signal_connector
 
 from lightning_kd.callbacks import SaveOnTermination
-from lightning_kd.models import Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT
-from tests.modules.harness import Letters
-from tests.toys import tiny_llama
+from tests.support.harness import Letters
+from tests.support.toys import tiny_llama
 
 
 class Signal(Callback):
@@ -31,7 +31,7 @@ def weights_after(callbacks=(), resume=None, **options):
     """The last weights of a run of 6 optimizer steps, of two micro-batches each."""
     torch.manual_seed(0)
     module = SFT(
-        student=Student.of(tiny_llama(0, attention_dropout=0.1)),
+        student=StudentSpec.of(tiny_llama(0, attention_dropout=0.1)),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=0.01),
     )
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}

@@ -1,0 +1,221 @@
+"""Cutting a batch into samples, and joining samples into batches."""
+
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.apply_func import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_kd.batch import IGNORE_INDEX
+
+_LABELS = {"labels", "label", "targets", "target"}
+_MASKS = {"attention_mask", "mask", "padding_mask"}
+
+
+def rows_of(batch: Any) -> int:
+    """Count the samples of a batch: the length of its labels or ids, or that of most tensors.
+
+    Raises:
+        ValueError: If it holds no tensor.
+    """
+    lengths = {path: len(tensor) for path, tensor in tensors_of(batch) if tensor.ndim}
+    if not lengths:
+        raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor with rows")
+    for name in ("input_ids", "labels"):
+        if (name,) in lengths:
+            return lengths[(name,)]
+    return Counter(lengths.values()).most_common(1)[0][0]
+
+
+def fresh_copy(batch: Any) -> Any:
+    """Copy a batch, so that whoever pops keys or writes into tensors leaves the original alone."""
+    return apply_to_collection(batch, Tensor, torch.clone)
+
+
+def split_rows(batch: Any) -> list[Any]:
+    """Cut a batch into batches of one sample."""
+    count = rows_of(batch)
+    return [_pick(batch, slice(row, row + 1), count) for row in range(count)]
+
+
+def join_rows(batches: Sequence[Any]) -> Any:
+    """Join batches into one; shorter rows are padded on the right, labels with IGNORE_INDEX.
+
+    Raises:
+        ValueError: If rows must be padded, and nothing says which tensor holds labels or a mask.
+    """
+    tensors = [dict(tensors_of(batch)) for batch in batches]
+    ragged = any(
+        len({t[path].shape[1:] for t in tensors if path in t}) > 1
+        for path, tensor in tensors[0].items()
+        if tensor.ndim > 1
+    )
+    padded_so = {str(path[-1]) for path in tensors[0]} & (_LABELS | _MASKS)
+    if (
+        ragged
+        and not padded_so
+        and not any(_holds_ignored(t) for ts in tensors for t in ts.values())
+    ):
+        raise ValueError(
+            "its micro-batches have rows of different lengths, and nothing tells labels from "
+            "inputs to pad them; give a mapping with labels or attention_mask, or labels of "
+            f"{IGNORE_INDEX}"
+        )
+    return _join(batches, [rows_of(batch) for batch in batches], "")
+
+
+def pad_rows(batch: Any, columns: int, *, attended: bool = False) -> Any:
+    """Append columns without labels to a language-model batch; leave any other as it is.
+
+    Args:
+        batch: A mapping with an attention mask, or anything else.
+        columns: How many.
+        attended: Whether the mask counts them as text; they repeat the last token then.
+    """
+    if width_of(batch) is None:
+        return batch
+    width = width_of(batch)
+    widened = {
+        key: _append_columns(key, value, columns, attended)
+        for key, value in batch.items()
+        if isinstance(value, Tensor) and value.ndim > 1 and value.shape[1] == width
+    }
+    return _rebuild(batch, widened)
+
+
+def width_of(batch: Any) -> int | None:
+    """Return the tokens of a padded row; None for a batch without an attention mask."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def regroup(samples: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+    """Join consecutive samples into micro-batches of these sizes."""
+    groups, start = [], 0
+    for size in sizes:
+        groups.append(join_rows(samples[start : start + size]))
+        start += size
+    return groups
+
+
+def from_all_ranks(window: Sequence[Any], device: torch.device) -> list[list[Any]]:
+    """Gather the micro-batches of every process, on every process: one list for each."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, move_data_to_device(list(window), "cpu"))
+    moved: list[list[Any]] = [move_data_to_device(part, device) for part in gathered]
+    return moved
+
+
+def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Yield each tensor of a batch with its keys and places on the way to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_of(item, (*path, key))
+    elif isinstance(value, tuple | list):
+        for key, item in enumerate(value):
+            yield from tensors_of(item, (*path, key))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from tensors_of(getattr(value, field.name), (*path, field.name))
+
+
+def _holds_ignored(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() and bool((tensor == IGNORE_INDEX).any())
+
+
+def _is_per_row(value: Any, count: int) -> bool:
+    """Tell whether a list has one item for each row, and not one for each field."""
+    fields = all(isinstance(v, Tensor) and v.ndim and len(v) == count for v in value)
+    return len(value) == count and not (fields and count > 0)
+
+
+def _rebuild(mapping: Mapping[Any, Any], items: Mapping[Any, Any]) -> Any:
+    if not isinstance(mapping, MutableMapping):
+        return {**mapping, **items}
+    copied = copy.copy(mapping)
+    for key, item in items.items():
+        copied[key] = item
+    return copied
+
+
+def _rebuild_tuple(value: Any, items: Sequence[Any]) -> Any:
+    return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+
+
+def _pick(value: Any, rows: slice, count: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and len(value) == count else value
+    if isinstance(value, Mapping):
+        if "labels" in value and rows_of(value) != count:
+            raise ValueError(
+                f"a batch of {count} rows holds another of {rows_of(value)}, which cannot be cut "
+                "with it; give both as many rows"
+            )
+        return _rebuild(value, {key: _pick(item, rows, count) for key, item in value.items()})
+    if isinstance(value, tuple):
+        return _rebuild_tuple(value, [_pick(item, rows, count) for item in value])
+    if isinstance(value, list):
+        if _is_per_row(value, count):
+            return value[rows]
+        return [_pick(item, rows, count) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in dataclasses.fields(value)]
+        picked = {name: _pick(getattr(value, name), rows, count) for name in names}
+        return dataclasses.replace(value, **picked)
+    return value
+
+
+def _join(values: Sequence[Any], counts: Sequence[int], key: str) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        per_row = all(v.ndim and len(v) == n for v, n in zip(values, counts, strict=True))
+        return _concatenate(values, key) if per_row else first
+    if isinstance(first, Mapping):
+        return _rebuild(
+            first, {k: _join([value[k] for value in values], counts, str(k)) for k in first}
+        )
+    if isinstance(first, tuple):
+        items = [_join([v[k] for v in values], counts, key) for k in range(len(first))]
+        return _rebuild_tuple(first, items)
+    if isinstance(first, list):
+        if all(_is_per_row(value, count) for value, count in zip(values, counts, strict=True)):
+            return [item for value in values for item in value]
+        return [_join([v[k] for v in values], counts, key) for k in range(len(first))]
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [field.name for field in dataclasses.fields(first)]
+        joined = {name: _join([getattr(v, name) for v in values], counts, name) for name in names}
+        return dataclasses.replace(first, **joined)
+    return first
+
+
+def _concatenate(values: Sequence[Tensor], key: str) -> Tensor:
+    ignored = key in _LABELS or any(_holds_ignored(v) for v in values)
+    sizes = [max(v.shape[dim] for v in values) for dim in range(1, values[0].ndim)]
+    widened = []
+    for value in values:
+        missing = [size - have for size, have in zip(sizes, value.shape[1:], strict=True)]
+        padding = [amount for size in reversed(missing) for amount in (0, size)]
+        widened.append(F.pad(value, padding, value=IGNORE_INDEX if ignored else 0))
+    return torch.cat(widened)
+
+
+def _append_columns(key: Any, value: Tensor, columns: int, attended: bool) -> Tensor:
+    padding = [0, 0] * (value.ndim - 2) + [0, columns]
+    if key in _LABELS:
+        return F.pad(value, padding, value=IGNORE_INDEX)
+    if not attended:
+        return F.pad(value, padding, value=0)
+    if key in _MASKS:
+        return F.pad(value, padding, value=1)
+    if key == "input_ids":
+        last = (value != 0).cumsum(1).argmax(1)
+        return torch.cat([value, value.gather(1, last[:, None]).expand(-1, columns)], 1)
+    return F.pad(value, padding, value=0)

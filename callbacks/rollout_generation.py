@@ -1,0 +1,168 @@
+"""Having the prompts of a window completed."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_kd.batch import Batch
+from lightning_kd.data import PairedLoader, TrainingLoader
+from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.models.placement import KINDS, on_compute_device
+from lightning_kd.models.positions import check_length
+from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules.student_module import longest_rows
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.teachers import LocalTeacher
+from lightning_kd.tokenization import padding_id
+
+
+def complete(
+    module: DistillationModule,
+    batches: Sequence[Batch],
+    options: GenerationOptions,
+    *,
+    own: bool,
+    mixture_alpha: float,
+    rows_at_once: int | None,
+) -> Completions:
+    """Completions of the rows of all batches, each row from the random numbers of its sample.
+
+    Args:
+        module: Its student writes, or its teacher.
+        batches: Micro-batches with prompts.
+        options: How completions are sampled.
+        own: Does the student write?
+        mixture_alpha: The teacher's share in what the student's completions are sampled from.
+        rows_at_once: Most rows that are written together.
+    """
+    pad_id = padding_id(module.tokenizer)
+    prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
+    masks = _joined([batch["prompt_mask"] for batch in batches], 0)
+    samples = torch.cat([batch["sample"] for batch in batches]).tolist()
+    size = rows_at_once or len(samples)
+    with _writers(module, prompts.device, own, mixture_alpha) as (writer, mixed_with):
+        parts = [
+            generate(
+                writer,
+                module.tokenizer,
+                prompts[part],
+                masks[part],
+                options,
+                seeds=[derive_seed(run_seed(), "rollout", sample) for sample in samples[part]],
+                mixed_with=mixed_with,
+                width=module.width if isinstance(module, TeacherModule) else None,
+            )
+            for part in (slice(start, start + size) for start in range(0, len(samples), size))
+        ]
+    return Completions.join(parts, pad_id)
+
+
+@contextmanager
+def _writers(
+    module: DistillationModule, device: torch.device, own: bool, mixture_alpha: float
+) -> Iterator[tuple[PreTrainedModel, tuple[PreTrainedModel, float] | None]]:
+    """The model that writes, and the one that is mixed in; a teacher is on the device meanwhile."""
+    if own and mixture_alpha == 0:
+        yield module.student, None
+        return
+    teacher = generating_teacher(module)
+    (model,) = teacher.models
+    with on_compute_device(model, teacher.placement, device):
+        yield (module.student, (model, mixture_alpha)) if own else (model, None)
+
+
+def generating_teacher(module: L.LightningModule) -> LocalTeacher:
+    """The teacher of a module, which is one model that can write.
+
+    Raises:
+        ValueError: If there is none, or there are several.
+    """
+    teacher = getattr(module, "teacher", None)
+    if not isinstance(teacher, LocalTeacher):
+        raise ValueError(
+            f"the teacher is to write, but {type(module).__name__} has "
+            f"{'none' if teacher is None else type(teacher).__name__}; give it a LocalTeacher, or "
+            "set mixture_alpha: 0 and otherwise: dataset"
+        )
+    if teacher.placement not in KINDS:
+        raise ValueError(
+            f"the teacher is to write, but placement is {teacher.placement!r}; a model that writes "
+            f"must work on the student's device: choose {', '.join(KINDS)}"
+        )
+    return teacher
+
+
+def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
+    """The loader of a fit.
+
+    Raises:
+        ValueError: If it has no windows.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, TrainingLoader | PairedLoader):
+        raise ValueError(
+            f"OnPolicyGeneration needs the loader of a data module of this library, not a "
+            f"{type(loader).__name__}; derive yours from DistillationData"
+        )
+    return loader
+
+
+def check_method(module: DistillationModule) -> None:
+    """See whether a method has a use for what is written.
+
+    Raises:
+        ValueError: If it learns from the data's completions alone.
+    """
+    if not (isinstance(module, TeacherModule) or module.needs_own_samples):
+        raise ValueError(
+            f"{type(module).__name__} learns the completions of the data, and on_policy would have it "
+            "learn its own; leave on_policy out, or use a method with a teacher, such as GKD"
+        )
+
+
+def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data: bool) -> None:
+    """See whether prompts and completions fit into the models' positions.
+
+    Args:
+        module: Has the models, and the trainer whose data is read.
+        max_new_tokens: Longest completion.
+        from_data: Are some windows left as the data has them?
+
+    Raises:
+        ValueError: If they do not.
+    """
+    row, prompt = longest_rows(module.trainer).get("train", (0, 0))
+    what = "prompts and on_policy.generation.max_new_tokens"
+    check_length(module.models, prompt + max_new_tokens, what)
+    if from_data:
+        check_length(module.models, row, "train rows")
+
+
+def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) -> None:
+    """See whether a window can be written.
+
+    Raises:
+        ValueError: If rows have no prompts, or groups do not fill a window.
+    """
+    if any("prompt_ids" not in batch for batch in batches):
+        raise ValueError(
+            "the data has no prompts to complete (packed text has none); use a data module with "
+            "prompts and completions"
+        )
+    rows = world_size * sum(len(batch["row"]) for batch in batches)
+    if rows % group_size:
+        raise ValueError(
+            f"a window has {rows} rows over all processes and micro-batches, which group_size "
+            f"{group_size} does not divide; change batch_size or steps_per_window"
+        )
+
+
+def _joined(values: Sequence[Tensor], fill: int) -> Tensor:
+    """Matrices of several batches as one, padded on the left."""
+    widest = max(value.shape[1] for value in values)
+    return torch.cat([F.pad(v, (widest - v.shape[1], 0), value=fill) for v in values])

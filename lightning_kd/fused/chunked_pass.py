@@ -1,0 +1,148 @@
+"""Values and gradients of any quantities, over a chunk of positions at a time."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+
+from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits, TeacherLogits
+from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
+
+CHUNK_BYTES = 128 * 2**20
+"""Logits that are alive at once, of student and teacher together."""
+
+_CACHE_BYTES = 2 * 2**20
+"""Logits that one pass of arithmetic goes over: what stays in a processor's cache."""
+
+Weights = Sequence[Tensor | None]
+"""For each quantity, what its value at each position weighs in the loss, ``(N,)``; None where it is
+only looked at."""
+
+
+@dataclass(frozen=True)
+class ChunkedPass:
+    """One pass over all positions: which logits, and what is computed from them."""
+
+    student: LazyLogits | None
+    teacher: TeacherLogits | None
+    token_terms: Sequence[TokenTerm]
+    chunk_bytes: int = CHUNK_BYTES
+
+    def values(self) -> Tensor:
+        """Every quantity at every position, ``(quantities, N)``."""
+        return self._run([None] * len(self.token_terms), ())
+
+    def values_and_gradients(
+        self, weights: Weights, wanted: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The values, and the gradients of their weighted sum.
+
+        Args:
+            weights: What each value weighs.
+            wanted: Which of the student's ``inputs`` get a gradient.
+
+        Returns:
+            ``(quantities, N)``, and for each wanted input a float32 (or wider) gradient.
+        """
+        student = self.student
+        assert isinstance(student, LazyHeadLogits)  # given logits are differentiated as they are
+        into = [
+            torch.zeros_like(tensor, dtype=student.dtype) if want else None
+            for tensor, want in zip(student.inputs, wanted, strict=True)
+        ]
+        return self._run(weights, into), into
+
+    def _run(self, weights: Weights, into: Sequence[Tensor | None]) -> Tensor:
+        count, width = self._first.shape
+        student = self.student
+        asked = any(token_term.needs_teacher for token_term in self.token_terms)
+        teachers = self.teacher.sources if self.teacher is not None and asked else ()
+        dtype, device = self._first.dtype, self.device
+        combine = self.teacher.combine if self.teacher is not None else None
+        values = torch.empty(len(self.token_terms), count, dtype=dtype, device=device)
+        size = self._chunk_size(1 + len(teachers))
+        # Allocated once: a fresh buffer for each chunk would cost a page fault for each 4 KiB.
+        own = torch.empty(size, width if student else 0, dtype=dtype, device=device)
+        theirs = [
+            torch.empty(size, source.shape[1], dtype=source.dtype, device=device)
+            for source in teachers
+        ]
+        # Asked once for all chunks: on an accelerator every answer waits for what was launched.
+        muting = [weight is not None and bool((weight == 0).any()) for weight in weights]
+        for rows in _slices(0, count, size):
+            length = rows.stop - rows.start
+            if student is not None:
+                student.fill(rows, own[:length])
+            for source, buffer in zip(teachers, theirs, strict=True):
+                source.fill(rows, buffer[:length])
+            for part in self._parts(length):
+                here = slice(rows.start + part.start, rows.start + part.stop)
+                seen = tuple(buffer[part].to(dtype) for buffer in theirs)
+                chunk = LogitsChunk(here, own[part], seen, combine)
+                gradients = self._look(chunk, weights, muting, values)
+                if into:
+                    self._leave_gradient(chunk.student_logits, gradients)
+            if into:
+                assert isinstance(student, LazyHeadLogits)
+                student.add_gradients(rows, own[:length], into)
+        return values
+
+    def _look(
+        self, chunk: LogitsChunk, weights: Weights, muting: Sequence[bool], values: Tensor
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Note the values of a block; what has a weight comes back as gradient and weight."""
+        gradients = []
+        for number, (token_term, weight) in enumerate(zip(self.token_terms, weights, strict=True)):
+            if weight is None:
+                values[number, chunk.rows] = token_term.values(chunk)
+            else:
+                values[number, chunk.rows], gradient = token_term.values_and_gradient(chunk)
+                factors = weight[chunk.rows, None]
+                if muting[number]:  # of an infinite gradient a weight of 0 would leave NaN
+                    gradient = gradient.masked_fill(factors == 0, 0.0)
+                gradients.append((gradient, factors.to(gradient.dtype)))
+        return gradients
+
+    def _leave_gradient(self, logits: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> None:
+        """Write the weighted sum of the gradients over the logits, which are not needed any more."""
+        assert isinstance(self.student, LazyHeadLogits)
+        slope = self.student.slope(logits)
+        if not gradients:
+            logits.zero_()
+        for number, (gradient, weight) in enumerate(gradients):
+            if number == 0:
+                torch.mul(gradient, weight, out=logits)
+            else:
+                logits.addcmul_(gradient, weight)
+        if isinstance(slope, Tensor) or slope != 1:
+            logits.mul_(slope)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is computed."""
+        return self._first.device
+
+    @property
+    def _first(self) -> LazyLogits:
+        if self.student is not None:
+            return self.student
+        assert self.teacher is not None  # one of the two is there
+        return self.teacher.sources[0]
+
+    def _chunk_size(self, buffers: int) -> int:
+        """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
+        count, width = self._first.shape
+        fitting = max(1, self.chunk_bytes // (buffers * width * self._first.dtype.itemsize))
+        return ceil(count / max(1, ceil(count / fitting)))
+
+    def _parts(self, length: int) -> Iterator[slice]:
+        fitting = max(1, _CACHE_BYTES // (self._first.shape[1] * self._first.dtype.itemsize))
+        # A kernel launch costs more than a cache miss on an accelerator.
+        return _slices(0, length, fitting if self.device.type == "cpu" else length)
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for low in range(start, stop, max(size, 1)):
+        yield slice(low, min(low + size, stop))

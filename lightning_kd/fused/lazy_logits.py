@@ -1,0 +1,233 @@
+"""Logits that are there, or that hidden states and an output head would give."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_kd.fused.head_matmul import project, to_states, to_weight
+
+Combine = Callable[[Sequence[Tensor], float], Tensor]
+"""The logits of a teacher's models and a temperature -> its log-probabilities."""
+
+
+def single_model_log_probs(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
+    """The log-softmax of the only logits there are."""
+    (only,) = logits
+    return (only if temperature == 1 else only / temperature).log_softmax(-1)
+
+
+class LazyLogits(ABC):
+    """Logits at scored positions, as many rows of them at a time as one asks for."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int]:
+        """Positions and vocabulary, ``(N, V)``."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the logits: float32 or wider."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Of the logits."""
+
+    @abstractmethod
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Write the logits of some rows into ``out``."""
+
+    @abstractmethod
+    def narrowed(self, width: int) -> "LazyLogits":
+        """The first ``width`` tokens of the vocabulary alone."""
+
+    @abstractmethod
+    def detached_to(self, device: torch.device) -> "LazyLogits":
+        """The same without gradients, on a device; what becomes of the model's weights is all one."""
+
+
+@dataclass(frozen=True)
+class MaterializedLogits(LazyLogits):
+    """Logits that a model has made whole."""
+
+    logits: Tensor
+    """``(N, V)``, float32 or wider."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Positions and vocabulary."""
+        return self.logits.shape[0], self.logits.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the logits."""
+        return self.logits.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the logits."""
+        return self.logits.device
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Copy them."""
+        out.copy_(self.logits[rows])
+
+    def narrowed(self, width: int) -> "MaterializedLogits":
+        """A view of the first columns."""
+        return MaterializedLogits(self.logits[:, :width])
+
+    def detached_to(self, device: torch.device) -> "MaterializedLogits":
+        """A copy, where they are elsewhere."""
+        return MaterializedLogits(self.logits.detach().to(device))
+
+
+@dataclass(frozen=True)
+class LazyHeadLogits(LazyLogits):
+    r"""Hidden states and an output head.
+
+    .. math:: z = c \tanh(s x / c), \qquad x = \sum_j h_j W_j^\top + b
+
+    A plain head has one product, an adapted one a second of low rank; most have no soft cap
+    (:math:`z = s x`) and a scale of 1.
+    """
+
+    factors: tuple[tuple[Tensor, Tensor], ...]
+    """Hidden states ``(N, H_j)`` and weights ``(V, H_j)``."""
+    bias: Tensor | None = None
+    """``(V,)``."""
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Positions and vocabulary."""
+        states, weight = self.factors[0]
+        return states.shape[0], weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Float32, whatever the operands: rounded to bfloat16 logits lose the divergence."""
+        wide = any(tensor.dtype == torch.float64 for tensor in self.inputs)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Of the hidden states."""
+        return self.factors[0][0].device
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """Everything that may get a gradient: states and weights in turn, and the bias."""
+        flat = tuple(tensor for factor in self.factors for tensor in factor)
+        return flat if self.bias is None else (*flat, self.bias)
+
+    def with_inputs(self, inputs: Sequence[Tensor]) -> "LazyHeadLogits":
+        """The same head on other tensors, in the order of :attr:`inputs`."""
+        pairs = inputs[: 2 * len(self.factors)]
+        factors = tuple(zip(pairs[::2], pairs[1::2], strict=True))
+        return replace(self, factors=factors, bias=inputs[-1] if self.bias is not None else None)
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Multiply."""
+        for number, (states, weight) in enumerate(self.factors):
+            project(states[rows], weight, out, add=number > 0)
+        if self.bias is not None:
+            out += self.bias
+        if self.scale != 1:
+            out *= self.scale
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_().mul_(self.softcap)
+
+    def narrowed(self, width: int) -> "LazyHeadLogits":
+        """Views of the first rows of each weight."""
+        factors = tuple((states, weight[:width]) for states, weight in self.factors)
+        bias = None if self.bias is None else self.bias[:width]
+        return replace(self, factors=factors, bias=bias)
+
+    def detached_to(self, device: torch.device) -> "LazyHeadLogits":
+        """Copies of what is elsewhere."""
+        return self.with_inputs([tensor.detach().to(device) for tensor in self.inputs])
+
+    def slope(self, logits: Tensor) -> Tensor | float:
+        """What soft cap and scale multiply a gradient by, on its way back through them."""
+        if self.softcap is None:
+            return self.scale
+        return self.scale * (1 - (logits / self.softcap).square())
+
+    def add_gradients(self, rows: slice, gradient: Tensor, into: Sequence[Tensor | None]) -> None:
+        """Take the gradient of a chunk's products on to the inputs.
+
+        Args:
+            rows: The positions of the chunk, in order from 0.
+            gradient: ``(n, V)``.
+            into: A tensor for each of :attr:`inputs`, or None where none is wanted.
+        """
+        first = rows.start == 0
+        for number, (states, weight) in enumerate(self.factors):
+            of_states, of_weight = into[2 * number], into[2 * number + 1]
+            if of_states is not None:
+                to_states(gradient, weight, of_states[rows])
+            if of_weight is not None:
+                to_weight(gradient, states[rows], of_weight, add=not first)
+        if self.bias is not None and (of_bias := into[-1]) is not None:
+            of_bias += gradient.sum(0)
+
+
+@dataclass(frozen=True)
+class RoutedLogits(LazyLogits):
+    """Each position has its logits from one of several sources."""
+
+    sources: tuple[LazyLogits, ...]
+    """Each has its own positions only, in order."""
+    routes: Tensor
+    """The number of each position's source, ``(N,)``."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Positions and vocabulary."""
+        return len(self.routes), self.sources[0].shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest of the sources'."""
+        wide = any(source.dtype == torch.float64 for source in self.sources)
+        return torch.float64 if wide else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Of the routes."""
+        return self.routes.device
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Ask each source for its own."""
+        for number, source in enumerate(self.sources):
+            chosen = self.routes[rows] == number
+            start = int((self.routes[: rows.start] == number).sum())
+            own = out.new_empty(int(chosen.sum()), out.shape[1], dtype=source.dtype)
+            source.fill(slice(start, start + len(own)), own)
+            out[chosen] = own.to(out.dtype)
+
+    def narrowed(self, width: int) -> "RoutedLogits":
+        """Every source narrowed."""
+        return replace(self, sources=tuple(source.narrowed(width) for source in self.sources))
+
+    def detached_to(self, device: torch.device) -> "RoutedLogits":
+        """Every source, and the routes."""
+        sources = tuple(source.detached_to(device) for source in self.sources)
+        return RoutedLogits(sources, self.routes.to(device))
+
+
+@dataclass(frozen=True)
+class TeacherLogits:
+    """What the models of a teacher say, and how it becomes one distribution."""
+
+    sources: tuple[LazyLogits, ...]
+    combine: Combine = single_model_log_probs
+
+    def narrowed(self, width: int) -> "TeacherLogits":
+        """The first ``width`` tokens of the vocabulary alone."""
+        return replace(self, sources=tuple(source.narrowed(width) for source in self.sources))

@@ -1,0 +1,246 @@
+"""What losses and metrics are made of, position by position."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_kd.batch import IGNORE_INDEX
+from lightning_kd.divergences import Divergence
+from lightning_kd.divergences.log_space import weighted
+from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
+
+
+class DivergenceTerm(TokenTerm):
+    r"""A divergence from the teacher, :math:`D(p^{\tau_t}, q^{\tau_s})`.
+
+    There is no factor :math:`\tau^2`.
+
+    Args:
+        divergence: Any divergence.
+        student_temperature: Divides the student's logits.
+        teacher_temperature: Divides the teacher's.
+    """
+
+    needs_teacher = True
+
+    def __init__(
+        self,
+        divergence: Divergence,
+        *,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+    ) -> None:
+        self.divergence = divergence
+        self.student_temperature = student_temperature
+        self.teacher_temperature = teacher_temperature
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The divergence."""
+        return self.divergence(
+            chunk.student(self.student_temperature), chunk.teacher(self.teacher_temperature)
+        )
+
+    def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
+        """The divergence and its closed form, where it has one."""
+        values, gradient = self.divergence.value_and_logit_gradient(
+            chunk.student(self.student_temperature), chunk.teacher(self.teacher_temperature)
+        )
+        if self.student_temperature != 1:
+            gradient = gradient / self.student_temperature
+        return values, gradient
+
+
+class TokenLoss(TokenTerm):
+    r"""A function of the log-probability of one token at each position.
+
+    Args:
+        tokens: ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
+        function: :math:`f(\log q^\tau(y_t))`, elementwise; it also gets the positions as a slice, to
+            look up what else it needs there.
+        temperature: Divides the student's logits.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        function: Callable[[Tensor, slice], Tensor],
+        *,
+        temperature: float = 1.0,
+    ) -> None:
+        self.tokens, self.function, self.temperature = tokens, function, temperature
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The function."""
+        tokens, known = _tokens_in(self.tokens, chunk.rows)
+        chosen = chunk.student(self.temperature).gather(-1, tokens)[:, 0]
+        return self.function(chosen, chunk.rows).masked_fill(~known, 0.0)
+
+    def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
+        """The function, and its slope times that of the log-probability."""
+        tokens, known = _tokens_in(self.tokens, chunk.rows)
+        log_probs = chunk.student(self.temperature)
+        with torch.enable_grad():
+            leaf = log_probs.gather(-1, tokens)[:, 0].requires_grad_()
+            values = self.function(leaf, chunk.rows).masked_fill(~known, 0.0)
+            (slope,) = torch.autograd.grad(values.sum(), leaf)
+        slope = (slope / self.temperature)[:, None]
+        gradient = log_probs.exp().mul_(-slope)
+        return values.detach(), gradient.scatter_add_(-1, tokens, slope)
+
+
+class CrossEntropy(TokenLoss):
+    r"""Negative log-likelihood, :math:`-\log q(y_t)`; 0 where there is no label.
+
+    Example:
+        >>> block = LogitsChunk(slice(0, 1), torch.zeros(1, 4), (), None)
+        >>> CrossEntropy(torch.tensor([2])).values(block)
+        tensor([1.3863])
+    """
+
+    def __init__(self, labels: Tensor) -> None:
+        super().__init__(labels, lambda log_probs, rows: -log_probs)
+
+
+class TeacherCrossEntropy(TokenTerm):
+    r"""Cross-entropy with the teacher's distribution, :math:`-\sum_v p(v) \log q(v)`."""
+
+    needs_teacher = True
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum over the vocabulary."""
+        return -_expectation(chunk.teacher(), chunk.student())
+
+    def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
+        """The sum, and ``q - p``."""
+        return self.values(chunk), chunk.student().exp() - chunk.teacher().exp()
+
+
+class WeightedSum(TokenTerm):
+    """A sum of quantities, each times a constant or a constant of each position.
+
+    Args:
+        parts: Quantities and their factors, a number or ``(N,)``.
+    """
+
+    def __init__(self, *parts: tuple[TokenTerm, float | Tensor]) -> None:
+        self.parts = parts
+        self.needs_teacher = any(token_term.needs_teacher for token_term, _ in parts)
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum."""
+        products = []
+        for token_term, factor in self.parts:
+            own = _at(factor, chunk.rows)
+            here = chunk.without_gradient_where(own) if isinstance(own, Tensor) else chunk
+            products.append(weighted(own, token_term.values(here)))
+        return torch.stack(products).sum(0)
+
+    def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
+        """The sums of both."""
+        total = torch.zeros_like(chunk.student_logits[:, 0])
+        slope = torch.zeros_like(chunk.student_logits)
+        for token_term, factor in self.parts:
+            values, gradient = token_term.values_and_gradient(chunk)
+            own = _at(factor, chunk.rows)
+            total += weighted(own, values)
+            slope += weighted(own[:, None] if isinstance(own, Tensor) else own, gradient)
+        return total, slope
+
+
+class ZeroTerm(TokenTerm):
+    """0 everywhere: a term that a micro-batch has no data for."""
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """Zeros, also where logits are infinite."""
+        return chunk.student_logits[:, :0].sum(-1)
+
+
+class Entropy(TokenTerm):
+    """Entropy of the student's distribution, in nats."""
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum over the vocabulary."""
+        return -_expectation(chunk.student(), chunk.student())
+
+
+class TeacherEntropy(TokenTerm):
+    """Entropy of the teacher's distribution, in nats."""
+
+    needs_teacher = True
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum over the vocabulary."""
+        return -_expectation(chunk.teacher(), chunk.teacher())
+
+
+class TeacherTokenLogProb(TokenTerm):
+    """The teacher's log-probability of one token at each position.
+
+    Args:
+        tokens: ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
+        temperature: Divides the teacher's logits.
+    """
+
+    needs_teacher = True
+
+    def __init__(self, tokens: Tensor, *, temperature: float = 1.0) -> None:
+        self.tokens, self.temperature = tokens, temperature
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The log-probability."""
+        tokens, known = _tokens_in(self.tokens, chunk.rows)
+        chosen = chunk.teacher(self.temperature).gather(-1, tokens)[:, 0]
+        return chosen.masked_fill(~known, 0.0)
+
+
+class TeacherMassBeyond(TokenTerm):
+    """What the teacher gives to the tokens from ``width`` on, a probability."""
+
+    needs_teacher = True
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum over the rest of the vocabulary."""
+        return chunk.teacher()[:, self.width :].exp().sum(-1)
+
+
+class StudentMassBeyond(TokenTerm):
+    """What the student gives to the tokens from ``width`` on, a probability."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum over the rest of the vocabulary."""
+        return chunk.student()[:, self.width :].exp().sum(-1)
+
+
+class Top1Agreement(TokenTerm):
+    """1 where student and teacher hold the same token for the most likely, else 0."""
+
+    needs_teacher = True
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The comparison."""
+        same = chunk.student().argmax(-1) == chunk.teacher().argmax(-1)
+        return same.to(chunk.student_logits.dtype)
+
+
+def _tokens_in(tokens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """The tokens of some rows as an index, ``(n, 1)``, and which of them are tokens, ``(n,)``."""
+    known = tokens[rows] != IGNORE_INDEX
+    return tokens[rows].masked_fill(~known, 0)[:, None], known
+
+
+def _at(factor: float | Tensor, rows: slice) -> float | Tensor:
+    return factor[rows] if isinstance(factor, Tensor) else factor
+
+
+def _expectation(weights: Tensor, log_probs: Tensor) -> Tensor:
+    """``sum exp(weights) log_probs``, where 0 times minus infinity is 0."""
+    probabilities = weights.exp()
+    # Masked before the product, whose gradient is NaN as well.
+    return (probabilities * log_probs.masked_fill(probabilities == 0, 0.0)).sum(-1)

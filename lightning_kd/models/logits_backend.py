@@ -1,0 +1,155 @@
+"""How logits come about: whole, by the model, or a chunk at a time, by the fused evaluation."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_kd.batch import Batch
+from lightning_kd.divergences.log_space import weighted
+from lightning_kd.fused import (
+    CHUNK_BYTES,
+    ChunkedPass,
+    LazyLogits,
+    LogitsChunk,
+    MaterializedLogits,
+    TeacherLogits,
+    TokenTerm,
+    weighted_sum,
+)
+from lightning_kd.fused.chunked_pass import Weights
+from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
+from lightning_kd.scoring import ScoredPositions
+
+
+class LogitsBackend(ABC):
+    """Reads models at scored positions, and evaluates quantities there."""
+
+    @abstractmethod
+    def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
+        """Run a model on a batch."""
+
+    @abstractmethod
+    def evaluate(
+        self,
+        student: LazyLogits,
+        teacher: TeacherLogits | None,
+        token_terms: Sequence[TokenTerm],
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted sum of all values, ``()``, and the values, ``(quantities, N)``.
+
+        Gradients flow from the sum alone. A weight of None leaves a quantity out of it.
+        """
+
+
+class DenseLogits(LogitsBackend):
+    """All logits of all positions at once, and automatic differentiation: the readable reference.
+
+    Needs memory for several ``(positions, vocabulary)`` tensors. In bfloat16 the model has rounded
+    its logits before they are compared, which costs most of a small divergence.
+    """
+
+    def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
+        """The model's own logits."""
+        return MaterializedLogits(scored.select(_forward(model, batch)))
+
+    def evaluate(
+        self,
+        student: LazyLogits,
+        teacher: TeacherLogits | None,
+        token_terms: Sequence[TokenTerm],
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor]:
+        """One block of all positions."""
+        assert isinstance(student, MaterializedLogits)  # read() made it
+        rows = slice(0, student.shape[0])
+        theirs = tuple(_materialize(source) for source in teacher.sources) if teacher else ()
+        chunk = LogitsChunk(rows, student.logits, theirs, teacher.combine if teacher else None)
+        # An empty sum keeps a graph where nothing has a weight, or nothing is scored.
+        total = student.logits[:0].sum(dtype=torch.float64)
+        values = []
+        for token_term, weight in zip(token_terms, weights, strict=True):
+            value = token_term.values(
+                chunk if weight is None else chunk.without_gradient_where(weight)
+            )
+            if weight is not None:
+                total = total + weighted(weight, value).sum(dtype=torch.float64)
+            values.append(value.detach())
+        return total, torch.stack(values)
+
+
+class FusedLogits(LogitsBackend):
+    """The logits of a chunk of positions at a time, in float32 or wider, with their gradients.
+
+    Each model's output head is taken apart from it once, and compared with the model's own logits.
+    A model whose head is not understood is read as :class:`DenseLogits` does, with a warning.
+
+    Args:
+        chunk_megabytes: Logits of student and teacher that may be alive at once.
+
+    Raises:
+        ValueError: If ``chunk_megabytes`` is not positive.
+    """
+
+    def __init__(self, chunk_megabytes: int = CHUNK_BYTES // 2**20) -> None:
+        if chunk_megabytes < 1:
+            raise ValueError(f"chunk_megabytes is {chunk_megabytes}; it must be positive")
+        self.chunk_megabytes = chunk_megabytes
+        self._heads: list[tuple[PreTrainedModel, OutputHead | None]] = []
+        self._dense = DenseLogits()
+
+    def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
+        """The model's hidden states, and its head."""
+        head = self._head(model)
+        if head is None:
+            return self._dense.read(model, batch, scored)
+        with head.bypassed() as seen:
+            _forward(model, batch)
+        return head.project(seen[0][scored.mask])
+
+    def evaluate(
+        self,
+        student: LazyLogits,
+        teacher: TeacherLogits | None,
+        token_terms: Sequence[TokenTerm],
+        weights: Weights,
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over the chunks."""
+        if isinstance(student, MaterializedLogits):
+            return self._dense.evaluate(student, teacher, token_terms, weights)
+        chunked_pass = ChunkedPass(student, teacher, token_terms, self.chunk_megabytes * 2**20)
+        return weighted_sum(chunked_pass, weights)
+
+    def _head(self, model: PreTrainedModel) -> OutputHead | None:
+        for known, found in self._heads:
+            if known is model:
+                return found
+        head: OutputHead | None = None
+        try:
+            head = find_head(model)
+        except UnsupportedHeadError as error:
+            rank_zero_warn(
+                f"the fused evaluation is not used for {type(model).__name__}: {error}. Its logits "
+                "are made whole; model.logits_backend: DenseLogits says so without this warning"
+            )
+        self._heads.append((model, head))
+        return head
+
+
+def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
+    logits: Tensor = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits
+    return logits
+
+
+def _materialize(source: LazyLogits) -> Tensor:
+    if isinstance(source, MaterializedLogits):
+        return source.logits
+    out = torch.empty(source.shape, dtype=source.dtype, device=source.device)
+    source.fill(slice(0, source.shape[0]), out)
+    return out

@@ -1,0 +1,113 @@
+"""The model that trains."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.models.adapters import has_adapters
+from lightning_kd.models.model_spec import ModelSpec
+from lightning_kd.models.vocabulary import check_ids
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters through peft; the weights they adapt stay frozen.
+
+    Attributes:
+        r: Rank.
+        alpha: Scale; the update is multiplied by ``alpha / r``.
+        dropout: Dropout before the adapter.
+        target_modules: Which layers get one: peft's ``all-linear`` or a list of names.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.r < 1:
+            raise ValueError(f"the rank r is {self.r}; it must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
+
+    def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Freeze ``model`` and put adapters around its layers.
+
+        Raises:
+            ValueError: If peft is not installed, or finds none of the layers.
+        """
+        try:
+            from peft import LoraConfig, get_peft_model
+        except ImportError as error:
+            raise ValueError(
+                "lora needs the peft package: pip install 'lightning-kd[lora]'"
+            ) from error
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=self.target_modules,
+        )
+        try:
+            return get_peft_model(model, config)
+        except ValueError as error:
+            raise ValueError(f"lora.target_modules {self.target_modules!r}: {error}") from error
+
+
+class StudentSpec(ModelSpec):
+    """The model that trains.
+
+    Args:
+        name_or_path: A directory written by ``save_pretrained``, or a name on the Hugging Face hub.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
+            third more time.
+        lora: Train low-rank adapters instead of the weights.
+        source: The options of :class:`~lightning_kd.models.ModelSpec`.
+    """
+
+    may_change_on_resume = frozenset({"gradient_checkpointing"})
+
+    def __init__(
+        self,
+        name_or_path: str | None = None,
+        *,
+        gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+        **source: Any,
+    ) -> None:
+        super().__init__(name_or_path, **source)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora = lora
+
+    def build(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model in training mode, checked against the tokenizer.
+
+        Raises:
+            ValueError: If the model cannot be had, or is too small for the tokenizer.
+        """
+        model = self.load(tokenizer, "student")
+        check_ids(tokenizer, model, "student")
+        if self.gradient_checkpointing:
+            # Renamed in transformers 5.23; the lower bound has the old name only.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        if self.lora is not None:
+            if has_adapters(model):
+                raise ValueError(
+                    "lora is given for a model that has adapters already; leave lora out, or merge them"
+                )
+            if self.gradient_checkpointing:
+                # The frozen embedding's output must require a gradient, or no layer is recomputed.
+                model.enable_input_require_grads()
+            model = self.lora.adapt(model)
+        if not any(weight.requires_grad for weight in model.parameters()):
+            raise ValueError(
+                "the student has no weights that train: all are frozen or quantized. Give it lora, or "
+                "weights that are neither"
+            )
+        model.train()
+        return model

@@ -1,0 +1,298 @@
+"""What every method shares: the steps, the division, the optimizer, the logs."""
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_kd.batch import Batch
+from lightning_kd.evaluation import DistributionMetrics
+from lightning_kd.generation import GenerationOptions
+from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
+from lightning_kd.models.positions import check_length
+from lightning_kd.modules.half_precision import ScaledSumModule
+from lightning_kd.modules.loss import (
+    Evaluation,
+    LossSums,
+    LossTerm,
+    MicroBatch,
+    Scores,
+    by_name,
+    evaluate,
+    weigh,
+)
+from lightning_kd.modules.optimization import (
+    WarmupCosine,
+    check_schedule,
+    parameter_groups,
+    with_schedule,
+)
+from lightning_kd.normalization import Normalization, make_normalization
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import clip_gradients, gradient_norm, scales_loss_before_backward
+
+
+class DistillationModule(ScaledSumModule):
+    """A student, its optimizer, and a loss that is divided once per optimizer step.
+
+    A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says
+    in :meth:`loss_terms` what is computed at a token. Nothing else of a step is its business.
+
+    Args:
+        student: The model that trains.
+        tokenizer: Directory or hub name; the data module's when not given.
+        normalization: What the loss is divided by: ``token``, ``sequence``, ``batch``, or an
+            instance of a :class:`~lightning_kd.normalization.Normalization`.
+        optimizer: Built from the student's trainable weights; vectors (biases, norms) get no weight
+            decay.
+        lr_scheduler: Stepped once per optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau``
+            with a ``monitor`` of validation once per validation.
+        logits_backend: Defaults to :class:`~lightning_kd.models.FusedLogits`, a chunk at a time.
+        generation: How completions are written in ``predict`` and for samples.
+
+    Raises:
+        ValueError: If a value is out of its range, before any model is loaded.
+    """
+
+    terms: ClassVar[tuple[str, ...]]
+    """Names of the loss's terms, as :meth:`loss_terms` returns them and as loggers show them."""
+
+    evaluation_terms: ClassVar[tuple[str, ...]] = ()
+    """The same for :meth:`evaluation_loss`, where that is another loss."""
+
+    may_change_on_resume = frozenset({"optimizer", "lr_scheduler", "logits_backend"})
+
+    needs_own_samples: ClassVar[bool] = False
+    """Does the method learn from nothing but what the student has sampled?"""
+
+    micro_batch: MicroBatch
+    """What the last training step scored; callbacks read it."""
+
+    def __init__(
+        self,
+        *,
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+    ) -> None:
+        super().__init__(student=student, tokenizer=tokenizer, generation=generation)
+        self.normalization = make_normalization(normalization)
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self.logits_backend = logits_backend or FusedLogits()
+        self._window = LossSums(self.terms)
+        self._evaluation = LossSums(self.evaluation_terms or self.terms)
+        self.train_distribution = DistributionMetrics()
+        self.eval_distribution = DistributionMetrics()
+
+    # What a method writes.
+
+    @abstractmethod
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``, by its name."""
+
+    def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The loss on validation and test data; the same, unless a method says otherwise."""
+        return self.loss_terms(batch, scores)
+
+    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+        """Give rollouts what needs all of them at once: rewards, baselines, whitened advantages.
+
+        Called once for each window of rollouts, without gradients and with models in evaluation
+        mode, on all ranks together.
+
+        Args:
+            rollouts: This rank's micro-batches of the window; they are changed in place.
+            options: How they were written.
+        """
+
+    def positions(self, batch: Batch) -> ScoredPositions:
+        """Which logits are scored: those that predict a label."""
+        return ScoredPositions.from_labels(batch["labels"])
+
+    def score(self, batch: Batch) -> Scores:
+        """Run the models on a micro-batch."""
+        positions = self.positions(batch)
+        return Scores(positions, self.logits_backend.read(self.student, batch, positions))
+
+    # Steps.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The weighted sum of the micro-batch; its division waits for the optimizer step.
+
+        Where the gradients will be out of reach, it is the loss of the step already.
+        """
+        micro_batch = batch_idx % self.trainer.accumulate_grad_batches
+        if micro_batch == 0:
+            self._window.clear()  # a step that was broken off has left its sums
+        # Dropout comes from counters, so that a resumed run repeats it.
+        torch.manual_seed(
+            derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
+        )
+        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
+        scores = self.score(batch)
+        metrics = self.train_distribution if self._logs_this_step() else None
+        terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
+        evaluation = self._evaluate(scores, terms, metrics)
+        self.micro_batch = evaluation.micro_batch
+        self._window.add(weigh(self.micro_batch, self.normalization))
+        if self._scales_loss_before_backward:
+            return evaluation.total * self._close_step()
+        return evaluation.total * self._sum_scale.before(
+            self.trainer, scores.positions, self.normalization
+        )
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
+        if not self._scales_loss_before_backward:
+            factor, gradients = self._close_step(), self._gradients()
+            if gradients:
+                torch._foreach_mul_(gradients, factor)
+        step = self._step_means
+        self.log("train/loss", step.means["loss"], prog_bar=True)
+        self.log("train/tokens", float(step.tokens))
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        shown = set()
+        if self._logs_this_step():
+            shown = self._log_distribution("train", self.train_distribution)
+        self._log_terms("train", step.means, self.terms, shown)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
+        if self._logs_this_step() and not self._scales_loss_before_backward:
+            self.log("train/grad_norm", gradient_norm(self.trainer, self._gradients()))
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def on_train_batch_end(self, *_: object) -> None:
+        """Log the norm where none but the optimizer knows it, and only after its step."""
+        if self._scales_loss_before_backward and self._logs_this_step(taken=1):
+            self.log("train/grad_norm", gradient_norm(self.trainer, ()))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the sums of the evaluation."""
+        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
+        scores = self.score(batch)
+        names = self._evaluation.terms
+        terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)
+        evaluation = self._evaluate(scores, terms, self.eval_distribution)
+        self._evaluation.add(weigh(evaluation.micro_batch, self.normalization))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """The same on test data."""
+        self.validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the means over the whole validation set."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the means over the whole test set."""
+        self._log_evaluation("test")
+
+    # Optimizer.
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and the schedule that is stepped with it.
+
+        Raises:
+            ValueError: If the optimizer does not take its options, or a schedule that depends on a
+                metric does not say on which.
+        """
+        try:
+            optimizer = self._optimizer(parameter_groups(self.parameters()))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the optimizer refuses its options: {error}") from error
+        if self._lr_scheduler is None:
+            return optimizer
+        return with_schedule(optimizer, self._lr_scheduler(optimizer))
+
+    def on_train_start(self) -> None:
+        """Give a cosine without an end the trainer's.
+
+        Not in :meth:`configure_optimizers`: asking the trainer there makes it set up the loader
+        before its state is restored.
+
+        Raises:
+            ValueError: If the run has no end, or a schedule depends on validation and there is none.
+        """
+        for config in self.trainer.lr_scheduler_configs:
+            check_schedule(config, self.trainer)
+            if isinstance(config.scheduler, WarmupCosine) and config.scheduler.total_steps is None:
+                config.scheduler.end_with_run(self.trainer.estimated_stepping_batches)
+        super().on_train_start()
+
+    # Helpers.
+
+    @property
+    def _scales_loss_before_backward(self) -> bool:
+        return scales_loss_before_backward(self.trainer)
+
+    def _close_step(self) -> float:
+        """What the sums of this step are multiplied by, to be its loss.
+
+        Lightning divides a sum by the number of micro-batches, and the strategy by the number of
+        ranks; both are taken back here.
+        """
+        self._step_means = self._window.close(self.sum_over_ranks)
+        number = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return self._sum_scale.after(self.trainer, number) * number / self._step_means.divisor
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks, on every rank."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    def _logs_this_step(self, *, taken: int = 0) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1 - taken) % every == 0
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters() if p.grad is not None]
+
+    def _evaluate(
+        self, scores: Scores, terms: Mapping[str, LossTerm], metrics: DistributionMetrics | None
+    ) -> Evaluation:
+        targets, metric_terms = scores.positions.targets, []
+        if metrics is not None:
+            metric_terms = metrics.token_terms(targets, has_teacher=scores.teacher is not None)
+        evaluation = evaluate(self.logits_backend, scores, terms, self.normalization, metric_terms)
+        if metrics is not None:
+            metrics.update(evaluation.metric_terms, targets)
+        return evaluation
+
+    def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
+        self._evaluation.open(self.device)
+        reduced = self._evaluation.close(self.sum_over_ranks)
+        # All ranks have the same means already; sync_dist tells Lightning that this is known.
+        self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
+        shown = self._log_distribution(stage, self.eval_distribution)
+        self._log_terms(stage, reduced.means, self._evaluation.terms, shown)
+        self.log(f"{stage}/tokens", float(reduced.tokens), sync_dist=True)
+
+    def _log_terms(
+        self, stage: str, means: Mapping[str, float], names: Sequence[str], shown: set[str]
+    ) -> None:
+        # Lightning would average two values of one name, so a metric of that name stands alone: it
+        # means the same in every run.
+        values = {f"{stage}/{name}": means[name] for name in names}
+        new = {name: value for name, value in values.items() if name not in shown}
+        self.log_dict(new, sync_dist=stage != "train")
+
+    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, sync_dist=stage != "train")
+        metrics.reset()
+        return set(values)

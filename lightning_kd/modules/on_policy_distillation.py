@@ -1,0 +1,74 @@
+"""On-policy distillation by policy gradient."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_kd.batch import Batch
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.policy_gradient import PolicyGradientModule
+from lightning_kd.policy import discounted_returns
+from lightning_kd.scoring import ScoredPositions
+
+
+class OnPolicyDistillation(PolicyGradientModule):
+    r"""A policy gradient whose reward, at each sampled token, is minus its reverse KL.
+
+    .. math:: A_t = -c \sum_{k \ge t} \gamma^{k-t}
+        \bigl[\log q(y_k \mid y_{<k}) - \log p(y_k \mid y_{<k})\bigr]
+        \qquad \ell_t = -\rho_t A_t, \quad \rho_t = q_\theta(y_t) / \tilde p(y_t)
+
+    with :math:`q` the student as it was when the completion was sampled, at the training
+    temperature, and :math:`\tilde p` what the tokens were drawn from: :math:`q` itself, or its
+    mixture with the teacher where the callback has a ``mixture_alpha``. With ``passes`` or
+    ``steps_per_window`` above 1 the current student :math:`q_\theta` moves on; the ratio follows it,
+    the rewards stay those of :math:`q`.
+
+    On fresh rollouts without a mixture the expected gradient is, with :math:`\gamma = 0`, that of
+    the summed reverse KL of the tokens, and with :math:`\gamma = 1` that of the reverse KL between
+    sequences. With a mixture, each token is weighed exactly; how often a prefix is reached is left
+    to the mixture. The advantage is neither centered nor whitened, as in the reference; the
+    ``batch`` normalization is the sum per sequence that these identities are about.
+
+    The full-vocabulary reverse KL has the same expected gradient as :math:`\gamma = 0` and a lower
+    variance, for a pass over the vocabulary: that is :class:`GKD` with ``divergence: ReverseKL`` and
+    ``lmbda: 1``.
+
+    Args:
+        gamma: Discount of later tokens' rewards, in [0, 1].
+        kl_coefficient: :math:`c`.
+        base: The options of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025.
+        https://thinkingmachines.ai/blog/on-policy-distillation/
+    """
+
+    terms = ("policy_gradient",)
+
+    def __init__(self, *, gamma: float = 0.0, kl_coefficient: float = 1.0, **base: Any) -> None:
+        super().__init__(**base)
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma is {gamma}; it is a discount, in [0, 1]")
+        if not kl_coefficient > 0:
+            raise ValueError(f"kl_coefficient is {kl_coefficient}; it must be positive")
+        self.gamma, self.kl_coefficient = gamma, kl_coefficient
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The surrogate loss of each sampled token."""
+        student = self.sampled(batch, scores, "log_probs")
+        assert scores.teacher is not None  # score() put it there
+        teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)
+        rewards = -self.kl_coefficient * (student - teacher)
+        advantages = self._returns(rewards, scores.positions)
+        return {"policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages))}
+
+    def _returns(self, rewards: Tensor, positions: ScoredPositions) -> Tensor:
+        scattered = torch.zeros_like(positions.mask, dtype=rewards.dtype)
+        scattered[positions.mask] = rewards
+        return discounted_returns(scattered, self.gamma)[positions.mask]

@@ -1,0 +1,245 @@
+"""What every method has before it has a loss: a student, its tokenizer, and what it writes."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.batch import Batch
+from lightning_kd.checkpoints import RUN_KEY, compare_weights
+from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.loops import prepare_trainer
+from lightning_kd.models import StudentSpec
+from lightning_kd.models.adapters import has_adapters
+from lightning_kd.models.positions import check_length
+from lightning_kd.models.sharding import shard
+from lightning_kd.modules.resume import Resumption
+from lightning_kd.resuming import Resumable
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import check_trainer, shard_mesh, shards_weights
+from lightning_kd.tokenization import load_tokenizer
+
+
+class StudentModule(Resumable, L.LightningModule):
+    """A student that completes prompts and knows which method trains it.
+
+    Args:
+        student: The model that trains.
+        tokenizer: Directory or hub name; the data module's when not given.
+        generation: How completions are written in ``predict`` and for samples.
+    """
+
+    student: PreTrainedModel
+
+    may_change_on_resume = frozenset({"generation"})
+
+    def __init__(
+        self,
+        *,
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        generation: GenerationOptions | None = None,
+    ) -> None:
+        super().__init__()
+        self.student_spec = student
+        self.generation = generation or GenerationOptions()
+        self._tokenizer_name = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.resumption = Resumption(self)
+        self._has_weights = False
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Prepare a trainer that fits, before its loggers open their files; no callback is added.
+
+        Raises:
+            ValueError: If the trainer's limits cannot be kept.
+        """
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            prepare_trainer(self.trainer)
+        return []
+
+    def setup(self, stage: str) -> None:
+        """See whether the trainer will do.
+
+        Raises:
+            ValueError: If the loss would be divided wrongly under it.
+        """
+        check_trainer(self.trainer)
+        if stage == "fit":
+            prepare_trainer(self.trainer)  # where a subclass has callbacks of its own
+            self.resumption = Resumption(self)  # an earlier fit is none of this one's business
+
+    def configure_model(self) -> None:
+        """Build the student, once; in shards, where the strategy shares weights.
+
+        Raises:
+            ValueError: If it could not be exported in the end, or the data has longer rows than a
+                model takes.
+        """
+        if not hasattr(self, "student"):
+            self._build()
+        self.check_lengths()
+
+    def _build(self) -> None:
+        self.student = self.student_spec.build(self.tokenizer)
+        adapted = self.student_spec.is_given and has_adapters(self.student)
+        if adapted and shards_weights(self.trainer):
+            raise ValueError(
+                "adapters of a model that was handed over cannot be exported from shards; give the "
+                "student's name_or_path or config instead, with lora"
+            )
+        mesh = shard_mesh(self.trainer)
+        if mesh is not None:
+            shard(self.student, mesh)
+
+    @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """All models that read the rows, by role."""
+        return {"student": self.student}
+
+    def check_lengths(self) -> None:
+        """Compare the rows that were read with the positions of the models that read them.
+
+        Raises:
+            ValueError: If rows, or prompts with what is to follow them, are longer.
+        """
+        rewritten = any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        for split, (row, prompt) in longest_rows(self.trainer).items():
+            if split == "predict":
+                length, models = prompt + self.generation.max_new_tokens, {"model": self.writer}
+                check_length(models, length, "prompts and max_new_tokens of predict")
+            elif split != "train" or not rewritten:
+                check_length(self.models, row, f"{split} rows")
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that was named, or else the data module's.
+
+        Raises:
+            ValueError: If there is neither.
+        """
+        if self._tokenizer is None:
+            if self._tokenizer_name is not None:
+                self._tokenizer = load_tokenizer(self._tokenizer_name)
+            else:
+                data = getattr(self._trainer, "datamodule", None)
+                self._tokenizer = getattr(data, "tokenizer", None)
+        if self._tokenizer is None:
+            raise ValueError(
+                "no tokenizer: give the module tokenizer=... (a directory or hub name), or train "
+                "it with a data module that has one"
+            )
+        return self._tokenizer
+
+    @property
+    def writer(self) -> PreTrainedModel:
+        """The model that writes completions."""
+        return self.student
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Completions:
+        """Complete the prompts of a batch."""
+        return self.complete(batch, purpose="predict")
+
+    def complete(
+        self, batch: Batch, *, purpose: str, options: GenerationOptions | None = None
+    ) -> Completions:
+        """Let :attr:`writer` complete the prompts of a batch.
+
+        Args:
+            batch: Has prompts.
+            purpose: With the run's seed and the row's number, it seeds each row's samples.
+            options: Instead of the module's own.
+
+        Raises:
+            ValueError: If the batch has no prompts.
+        """
+        if "prompt_ids" not in batch:
+            raise ValueError(
+                "the data has no prompts to complete (packed text has none); use a data module "
+                "with prompts and completions"
+            )
+        return generate(
+            self.writer,
+            self.tokenizer,
+            batch["prompt_ids"],
+            batch["prompt_mask"],
+            options or self.generation,
+            seeds=[derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()],
+        )
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments that a resumed run must not change; models as they were built."""
+        settings = super().resume_settings() | {"tokenizer": self.tokenizer}
+        spec, built = self.student_spec.resume_settings(), {"config": self.student.config}
+        return settings | {"student": spec | built}
+
+    def on_fit_start(self) -> None:
+        """Record what this run is told, and refuse what a resumed one must not be told.
+
+        Raises:
+            ValueError: If there is something to refuse.
+        """
+        self.resumption.begin()
+
+    def on_train_start(self) -> None:
+        """Give a resumed run's optimizer and schedule what is new."""
+        self.resumption.apply()
+        self._has_weights = True
+
+    def on_validation_start(self) -> None:
+        """Refuse to evaluate weights that nobody has trained.
+
+        Raises:
+            ValueError: If the student starts at random, and no checkpoint was given.
+        """
+        spec = self.student_spec
+        random = spec.config is not None and not spec.is_given and not self._has_weights
+        if random and self.trainer.state.fn is not TrainerFn.FITTING and self._uses_student:
+            raise ValueError(
+                "the student starts from a config, so its weights are random: give the checkpoint that "
+                "is meant (--ckpt_path PATH or last; ckpt_path=... in Python), or a trained student as "
+                "model.student.name_or_path"
+            )
+
+    def on_test_start(self) -> None:
+        """The same before a test."""
+        self.on_validation_start()
+
+    def on_predict_start(self) -> None:
+        """The same before completions are written."""
+        self.on_validation_start()
+
+    @property
+    def _uses_student(self) -> bool:
+        return not self.trainer.predicting or self.writer is self.student
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Write down which method this is, and what the run was told."""
+        checkpoint[RUN_KEY] = {"method": type(self).__name__, **self.resumption.record}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the checkpoint of another method, or of another model.
+
+        Raises:
+            ValueError: If it is one.
+        """
+        method = checkpoint.get(RUN_KEY, {}).get("method", "something else")
+        if method != type(self).__name__:
+            raise ValueError(
+                f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
+                "from its weights, give the directory that the run exported as "
+                "model.student.name_or_path"
+            )
+        if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
+            compare_weights(checkpoint["state_dict"], self.state_dict())
+        self._has_weights = True
+        if self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+            self.resumption.load(checkpoint, checkpoint[RUN_KEY])
+
+
+def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:
+    """Tokens of the longest row and prompt of each split; empty where the data does not say."""
+    longest = getattr(getattr(trainer, "datamodule", None), "longest", None)
+    return {} if longest is None else longest()

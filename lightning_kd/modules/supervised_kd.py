@@ -1,0 +1,73 @@
+"""Supervised knowledge distillation."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning_kd.batch import Batch
+from lightning_kd.divergences import Divergence, make_divergence
+from lightning_kd.fused import CrossEntropy, DivergenceTerm
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+
+
+class SupervisedKD(TeacherModule):
+    r"""Match the teacher's distribution at every token of the data's completions.
+
+    With student :math:`q`, teacher :math:`p`, both at temperature :math:`\tau` inside the divergence:
+
+    .. math:: \ell_t = \alpha\,(-\log q(y_t)) + (1 - \alpha)\,\tau^k D(p^\tau_t, q^\tau_t)
+
+    The gradient of a softened divergence shrinks as :math:`1/\tau^k`; the factor keeps its size
+    against the cross-entropy. :math:`k` is the divergence's
+    :attr:`~lightning_kd.divergences.Divergence.order`: 2 for all but the total variation, whose is 1.
+
+    Args:
+        divergence: A registered name (``forward_kl``, ``generalized_jsd``, ...) or a
+            :class:`~lightning_kd.divergences.Divergence`.
+        alpha: Weight of cross-entropy against the divergence, in [0, 1].
+        temperature: Divides the logits of student and teacher in the divergence. Metrics are at 1.
+        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
+
+    Raises:
+        ValueError: If ``alpha`` lies outside [0, 1], the temperature is not positive or the
+            divergence is unknown.
+
+    References:
+        Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015.
+        https://arxiv.org/abs/1503.02531
+    """
+
+    terms = ("cross_entropy", "divergence")
+
+    def __init__(
+        self,
+        *,
+        divergence: Divergence | str = "forward_kl",
+        alpha: float = 0.5,
+        temperature: float = 1.0,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        require_positive(temperature=temperature)
+        self.temperature = temperature
+        self.divergence = make_divergence(divergence)
+        if not 0 <= alpha <= 1:
+            raise ValueError(
+                f"alpha is {alpha}; it weighs cross-entropy against the divergence, in [0, 1]"
+            )
+        self.alpha = alpha
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """Cross-entropy with the label and divergence from the teacher, at each label."""
+        softened = DivergenceTerm(
+            self.divergence,
+            student_temperature=self.temperature,
+            teacher_temperature=self.temperature,
+        )
+        return {
+            "cross_entropy": LossTerm(CrossEntropy(scores.positions.targets), self.alpha),
+            "divergence": LossTerm(
+                softened,
+                (1 - self.alpha) * self.temperature**self.divergence.order,
+            ),
+        }

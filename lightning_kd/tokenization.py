@@ -1,0 +1,46 @@
+"""Tokenizers: loading them, their padding and what ends a sequence."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a directory or a hub name; no code that comes with it runs.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    check_path(name_or_path, "tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load the tokenizer {name_or_path!r}: {error}") from error
+
+
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills up a row: the tokenizer's padding, or else its EOS."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """All ids that end a completion: the tokenizer's and those of the model's generation config."""
+    of_model = model.generation_config.eos_token_id if model.generation_config else None
+    ids = of_model if isinstance(of_model, list) else [of_model]
+    return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}
+
+
+def check_path(name_or_path: str, what: str) -> None:
+    """Tell a directory that is not there from a hub name, before anything asks the network.
+
+    Raises:
+        ValueError: If ``name_or_path`` can only be a path and does not exist.
+    """
+    path = Path(name_or_path).expanduser()
+    only_a_path = name_or_path.startswith((".", "/", "~")) or len(path.parts) > 2
+    if only_a_path and not path.exists():
+        raise ValueError(
+            f"the {what} directory {name_or_path!r} does not exist; give a directory written by "
+            "save_pretrained, or a hub name such as 'Qwen/Qwen3-0.6B'"
+        )

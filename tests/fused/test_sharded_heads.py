@@ -1,0 +1,11 @@
+from tests.fused.sharded_heads import CASES
+from tests.support.scripts import written_by
+
+
+def test_two_sharded_processes_equal_one(tmp_path):
+    """FSDP2, tied and untied, the head in the root unit and as one of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    out = tmp_path / "differences.pt"
+    differences = written_by("fused/sharded_heads.py", out, launcher=launcher)
+    assert set(differences) == set(CASES)
+    assert max(differences.values()) < 1e-6, differences

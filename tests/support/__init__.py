@@ -1,0 +1,1 @@
+"""Toys, harnesses and command lines that several tests share."""

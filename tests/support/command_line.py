@@ -1,0 +1,52 @@
+"""What tests of the command line share."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL = (
+    "{model_type: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+    "num_attention_heads: 2}"
+)
+DEBUG = ["--config", str(CONFIGS / "overlays" / "debug.yaml")]
+QUIET = [
+    *("--trainer.accelerator", "cpu", "--trainer.devices", "1"),
+    *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
+]
+
+EXPECTED_WARNINGS = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    # What a user sees who goes on in an old folder: right, and no defect.
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+]
+
+
+def fit(config, *more):
+    path = CONFIGS / f"{config}.yaml"
+    return ["fit", "--config", path, *DEBUG, *QUIET, "--model.student.config", SMALL, *more]
+
+
+def scalars(directory):
+    (run,) = Path(directory).glob("version_*")
+    seen = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    seen.Reload()
+    return seen
+
+
+def run(*command, **environment):
+    """A process of its own, as a user starts it."""
+    return subprocess.run(
+        [str(part) for part in command],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
