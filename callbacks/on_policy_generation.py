@@ -265,7 +265,7 @@ class OnPolicyGeneration(Resumable, Callback):
         """Have a window written, and let the module see it whole."""
         loader = loader_of(trainer)
         batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
-        models = [module.student, *getattr(getattr(module, "teacher", None), "models", [])]
+        models = list(module.models.values())
         context = trainer.precision_plugin.train_step_context()
         sharded = [model for model in models if self.unshard and is_fsdp2_sharded(model)]
         gathered = outside_of_steps(trainer)

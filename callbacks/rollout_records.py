@@ -86,7 +86,7 @@ class RolloutRecords:
         first["extra"] = {k: v[: self.table_rows] for k, v in batch.get("extra", {}).items()}
         context = trainer.precision_plugin.forward_context()
         with outside_of_steps(trainer), evaluating(module.student), context:
-            values = module.reverse_kl(first)
+            name, values = module.token_reverse_kl(first)
             rows = module.positions(first).rows
         cells = []
         texts = completion_texts(first, module.tokenizer)
@@ -96,7 +96,8 @@ class RolloutRecords:
             pairs = zip(tokens, values[rows == number].tolist(), strict=True)
             per_token = " ".join(f"{token}:{value:.2f}" for token, value in pairs)
             cells.append((batch["prompt"][number], text, per_token))
-        table = markdown_table(("prompt", "completion", "reverse KL per token"), cells)
+        shown = name.replace("_kl", " KL").replace("_", " ")
+        table = markdown_table(("prompt", "completion", f"{shown} per token"), cells)
         for logger in writers:
             logger.experiment.add_text("rollout/samples", table, step - 1)
 

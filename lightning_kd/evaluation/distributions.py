@@ -1,5 +1,7 @@
 """How close a student's next-token distribution is to its teacher's, and to the text."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -7,10 +9,15 @@ from torchmetrics import Metric
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.divergences import ForwardKL, ReverseKL
 from lightning_kd.fused import (
+    AnswerKind,
     CrossEntropy,
     DivergenceTerm,
     Entropy,
+    FullDistribution,
+    LogRatio,
+    TeacherAnswer,
     TeacherEntropy,
+    TokenLogProbs,
     TokenTerm,
     Top1Agreement,
 )
@@ -27,13 +34,20 @@ class DistributionMetrics(Metric):
     ``student_dropped_mass`` and ``teacher_dropped_mass`` are what each gives to the tokens beyond
     it.
 
+    A teacher that names k tokens and a tail has no KL over the vocabulary and no entropy. It has
+    ``top_k_forward_kl`` and ``top_k_reverse_kl``, over the k tokens and one event for all others:
+    lower bounds that grow with k, so their names keep them from being compared with the others.
+    From log-probabilities of single tokens there is ``label_log_ratio``, the mean of
+    :math:`\log q(y) - \log p(y)` at the labels: how much less likely the text is to the teacher.
+
     Example:
-        >>> from lightning_kd.fused import LogitsChunk, single_model_log_probs
+        >>> from lightning_kd.fused import DistributionRows, LogitsChunk, MaterializedLogits
         >>> metrics, targets = DistributionMetrics(), torch.tensor([2])
         >>> zeros = torch.zeros(1, 4)
-        >>> chunk = LogitsChunk(slice(0, 1), zeros, (zeros,), single_model_log_probs)
-        >>> terms = metrics.token_terms(targets, has_teacher=True)
-        >>> metrics.update(torch.stack([term.values(chunk) for term in terms]), targets)
+        >>> chunk = LogitsChunk(slice(0, 1), zeros, DistributionRows((zeros,)))
+        >>> answer = FullDistribution((MaterializedLogits(zeros),))
+        >>> terms = metrics.token_terms(targets, answer)
+        >>> metrics.update(torch.stack([term.values(chunk) for term in terms]), targets, answer.kind)
         >>> {name: round(value.item(), 3) for name, value in metrics.compute().items()}
         ... # doctest: +NORMALIZE_WHITESPACE
         {'perplexity': 4.0, 'student_entropy': 1.386, 'forward_kl': 0.0, 'reverse_kl': 0.0,
@@ -43,45 +57,56 @@ class DistributionMetrics(Metric):
     full_state_update = False
     student_names = ("cross_entropy", "student_entropy")
     dropped_names = ("student_dropped_mass", "teacher_dropped_mass")
-    teacher_names = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_entropy")
+    teacher_names: ClassVar[dict[AnswerKind, tuple[str, ...]]] = {
+        "full_distribution": ("forward_kl", "reverse_kl", "top1_agreement", "teacher_entropy"),
+        "top_k": ("top_k_forward_kl", "top_k_reverse_kl", "top1_agreement"),
+        "token_log_probs": ("label_log_ratio",),
+    }
+    """What can be computed from each kind of answer, in the order of :meth:`token_terms`."""
     sums: Tensor
-    tokens: Tensor
-    teacher_tokens: Tensor
+    counts: Tensor
     dropped: Tensor
     dropped_tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        names = len(self.student_names) + len(self.teacher_names)
+        of_teacher = [name for names in self.teacher_names.values() for name in names]
+        self.names = list(dict.fromkeys([*self.student_names, *of_teacher]))
         zero = torch.zeros((), dtype=torch.float64)
-        self.add_state("sums", zero.repeat(names), dist_reduce_fx="sum")
-        self.add_state("tokens", zero.clone(), dist_reduce_fx="sum")
-        self.add_state("teacher_tokens", zero.clone(), dist_reduce_fx="sum")
+        self.add_state("sums", zero.repeat(len(self.names)), dist_reduce_fx="sum")
+        self.add_state("counts", zero.repeat(len(self.names)), dist_reduce_fx="sum")
         self.add_state("dropped", zero.repeat(2), dist_reduce_fx="sum")
         self.add_state("dropped_tokens", zero.repeat(2), dist_reduce_fx="sum")
         # Sums of a whole evaluation: float32 would lose the last tokens of a large one.
         self.set_dtype(torch.float64)
 
-    def token_terms(self, targets: Tensor, *, has_teacher: bool) -> list[TokenTerm]:
-        """What to evaluate at each position: for the student alone, or with a teacher."""
+    def token_terms(self, targets: Tensor, teacher: TeacherAnswer | None) -> list[TokenTerm]:
+        """What to evaluate at each position: for the student alone, or with a teacher's answer."""
         of_student: list[TokenTerm] = [CrossEntropy(targets), Entropy()]
-        if not has_teacher:
+        if teacher is None:
             return of_student
-        both = [DivergenceTerm(ForwardKL()), DivergenceTerm(ReverseKL())]
-        return [*of_student, *both, Top1Agreement(), TeacherEntropy()]
+        if isinstance(teacher, TokenLogProbs):
+            return [*of_student, LogRatio(targets, teacher.values)]
+        both = [DivergenceTerm(ForwardKL()), DivergenceTerm(ReverseKL()), Top1Agreement()]
+        if isinstance(teacher, FullDistribution):
+            return [*of_student, *both, TeacherEntropy()]
+        return [*of_student, *both]
 
-    def update(self, values: Tensor, targets: Tensor) -> None:
+    def update(self, values: Tensor, targets: Tensor, kind: AnswerKind | None = None) -> None:
         """Add positions.
 
         Args:
             values: Of :meth:`token_terms`, ``(quantities, N)``.
             targets: ``(N,)``; positions with ``IGNORE_INDEX`` do not count.
+            kind: Of the teacher's answer; None for the student alone.
         """
         labeled = targets != IGNORE_INDEX
-        self.tokens += labeled.sum()
-        if len(values) > len(self.student_names):
-            self.teacher_tokens += labeled.sum()
-        self.sums[: len(values)] += values[:, labeled].sum(-1, dtype=torch.float64)
+        of_teacher = () if kind is None else self.teacher_names[kind]
+        sums = values[:, labeled].sum(-1, dtype=torch.float64)
+        for name, added in zip((*self.student_names, *of_teacher), sums, strict=True):
+            place = self.names.index(name)
+            self.sums[place] += added
+            self.counts[place] += labeled.sum()
 
     def update_dropped(
         self, of_student: Tensor | None, of_teacher: Tensor | None, targets: Tensor
@@ -101,12 +126,11 @@ class DistributionMetrics(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """The means, by name."""
-        tokens, has_teacher = self.tokens.clamp(min=1), self.teacher_tokens.clamp(min=1)
-        of_student = self.sums[: len(self.student_names)] / tokens
-        result = {"perplexity": of_student[0].exp(), "student_entropy": of_student[1]}
-        if self.teacher_tokens > 0:
-            of_teacher = self.sums[len(self.student_names) :] / has_teacher
-            result |= dict(zip(self.teacher_names, of_teacher.unbind(), strict=True))
+        means = dict(zip(self.names, (self.sums / self.counts.clamp(min=1)).unbind(), strict=True))
+        result = {"perplexity": means.pop("cross_entropy").exp()}
+        for name, count in zip(self.names, self.counts, strict=True):
+            if name == "student_entropy" or (name in means and count > 0):
+                result[name] = means[name]
         for side, name in enumerate(self.dropped_names):
             if self.dropped_tokens[side] > 0:
                 result[name] = self.dropped[side] / self.dropped_tokens[side]

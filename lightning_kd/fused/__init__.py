@@ -1,5 +1,12 @@
 """Numbers at scored positions, from logits that are never all there at once."""
 
+from lightning_kd.fused.answers import (
+    AnswerKind,
+    FullDistribution,
+    TeacherAnswer,
+    TokenLogProbs,
+    TopK,
+)
 from lightning_kd.fused.autograd import evaluate_no_grad, per_token, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
 from lightning_kd.fused.functional import FusedDivergence, fused_linear_divergence
@@ -8,14 +15,19 @@ from lightning_kd.fused.lazy_logits import (
     LazyLogits,
     MaterializedLogits,
     RoutedLogits,
-    TeacherLogits,
-    single_model_log_probs,
 )
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
+from lightning_kd.fused.teacher_rows import (
+    DistributionRows,
+    TeacherRows,
+    TopKRows,
+    single_model_log_probs,
+)
 from lightning_kd.fused.token_terms import (
     CrossEntropy,
     DivergenceTerm,
     Entropy,
+    LogRatio,
     StudentMassBeyond,
     TeacherCrossEntropy,
     TeacherEntropy,
@@ -29,25 +41,33 @@ from lightning_kd.fused.token_terms import (
 
 __all__ = [
     "CHUNK_BYTES",
+    "AnswerKind",
     "ChunkedPass",
     "CrossEntropy",
+    "DistributionRows",
     "DivergenceTerm",
     "Entropy",
+    "FullDistribution",
     "FusedDivergence",
     "LazyHeadLogits",
     "LazyLogits",
+    "LogRatio",
     "LogitsChunk",
     "MaterializedLogits",
     "RoutedLogits",
     "StudentMassBeyond",
+    "TeacherAnswer",
     "TeacherCrossEntropy",
     "TeacherEntropy",
-    "TeacherLogits",
     "TeacherMassBeyond",
+    "TeacherRows",
     "TeacherTokenLogProb",
+    "TokenLogProbs",
     "TokenLoss",
     "TokenTerm",
     "Top1Agreement",
+    "TopK",
+    "TopKRows",
     "WeightedSum",
     "ZeroTerm",
     "evaluate_no_grad",

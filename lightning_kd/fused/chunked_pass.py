@@ -7,7 +7,8 @@ from math import ceil
 import torch
 from torch import Tensor
 
-from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits, TeacherLogits
+from lightning_kd.fused.answers import TeacherAnswer
+from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 
 CHUNK_BYTES = 128 * 2**20
@@ -26,7 +27,7 @@ class ChunkedPass:
     """One pass over all positions: which logits, and what is computed from them."""
 
     student: LazyLogits | None
-    teacher: TeacherLogits | None
+    teacher: TeacherAnswer | None
     token_terms: Sequence[TokenTerm]
     chunk_bytes: int = CHUNK_BYTES
 
@@ -58,9 +59,9 @@ class ChunkedPass:
         count, width = self._first.shape
         student = self.student
         asked = any(token_term.needs_teacher for token_term in self.token_terms)
-        teachers = self.teacher.sources if self.teacher is not None and asked else ()
+        teacher = self.teacher if asked else None
+        teachers = teacher.sources if teacher is not None else ()
         dtype, device = self._first.dtype, self.device
-        combine = self.teacher.combine if self.teacher is not None else None
         values = torch.empty(len(self.token_terms), count, dtype=dtype, device=device)
         size = self._chunk_size(1 + len(teachers))
         # Allocated once: a fresh buffer for each chunk would cost a page fault for each 4 KiB.
@@ -80,7 +81,8 @@ class ChunkedPass:
             for part in self._parts(length):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
-                chunk = LogitsChunk(here, own[part], seen, combine)
+                theirs_here = teacher.rows(here, seen, width) if teacher is not None else None
+                chunk = LogitsChunk(here, own[part], theirs_here)
                 gradients = self._look(chunk, weights, muting, values)
                 if into:
                     self._leave_gradient(chunk.student_logits, gradients)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, make_divergence
+from lightning_kd.fused.answers import FullDistribution
 from lightning_kd.fused.autograd import per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
-from lightning_kd.fused.lazy_logits import LazyHeadLogits, TeacherLogits
+from lightning_kd.fused.lazy_logits import LazyHeadLogits
 from lightning_kd.fused.token_terms import DivergenceTerm
 
 Mode = Literal["fused", "recompute"]
@@ -108,7 +109,7 @@ def fused_linear_divergence(
     )
     chunked_pass = ChunkedPass(
         student.narrowed(width),
-        TeacherLogits((teacher.narrowed(width),)),
+        FullDistribution((teacher.narrowed(width),)),
         [token_term],
         chunk_bytes,
     )

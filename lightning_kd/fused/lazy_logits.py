@@ -1,22 +1,13 @@
 """Logits that are there, or that hidden states and an output head would give."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lightning_kd.fused.head_matmul import project, to_states, to_weight
-
-Combine = Callable[[Sequence[Tensor], float], Tensor]
-"""The logits of a teacher's models and a temperature -> its log-probabilities."""
-
-
-def single_model_log_probs(logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-    """The log-softmax of the only logits there are."""
-    (only,) = logits
-    return (only if temperature == 1 else only / temperature).log_softmax(-1)
 
 
 class LazyLogits(ABC):
@@ -219,15 +210,3 @@ class RoutedLogits(LazyLogits):
         """Every source, and the routes."""
         sources = tuple(source.detached_to(device) for source in self.sources)
         return RoutedLogits(sources, self.routes.to(device))
-
-
-@dataclass(frozen=True)
-class TeacherLogits:
-    """What the models of a teacher say, and how it becomes one distribution."""
-
-    sources: tuple[LazyLogits, ...]
-    combine: Combine = single_model_log_probs
-
-    def narrowed(self, width: int) -> "TeacherLogits":
-        """The first ``width`` tokens of the vocabulary alone."""
-        return replace(self, sources=tuple(source.narrowed(width) for source in self.sources))

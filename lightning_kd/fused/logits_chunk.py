@@ -5,31 +5,25 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from lightning_kd.fused.lazy_logits import Combine
+from lightning_kd.fused.teacher_rows import DistributionRows, TeacherRows
 
 
 class LogitsChunk:
     """Some rows of logits, and the log-probabilities that several quantities ask for.
 
     Args:
-        rows: Where the block stands among all scored positions.
+        rows: Where the chunk stands among all scored positions.
         student_logits: ``(n, V)``; ``(n, 0)`` where only the teacher is looked at.
-        teacher_logits: The same for each model of the teacher; empty where nothing asks.
-        combine: How the teacher's logits become log-probabilities at a temperature.
+        teacher: What the teacher says there; None where nothing asks.
     """
 
     def __init__(
-        self,
-        rows: slice,
-        student_logits: Tensor,
-        teacher_logits: tuple[Tensor, ...],
-        combine: Combine | None,
+        self, rows: slice, student_logits: Tensor, teacher: TeacherRows | None = None
     ) -> None:
         self.rows = rows
         self.student_logits = student_logits
-        self._teacher_logits, self._combine = teacher_logits, combine
+        self._teacher = teacher
         self._student: dict[float, Tensor] = {}
-        self._teacher: dict[float, Tensor] = {}
 
     def student(self, temperature: float = 1.0) -> Tensor:
         """The student's log-probabilities, ``(n, V)``."""
@@ -39,18 +33,48 @@ class LogitsChunk:
         return self._student[temperature]
 
     def teacher(self, temperature: float = 1.0) -> Tensor:
-        """The teacher's log-probabilities, ``(n, V)``, without a gradient."""
-        if temperature not in self._teacher:
-            assert self._combine is not None  # a quantity that needs a teacher says so
-            with torch.no_grad():
-                self._teacher[temperature] = self._combine(self._teacher_logits, temperature)
-        return self._teacher[temperature]
+        """The teacher's log-probabilities of all tokens, ``(n, V)``, without a gradient.
+
+        Raises:
+            ValueError: If the teacher does not tell them all.
+        """
+        if not isinstance(self._teacher, DistributionRows):
+            raise ValueError(
+                "this term needs the teacher's log-probability of every token, and the teacher does "
+                "not answer full_distribution; say so in the needs of the method"
+            )
+        return self._teacher.log_probs(temperature)
+
+    def events(
+        self, student_temperature: float = 1.0, teacher_temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of student and teacher over what the teacher tells apart.
+
+        Every token is an event of its own or, where the teacher names k tokens only, all others are
+        one event.
+
+        Returns:
+            Those of the student and of the teacher, ``(n, E)`` each.
+        """
+        student = self._answer.events_of(self.student(student_temperature))
+        return student, self._answer.log_probs(teacher_temperature).to(student.dtype)
+
+    def to_logits(self, gradient: Tensor, student_temperature: float = 1.0) -> Tensor:
+        """Take a gradient in the logits of :meth:`events` to the tempered ones of all tokens."""
+        return self._answer.to_logits(gradient, self.student(student_temperature))
+
+    def teacher_top_tokens(self) -> Tensor:
+        """The teacher's most likely token at each row, ``(n,)``."""
+        return self._answer.top_tokens()
 
     def on(self, student_logits: Tensor) -> "LogitsChunk":
-        """The same block over other logits of the student."""
-        chunk = LogitsChunk(self.rows, student_logits, self._teacher_logits, self._combine)
-        chunk._teacher = self._teacher
-        return chunk
+        """The same chunk over other logits of the student."""
+        return LogitsChunk(self.rows, student_logits, self._teacher)
+
+    @property
+    def _answer(self) -> TeacherRows:
+        assert self._teacher is not None  # a term that needs a teacher says so
+        return self._teacher
 
     def without_gradient_where(self, weight: Tensor) -> "LogitsChunk":
         """The same block, whose rows with a weight of 0 have no gradient.
@@ -73,7 +97,7 @@ class TokenTerm(ABC):
         >>> class Confidence(TokenTerm):
         ...     def values(self, block):
         ...         return block.student().exp().amax(-1)
-        >>> block = LogitsChunk(slice(0, 1), torch.zeros(1, 4), (), None)
+        >>> block = LogitsChunk(slice(0, 1), torch.zeros(1, 4))
         >>> Confidence().values(block)
         tensor([0.2500])
     """

@@ -14,7 +14,9 @@ from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 class DivergenceTerm(TokenTerm):
     r"""A divergence from the teacher, :math:`D(p^{\tau_t}, q^{\tau_s})`.
 
-    There is no factor :math:`\tau^2`.
+    There is no factor :math:`\tau^2`. Where the teacher names k tokens and a tail, it is the
+    divergence of the distributions over these k + 1 events: a lower bound of every f-divergence over
+    all tokens, which it equals where k is all of them or all but one.
 
     Args:
         divergence: Any divergence.
@@ -37,15 +39,14 @@ class DivergenceTerm(TokenTerm):
 
     def values(self, chunk: LogitsChunk) -> Tensor:
         """The divergence."""
-        return self.divergence(
-            chunk.student(self.student_temperature), chunk.teacher(self.teacher_temperature)
-        )
+        return self.divergence(*chunk.events(self.student_temperature, self.teacher_temperature))
 
     def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
         """The divergence and its closed form, where it has one."""
         values, gradient = self.divergence.value_and_logit_gradient(
-            chunk.student(self.student_temperature), chunk.teacher(self.teacher_temperature)
+            *chunk.events(self.student_temperature, self.teacher_temperature)
         )
+        gradient = chunk.to_logits(gradient, self.student_temperature)
         if self.student_temperature != 1:
             gradient = gradient / self.student_temperature
         return values, gradient
@@ -93,13 +94,31 @@ class CrossEntropy(TokenLoss):
     r"""Negative log-likelihood, :math:`-\log q(y_t)`; 0 where there is no label.
 
     Example:
-        >>> block = LogitsChunk(slice(0, 1), torch.zeros(1, 4), (), None)
+        >>> block = LogitsChunk(slice(0, 1), torch.zeros(1, 4))
         >>> CrossEntropy(torch.tensor([2])).values(block)
         tensor([1.3863])
     """
 
     def __init__(self, labels: Tensor) -> None:
         super().__init__(labels, lambda log_probs, rows: -log_probs)
+
+
+class LogRatio(TokenLoss):
+    r"""The log-ratio of student and teacher at one token, :math:`\log q^\tau(y_t) - \log p(y_t)`.
+
+    Args:
+        tokens: ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
+        teacher_log_probs: Of these tokens, ``(N,)``.
+        temperature: Divides the student's logits.
+    """
+
+    def __init__(
+        self, tokens: Tensor, teacher_log_probs: Tensor, *, temperature: float = 1.0
+    ) -> None:
+        def ratio(log_probs: Tensor, rows: slice) -> Tensor:
+            return log_probs - teacher_log_probs[rows].to(log_probs.dtype)
+
+        super().__init__(tokens, ratio, temperature=temperature)
 
 
 class TeacherCrossEntropy(TokenTerm):
@@ -225,7 +244,7 @@ class Top1Agreement(TokenTerm):
 
     def values(self, chunk: LogitsChunk) -> Tensor:
         """The comparison."""
-        same = chunk.student().argmax(-1) == chunk.teacher().argmax(-1)
+        same = chunk.student().argmax(-1) == chunk.teacher_top_tokens()
         return same.to(chunk.student_logits.dtype)
 
 

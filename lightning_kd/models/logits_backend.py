@@ -16,7 +16,7 @@ from lightning_kd.fused import (
     LazyLogits,
     LogitsChunk,
     MaterializedLogits,
-    TeacherLogits,
+    TeacherAnswer,
     TokenTerm,
     weighted_sum,
 )
@@ -36,7 +36,7 @@ class LogitsBackend(ABC):
     def evaluate(
         self,
         student: LazyLogits,
-        teacher: TeacherLogits | None,
+        teacher: TeacherAnswer | None,
         token_terms: Sequence[TokenTerm],
         weights: Weights,
     ) -> tuple[Tensor, Tensor]:
@@ -60,15 +60,18 @@ class DenseLogits(LogitsBackend):
     def evaluate(
         self,
         student: LazyLogits,
-        teacher: TeacherLogits | None,
+        teacher: TeacherAnswer | None,
         token_terms: Sequence[TokenTerm],
         weights: Weights,
     ) -> tuple[Tensor, Tensor]:
         """One block of all positions."""
         assert isinstance(student, MaterializedLogits)  # read() made it
         rows = slice(0, student.shape[0])
-        theirs = tuple(_materialize(source) for source in teacher.sources) if teacher else ()
-        chunk = LogitsChunk(rows, student.logits, theirs, teacher.combine if teacher else None)
+        theirs = None
+        if teacher is not None and any(term.needs_teacher for term in token_terms):
+            logits = [_materialize(source) for source in teacher.sources]
+            theirs = teacher.rows(rows, logits, student.shape[1])
+        chunk = LogitsChunk(rows, student.logits, theirs)
         # An empty sum keeps a graph where nothing has a weight, or nothing is scored.
         total = student.logits[:0].sum(dtype=torch.float64)
         values = []
@@ -114,7 +117,7 @@ class FusedLogits(LogitsBackend):
     def evaluate(
         self,
         student: LazyLogits,
-        teacher: TeacherLogits | None,
+        teacher: TeacherAnswer | None,
         token_terms: Sequence[TokenTerm],
         weights: Weights,
     ) -> tuple[Tensor, Tensor]:

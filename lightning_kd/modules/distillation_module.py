@@ -63,7 +63,7 @@ class DistillationModule(ScaledSumModule):
     terms: ClassVar[tuple[str, ...]]
     """Names of the loss's terms, as :meth:`loss_terms` returns them and as loggers show them."""
 
-    evaluation_terms: ClassVar[tuple[str, ...]] = ()
+    evaluation_terms: tuple[str, ...] = ()
     """The same for :meth:`evaluation_loss`, where that is another loss."""
 
     may_change_on_resume = frozenset({"optimizer", "lr_scheduler", "logits_backend"})
@@ -267,10 +267,11 @@ class DistillationModule(ScaledSumModule):
     ) -> Evaluation:
         targets, metric_terms = scores.positions.targets, []
         if metrics is not None:
-            metric_terms = metrics.token_terms(targets, has_teacher=scores.teacher is not None)
+            metric_terms = metrics.token_terms(targets, scores.teacher)
         evaluation = evaluate(self.logits_backend, scores, terms, self.normalization, metric_terms)
         if metrics is not None:
-            metrics.update(evaluation.metric_terms, targets)
+            kind = None if scores.teacher is None else scores.teacher.kind
+            metrics.update(evaluation.metric_terms, targets, kind)
         return evaluation
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:

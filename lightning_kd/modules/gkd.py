@@ -39,6 +39,7 @@ class GKD(TeacherModule):
     """
 
     terms = ("divergence",)
+    needs = ("full_distribution", "top_k")
 
     def __init__(
         self,
@@ -51,6 +52,11 @@ class GKD(TeacherModule):
         require_positive(teacher_temperature=teacher_temperature)
         self.divergence = make_divergence(divergence)
         self.teacher_temperature = teacher_temperature
+
+    @property
+    def teacher_temperatures(self) -> Mapping[str, float]:
+        """The one in the divergence."""
+        return {"teacher_temperature": self.teacher_temperature}
 
     def on_fit_start(self) -> None:
         """Say so where the student generates nothing."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences.log_space import weighted
-from lightning_kd.fused import LazyLogits, TeacherLogits, TokenTerm
+from lightning_kd.fused import LazyLogits, TeacherAnswer, TokenTerm
 from lightning_kd.models import LogitsBackend
 from lightning_kd.normalization import Normalization, divisor
 from lightning_kd.scoring import ScoredPositions
@@ -19,7 +19,7 @@ class Scores:
 
     positions: ScoredPositions
     student: LazyLogits
-    teacher: TeacherLogits | None = None
+    teacher: TeacherAnswer | None = None
     uncut: "Scores | None" = None
     """The same over all tokens, where both were cut to a shared vocabulary."""
 

@@ -105,7 +105,7 @@ class MiniLLM(PolicyGradientModule):
     def _rewards(self, batch: Batch) -> Tensor:
         """Scaled and clipped log-ratios of teacher and student at the sampled tokens, ``(B, T)``."""
         positions = ScoredPositions.from_labels(batch["labels"])
-        logits = self.teacher.read(batch, positions, self.logits_backend).narrowed(self.width)
+        logits = self.ask(batch, positions).narrowed(self.width)
         temperature = self.objective.reward_temperature or self.temperature
         teacher = self.teacher_at_tokens(logits, positions, temperature)
         own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)

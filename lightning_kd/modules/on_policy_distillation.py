@@ -50,6 +50,7 @@ class OnPolicyDistillation(PolicyGradientModule):
     """
 
     terms = ("policy_gradient",)
+    needs = ("token_log_probs", "full_distribution")
 
     def __init__(self, *, gamma: float = 0.0, kl_coefficient: float = 1.0, **base: Any) -> None:
         super().__init__(**base)

@@ -10,20 +10,26 @@ from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.collectives import any_process
-from lightning_kd.divergences import Divergence, ReverseKL
+from lightning_kd.divergences import Divergence
 from lightning_kd.fused import (
     ChunkedPass,
     CrossEntropy,
     DivergenceTerm,
-    TeacherLogits,
+    TeacherAnswer,
     TeacherTokenLogProb,
+    TokenLogProbs,
     TokenLoss,
     evaluate_no_grad,
 )
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, training
-from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.modules.loss import LossSums, LossTerm, Scores
+from lightning_kd.modules.teacher_module import (
+    REVERSE_KL_NAMES,
+    TeacherModule,
+    require_positive,
+    reverse_kl_term,
+)
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.scoring import ScoredPositions
 
@@ -44,7 +50,9 @@ class PolicyGradientModule(TeacherModule):
     """A student whose own samples, with their log-probabilities, come with the batch.
 
     The callback :class:`~lightning_kd.callbacks.OnPolicyGeneration` brings them, with ``lmbda: 1``.
-    Validation is on the data's completions, where it measures the reverse KL of every token.
+    Validation is on the data's completions, where it measures the reverse KL of every token, or what
+    of it the teacher's answers tell: ``top_k_reverse_kl`` over k tokens and a tail, or
+    ``label_log_ratio``, how much likelier the tokens are to the student than to the teacher.
 
     Completions are sampled without dropout, so training steps are computed without it too: on fresh
     rollouts the ratio of current and sampling probability is then exactly 1. The student stays in
@@ -64,7 +72,7 @@ class PolicyGradientModule(TeacherModule):
     """
 
     needs_own_samples = True
-    evaluation_terms = ("reverse_kl",)
+    evaluation_terms: tuple[str, ...] = ("reverse_kl",)
 
     def __init__(
         self,
@@ -83,6 +91,18 @@ class PolicyGradientModule(TeacherModule):
         self._switched_off: list[Setting] = []
         self._modes_compared = False
         self.surrogate = surrogate or ImportanceSampling()
+
+    @property
+    def teacher_temperatures(self) -> Mapping[str, float]:
+        """The one that student and teacher share."""
+        return {"temperature": self.temperature}
+
+    def setup(self, stage: str) -> None:
+        """Name what validation measures after what the teacher answers."""
+        super().setup(stage)
+        if stage != "predict":
+            self.evaluation_terms = (REVERSE_KL_NAMES[self.answer_kind],)
+            self._evaluation = LossSums(self.evaluation_terms)
 
     def on_fit_start(self) -> None:
         """Switch the student's dropout off, unless it is wanted."""
@@ -143,8 +163,12 @@ class PolicyGradientModule(TeacherModule):
             )
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The reverse KL of student and teacher at each label."""
-        return {"reverse_kl": LossTerm(self.divergence_term(ReverseKL()))}
+        """The reverse KL of student and teacher at each label, as far as it is known."""
+        assert scores.teacher is not None  # score() has put it there
+        (name,) = self.evaluation_terms
+        targets = scores.positions.targets
+        term = reverse_kl_term(scores.teacher, targets, temperature=self.temperature)
+        return {name: LossTerm(term)}
 
     def divergence_term(self, divergence: Divergence) -> DivergenceTerm:
         """A divergence from the teacher at the method's temperature."""
@@ -164,9 +188,11 @@ class PolicyGradientModule(TeacherModule):
         return TokenLoss(scores.positions.targets, loss, temperature=self.temperature)
 
     def teacher_at_tokens(
-        self, teacher: TeacherLogits, positions: ScoredPositions, temperature: float
+        self, teacher: TeacherAnswer, positions: ScoredPositions, temperature: float
     ) -> Tensor:
         """The teacher's log-probabilities of the sampled tokens, ``(N,)``."""
+        if isinstance(teacher, TokenLogProbs):
+            return teacher.values.masked_fill(positions.targets == IGNORE_INDEX, 0.0)
         at_tokens = TeacherTokenLogProb(positions.targets, temperature=temperature)
         return evaluate_no_grad(ChunkedPass(None, teacher, [at_tokens]))[0]
 

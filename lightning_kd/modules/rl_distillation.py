@@ -70,6 +70,7 @@ class RLDistillation(PolicyGradientModule):
     """
 
     terms = ("policy_gradient", "divergence")
+    needs = ("full_distribution", "top_k")
     learns_from_its_start = True  # from rewards; a teacher that is the start keeps it near there
 
     def __init__(

@@ -38,6 +38,7 @@ class SupervisedKD(TeacherModule):
     """
 
     terms = ("cross_entropy", "divergence")
+    needs = ("full_distribution", "top_k")
 
     def __init__(
         self,
@@ -56,6 +57,11 @@ class SupervisedKD(TeacherModule):
                 f"alpha is {alpha}; it weighs cross-entropy against the divergence, in [0, 1]"
             )
         self.alpha = alpha
+
+    @property
+    def teacher_temperatures(self) -> Mapping[str, float]:
+        """The one in the divergence."""
+        return {"temperature": self.temperature}
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Cross-entropy with the label and divergence from the teacher, at each label."""

@@ -12,28 +12,58 @@ from lightning_kd.batch import Batch
 from lightning_kd.divergences import ReverseKL
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
+    AnswerKind,
     ChunkedPass,
     DivergenceTerm,
+    FullDistribution,
+    LogRatio,
     StudentMassBeyond,
-    TeacherLogits,
+    TeacherAnswer,
     TeacherMassBeyond,
+    TokenLogProbs,
+    TokenTerm,
     evaluate_no_grad,
 )
 from lightning_kd.models import VocabularyPolicy, shared_vocabulary, vocabulary_size
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import Evaluation, LossTerm, Scores
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import shard_mesh
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, choose_kind
 
 _LARGE_MASS = 0.01
 """A probability beyond the shared vocabulary that padding does not have."""
+
+
+REVERSE_KL_NAMES: dict[AnswerKind, str] = {
+    "full_distribution": "reverse_kl",
+    "top_k": "top_k_reverse_kl",
+    "token_log_probs": "label_log_ratio",
+}
+"""What loggers call :func:`reverse_kl_term` for each kind of the teacher's answers."""
+
+
+def reverse_kl_term(
+    answer: TeacherAnswer, targets: Tensor, *, temperature: float = 1.0
+) -> TokenTerm:
+    """The reverse KL, or as much of it as an answer tells.
+
+    From k tokens and a tail it is the reverse KL over these events, a lower bound; from the
+    log-probabilities of the targets their log-ratio, whose mean over the student's own samples is
+    the reverse KL.
+    """
+    if isinstance(answer, TokenLogProbs):
+        return LogRatio(targets, answer.values, temperature=temperature)
+    return DivergenceTerm(
+        ReverseKL(), student_temperature=temperature, teacher_temperature=temperature
+    )
 
 
 class TeacherModule(DistillationModule):
     """A student that is compared with a frozen teacher on the same tokens.
 
     Args:
-        teacher: One model, or a :class:`~lightning_kd.teachers.TeacherEnsemble`.
+        teacher: One model, or any other :class:`~lightning_kd.teachers.Teacher`.
         vocabulary: ``equal`` refuses logits of different widths; ``shared`` cuts both to the
             narrower one before the softmax, so that each is renormalized over the tokens that they
             share. What a wider side gives to its other tokens is not in the loss, and is logged as
@@ -43,6 +73,9 @@ class TeacherModule(DistillationModule):
 
     learns_from_its_start: ClassVar[bool] = False
     """Is there something to learn beside a teacher that is the student as it starts?"""
+
+    needs: ClassVar[tuple[AnswerKind, ...]] = ("full_distribution",)
+    """Kinds of the teacher's answers that the method can learn from, the best first."""
 
     def __init__(
         self,
@@ -55,16 +88,37 @@ class TeacherModule(DistillationModule):
         self.teacher = teacher
         self.vocabulary: VocabularyPolicy = vocabulary
         self._warned_of: set[str] = set()
+        self._has_teacher = False
 
     width: int
     """Logits of student and teacher that are compared."""
 
+    @property
+    def answer_kind(self) -> AnswerKind:
+        """What the teacher is asked for.
+
+        Raises:
+            ValueError: If it can answer nothing that the method can use.
+        """
+        return choose_kind(self.teacher, self.needs, type(self).__name__, TEACHERS)
+
+    @property
+    def teacher_temperatures(self) -> Mapping[str, float]:
+        """The temperatures at which the teacher is read, by the name of their option."""
+        return {}
+
     def setup(self, stage: str) -> None:
-        """Load the teacher where it is needed, beside the student."""
+        """Load the teacher where it is needed, beside the student.
+
+        Raises:
+            ValueError: If the method cannot use what it answers.
+        """
         super().setup(stage)
         if stage == "fit":
             self._check_teacher()
         if stage != "predict":
+            self._check_temperatures()
+            self._has_teacher = True
             self.teacher.prepare(
                 self.tokenizer,
                 self.trainer.strategy.root_device,
@@ -92,35 +146,77 @@ class TeacherModule(DistillationModule):
                 "directory if that is what you want"
             )
 
+    def _check_temperatures(self) -> None:
+        """Refuse a temperature that takes more than the teacher answers."""
+        if self.answer_kind == "full_distribution":
+            return
+        for name, value in self.teacher_temperatures.items():
+            if value != 1:
+                raise ValueError(
+                    f"model.{name} is {value}, but {type(self.teacher).__name__} answers "
+                    f"{self.answer_kind}, which holds at temperature 1 alone: another one needs the "
+                    f"probability of every token. Set model.{name}: 1, or take a teacher that "
+                    "answers full_distribution"
+                )
+
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""
         super().configure_model()
-        if self.teacher.models:
-            self.width = shared_vocabulary(
-                vocabulary_size(self.student), self.teacher.vocabulary_size, self.vocabulary
+        if not self._has_teacher:
+            return
+        known = self.teacher.vocabulary_size
+        self.width = shared_vocabulary(vocabulary_size(self.student), known, self.vocabulary)
+        if known > self.width and self.answer_kind != "full_distribution":
+            raise ValueError(
+                f"the teacher has {known} tokens and the student {self.width}; vocabulary: shared "
+                "renormalizes the teacher's probabilities over the shared ones, and from "
+                f"{self.answer_kind} that cannot be known. Take a student with at least {known} logits"
             )
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
         """The student and the models of the teacher, by role."""
-        return super().models | dict(zip(self.teacher.sources, self.teacher.models, strict=False))
+        return super().models | dict(self.teacher.local_models)
+
+    def ask(self, batch: Batch, positions: ScoredPositions) -> TeacherAnswer:
+        """Ask the teacher, over all tokens that it knows.
+
+        Raises:
+            ValueError: If what it answers is not about these positions.
+        """
+        kind = self.answer_kind
+        answer = self.teacher.answer(
+            batch, positions, kind=kind, logits_backend=self.logits_backend
+        )
+        if answer.kind != kind:
+            raise ValueError(
+                f"{type(self.teacher).__name__} was asked for {kind} and has answered {answer.kind}"
+            )
+        answer.check(len(positions.targets), self.teacher.vocabulary_size)
+        return answer
 
     def score(self, batch: Batch) -> Scores:
         """Run student and teacher on the same ids."""
         positions = self.positions(batch)
-        teacher = self.teacher.read(batch, positions, self.logits_backend)
+        teacher = self.ask(batch, positions)
         uncut = Scores(positions, self.logits_backend.read(self.student, batch, positions), teacher)
         return Scores(
             positions, uncut.student.narrowed(self.width), teacher.narrowed(self.width), uncut
         )
 
-    def reverse_kl(self, batch: Batch) -> Tensor:
-        """Reverse KL at each scored position of a batch, at temperature 1, ``(N,)``."""
+    def token_reverse_kl(self, batch: Batch) -> tuple[str, Tensor]:
+        """Reverse KL at each scored position of a batch at temperature 1, as far as it is known.
+
+        Returns:
+            The name of what the teacher's answer lets one compute, and its values, ``(N,)``.
+        """
         with torch.no_grad():
             scores = self.score(batch)
-        return evaluate_no_grad(
-            ChunkedPass(scores.student, scores.teacher, [DivergenceTerm(ReverseKL())])
-        )[0]
+        assert scores.teacher is not None  # score() has put it there
+        term = reverse_kl_term(scores.teacher, scores.positions.targets)
+        asked = scores.teacher if term.needs_teacher else None
+        values = evaluate_no_grad(ChunkedPass(scores.student, asked, [term]))[0]
+        return REVERSE_KL_NAMES[scores.teacher.kind], values
 
     def _evaluate(
         self, scores: Scores, terms: Mapping[str, LossTerm], metrics: DistributionMetrics | None
@@ -139,11 +235,13 @@ class TeacherModule(DistillationModule):
             of_student = evaluate_no_grad(
                 ChunkedPass(scores.student, None, [StudentMassBeyond(self.width)])
             )[0]
-        wider = [s for s in scores.teacher.sources if s.shape[1] > self.width]  # type: ignore[union-attr]
+        assert scores.teacher is not None  # score() has put it there
+        wider = [s for s in scores.teacher.sources if s.shape[1] > self.width]
         if wider:
             beyond = [TeacherMassBeyond(self.width)]
             masses = [
-                evaluate_no_grad(ChunkedPass(None, TeacherLogits((w,)), beyond))[0] for w in wider
+                evaluate_no_grad(ChunkedPass(None, FullDistribution((w,)), beyond))[0]
+                for w in wider
             ]
             of_teacher = torch.stack(masses).amax(0)
         return of_student, of_teacher

@@ -1,7 +1,7 @@
 """Frozen models that say how likely each next token is."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import isfinite, log
 from typing import Any, Literal, get_args
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
-from lightning_kd.fused import LazyLogits, TeacherLogits, single_model_log_probs
+from lightning_kd.fused import AnswerKind, FullDistribution, LazyLogits, single_model_log_probs
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.placement import check_placement, on_compute_device, place_model
@@ -23,18 +23,21 @@ from lightning_kd.models.vocabulary import (
     check_tokenizers,
     vocabulary_size,
 )
-from lightning_kd.resuming import Resumable, digest
+from lightning_kd.resuming import digest
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers.contract import Ability, Teacher
 
 Averaging = Literal["logits", "probabilities", "log_probs"]
 
 
-class Teacher(Resumable, ABC):
-    """Gives logits at the scored positions, and log-probabilities from them at any temperature.
+class LocalModels(Teacher):
+    """A teacher that runs frozen models in this process, all placed alike.
 
-    A teacher is no ``nn.Module``: a module that holds one does not register its weights, so they are
-    in no checkpoint, optimizer or gradient bucket.
+    Args:
+        placement: Of every model, as :class:`LocalTeacher` has it.
     """
+
+    answers: frozenset[Ability] = frozenset({"full_distribution"})
 
     may_change_on_resume = frozenset({"placement"})
 
@@ -52,8 +55,13 @@ class Teacher(Resumable, ABC):
 
     @property
     @abstractmethod
-    def sources(self) -> dict[str, ModelSpec]:
+    def sources(self) -> Mapping[str, ModelSpec]:
         """Where each model comes from, by its role."""
+
+    @property
+    def local_models(self) -> Mapping[str, PreTrainedModel]:
+        """The models, by role."""
+        return dict(zip(self.sources, self.models, strict=False))
 
     def prepare(
         self,
@@ -101,12 +109,17 @@ class Teacher(Resumable, ABC):
         return min(vocabulary_size(model) for model in self.models)
 
     @torch.no_grad()
-    def read(
-        self, batch: Batch, scored: ScoredPositions, logits_backend: LogitsBackend
-    ) -> TeacherLogits:
-        """Run the models on a batch; their logits at the scored positions are what comes."""
-        sources = tuple(self._read(model, batch, scored, logits_backend) for model in self.models)
-        return TeacherLogits(sources, self.log_probs)
+    def answer(
+        self,
+        batch: Batch,
+        positions: ScoredPositions,
+        *,
+        kind: AnswerKind = "full_distribution",
+        logits_backend: LogitsBackend,
+    ) -> FullDistribution:
+        """Run the models on a batch and return their logits at the scored positions."""
+        logits = tuple(self._read(model, batch, positions, logits_backend) for model in self.models)
+        return FullDistribution(logits, self.log_probs)
 
     def _read(
         self,
@@ -127,7 +140,7 @@ class Teacher(Resumable, ABC):
             return logits_backend.read(model, moved, positions).detached_to(here)
 
 
-class LocalTeacher(ModelSpec, Teacher):
+class LocalTeacher(ModelSpec, LocalModels):
     """One frozen model.
 
     Args:
@@ -138,6 +151,8 @@ class LocalTeacher(ModelSpec, Teacher):
         source: The options of :class:`~lightning_kd.models.ModelSpec`.
     """
 
+    answers: frozenset[Ability] = frozenset({"full_distribution", "generation"})
+
     def __init__(
         self, name_or_path: str | None = None, *, placement: str = "replicated", **source: Any
     ) -> None:
@@ -145,12 +160,12 @@ class LocalTeacher(ModelSpec, Teacher):
         self._keep(placement)
 
     @property
-    def sources(self) -> dict[str, ModelSpec]:
+    def sources(self) -> Mapping[str, ModelSpec]:
         """Itself."""
         return {"teacher": self}
 
 
-class TeacherEnsemble(Teacher):
+class TeacherEnsemble(LocalModels):
     r"""Several frozen models whose predictions are averaged with weights :math:`w_k`.
 
     ===============  ====================================================================
@@ -202,7 +217,7 @@ class TeacherEnsemble(Teacher):
         self.weights = [w / sum(weights) for w in weights]
 
     @property
-    def sources(self) -> dict[str, ModelSpec]:
+    def sources(self) -> Mapping[str, ModelSpec]:
         """The members."""
         return {f"teacher {k}": member for k, member in enumerate(self.members)}
 

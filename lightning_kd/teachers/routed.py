@@ -1,17 +1,19 @@
 """Several teachers, each for its own rows."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from lightning_kd.batch import FILLER_ROW, Batch
-from lightning_kd.fused import RoutedLogits, TeacherLogits
+from lightning_kd.fused import AnswerKind, FullDistribution, RoutedLogits
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers.local import Teacher
+from lightning_kd.teachers.local import LocalModels
 
 
-class RoutedTeacher(Teacher):
+class RoutedTeacher(LocalModels):
     """Several frozen models; a column of the data says which of them teaches a row.
 
     Args:
@@ -47,14 +49,19 @@ class RoutedTeacher(Teacher):
         self.members, self.column = members, column
 
     @property
-    def sources(self) -> dict[str, ModelSpec]:
+    def sources(self) -> Mapping[str, ModelSpec]:
         """The members."""
         return {f"teacher {name!r}": member for name, member in self.members.items()}
 
     @torch.no_grad()
-    def read(
-        self, batch: Batch, scored: ScoredPositions, logits_backend: LogitsBackend
-    ) -> TeacherLogits:
+    def answer(
+        self,
+        batch: Batch,
+        positions: ScoredPositions,
+        *,
+        kind: AnswerKind = "full_distribution",
+        logits_backend: LogitsBackend,
+    ) -> FullDistribution:
         """Run each model on its own rows."""
         present, routes = torch.unique(self._routes(batch), return_inverse=True)
         sources = []
@@ -65,11 +72,11 @@ class RoutedTeacher(Teacher):
                 "input_ids": batch["input_ids"][rows],
                 "attention_mask": batch["attention_mask"][rows],
             }
-            own = ScoredPositions(scored.mask[rows], scored.targets)
+            own = ScoredPositions(positions.mask[rows], positions.targets)
             sources.append(self._read(self.models[member], picked, own, logits_backend))
         narrow = tuple(source.narrowed(self.vocabulary_size) for source in sources)
-        routed = RoutedLogits(narrow, routes[scored.rows])
-        return TeacherLogits((routed,), self.log_probs)
+        routed = RoutedLogits(narrow, routes[positions.rows])
+        return FullDistribution((routed,), self.log_probs)
 
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""

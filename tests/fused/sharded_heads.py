@@ -48,7 +48,7 @@ def gradients(rows: slice, tied: bool, head: str, shard_teacher: bool, mesh: Any
     positions = ScoredPositions.from_labels(batch["labels"])
     logits, source = FusedLogits(), LocalTeacher.of(teacher)
     source.prepare(letter_tokenizer(), torch.device("cpu"), "equal")
-    theirs = source.read(batch, positions, logits)
+    theirs = source.answer(batch, positions, logits_backend=logits)
     own = logits.read(student, batch, positions)
     weights = torch.ones(len(positions.targets), dtype=torch.float64)
     total, _ = logits.evaluate(own, theirs, [DivergenceTerm(GeneralizedJSD())], [weights])

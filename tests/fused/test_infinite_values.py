@@ -10,14 +10,14 @@ from lightning_kd.divergences import AdaptiveKL, ReverseKL
 from lightning_kd.fused import (
     ChunkedPass,
     CrossEntropy,
+    DistributionRows,
     DivergenceTerm,
     Entropy,
+    FullDistribution,
     LogitsChunk,
-    TeacherLogits,
     WeightedSum,
     ZeroTerm,
     fused_linear_divergence,
-    single_model_log_probs,
     weighted_sum,
 )
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, MaterializedLogits
@@ -94,7 +94,7 @@ def test_the_same_where_logits_are_minus_infinity(dense, combined):
     """Really infinite values, through both ways to logits, and as a factor of a position."""
     student, weight, teacher, other = tensors()
     source = LazyHeadLogits(((student, weight),))
-    theirs = TeacherLogits((MaterializedLogits(banned(teacher @ other.T)),))
+    theirs = FullDistribution((MaterializedLogits(banned(teacher @ other.T)),))
     token_term, weights = DivergenceTerm(ReverseKL()), WEIGHTS
     if combined:
         token_term, weights = WeightedSum((token_term, WEIGHTS)), torch.ones_like(WEIGHTS)
@@ -121,7 +121,7 @@ def test_a_student_that_excludes_a_token_has_finite_gradients(token_term):
     total.backward()
     assert values.isfinite().all()
     assert logits.grad.isfinite().all()
-    chunk = LogitsChunk(slice(0, 5), logits.detach(), (), None)
+    chunk = LogitsChunk(slice(0, 5), logits.detach())
     gradient = token_term.values_and_gradient(chunk)[1]
     np.testing.assert_allclose(logits.grad, WEIGHTS[:, None] * gradient, rtol=1e-12, atol=1e-15)
 
@@ -149,7 +149,7 @@ def test_adaptive_kl_without_weight_on_the_infinite_side():
     student = torch.tensor([0.6, 0.4, 0.0], dtype=torch.float64).log()
     exact = 0.4 * math.log(0.4 / 0.3)
     assert AdaptiveKL(mu=0.7)(student, teacher).item() == pytest.approx(exact, rel=1e-12)
-    chunk = LogitsChunk(slice(0, 1), student[None], (teacher[None],), single_model_log_probs)
+    chunk = LogitsChunk(slice(0, 1), student[None], DistributionRows((teacher[None],)))
     values, gradient = DivergenceTerm(AdaptiveKL(mu=0.7)).values_and_gradient(chunk)
     assert values.item() == pytest.approx(exact, rel=1e-12)
     assert gradient.isfinite().all()

@@ -8,15 +8,15 @@ from lightning_kd.divergences import ReverseKL
 from lightning_kd.fused import (
     ChunkedPass,
     CrossEntropy,
+    DistributionRows,
     DivergenceTerm,
     Entropy,
+    FullDistribution,
     LogitsChunk,
     TeacherCrossEntropy,
-    TeacherLogits,
     TokenLoss,
     WeightedSum,
     per_token,
-    single_model_log_probs,
     weighted_sum,
 )
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
@@ -41,7 +41,7 @@ def fused(token_term):
     """Value of the weighted sum, values, and gradients, a chunk of two positions at a time."""
     states, head = STATES.clone().requires_grad_(), HEAD.clone().requires_grad_()
     source = LazyHeadLogits(((states, head),))
-    theirs = TeacherLogits((LazyHeadLogits(((TEACHER, torch.eye(VOCABULARY).double()),)),))
+    theirs = FullDistribution((LazyHeadLogits(((TEACHER, torch.eye(VOCABULARY).double()),)),))
     chunked_pass = ChunkedPass(source, theirs, [token_term], chunk_bytes=8 * VOCABULARY * 2 * 2)
     total, values = weighted_sum(chunked_pass, [WEIGHTS])
     again = (per_token(chunked_pass)[0] * WEIGHTS).sum()
@@ -107,7 +107,7 @@ def test_a_combination_is_the_sum_of_its_parts_at_each_position():
 
     token_term = WeightedSum(*parts)
     assert_same(fused(token_term), dense(formula))
-    chunk = LogitsChunk(slice(0, N), STATES @ HEAD.T, (TEACHER,), single_model_log_probs)
+    chunk = LogitsChunk(slice(0, N), STATES @ HEAD.T, DistributionRows((TEACHER,)))
     torch.testing.assert_close(token_term.values(chunk), formula(STATES @ HEAD.T))
 
 
@@ -141,10 +141,10 @@ def test_no_chunk_is_much_shorter_than_another(positions, rows):
     [TeacherEntropy(), TeacherCrossEntropy(), TeacherTokenLogProb(TOKENS), Top1Agreement()],
 )
 def test_a_quantity_of_the_teacher_is_asked_for_alone(token_term):
-    theirs = TeacherLogits((LazyHeadLogits(((TEACHER, torch.eye(VOCABULARY).double()),)),))
+    theirs = FullDistribution((LazyHeadLogits(((TEACHER, torch.eye(VOCABULARY).double()),)),))
     alone = per_token(ChunkedPass(LazyHeadLogits(((STATES, HEAD),)), theirs, [token_term]))[0]
     whole = token_term.values(
-        LogitsChunk(slice(0, N), STATES @ HEAD.T, (TEACHER,), single_model_log_probs)
+        LogitsChunk(slice(0, N), STATES @ HEAD.T, DistributionRows((TEACHER,)))
     )
     torch.testing.assert_close(alone, whole, rtol=1e-12, atol=1e-13)
 
@@ -154,7 +154,7 @@ def test_a_teacher_that_no_quantity_needs_is_not_run():
         def fill(self, rows, out):
             raise AssertionError("nobody asked")
 
-    theirs = TeacherLogits((Idle(((TEACHER, torch.eye(VOCABULARY).double()),)),))
+    theirs = FullDistribution((Idle(((TEACHER, torch.eye(VOCABULARY).double()),)),))
     source = LazyHeadLogits(((STATES, HEAD),))
     values = per_token(ChunkedPass(source, theirs, [CrossEntropy(TOKENS)]))[0]
     torch.testing.assert_close(values, -chosen(STATES @ HEAD.T, 1.0), rtol=1e-12, atol=1e-13)

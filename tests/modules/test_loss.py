@@ -7,7 +7,7 @@ import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
 from lightning_kd.divergences import ReverseKL
-from lightning_kd.fused import CrossEntropy, DivergenceTerm, MaterializedLogits, TeacherLogits
+from lightning_kd.fused import CrossEntropy, DivergenceTerm, FullDistribution, MaterializedLogits
 from lightning_kd.fused.logits_chunk import TokenTerm
 from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
 from lightning_kd.modules import (
@@ -52,7 +52,7 @@ def models():
 def test_logits_that_are_given_are_evaluated_whoever_is_asked():
     """As those of a model whose output head is not understood."""
     own, other = torch.tensor([[1.0, 0, 0], [0, 2, 0]]), torch.tensor([[0, 0, 3.0], [0, 1, 0]])
-    teacher = TeacherLogits((MaterializedLogits(other),))
+    teacher = FullDistribution((MaterializedLogits(other),))
     sides = MaterializedLogits(own), teacher, [DivergenceTerm(ReverseKL())], [torch.ones(2)]
     total, values = FusedLogits().evaluate(*sides)
     q, p = own.log_softmax(-1), other.log_softmax(-1)

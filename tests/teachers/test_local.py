@@ -21,7 +21,7 @@ def logits(members: int = 3) -> tuple[torch.Tensor, ...]:
 
 def given(teacher, batch, scored):
     """The logits of its only model."""
-    (source,) = teacher.read(batch, scored, DenseLogits()).sources
+    (source,) = teacher.answer(batch, scored, logits_backend=DenseLogits()).sources
     return source.logits
 
 
