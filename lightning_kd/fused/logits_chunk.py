@@ -24,6 +24,7 @@ class LogitsChunk:
         self.student_logits = student_logits
         self._teacher = teacher
         self._student: dict[float, Tensor] = {}
+        self._events: dict[float, Tensor] = {}
 
     def student(self, temperature: float = 1.0) -> Tensor:
         """The student's log-probabilities, ``(n, V)``."""
@@ -56,12 +57,13 @@ class LogitsChunk:
         Returns:
             Those of the student and of the teacher, ``(n, E)`` each.
         """
-        student = self._answer.events_of(self.student(student_temperature))
+        student = self._student_events(student_temperature)
         return student, self._answer.log_probs(teacher_temperature).to(student.dtype)
 
     def to_logits(self, gradient: Tensor, student_temperature: float = 1.0) -> Tensor:
         """Take a gradient in the logits of :meth:`events` to the tempered ones of all tokens."""
-        return self._answer.to_logits(gradient, self.student(student_temperature))
+        student = self.student(student_temperature)
+        return self._answer.to_logits(gradient, student, self._student_events(student_temperature))
 
     def teacher_top_tokens(self) -> Tensor:
         """The teacher's most likely token at each row, ``(n,)``."""
@@ -70,6 +72,11 @@ class LogitsChunk:
     def on(self, student_logits: Tensor) -> "LogitsChunk":
         """The same chunk over other logits of the student."""
         return LogitsChunk(self.rows, student_logits, self._teacher)
+
+    def _student_events(self, temperature: float) -> Tensor:
+        if temperature not in self._events:
+            self._events[temperature] = self._answer.events_of(self.student(temperature))
+        return self._events[temperature]
 
     @property
     def _answer(self) -> TeacherRows:

@@ -31,12 +31,13 @@ class TeacherRows(ABC):
         """The student's log-probabilities of tokens as those of events: ``(n, V) -> (n, E)``."""
 
     @abstractmethod
-    def to_logits(self, gradient: Tensor, log_probs: Tensor) -> Tensor:
+    def to_logits(self, gradient: Tensor, log_probs: Tensor, events: Tensor) -> Tensor:
         """Take a gradient in the logits of events to those of tokens.
 
         Args:
             gradient: In logits whose softmax is the student's distribution over events, ``(n, E)``.
             log_probs: The student's, ``(n, V)``.
+            events: What :meth:`events_of` makes of them.
 
         Returns:
             ``(n, V)``.
@@ -70,7 +71,7 @@ class DistributionRows(TeacherRows):
         """Return them as they are."""
         return log_probs
 
-    def to_logits(self, gradient: Tensor, log_probs: Tensor) -> Tensor:
+    def to_logits(self, gradient: Tensor, log_probs: Tensor, events: Tensor) -> Tensor:
         """Return it as it is."""
         return gradient
 
@@ -112,15 +113,18 @@ class TopKRows(TeacherRows):
     def events_of(self, log_probs: Tensor) -> Tensor:
         """The student's log-probabilities of the k tokens and, by logsumexp, of the rest."""
         known = log_probs.gather(-1, self._ids)
-        return torch.cat([known, self._rest(log_probs)], -1) if self._has_rest else known
+        if not self._has_rest:
+            return known
+        rest = log_probs.scatter(-1, self._ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([known, rest], -1)
 
-    def to_logits(self, gradient: Tensor, log_probs: Tensor) -> Tensor:
+    def to_logits(self, gradient: Tensor, log_probs: Tensor, events: Tensor) -> Tensor:
         """Share the gradient of the rest among its tokens, by their probabilities."""
         k = self._ids.shape[1]
         if not self._has_rest:
             return torch.zeros_like(log_probs).scatter_(-1, self._ids, gradient)
         # Of a rest that has no probability at all, no token has a share.
-        total = self._rest(log_probs).clamp_min(torch.finfo(log_probs.dtype).min)
+        total = events[:, k:].clamp_min(torch.finfo(log_probs.dtype).min)
         shares = (log_probs - total).exp_().mul_(gradient[:, k:])
         return shares.scatter_(-1, self._ids, gradient[:, :k])
 
@@ -129,6 +133,3 @@ class TopKRows(TeacherRows):
         k = self._ids.shape[1]
         best = self._log_probs[:, :k].argmax(-1, keepdim=True)
         return self._ids.gather(-1, best)[:, 0]
-
-    def _rest(self, log_probs: Tensor) -> Tensor:
-        return log_probs.scatter(-1, self._ids, -torch.inf).logsumexp(-1, keepdim=True)

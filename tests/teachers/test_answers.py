@@ -1,0 +1,196 @@
+"""Divergences over k tokens and a tail: against NumPy, finite differences and the dense value."""
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.divergences import (
+    AdaptiveKL,
+    Divergence,
+    ForwardKL,
+    ReverseKL,
+    available_divergences,
+    make_divergence,
+)
+from lightning_kd.fused import (
+    ChunkedPass,
+    DivergenceTerm,
+    FullDistribution,
+    LazyHeadLogits,
+    MaterializedLogits,
+    TeacherEntropy,
+    TokenLogProbs,
+    TopK,
+    evaluate_no_grad,
+    weighted_sum,
+)
+from lightning_kd.models import DenseLogits
+
+N, V = 5, 9
+STEP = 1e-6
+
+
+class PearsonChiSquare(Divergence):
+    """One that the library does not have, without a closed form."""
+
+    def value(self, student_log_probs, teacher_log_probs):
+        return (2 * teacher_log_probs - student_log_probs).exp().sum(-1) - 1
+
+
+DIVERGENCES = {name: make_divergence(name) for name in available_divergences()}
+DIVERGENCES["a user's own"] = PearsonChiSquare()
+
+
+def logits(seed, scale=1.5):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(N, V, generator=generator, dtype=torch.float64)
+
+
+STUDENT, TEACHER = logits(0), logits(1)
+
+
+def top_k(k, teacher=TEACHER):
+    log_probs, ids = teacher.log_softmax(-1).topk(k)
+    return TopK(ids, log_probs)
+
+
+def numpy_events(z, ids, temperature=1.0):
+    """Probabilities of the tokens and what is left of 1, as a logarithm."""
+    z = z / temperature
+    q = np.exp(z - z.max(-1, keepdims=True))
+    q /= q.sum(-1, keepdims=True)
+    known = np.take_along_axis(q, ids, -1)
+    return np.log(np.concatenate([known, 1 - known.sum(-1, keepdims=True)], -1))
+
+
+def frozen(divergence, student, teacher):
+    """The divergence; of an adaptive one with the weight that it has here."""
+    if not isinstance(divergence, AdaptiveKL):
+        return divergence
+    forward, reverse = (kl(student, teacher) for kl in (ForwardKL(), ReverseKL()))
+    share = (divergence(student, teacher) - reverse) / (forward - reverse)
+    return lambda s, t: share * ForwardKL()(s, t) + (1 - share) * ReverseKL()(s, t)
+
+
+def fused(token_term, answer, student=STUDENT):
+    """Values and gradient in the student's logits, by the chunked pass."""
+    leaf = student.clone().requires_grad_()
+    head = LazyHeadLogits(((leaf, torch.eye(V, dtype=student.dtype)),))
+    small = ChunkedPass(head, answer, [token_term], 2 * V * 8 * 2)
+    total, values = weighted_sum(small, [torch.ones(N, dtype=torch.float64)])
+    total.backward()
+    return values[0], leaf.grad
+
+
+def dense(token_term, answer, student=STUDENT):
+    """The same by automatic differentiation of materialized logits."""
+    leaf = student.clone().requires_grad_()
+    ones = [torch.ones(N, dtype=torch.float64)]
+    total, values = DenseLogits().evaluate(MaterializedLogits(leaf), answer, [token_term], ones)
+    total.backward()
+    return values[0], leaf.grad
+
+
+@pytest.mark.parametrize("path", [fused, dense])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("k", [1, 4])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_value_and_gradient_over_k_tokens_and_a_tail(name, k, temperature, path):
+    divergence, answer = DIVERGENCES[name], top_k(k)
+    ids = answer.token_ids.numpy()
+    theirs = torch.from_numpy(numpy_events(TEACHER.numpy(), ids))
+
+    def events(z):
+        return torch.from_numpy(numpy_events(z, ids, temperature))
+
+    z = STUDENT.numpy()
+    formula = frozen(divergence, events(z), theirs)
+    slope = np.zeros_like(z)
+    for token in range(V):
+        moved = np.zeros_like(z)
+        moved[:, token] = STEP
+        there, back = (formula(events(z + sign * moved), theirs) for sign in (1, -1))
+        slope[:, token] = ((there - back) / (2 * STEP)).numpy()
+    values, gradient = path(DivergenceTerm(divergence, student_temperature=temperature), answer)
+    torch.testing.assert_close(values, divergence(events(z), theirs), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, torch.from_numpy(slope), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("path", [fused, dense])
+@pytest.mark.parametrize("k", [V - 1, V])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_all_tokens_but_one_are_the_whole_distribution(name, k, path):
+    token_term = DivergenceTerm(DIVERGENCES[name])
+    whole = path(token_term, FullDistribution((MaterializedLogits(TEACHER),)))
+    for found, expected in zip(path(token_term, top_k(k)), whole, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("divergence", [ForwardKL(), ReverseKL()])
+def test_more_tokens_tell_more_and_none_tell_too_much(divergence):
+    token_term = DivergenceTerm(divergence)
+    bounds = torch.stack([fused(token_term, top_k(k))[0] for k in range(1, V + 1)])
+    assert (bounds.diff(dim=0) > -1e-12).all()
+    assert (bounds[0] < bounds[-1] - 1e-3).any()
+
+
+@pytest.mark.parametrize("path", [fused, dense])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", available_divergences())
+def test_a_tail_of_nothing_leaves_all_finite(name, dtype, path):
+    """Either side's tail is smaller than the dtype can tell from 0."""
+    peaked, bulk = torch.zeros(N, V, dtype=dtype), torch.zeros(N, V, dtype=dtype)
+    peaked[:, :2] = 200.0
+    bulk[:, 2:] = 60.0
+    for student, teacher in ((peaked, peaked), (bulk, peaked), (peaked, logits(3).to(dtype))):
+        answer = top_k(2 if teacher is peaked else 4, teacher)
+        answer.check(N, V)
+        values, gradient = path(DivergenceTerm(DIVERGENCES[name]), answer, student)
+        assert values.isfinite().all()
+        assert gradient.isfinite().all()
+
+
+def test_a_term_that_needs_all_tokens_is_refused():
+    with pytest.raises(ValueError, match=r"every token.*does not answer full_distribution"):
+        fused(TeacherEntropy(), top_k(3))
+    single = TokenLogProbs(torch.zeros(N, dtype=torch.float64))
+    with pytest.raises(ValueError, match="one token at each position"):
+        fused(DivergenceTerm(ForwardKL()), single)
+    with pytest.raises(ValueError, match="cannot be tempered"):
+        fused(DivergenceTerm(ForwardKL(), teacher_temperature=2.0), top_k(3))
+
+
+GOOD = top_k(3)
+NAN = torch.full((N, 3), torch.nan)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    {
+        "too few": (TopK(GOOD.token_ids[1:], GOOD.log_probs[1:]), "4 positions, but 5 are scored"),
+        "ragged": (TopK(GOOD.token_ids, GOOD.log_probs[:, :2]), "positions, k"),
+        "twice": (TopK(GOOD.token_ids[:, [0, 0, 1]], GOOD.log_probs), "must be different"),
+        "unknown": (TopK(GOOD.token_ids + V, GOOD.log_probs), "from 0 to 8"),
+        "nan": (TopK(GOOD.token_ids, NAN), "no log-probabilities"),
+        "probabilities": (TopK(GOOD.token_ids, GOOD.log_probs.exp()), "no log-probabilities"),
+        "too much": (TopK(GOOD.token_ids, 0 * GOOD.log_probs), "add up to 3.0000"),
+        "single": (TokenLogProbs(torch.zeros(N + 1)), "6 positions, but 5 are scored"),
+        "square": (TokenLogProbs(torch.zeros(N, 1)), "one for each"),
+        "infinite": (TokenLogProbs(torch.full((N,), -torch.inf)), "no log-probabilities"),
+    }.values(),
+)
+def test_answers_to_another_question_are_refused(answer, message):
+    with pytest.raises(ValueError, match=message):
+        answer.check(N, V)
+    GOOD.check(N, V)
+
+
+def test_rounded_answers_are_taken():
+    rounded = TopK(GOOD.token_ids, GOOD.log_probs.bfloat16())
+    rounded.check(N, V)
+    found = evaluate_no_grad(
+        ChunkedPass(MaterializedLogits(STUDENT), rounded, [DivergenceTerm(ForwardKL())])
+    )
+    torch.testing.assert_close(
+        found[0], fused(DivergenceTerm(ForwardKL()), GOOD)[0], rtol=0.1, atol=0.02
+    )

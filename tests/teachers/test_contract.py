@@ -1,0 +1,289 @@
+"""Teachers of third parties: k tokens and a tail from memory, and single tokens' probabilities."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.divergences import Divergence, available_divergences, make_divergence
+from lightning_kd.fused import TokenLogProbs, TopK
+from lightning_kd.generation import SamplingOptions
+from lightning_kd.models import DenseLogits, StudentSpec
+from lightning_kd.modules import (
+    GKD,
+    MiniLLM,
+    OnPolicyDistillation,
+    RLDistillation,
+    SupervisedKD,
+)
+from lightning_kd.rewards import exact_match
+from lightning_kd.teachers import LocalTeacher, Teacher
+from tests.support.harness import BatchList, Letters, fit_one_step, trainer
+from tests.support.toys import ragged_batch, tiny_llama, with_prompts
+
+BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 7)]))
+V = 18
+
+
+@torch.no_grad()
+def distribution(network, batch):
+    """The network's log-probabilities at the labels, ``(N, V)``, float64."""
+    logits = network(batch["input_ids"], batch["attention_mask"]).logits[:, :-1].double()
+    return logits[batch["labels"][:, 1:] != -100].log_softmax(-1)
+
+
+class Remembers(Teacher):
+    """Has k tokens for each row and place in a dictionary."""
+
+    answers = frozenset({"top_k"})
+    vocabulary_size = V
+
+    def __init__(self, known):
+        self.known = known
+
+    @classmethod
+    def of(cls, network, batch, k):
+        with torch.no_grad():
+            logits = network(batch["input_ids"], batch["attention_mask"]).logits
+        best = logits.log_softmax(-1).topk(k)
+        return cls(
+            {
+                (row, place): (best.indices[number, place], best.values[number, place])
+                for number, row in enumerate(batch["row"].tolist())
+                for place in range(batch["input_ids"].shape[1])
+            }
+        )
+
+    def answer(self, batch, positions, *, kind, logits_backend):
+        places = positions.mask.nonzero().tolist()
+        found = [self.known[batch["row"][number].item(), place] for number, place in places]
+        ids, log_probs = (torch.stack(column) for column in zip(*found, strict=True))
+        return TopK(ids, log_probs)
+
+
+class TellsOneToken(Teacher):
+    """A model behind a wall, which says how likely a text's tokens are and no more."""
+
+    answers = frozenset({"token_log_probs"})
+    vocabulary_size = V
+
+    def __init__(self, network):
+        self.network = network.eval()
+
+    @torch.no_grad()
+    def answer(self, batch, positions, *, kind, logits_backend):
+        logits = self.network(batch["input_ids"], batch["attention_mask"]).logits
+        log_probs = logits.log_softmax(-1)[positions.mask]
+        return TokenLogProbs(log_probs.gather(-1, positions.targets[:, None])[:, 0])
+
+
+class Chi(Divergence):
+    """A divergence that the library does not have."""
+
+    def value(self, student_log_probs, teacher_log_probs):
+        return (2 * student_log_probs - teacher_log_probs).exp().sum(-1) - 1
+
+
+def writing(**options):
+    generation = SamplingOptions(max_new_tokens=6)
+    return OnPolicyGeneration(**({"generation": generation, "table_every": 0} | options))
+
+
+@pytest.mark.parametrize("backend", [None, DenseLogits()], ids=["fused", "dense"])
+@pytest.mark.parametrize("name", [*available_divergences(), "a user's own"])
+def test_gkd_from_a_dictionary(name, backend):
+    divergence = Chi() if name == "a user's own" else make_divergence(name)
+    student, network = tiny_llama(0).double(), tiny_llama(1).double()
+    teacher = Remembers.of(network, BATCH, 4)
+    q, p = (distribution(model, BATCH).exp().numpy() for model in (student, network))
+    ids = np.argsort(-p, -1)[:, :4]
+    known = [np.take_along_axis(x, ids, -1) for x in (q, p)]
+    events = [np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in known]
+    expected = divergence(*(torch.from_numpy(x).log() for x in events)).mean().item()
+    module = GKD(
+        student=StudentSpec.of(student),
+        teacher=teacher,
+        divergence=divergence,
+        logits_backend=backend,
+    )
+    loss, gradient = fit_one_step(module, [BATCH])
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert gradient.isfinite().all()
+    assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("k", [V - 1, V])
+def test_a_dictionary_of_all_tokens_is_the_model(k):
+    results = []
+    for local in (True, False):
+        network = tiny_llama(1).double()
+        teacher = LocalTeacher.of(network) if local else Remembers.of(network, BATCH, k)
+        module = GKD(student=StudentSpec.of(tiny_llama(0).double()), teacher=teacher)
+        results.append(fit_one_step(module, [BATCH]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+
+
+def test_metrics_over_k_tokens_have_names_of_their_own():
+    student, network = tiny_llama(0).double(), tiny_llama(1).double()
+    module = SupervisedKD(
+        student=StudentSpec.of(student), teacher=Remembers.of(network, BATCH, 3), alpha=0.5
+    )
+    (shown,) = trainer(limit_val_batches=1.0).validate(
+        module, datamodule=BatchList([], [BATCH]), verbose=False
+    )
+    q, p = distribution(student, BATCH), distribution(network, BATCH)
+    agree = (q.argmax(-1) == p.argmax(-1)).double().mean().item()
+    known = p.topk(3).indices
+    events = [x.exp().gather(-1, known) for x in (q, p)]
+    q, p = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1).numpy() for x in events)
+    expected = {
+        "val/top_k_forward_kl": (p * np.log(p / q)).sum(-1).mean(),
+        "val/top_k_reverse_kl": (q * np.log(q / p)).sum(-1).mean(),
+        "val/top1_agreement": agree,
+    }
+    assert {name: shown[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    assert not {"val/forward_kl", "val/reverse_kl", "val/teacher_entropy"} & shown.keys()
+    assert all(math.isfinite(value) for value in shown.values())
+
+
+def test_on_policy_distillation_needs_one_token():
+    """The loss and the weights are those with a model that tells everything."""
+    results = []
+    for make in (LocalTeacher.of, TellsOneToken):
+        student = tiny_llama(0)
+        module = OnPolicyDistillation(student=StudentSpec.of(student), teacher=make(tiny_llama(1)))
+        fit = trainer(max_steps=2, max_epochs=-1, callbacks=[writing()])
+        fit.fit(module, datamodule=Letters(batch_size=4))
+        weights = torch.cat([weight.detach().flatten() for weight in student.parameters()])
+        results.append((fit.callback_metrics, weights))
+    (told, whole), (shown, weights) = results
+    assert shown["train/loss"].item() == pytest.approx(told["train/loss"].item(), rel=1e-5)
+    torch.testing.assert_close(weights, whole, rtol=1e-4, atol=1e-5)
+    assert "train/reverse_kl" in told
+    assert "train/label_log_ratio" in shown
+    assert not {name for name in shown if name.endswith(("_kl", "teacher_entropy"))}
+    assert all(value.isfinite() for value in shown.values())
+
+
+def test_validation_with_one_token_is_the_log_ratio_of_the_labels():
+    student, network = tiny_llama(0), tiny_llama(1)
+    module = OnPolicyDistillation(student=StudentSpec.of(student), teacher=TellsOneToken(network))
+    (shown,) = trainer(limit_val_batches=1.0).validate(
+        module, datamodule=BatchList([], [BATCH]), verbose=False
+    )
+    labels = BATCH["labels"][:, 1:]
+    targets = labels[labels != -100][:, None]
+    ratio = distribution(student, BATCH) - distribution(network, BATCH)
+    expected = ratio.gather(-1, targets).mean().item()
+    assert shown["val/label_log_ratio"] == pytest.approx(expected, rel=1e-5)
+    assert shown["val/loss"] == pytest.approx(expected, rel=1e-5)
+    assert "val/reverse_kl" not in shown
+    assert all(math.isfinite(value) for value in shown.values())
+
+
+def test_rl_distillation_over_k_tokens_validates_under_its_own_name():
+    network = tiny_llama(1)
+    module = RLDistillation(
+        student=StudentSpec.of(tiny_llama(0)),
+        teacher=Remembers.of(network, BATCH, 3),
+        rewards=[exact_match],
+        normalization="token",
+    )
+    (shown,) = trainer(limit_val_batches=1.0).validate(
+        module, datamodule=BatchList([], [BATCH]), verbose=False
+    )
+    assert shown["val/top_k_reverse_kl"] == pytest.approx(shown["val/loss"])
+    assert shown["val/loss"] > 0
+    assert "val/reverse_kl" not in shown
+
+
+# Refusals, all before the first step.
+
+
+def refused(module, message, callbacks=()):
+    fit = trainer(max_steps=1, max_epochs=-1, callbacks=list(callbacks))
+    with pytest.raises(ValueError, match=message):
+        fit.fit(module, datamodule=Letters(batch_size=4))
+    assert fit.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "needs"),
+    [
+        (GKD, "full_distribution or top_k"),
+        (SupervisedKD, "full_distribution or top_k"),
+        (MiniLLM, "full_distribution"),
+        (lambda **k: RLDistillation(rewards=[exact_match], **k), "full_distribution or top_k"),
+    ],
+)
+def test_a_method_that_needs_more_than_single_tokens(method, needs):
+    module = method(student=StudentSpec.of(tiny_llama(0)), teacher=TellsOneToken(tiny_llama(1)))
+    name = type(module).__name__
+    message = rf"{name} needs a teacher that answers {needs}; TellsOneToken answers token_log_probs"
+    refused(module, rf"{message}.*LocalTeacher, TeacherEnsemble, RoutedTeacher can")
+
+
+@pytest.mark.parametrize("method", [MiniLLM, OnPolicyDistillation])
+def test_a_method_that_needs_other_than_k_tokens(method):
+    module = method(student=StudentSpec.of(tiny_llama(0)), teacher=Remembers({}))
+    refused(module, f"{method.__name__} needs a teacher that answers .*Remembers answers top_k")
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(GKD, {"teacher_temperature": 0.1}), (SupervisedKD, {"temperature": 2.0})],
+)
+def test_a_tail_cannot_be_tempered(method, options):
+    module = method(student=StudentSpec.of(tiny_llama(0)), teacher=Remembers({}), **options)
+    ((name, value),) = options.items()
+    refused(module, rf"model.{name} is {value}, but Remembers answers top_k.*model.{name}: 1")
+
+
+def test_a_tokens_probability_cannot_be_tempered():
+    teacher = TellsOneToken(tiny_llama(1))
+    module = OnPolicyDistillation(
+        student=StudentSpec.of(tiny_llama(0)), teacher=teacher, temperature=0.7
+    )
+    hot = SamplingOptions(max_new_tokens=6, temperature=0.7)
+    refused(module, r"model.temperature is 0.7.*token_log_probs", [writing(generation=hot)])
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"), [("equal", "vocabulary mismatch"), ("shared", "cannot be known")]
+)
+def test_a_wider_teacher_of_k_tokens(policy, message):
+    student = StudentSpec.of(tiny_llama(0, vocab_size=18))
+    teacher = Remembers({})
+    teacher.vocabulary_size = 20
+    refused(GKD(student=student, teacher=teacher, vocabulary=policy), message)
+
+
+@pytest.mark.filterwarnings("ignore:the student gives .* beyond")
+def test_a_wider_student_is_cut():
+    network = tiny_llama(1)
+    module = GKD(
+        student=StudentSpec.of(tiny_llama(0, vocab_size=20)),
+        teacher=Remembers.of(network, BATCH, 3),
+        vocabulary="shared",
+    )
+    loss, gradient = fit_one_step(module, [BATCH])
+    assert math.isfinite(loss)
+    assert gradient.isfinite().all()
+
+
+def test_a_teacher_that_cannot_write():
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Remembers({}))
+    refused(module, "Remembers", [writing(lmbda=0.5, otherwise="teacher")])
+
+
+def test_an_answer_of_another_kind():
+    class Confused(Remembers):
+        answers = frozenset({"full_distribution"})
+
+    teacher = Confused(Remembers.of(tiny_llama(1), BATCH, 3).known)
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    with pytest.raises(ValueError, match="asked for full_distribution and has answered top_k"):
+        fit_one_step(module, [BATCH])
