@@ -15,7 +15,7 @@ from lightning_kd.generation import GenerationOptions
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.student_module import longest_rows
-from lightning_kd.strategies import outside_of_steps
+from lightning_kd.strategies import adapter_of
 
 Stage = Literal["val", "test"]
 
@@ -108,7 +108,7 @@ class CompletionSamples(Callback):
         beyond = self.batches != -1 and batch_idx >= self.batches
         if beyond or "prompt_ids" not in batch or not isinstance(module, DistillationModule):
             return
-        with outside_of_steps(module.trainer):
+        with adapter_of(module.trainer).outside_of_steps():
             written = module.complete(batch, purpose="samples", options=self.options)
         texts = written.texts(module.tokenizer)
         rows = [

@@ -9,8 +9,6 @@ from uuid import uuid4
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.strategies import DeepSpeedStrategy as LightningDeepSpeedStrategy
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,7 +19,7 @@ from lightning_kd.filesystem import check_writable, flush, replace_directory
 from lightning_kd.models.adapters import check_mergeable, has_adapters, merge_adapters
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
-from lightning_kd.strategies import full_state_dict
+from lightning_kd.strategies import adapter_of
 from lightning_kd.tokenization import end_of_sequence_ids
 
 Which = Literal["last", "best"]
@@ -107,7 +105,8 @@ class HFExport(Callback):
         """
         if not self._exports(pl_module, trainer):
             return
-        weights = {} if self.weights == "best" else full_state_dict(trainer, pl_module.student)
+        last = self.weights != "best"
+        weights = adapter_of(trainer).full_state_dict(pl_module.student) if last else {}
         directory = self._directory(trainer)
 
         def export() -> None:
@@ -176,9 +175,7 @@ class HFExport(Callback):
                 "export.weights is best, but no ModelCheckpoint has a monitor; give one, for example "
                 "with monitor: val/loss, or export.weights: last"
             )
-        strategy = trainer.strategy
-        in_directories = isinstance(strategy, FSDPStrategy | LightningDeepSpeedStrategy)
-        if in_directories or getattr(strategy, "_save_distributed_checkpoint", False):
+        if adapter_of(trainer).writes_directories:
             raise ValueError(
                 "export.weights is best, but this strategy writes checkpoints in shards; use "
                 "--trainer.strategy fsdp2 with checkpoints of one file, or export.weights: last"

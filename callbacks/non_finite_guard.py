@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch
 from lightning_kd.collectives import any_process
-from lightning_kd.strategies import scales_loss_before_backward, skipped_last_step
+from lightning_kd.strategies import adapter_of
 
 Action = Literal["stop", "skip"]
 
@@ -70,7 +70,7 @@ class NonFiniteGuard(Callback):
             ValueError: If the run is to stop.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        if scaled or scales_loss_before_backward(trainer):
+        if scaled or adapter_of(trainer).scales_loss_before_backward:
             return
         own = not _finite([p.grad for p in pl_module.parameters() if p.grad is not None])
         if not any_process(own, trainer.strategy.root_device):
@@ -88,10 +88,10 @@ class NonFiniteGuard(Callback):
         Raises:
             ValueError: If DeepSpeed has left one out, and the run is to stop.
         """
-        if scales_loss_before_backward(
-            trainer
-        ) and not trainer.precision_plugin.precision.startswith("16"):
-            if skipped_last_step(trainer):
+        adapter = adapter_of(trainer)
+        half = trainer.precision_plugin.precision.startswith("16")
+        if adapter.scales_loss_before_backward and not half:
+            if adapter.skipped_last_step():
                 self._act(trainer, trainer.global_step)
             else:
                 self._in_a_row = 0

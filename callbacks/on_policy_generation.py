@@ -30,7 +30,7 @@ from lightning_kd.modules import DistillationModule, PolicyGradientModule, Teach
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import outside_of_steps
+from lightning_kd.strategies import adapter_of
 from lightning_kd.tokenization import padding_id
 
 Otherwise = Literal["dataset", "teacher"]
@@ -268,7 +268,7 @@ class OnPolicyGeneration(Resumable, Callback):
         models = list(module.models.values())
         context = trainer.precision_plugin.train_step_context()
         sharded = [model for model in models if self.unshard and is_fsdp2_sharded(model)]
-        gathered = outside_of_steps(trainer)
+        gathered = adapter_of(trainer).outside_of_steps()
         with evaluating(*models), torch.no_grad(), gathered, unsharded(sharded), context:
             started = time.perf_counter()
             written = complete(

@@ -22,7 +22,7 @@ from lightning_kd.data.generated import (
 )
 from lightning_kd.generation import completion_texts, evaluating
 from lightning_kd.modules import DistillationModule, TeacherModule
-from lightning_kd.strategies import outside_of_steps
+from lightning_kd.strategies import adapter_of
 
 
 class RolloutRecords:
@@ -85,7 +85,7 @@ class RolloutRecords:
             first[name] = batch[name][: self.table_rows]
         first["extra"] = {k: v[: self.table_rows] for k, v in batch.get("extra", {}).items()}
         context = trainer.precision_plugin.forward_context()
-        with outside_of_steps(trainer), evaluating(module.student), context:
+        with adapter_of(trainer).outside_of_steps(), evaluating(module.student), context:
             name, values = module.token_reverse_kl(first)
             rows = module.positions(first).rows
         cells = []

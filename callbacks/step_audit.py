@@ -13,7 +13,7 @@ from lightning_kd.callbacks.gradient_audit import audit_window
 from lightning_kd.callbacks.gradient_steps import takes_batches
 from lightning_kd.callbacks.publishing import publish
 from lightning_kd.models.sharding import is_sharded
-from lightning_kd.strategies import scales_loss_before_backward
+from lightning_kd.strategies import adapter_of
 
 
 class StepAudit:
@@ -57,7 +57,7 @@ class StepAudit:
         """
         self.stop()
         self._recorder.take()
-        if scales_loss_before_backward(trainer) or any(
+        if adapter_of(trainer).scales_loss_before_backward or any(
             is_sharded(part) for part in module.modules()
         ):
             raise ValueError(

@@ -7,13 +7,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.precision import FSDPPrecision
 from lightning.pytorch.strategies import (
-    DeepSpeedStrategy as LightningDeepSpeedStrategy,
-)
-from lightning.pytorch.strategies import (
+    DDPStrategy,
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
     StrategyRegistry,
+)
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy as LightningDeepSpeedStrategy,
 )
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -26,10 +27,16 @@ from lightning_kd.strategies import (
     DeepSpeedStrategy,
     FSDP1Strategy,
     FSDP2Strategy,
+    StrategyAdapter,
+    adapter_of,
+    adapts,
     check_trainer,
-    shard_mesh,
 )
+from lightning_kd.strategies.adapter import _ADAPTERS
+from lightning_kd.strategies.deepspeed import DeepSpeedAdapter
 from lightning_kd.strategies.directories import read_safely, replacing
+from lightning_kd.strategies.fsdp1 import FSDP1Adapter
+from lightning_kd.strategies.fsdp2 import FSDP2Adapter, ModelParallelAdapter
 from tests.support.harness import BatchList, trainer
 from tests.support.toys import ragged_batch, tiny_llama
 
@@ -98,7 +105,7 @@ def test_every_kind_of_flat_shards_can_be_had(kind):
 
 
 def test_lora_of_a_model_that_was_handed_over_is_refused_before_it_is_in_shards(monkeypatch):
-    monkeypatch.setattr("lightning_kd.modules.student_module.shards_weights", lambda trainer: True)
+    monkeypatch.setattr(StrategyAdapter, "shards_weights", True)
     student = StudentSpec.of(tiny_llama(0))
     student.lora = LoRA(r=2)
     with pytest.raises(ValueError, match="adapters of a model that was handed over"):
@@ -214,8 +221,8 @@ def test_tensors_are_not_split():
     sizes = {"tensor_parallel": SimpleNamespace(size=lambda: 2), "data_parallel": None}
     strategy._device_mesh = sizes
     with pytest.raises(ValueError, match="tensor_parallel_size is 2"):
-        shard_mesh(with_strategy(strategy))
-    assert shard_mesh(with_strategy(SingleDeviceStrategy("cpu"))) is None
+        adapter_of(with_strategy(strategy)).shard_mesh()
+    assert adapter_of(with_strategy(SingleDeviceStrategy("cpu"))).shard_mesh() is None
 
 
 def test_gradients_in_shards_are_not_audited(monkeypatch):
@@ -256,3 +263,75 @@ def test_silence_is_named_by_step_and_phase(message, noted):
         fit.fit(module, datamodule=BatchList([ragged_batch([(2, 5)])] * 3))
     notes = "".join(getattr(raised.value, "__notes__", ()))
     assert ("in optimizer step 2, while the forward pass" in notes) == noted
+
+
+def test_an_adapter_is_that_of_the_nearest_class():
+    kinds = {
+        DDPStrategy(): StrategyAdapter,
+        SingleDeviceStrategy("cpu"): StrategyAdapter,
+        ModelParallelStrategy(): ModelParallelAdapter,
+        FSDP2Strategy(): FSDP2Adapter,
+        FSDP1Strategy(): FSDP1Adapter,
+        without_package(DeepSpeedStrategy): DeepSpeedAdapter,
+    }
+    for strategy, kind in kinds.items():
+        assert type(adapter_of(with_strategy(strategy))) is kind
+
+
+def test_a_strategy_of_ones_own_brings_its_adapter(monkeypatch):
+    monkeypatch.setattr("lightning_kd.strategies.adapter._ADAPTERS", dict(_ADAPTERS))
+
+    class Elastic(DDPStrategy):
+        pass
+
+    class Derived(Elastic):
+        pass
+
+    @adapts(Elastic)
+    class ElasticAdapter(StrategyAdapter[Elastic]):
+        pass
+
+    assert isinstance(adapter_of(with_strategy(Derived())), ElasticAdapter)
+    assert type(adapter_of(with_strategy(DDPStrategy()))) is StrategyAdapter
+
+
+@pytest.mark.parametrize(
+    ("strategy", "loss", "gradient"),
+    [(SingleDeviceStrategy("cpu"), 3.0, 5.0), (without_package(DeepSpeedStrategy), 30.0, 0.5)],
+    ids=["replicated", "deepspeed"],
+)
+def test_a_step_is_divided_once(strategy, loss, gradient):
+    """On the gradients where they are seen, and on the loss where they are not."""
+    adapter = adapter_of(with_strategy(strategy))
+    closed = []
+
+    def step_scale():
+        closed.append(True)
+        return 10.0
+
+    gradients = [torch.tensor([0.5])]
+    assert adapter.scale_loss(torch.tensor(3.0), lambda: 1.0, step_scale) == loss
+    adapter.scale_gradients(gradients, step_scale)
+    assert gradients[0] == gradient
+    assert len(closed) == 1
+
+
+def test_a_step_without_gradients_is_closed():
+    closed = []
+    adapter = adapter_of(with_strategy(SingleDeviceStrategy("cpu")))
+    adapter.scale_gradients([], lambda: closed.append(True) or 1.0)
+    assert closed == [True]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "directories"),
+    [
+        (SingleDeviceStrategy("cpu"), False),
+        (FSDP2Strategy(), False),
+        (FSDP2Strategy(save_distributed_checkpoint=True), True),
+        (FSDP1Strategy(), True),
+        (without_package(DeepSpeedStrategy), True),
+    ],
+)
+def test_checkpoints_are_files_or_directories(strategy, directories):
+    assert adapter_of(with_strategy(strategy)).writes_directories is directories

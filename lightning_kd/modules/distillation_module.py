@@ -2,7 +2,8 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -35,7 +36,7 @@ from lightning_kd.modules.optimization import (
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import clip_gradients, gradient_norm, scales_loss_before_backward
+from lightning_kd.strategies import StrategyAdapter, adapter_of
 
 
 class DistillationModule(ScaledSumModule):
@@ -127,10 +128,7 @@ class DistillationModule(ScaledSumModule):
     # Steps.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted sum of the micro-batch; its division waits for the optimizer step.
-
-        Where the gradients will be out of reach, it is the loss of the step already.
-        """
+        """The weighted sum of the micro-batch, scaled as the strategy's order of division asks."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
             self._window.clear()  # a step that was broken off has left its sums
@@ -145,18 +143,14 @@ class DistillationModule(ScaledSumModule):
         evaluation = self._evaluate(scores, terms, metrics)
         self.micro_batch = evaluation.micro_batch
         self._window.add(weigh(self.micro_batch, self.normalization))
-        if self._scales_loss_before_backward:
-            return evaluation.total * self._close_step()
-        return evaluation.total * self._sum_scale.before(
-            self.trainer, scores.positions, self.normalization
+        sum_scale = partial(
+            self._sum_scale.before, self.trainer, scores.positions, self.normalization
         )
+        return self._adapter.scale_loss(evaluation.total, sum_scale, self._close_step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
-        if not self._scales_loss_before_backward:
-            factor, gradients = self._close_step(), self._gradients()
-            if gradients:
-                torch._foreach_mul_(gradients, factor)
+        self._adapter.scale_gradients(self._gradients(), self._close_step)
         step = self._step_means
         self.log("train/loss", step.means["loss"], prog_bar=True)
         self.log("train/tokens", float(step.tokens))
@@ -173,14 +167,14 @@ class DistillationModule(ScaledSumModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
-        if self._logs_this_step() and not self._scales_loss_before_backward:
-            self.log("train/grad_norm", gradient_norm(self.trainer, self._gradients()))
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if self._logs_this_step():
+            self._log_gradient_norm(self._adapter.gradient_norm(self._gradients()))
+        self._adapter.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Log the norm where none but the optimizer knows it, and only after its step."""
-        if self._scales_loss_before_backward and self._logs_this_step(taken=1):
-            self.log("train/grad_norm", gradient_norm(self.trainer, ()))
+        """Log the norm of the gradient where it is known only after the optimizer step."""
+        if self._logs_this_step(taken=1):
+            self._log_gradient_norm(self._adapter.gradient_norm_after_step())
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
@@ -238,8 +232,8 @@ class DistillationModule(ScaledSumModule):
     # Helpers.
 
     @property
-    def _scales_loss_before_backward(self) -> bool:
-        return scales_loss_before_backward(self.trainer)
+    def _adapter(self) -> StrategyAdapter[Any]:
+        return adapter_of(self.trainer)
 
     def _close_step(self) -> float:
         """What the sums of this step are multiplied by, to be its loss.
@@ -273,6 +267,10 @@ class DistillationModule(ScaledSumModule):
             kind = None if scores.teacher is None else scores.teacher.kind
             metrics.update(evaluation.metric_terms, targets, kind)
         return evaluation
+
+    def _log_gradient_norm(self, norm: Tensor | None) -> None:
+        if norm is not None:
+            self.log("train/grad_norm", norm)
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
         self._evaluation.open(self.device)

@@ -5,7 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lightning_kd.modules.sft import SFT
-from lightning_kd.strategies import shard_mesh
+from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import LocalTeacher
 
 
@@ -43,7 +43,9 @@ class SequenceKD(SFT):
                     "teacher works; use replicated or sharded"
                 )
             device = self.trainer.strategy.root_device
-            self.teacher.prepare(self.tokenizer, device, "equal", shard_mesh(self.trainer))
+            self.teacher.prepare(
+                self.tokenizer, device, "equal", adapter_of(self.trainer).shard_mesh()
+            )
 
     @property
     def writer(self) -> PreTrainedModel:

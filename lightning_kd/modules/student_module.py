@@ -18,7 +18,7 @@ from lightning_kd.models.sharding import shard
 from lightning_kd.modules.resume import Resumption
 from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import check_trainer, shard_mesh, shards_weights
+from lightning_kd.strategies import adapter_of, check_trainer
 from lightning_kd.tokenization import load_tokenizer
 
 
@@ -85,12 +85,12 @@ class StudentModule(Resumable, L.LightningModule):
     def _build(self) -> None:
         self.student = self.student_spec.build(self.tokenizer)
         adapted = self.student_spec.is_given and has_adapters(self.student)
-        if adapted and shards_weights(self.trainer):
+        if adapted and adapter_of(self.trainer).shards_weights:
             raise ValueError(
                 "adapters of a model that was handed over cannot be exported from shards; give the "
                 "student's name_or_path or config instead, with lora"
             )
-        mesh = shard_mesh(self.trainer)
+        mesh = adapter_of(self.trainer).shard_mesh()
         if mesh is not None:
             shard(self.student, mesh)
 

@@ -28,7 +28,7 @@ from lightning_kd.models import VocabularyPolicy, shared_vocabulary, vocabulary_
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import Evaluation, LossTerm, Scores
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.strategies import shard_mesh
+from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, choose_kind
 
 _LARGE_MASS = 0.01
@@ -123,7 +123,7 @@ class TeacherModule(DistillationModule):
                 self.tokenizer,
                 self.trainer.strategy.root_device,
                 self.vocabulary,
-                shard_mesh(self.trainer),
+                adapter_of(self.trainer).shard_mesh(),
             )
 
     def _check_teacher(self) -> None:

@@ -24,7 +24,7 @@ from lightning_kd.checkpoints import (
     weights_alone,
 )
 from lightning_kd.integrity import check_directory, checksums, read_about, write_about
-from lightning_kd.strategies.pieces import shapes
+from lightning_kd.strategies.gathered_shards import weight_shapes
 from lightning_kd.strategies.shard_index import check_indices
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
@@ -159,7 +159,7 @@ def _from_all(value: _T) -> list[_T]:
 
 def _shapes(strategy: Strategy) -> dict[str, list[int]]:
     assert strategy.lightning_module is not None  # the trainer has connected it
-    return shapes(strategy.lightning_module)
+    return weight_shapes(strategy.lightning_module)
 
 
 def _compare(

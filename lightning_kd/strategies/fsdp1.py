@@ -1,5 +1,7 @@
-"""FSDP1: the weights of a layer in one flat row, and each process has a share of it."""
+"""FSDP1: each process has a share of a layer's weights, laid out as one flat row."""
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from datetime import timedelta
@@ -7,32 +9,35 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+from torch.optim import Optimizer
 
 from lightning_kd.checkpoints import readable_checkpoint
+from lightning_kd.strategies.adapter import RefusedAdapter, StrategyAdapter, adapts
 from lightning_kd.strategies.directories import read_safely, replacing
-from lightning_kd.strategies.pieces import Pieces
+from lightning_kd.strategies.gathered_shards import GatheredShards, gather_state_dict
 
 _WRITER = {"strategy": "fsdp"}
 
 
 class FSDP1Strategy(FSDPStrategy):
-    """FSDP1, for those who are bound to it; ``--trainer.strategy fsdp``. Else use FSDP2.
+    """FSDP1, for runs that are bound to it; ``--trainer.strategy fsdp``. Prefer FSDP2.
 
     The units are the layers that transformers says must not be split, and all the rest (embedding,
     last norm, output head) together. Checkpoints are directories to which every process writes its
     shards, replaced only when the next one is complete.
 
     Args:
-        sharding_strategy: What is in shards: ``FULL_SHARD`` weights, gradients and optimizer,
+        sharding_strategy: What is sharded: ``FULL_SHARD`` weights, gradients and optimizer,
             ``SHARD_GRAD_OP`` all but the weights, ``HYBRID_SHARD`` within each node.
         cpu_offload: Keep the shards in memory of the CPU.
-        process_group_backend: ``nccl`` or ``gloo``; chosen by the device when not given.
-        timeout: How long a process waits for the others before it gives up.
+        process_group_backend: ``nccl`` or ``gloo``; defaults to the device's.
+        timeout: Time that a process waits for the others before it gives up.
     """
 
     def __init__(
@@ -55,18 +60,18 @@ class FSDP1Strategy(FSDPStrategy):
 
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
-        """As Lightning has it, but for buffers: rounded frequencies of RoPE are other positions."""
+        """Lightning's, but with buffers in float32: rounded frequencies of RoPE are other positions."""
         lightnings = super().mixed_precision_config
         return lightnings and replace(lightnings, buffer_dtype=torch.float32)
 
     @property
     def root(self) -> FullyShardedDataParallel:
-        """The module, with its shards."""
+        """The sharded module."""
         assert isinstance(self.model, FullyShardedDataParallel)  # set up
         return self.model
 
-    def pieces(self, model: nn.Module) -> Pieces:
-        """The weights of a model unit by unit, and what makes each of them whole."""
+    def gathered_shards(self, model: nn.Module) -> GatheredShards:
+        """Yield the weights of a model unit by unit, with the context that unshards each unit."""
         unit_of: dict[Tensor, FullyShardedDataParallel] = {}
         outer_first = FullyShardedDataParallel.fsdp_modules(self.root)
         for unit in outer_first:
@@ -76,7 +81,7 @@ class FSDP1Strategy(FSDPStrategy):
             yield _gathered(unit), weights
 
     def gathered_rest(self) -> AbstractContextManager[None]:
-        """While this is open, what is in no layer is whole: embedding, last norm, output head."""
+        """Unshard what is in no layer within this context: embedding, last norm, output head."""
         return _gathered(self.root)
 
     def clip_by_norm(self, longest: float) -> Tensor:
@@ -86,17 +91,17 @@ class FSDP1Strategy(FSDPStrategy):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
     ) -> None:
-        """Write beside the old checkpoint, and put the new one in its place when it is complete."""
+        """Write beside the old checkpoint, and replace it when the new one is complete."""
         with replacing(self, Path(self.broadcast(filepath)), _WRITER, checkpoint) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(
         self, checkpoint_path: _PATH, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a directory; the one before it where a process was killed in between.
+        """Load a directory, or the one before it where a process was killed while replacing it.
 
         Raises:
-            ValueError: If it is none, or cannot be read safely.
+            ValueError: If the path is a file, or cannot be read safely.
         """
         path = readable_checkpoint(Path(self.broadcast(checkpoint_path)))
         if not path.is_dir():
@@ -124,9 +129,51 @@ class FSDP1Strategy(FSDPStrategy):
 
 
 def _gathered(unit: FullyShardedDataParallel) -> AbstractContextManager[None]:
-    """While this is open, every process has all weights of a unit, but for those of inner ones."""
+    """Unshard the weights of a unit on every process, without those of inner units."""
     return FullyShardedDataParallel.summon_full_params(unit, recurse=False, writeback=False)
 
 
 def _is_layer(module: nn.Module, recurse: bool, nonwrapped_numel: int, *, kinds: set[str]) -> bool:
     return recurse or type(module).__name__ in kinds
+
+
+@adapts(FSDP1Strategy)
+class FSDP1Adapter(StrategyAdapter[FSDP1Strategy]):
+    """Answers for :class:`FSDP1Strategy`, whose root module alone knows the whole gradient."""
+
+    shards_weights = True
+    writes_directories = True
+
+    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the norm of the whole gradient."""
+        return self.strategy.clip_by_norm(math.inf)
+
+    def clip(
+        self,
+        module: L.LightningModule,
+        optimizer: Optimizer,
+        value: float | None,
+        algorithm: str | None,
+    ) -> None:
+        """Clip by the norm of the whole gradient, or by value."""
+        if value and algorithm != "value":
+            # Lightning refuses, because its precision plugin does not know the root of the shards.
+            self.strategy.clip_by_norm(value)
+        else:
+            super().clip(module, optimizer, value, algorithm)
+
+    def outside_of_steps(self) -> AbstractContextManager[None]:
+        """Unshard embedding and output head, which are unsharded within a forward pass only."""
+        return self.strategy.gathered_rest()
+
+    def full_state_dict(self, model: nn.Module) -> dict[str, Tensor]:
+        """Return all weights of a model on the first process, gathered unit by unit."""
+        shards = self.strategy.gathered_shards(model)
+        return gather_state_dict(model, shards, wanted=self.trainer.is_global_zero)
+
+
+@adapts(FSDPStrategy)
+class LightningFSDPAdapter(RefusedAdapter):
+    """Refuses Lightning's FSDP1."""
+
+    replacement, name = "FSDP1Strategy", "fsdp"

@@ -1,5 +1,6 @@
 """FSDP2: each process has a share of every weight."""
 
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -7,23 +8,26 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.checkpoints import RUN_KEY, compare_weights, explained, readable_checkpoint
 from lightning_kd.integrity import check_file
+from lightning_kd.strategies.adapter import StrategyAdapter, adapts
 from lightning_kd.strategies.directories import compare_run, read_safely, replacing
 
 _WRITER = {"strategy": "fsdp2"}
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """FSDP2: student and optimizer in shards over all processes; ``--trainer.strategy fsdp2``.
+    """FSDP2: shards student and optimizer over all processes; ``--trainer.strategy fsdp2``.
 
     Lightning's own ``ModelParallelStrategy`` replicates over nodes and splits tensors within them
     unless it is told sizes; this one shards over all processes.
@@ -32,8 +36,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         save_distributed_checkpoint: A directory to which every process writes its shards, instead
             of one file that also loads on one process. Either is replaced only when the next is
             complete.
-        process_group_backend: ``nccl`` or ``gloo``; chosen by the device when not given.
-        timeout: How long a process waits for the others before it gives up.
+        process_group_backend: ``nccl`` or ``gloo``; defaults to the device's.
+        timeout: Time that a process waits for the others before it gives up.
     """
 
     def __init__(
@@ -50,14 +54,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
 
     def setup_environment(self) -> None:
-        """One mesh over all processes."""
+        """Make one mesh over all processes."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
     ) -> None:
-        """Write beside the old checkpoint, and put the new one in its place when it is complete."""
+        """Write beside the old checkpoint, and replace it when the new one is complete."""
         path = Path(self.broadcast(filepath))
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -68,7 +72,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: _PATH, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a file or a directory; the one before it where a process was killed in between.
+        """Load a file or directory, or the one before it if a process was killed while replacing it.
 
         Raises:
             ValueError: If it cannot be read, or is of another model.
@@ -100,7 +104,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def _by_name(saved: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
-    """An optimizer's state under the names of its parameters, which stand group by group in it."""
+    """Return an optimizer's state under the names of its parameters, group by group."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups: list[dict[str, Any]] = []
     named: dict[int, str] = {}
@@ -112,3 +116,56 @@ def _by_name(saved: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> d
         "state": {named[number]: value for number, value in saved["state"].items()},
         "param_groups": groups,
     }
+
+
+@adapts(ModelParallelStrategy)
+class ModelParallelAdapter(StrategyAdapter[ModelParallelStrategy]):
+    """Answers for Lightning's FSDP2, which trains and evaluates here, and does not resume."""
+
+    shards_weights = True
+
+    @property
+    def writes_directories(self) -> bool:  # type: ignore[override]
+        """True with ``save_distributed_checkpoint``."""
+        return self.strategy._save_distributed_checkpoint
+
+    def check(self) -> None:
+        """Let the strategy refuse to load a checkpoint."""
+        # The trainer does not tell anybody the path before it asks the strategy to load it.
+        self.strategy.load_checkpoint = _refuse_to_resume  # type: ignore[method-assign]
+
+    def shard_mesh(self) -> DeviceMesh:
+        """Return the processes that share weights.
+
+        Raises:
+            ValueError: If the strategy splits single tensors, which nothing here does.
+        """
+        split = self.strategy.device_mesh["tensor_parallel"].size()
+        if split > 1:
+            raise ValueError(
+                f"tensor_parallel_size is {split}: models are sharded here, not split within a "
+                "tensor. Use --trainer.strategy fsdp2, or tensor_parallel_size: 1 and "
+                "data_parallel_size: the number of processes"
+            )
+        return self.strategy.device_mesh["data_parallel"]
+
+    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """Return the norm of the whole gradient."""
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+@adapts(FSDP2Strategy)
+class FSDP2Adapter(ModelParallelAdapter):
+    """Answers for :class:`FSDP2Strategy`, which also resumes."""
+
+    def check(self) -> None:
+        """Accept the strategy as it is."""
+
+
+def _refuse_to_resume(checkpoint_path: _PATH, weights_only: bool | None = None) -> dict[str, Any]:
+    raise ValueError(
+        "ModelParallelStrategy of Lightning reads directories with pickle, and gives the states of an "
+        f"optimizer with several groups to the wrong weights; go on from {checkpoint_path} with "
+        "--trainer.strategy fsdp2"
+    )

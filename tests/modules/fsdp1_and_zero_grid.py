@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lightning_kd.modules import WarmupCosine
-from lightning_kd.strategies import full_state_dict
+from lightning_kd.strategies import adapter_of
 from tests.modules.partition_grid import METHODS, ON_POLICY, build, fitted, writing
 from tests.support.cpu_strategies import STRATEGIES
 
@@ -56,7 +56,7 @@ def run(
         "losses": losses,
         "logged": logged,
         "before": before,
-        "after": full_state_dict(fit, module.student),
+        "after": adapter_of(fit).full_state_dict(module.student),
         "buffers": sorted({str(buffer.dtype) for buffer in module.student.buffers()}),
     }
 

@@ -18,7 +18,7 @@ from lightning_kd.callbacks import HFExport, NonFiniteGuard
 from lightning_kd.integrity import ABOUT, checksums, read_about, write_about
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
-from lightning_kd.strategies import full_state_dict
+from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import LocalTeacher
 from tests.modules.fsdp1_and_zero_grid import adamw
 from tests.modules.partition_grid import writing
@@ -86,7 +86,7 @@ def fit(
     )
     data = Letters(batch_size=2)
     run.fit(module, datamodule=data, ckpt_path=resume, weights_only=True)
-    weights = full_state_dict(run, module.student)
+    weights = adapter_of(run).full_state_dict(module.student)
     (tested,) = run.test(module, datamodule=data, verbose=False)
     return losses.seen, weights, tested["test/loss"]
 

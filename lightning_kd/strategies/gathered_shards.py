@@ -1,19 +1,19 @@
-"""Weights that are whole only a few at a time, and what one knows of them meanwhile."""
+"""Weights that are unsharded only a few at a time, and their shapes meanwhile."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 from torch import Tensor, nn
 
-Pieces = Iterator[tuple[AbstractContextManager[object], Sequence[Tensor]]]
-"""What makes some weights whole while it is open, and which ones."""
+GatheredShards = Iterator[tuple[AbstractContextManager[object], Sequence[Tensor]]]
+"""Contexts in which some weights are unsharded, each with these weights."""
 
 _WRAPPED = "_fsdp_wrapped_module."
 """What FSDP1 adds to the names of a unit's weights."""
 
 
 def shape_of(weight: Tensor) -> Sequence[int]:
-    """The shape of a weight, also where nothing but a share of a flat row is left of it here."""
+    """Return the unsharded shape of a weight, also where this process has a share of a flat row."""
     for noted in ("ds_shape", "full_shape"):  # by DeepSpeed, by our FSDP1
         if hasattr(weight, noted):
             shape: Sequence[int] = getattr(weight, noted)
@@ -21,22 +21,24 @@ def shape_of(weight: Tensor) -> Sequence[int]:
     return weight.shape
 
 
-def shapes(model: nn.Module) -> dict[str, list[int]]:
-    """Of all weights, under their names in a state dict."""
+def weight_shapes(model: nn.Module) -> dict[str, list[int]]:
+    """Return the unsharded shapes of all weights, under their names in a state dict."""
     return {n.replace(_WRAPPED, ""): list(shape_of(w)) for n, w in model.named_parameters()}
 
 
-def collected(model: nn.Module, pieces: Pieces, *, wanted: bool) -> dict[str, Tensor]:
-    """What the state dict of a model has, copied to memory of the CPU piece by piece.
+def gather_state_dict(
+    model: nn.Module, shards: GatheredShards, *, wanted: bool
+) -> dict[str, Tensor]:
+    """Copy the state dict of a model to CPU memory, a few weights at a time.
 
     Args:
-        model: Has the names. What goes by several of them is copied once.
-        pieces: All of its weights; every process has to go through them.
-        wanted: False where the others are only helped.
+        model: Has the names. A weight with several of them is copied once.
+        shards: All of its weights; every process has to go through them.
+        wanted: False on processes that only help to gather, which return nothing.
     """
     copies: dict[Tensor, Tensor] = {}
-    for whole, tensors in pieces:
-        with whole:
+    for unsharded, tensors in shards:
+        with unsharded:
             copies |= {t: t.detach().cpu().clone() for t in tensors if wanted}
     if not wanted:
         return {}
@@ -45,7 +47,7 @@ def collected(model: nn.Module, pieces: Pieces, *, wanted: bool) -> dict[str, Te
 
 
 def _persistent(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights and persistent buffers: a state dict without the hooks that others have put on it."""
+    """Yield weights and persistent buffers, without the state-dict hooks that others have added."""
     yield from model.named_parameters(remove_duplicate=False)
     for prefix, part in model.named_modules():
         for name, buffer in part.named_buffers(prefix, recurse=False):
