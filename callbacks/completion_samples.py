@@ -1,4 +1,4 @@
-"""What the student writes, scored and shown."""
+"""The student's completions, scored and shown."""
 
 import html
 from collections.abc import Sequence
@@ -109,8 +109,8 @@ class CompletionSamples(Callback):
         if beyond or "prompt_ids" not in batch or not isinstance(module, DistillationModule):
             return
         with adapter_of(module.trainer).outside_of_steps():
-            written = module.complete(batch, purpose="samples", options=self.options)
-        texts = written.texts(module.tokenizer)
+            completions = module.complete(batch, purpose="samples", options=self.options)
+        texts = completions.texts(module.tokenizer)
         rows = [
             (prompt, text, reference)
             for row, prompt, text, reference in zip(

@@ -1,4 +1,4 @@
-"""Who writes the completions that a step is trained on."""
+"""Which model generates the completions that a step is trained on."""
 
 import time
 from pathlib import Path
@@ -17,6 +17,7 @@ from lightning_kd.callbacks.rollout_generation import (
     check_batches,
     check_lengths,
     check_method,
+    check_sampling,
     complete,
     generating_teacher,
     loader_of,
@@ -24,54 +25,57 @@ from lightning_kd.callbacks.rollout_generation import (
 from lightning_kd.callbacks.rollout_records import RolloutRecords
 from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
 from lightning_kd.data import RolloutPlan
-from lightning_kd.generation import SamplingOptions, Truncation, evaluating, rollout_batch
+from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
+from lightning_kd.generation.rollouts import Truncation, rollout_batch
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
-from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
+from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import adapter_of
 from lightning_kd.tokenization import padding_id
 
-Otherwise = Literal["dataset", "teacher"]
+OffPolicy = Literal["dataset", "teacher"]
 
 _CHECKPOINT_KEY = "on_policy_generation"
 _TABLE = ("table_every", "table_rows")
 
 
 class OnPolicyGeneration(Resumable, Callback):
-    r"""Let the student write, with probability ``lmbda``, the completions that it is trained on.
+    r"""Train the student, with probability ``lmbda``, on completions that it generates itself.
 
-    Completions are written in *windows*: all micro-batches of ``steps_per_window`` optimizer steps at
-    once, by the student as it is before the first of them. One coin decides for a whole window; it
+    Completions are generated in *windows*: all micro-batches of ``steps_per_window`` optimizer steps
+    at once, by the student as it is before the first of them. One coin decides for a whole window; it
     is a hash of the run's seed and the window's number, so all ranks see the same and a resumed run
-    sees it again. A row's text comes from random numbers of its own, seeded by the run and the number
-    of its sample: neither ranks nor micro-batches change it. With ``passes``, each window is trained
-    on several times before the next is written; a checkpoint in the middle of a window keeps it.
+    sees it again. A row's completion comes from random numbers of its own, seeded by the run and the
+    number of its sample: neither ranks nor micro-batches change it. With ``passes``, each window is
+    trained on several times before the next is generated; a checkpoint in the middle of it keeps it.
 
-    Logs under ``rollout/``, at logged steps: ``own`` (1 where the student wrote), the completions'
-    ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
+    Logs under ``rollout/``, at logged steps: ``on_policy`` (1 where the student generated), the
+    completions' ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
     ``distinct_1`` and ``distinct_2`` (share of different n-grams, first rank), ``tokens_per_second``
-    of the writing and its ``time_share`` of the window; histograms and a table to TensorBoard.
+    of generation and its ``time_share`` of the window; histograms and a table to TensorBoard.
 
     Args:
-        lmbda: Share of windows that the student writes (GKD's :math:`\lambda`), in [0, 1], or a
+        lmbda: Share of windows that the student generates (GKD's :math:`\lambda`), in [0, 1], or a
             schedule of it.
-        otherwise: Who writes the other windows: the ``dataset`` or the ``teacher``.
+        off_policy: Where the other windows come from: the ``dataset`` or the ``teacher``.
         generation: How completions are sampled.
+        engine: What generates them. Defaults to ``CachedSampler``, to ``TransformersEngine`` for beam
+            search.
         mixture_alpha: The teacher's share in the distribution that the student's completions are
             sampled from (MiniLLM's :math:`\alpha`, 0.2 in the paper); 0 is the student alone.
         group_size: Completions of each prompt.
-        steps_per_window: Optimizer steps whose completions are written at once.
+        steps_per_window: Optimizer steps whose completions are generated at once.
         passes: How often each window is trained on.
         truncated: Completions without an end: ``keep`` trains on them; ``mask`` takes their tokens
             out of the loss and its count; ``drop`` also takes them out of baselines and statistics.
-        rows_at_once: Most rows that are written together on a rank; all of a window when not given.
+        rows_at_once: Most rows that are generated together on a rank. Defaults to all of a window.
         table_every: Optimizer steps between histograms and tables; 0 for none.
         table_rows: Rows of the table.
         unshard: Where models are in shards, keep all of their weights on every process while
-            completions are written: faster, if there is memory for it.
-        path: A JSONL file that every written completion is appended to, with the columns that
+            completions are generated: faster, if there is memory for it.
+        path: A JSONL file that every generated completion is appended to, with the columns that
             :class:`~lightning_kd.callbacks.JsonlPredictions` writes.
 
     Raises:
@@ -90,8 +94,9 @@ class OnPolicyGeneration(Resumable, Callback):
         self,
         *,
         lmbda: float | Schedule = 1.0,
-        otherwise: Otherwise = "dataset",
+        off_policy: OffPolicy = "dataset",
         generation: SamplingOptions | None = None,
+        engine: Engine | None = None,
         mixture_alpha: float = 0.0,
         group_size: int = 1,
         steps_per_window: int = 1,
@@ -104,7 +109,7 @@ class OnPolicyGeneration(Resumable, Callback):
         path: str | None = None,
     ) -> None:
         for name, value, choices in (
-            ("otherwise", otherwise, get_args(Otherwise)),
+            ("off_policy", off_policy, get_args(OffPolicy)),
             ("truncated", truncated, get_args(Truncation)),
         ):
             if value not in choices:
@@ -119,8 +124,9 @@ class OnPolicyGeneration(Resumable, Callback):
                 "must be 1 or more"
             )
         self.lmbda = lmbda if isinstance(lmbda, Schedule) else Constant(lmbda)
-        self.otherwise: Otherwise = otherwise
+        self.off_policy: OffPolicy = off_policy
         self.generation = generation or SamplingOptions()
+        self.engine = engine_for(self.generation, engine, mixture=mixture_alpha > 0)
         self.mixture_alpha = mixture_alpha
         self.steps_per_window = steps_per_window
         self.plan = RolloutPlan(1, passes, group_size)
@@ -130,8 +136,13 @@ class OnPolicyGeneration(Resumable, Callback):
         self.statistics = RolloutStatistics(table_every)
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
         self._window: int | None = None
-        self._own = False
+        self._on_policy = False
         self._rollouts: list[Batch] = []
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return what must not change; ``rows_at_once`` too, where rows share random numbers."""
+        rows = {} if self.engine.seeds_rows else {"rows_at_once": self.rows_at_once}
+        return super().resume_settings() | rows
 
     def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
         """Windows, passes and groups of a trainer's run."""
@@ -139,21 +150,21 @@ class OnPolicyGeneration(Resumable, Callback):
         return RolloutPlan(micro_batches, self.plan.passes, self.plan.group_size)
 
     def coin(self, window: int, step: int) -> bool:
-        """Does the student write a window that begins with this step? On every rank the same."""
+        """Does the student generate a window that begins with this step? On every rank the same."""
         return derive_seed(run_seed(), "coin", window) / 2**63 < self.lmbda(step)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether module and options go together, before the first step.
+        """Check that module, options and engine go together, before the first step.
 
         Raises:
             ValueError: If they do not.
         """
         if not isinstance(pl_module, DistillationModule):
             raise ValueError(
-                f"OnPolicyGeneration writes for modules of this library, not for a "
+                f"OnPolicyGeneration generates for modules of this library, not for a "
                 f"{type(pl_module).__name__}; derive it from DistillationModule"
             )
-        check_method(pl_module)
+        check_method(pl_module, self.engine)
         if self.records.path is not None:
             check_output(trainer, self.records.path, "on_policy.path")
         if self.unshard and not is_fsdp2_sharded(pl_module.student):
@@ -162,31 +173,14 @@ class OnPolicyGeneration(Resumable, Callback):
                 "or use --trainer.strategy fsdp2"
             )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
-        if pl_module.needs_own_samples and not always:
-            raise ValueError(
-                f"{type(pl_module).__name__} learns only from what the student has sampled; set "
-                "lmbda: 1"
-            )
-        if pl_module.needs_own_samples and self.generation.truncates:
-            raise ValueError(
-                f"{type(pl_module).__name__} weighs tokens by how likely they were to be sampled, "
-                "which top_k, top_p and greedy decoding distort; sample with a temperature above "
-                f"0, top_k: 0, top_p: 1 and num_beams: 1 (got {self.generation})"
-            )
-        sampling = self.generation.temperature
-        if isinstance(pl_module, PolicyGradientModule) and pl_module.temperature != sampling:
-            raise ValueError(
-                f"completions are sampled at temperature {sampling}, but {type(pl_module).__name__} "
-                f"trains the student at {pl_module.temperature}, which is another distribution; "
-                "set model.temperature and on_policy.generation.temperature to the same value"
-            )
-        if self.mixture_alpha > 0 or (self.otherwise == "teacher" and not always):
+        check_sampling(pl_module, self.generation, always=always)
+        if self.mixture_alpha > 0 or (self.off_policy == "teacher" and not always):
             generating_teacher(pl_module)
-        from_data = not always and self.otherwise == "dataset"
+        from_data = not always and self.off_policy == "dataset"
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether windows can be written, whoever writes the first one.
+        """Check that windows can be generated, wherever the first one comes from.
 
         Raises:
             ValueError: If rows have no prompts, or groups do not fill a window.
@@ -197,15 +191,15 @@ class OnPolicyGeneration(Resumable, Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Put what was written in the place of the batch; at the start of a window, write it."""
+        """Put completions in the place of the batch's; at the start of a window, generate them."""
         assert isinstance(pl_module, DistillationModule)  # on_fit_start has seen to it
         window, place = loader_of(trainer).window_of(batch)
         if window != self._window:
             self._window, self._rollouts = window, []
-            self._own = self.coin(window, trainer.global_step)
+            self._on_policy = self.coin(window, trainer.global_step)
             self.statistics.begin()
-            if self._own or self.otherwise == "teacher":
-                self._write(trainer, pl_module, window)
+            if self._on_policy or self.off_policy == "teacher":
+                self._generate(trainer, pl_module, window)
         if self._rollouts:
             batch.update(self._rollouts[place])
 
@@ -221,7 +215,7 @@ class OnPolicyGeneration(Resumable, Callback):
         if not loader_of(trainer).ends_window or self._window is None:
             return
         steps = self.steps_per_window * self.plan.passes
-        self.statistics.end(trainer, self._own, steps)
+        self.statistics.end(trainer, self._on_policy, steps)
         if self._rollouts and isinstance(pl_module, TeacherModule):
             self.records.show(trainer, pl_module, self._rollouts[0])
         self._window, self._rollouts = None, []
@@ -229,12 +223,16 @@ class OnPolicyGeneration(Resumable, Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a window that has been begun: other weights would write it differently."""
+        """Keep a window that has been begun: other weights would generate another."""
         if self._window is None:
             return
-        own = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
-        ranks = of_all_ranks(trainer, move_data_to_device(own, torch.device("cpu")))
-        checkpoint[_CHECKPOINT_KEY] = {"window": self._window, "own": self._own, "ranks": ranks}
+        of_rank = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
+        ranks = of_all_ranks(trainer, move_data_to_device(of_rank, torch.device("cpu")))
+        checkpoint[_CHECKPOINT_KEY] = {
+            "window": self._window,
+            "on_policy": self._on_policy,
+            "ranks": ranks,
+        }
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -242,7 +240,7 @@ class OnPolicyGeneration(Resumable, Callback):
         """Go on with a window that had been begun.
 
         Raises:
-            ValueError: If it was written for another number of processes.
+            ValueError: If it was generated for another number of processes.
         """
         saved = checkpoint.get(_CHECKPOINT_KEY)
         if saved is None:
@@ -257,12 +255,12 @@ class OnPolicyGeneration(Resumable, Callback):
         of_rank = move_data_to_device(
             saved["ranks"][trainer.global_rank], trainer.strategy.root_device
         )
-        self._window, self._own = saved["window"], saved["own"]
+        self._window, self._on_policy = saved["window"], saved["on_policy"]
         self._rollouts = of_rank["rollouts"]
         self.statistics.load_state_dict(of_rank["statistics"])
 
-    def _write(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
-        """Have a window written, and let the module see it whole."""
+    def _generate(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
+        """Have a window generated, and let the module see it whole."""
         loader = loader_of(trainer)
         batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
         models = list(module.models.values())
@@ -271,25 +269,30 @@ class OnPolicyGeneration(Resumable, Callback):
         gathered = adapter_of(trainer).outside_of_steps()
         with evaluating(*models), torch.no_grad(), gathered, unsharded(sharded), context:
             started = time.perf_counter()
-            written = complete(
+            self.engine.update(module.student)
+            generated = complete(
                 module,
                 batches,
                 self.generation,
-                own=self._own,
+                engine=self.engine,
+                on_policy=self._on_policy,
                 mixture_alpha=self.mixture_alpha,
                 rows_at_once=self.rows_at_once,
             )
-            self.statistics.add(written, time.perf_counter() - started)
+            self.statistics.add(generated, time.perf_counter() - started)
             pad_id, start = padding_id(module.tokenizer), 0
             for batch in batches:
                 end = start + len(batch["row"])
                 rollout = rollout_batch(
-                    batch, written.rows(slice(start, end)), pad_id=pad_id, truncation=self.truncated
+                    batch,
+                    generated.rows(slice(start, end)),
+                    pad_id=pad_id,
+                    truncation=self.truncated,
                 )
                 rollout["group"] = rollout["sample"] // self.plan.group_size
                 self._rollouts.append(rollout)
                 start = end
-            if self._own:
+            if self._on_policy:
                 module.prepare_rollouts(self._rollouts, self.generation)
         self._empty.add(module, self._rollouts, self.generation.max_new_tokens)
-        self.records.write(trainer, module, self._rollouts, written.ended.tolist(), window)
+        self.records.write(trainer, module, self._rollouts, generated.ended.tolist(), window)

@@ -1,4 +1,4 @@
-"""Having the prompts of a window completed."""
+"""Generation of the completions of a window."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,16 @@ from transformers import PreTrainedModel
 
 from lightning_kd.batch import Batch
 from lightning_kd.data import PairedLoader, TrainingLoader
-from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.generation import (
+    Completions,
+    Engine,
+    GenerationOptions,
+    check_log_probs,
+    generate,
+)
 from lightning_kd.models.placement import KINDS, on_compute_device
 from lightning_kd.models.positions import check_length
-from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.teachers import LocalTeacher
@@ -26,34 +32,37 @@ def complete(
     batches: Sequence[Batch],
     options: GenerationOptions,
     *,
-    own: bool,
+    engine: Engine,
+    on_policy: bool,
     mixture_alpha: float,
     rows_at_once: int | None,
 ) -> Completions:
-    """Completions of the rows of all batches, each row from the random numbers of its sample.
+    """Generate completions of the rows of all batches, each row seeded by its sample.
 
     Args:
-        module: Its student writes, or its teacher.
+        module: Its student generates, or its teacher.
         batches: Micro-batches with prompts.
         options: How completions are sampled.
-        own: Does the student write?
+        engine: What generates.
+        on_policy: Does the student generate?
         mixture_alpha: The teacher's share in what the student's completions are sampled from.
-        rows_at_once: Most rows that are written together.
+        rows_at_once: Most rows that are generated together.
     """
     pad_id = padding_id(module.tokenizer)
     prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
     masks = _joined([batch["prompt_mask"] for batch in batches], 0)
     samples = torch.cat([batch["sample"] for batch in batches]).tolist()
     size = rows_at_once or len(samples)
-    with _writers(module, prompts.device, own, mixture_alpha) as (writer, mixed_with):
+    with _generating(module, prompts.device, on_policy, mixture_alpha) as (model, mixed_with):
         parts = [
             generate(
-                writer,
+                model,
                 module.tokenizer,
                 prompts[part],
                 masks[part],
                 options,
                 seeds=[derive_seed(run_seed(), "rollout", sample) for sample in samples[part]],
+                engine=engine,
                 mixed_with=mixed_with,
                 width=module.width if isinstance(module, TeacherModule) else None,
             )
@@ -63,21 +72,21 @@ def complete(
 
 
 @contextmanager
-def _writers(
-    module: DistillationModule, device: torch.device, own: bool, mixture_alpha: float
+def _generating(
+    module: DistillationModule, device: torch.device, on_policy: bool, mixture_alpha: float
 ) -> Iterator[tuple[PreTrainedModel, tuple[PreTrainedModel, float] | None]]:
-    """The model that writes, and the one that is mixed in; a teacher is on the device meanwhile."""
-    if own and mixture_alpha == 0:
+    """Yield the generating model and what is mixed in; a teacher is on the device meanwhile."""
+    if on_policy and mixture_alpha == 0:
         yield module.student, None
         return
     teacher = generating_teacher(module)
     (model,) = teacher.models
     with on_compute_device(model, teacher.placement, device):
-        yield (module.student, (model, mixture_alpha)) if own else (model, None)
+        yield (module.student, (model, mixture_alpha)) if on_policy else (model, None)
 
 
 def generating_teacher(module: L.LightningModule) -> LocalTeacher:
-    """The teacher of a module, which is one model that can write.
+    """The teacher of a module, which is one model that can generate.
 
     Raises:
         ValueError: If there is none, or there are several.
@@ -85,14 +94,14 @@ def generating_teacher(module: L.LightningModule) -> LocalTeacher:
     teacher = getattr(module, "teacher", None)
     if not isinstance(teacher, LocalTeacher):
         raise ValueError(
-            f"the teacher is to write, but {type(module).__name__} has "
+            f"the teacher is to generate, but {type(module).__name__} has "
             f"{'none' if teacher is None else type(teacher).__name__}; give it a LocalTeacher, or "
-            "set mixture_alpha: 0 and otherwise: dataset"
+            "set mixture_alpha: 0 and off_policy: dataset"
         )
     if teacher.placement not in KINDS:
         raise ValueError(
-            f"the teacher is to write, but placement is {teacher.placement!r}; a model that writes "
-            f"must work on the student's device: choose {', '.join(KINDS)}"
+            f"the teacher is to generate, but placement is {teacher.placement!r}; a generating "
+            f"model must work on the student's device: choose {', '.join(KINDS)}"
         )
     return teacher
 
@@ -112,21 +121,53 @@ def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
     return loader
 
 
-def check_method(module: DistillationModule) -> None:
-    """See whether a method has a use for what is written.
+def check_method(module: DistillationModule, engine: Engine) -> None:
+    """Check that a method has a use for completions, and an engine what the method needs.
 
     Raises:
-        ValueError: If it learns from the data's completions alone.
+        ValueError: If the method learns from the data's completions alone, or needs log-probabilities
+            that the engine does not give.
     """
     if not (isinstance(module, TeacherModule) or module.needs_own_samples):
         raise ValueError(
             f"{type(module).__name__} learns the completions of the data, and on_policy would have it "
             "learn its own; leave on_policy out, or use a method with a teacher, such as GKD"
         )
+    if module.needs_own_samples:
+        check_log_probs(engine, type(module).__name__)
+
+
+def check_sampling(module: DistillationModule, options: GenerationOptions, *, always: bool) -> None:
+    """Check that a policy gradient gets samples of the student, and from its whole distribution.
+
+    Args:
+        module: The method.
+        options: How completions are sampled.
+        always: Does the student generate every window?
+
+    Raises:
+        ValueError: If it does not.
+    """
+    name = type(module).__name__
+    if module.needs_own_samples and not always:
+        raise ValueError(f"{name} learns only from what the student has sampled; set lmbda: 1")
+    if module.needs_own_samples and options.truncates:
+        raise ValueError(
+            f"{name} weighs tokens by how likely they were to be sampled, "
+            "which top_k, top_p and greedy decoding distort; sample with a temperature above "
+            f"0, top_k: 0, top_p: 1 and num_beams: 1 (got {options})"
+        )
+    sampling = options.temperature
+    if isinstance(module, PolicyGradientModule) and module.temperature != sampling:
+        raise ValueError(
+            f"completions are sampled at temperature {sampling}, but {name} "
+            f"trains the student at {module.temperature}, which is another distribution; "
+            "set model.temperature and on_policy.generation.temperature to the same value"
+        )
 
 
 def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data: bool) -> None:
-    """See whether prompts and completions fit into the models' positions.
+    """Check that prompts and completions fit into the models' positions.
 
     Args:
         module: Has the models, and the trainer whose data is read.
@@ -144,7 +185,7 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
 
 
 def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) -> None:
-    """See whether a window can be written.
+    """Check that a window can be generated.
 
     Raises:
         ValueError: If rows have no prompts, or groups do not fill a window.

@@ -1,4 +1,4 @@
-"""Written completions for people to read: a JSONL file, a table in TensorBoard."""
+"""Generated completions for people to read: a JSONL file, a table in TensorBoard."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from lightning_kd.strategies import adapter_of
 
 
 class RolloutRecords:
-    """Where written completions are kept.
+    """Where generated completions are kept.
 
     Args:
         table_every: Optimizer steps between tables; 0 for none.
@@ -103,9 +103,9 @@ class RolloutRecords:
 
 
 def _records(batch: Batch, module: DistillationModule, window: int) -> list[dict[str, Any]]:
-    written = batch["completion_mask"]
+    generated = batch["completion_mask"]
     # What is neither padding nor completion.
-    prompts = real_tokens(batch["input_ids"], batch["attention_mask"].bool() & ~written)
+    prompts = real_tokens(batch["input_ids"], batch["attention_mask"].bool() & ~generated)
     return [
         {
             "window": window,
@@ -122,7 +122,7 @@ def _records(batch: Batch, module: DistillationModule, window: int) -> list[dict
             batch["prompt"],
             completion_texts(batch, module.tokenizer),
             prompts,
-            real_tokens(batch["input_ids"], written),
+            real_tokens(batch["input_ids"], generated),
             strict=True,
         )
     ]

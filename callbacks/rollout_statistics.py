@@ -1,4 +1,4 @@
-"""What written completions look like, and what writing them costs."""
+"""What generated completions look like, and what generating them costs."""
 
 import time
 from collections.abc import Sequence
@@ -29,16 +29,18 @@ class RolloutStatistics:
     def begin(self) -> None:
         """Start the clock of a window."""
         self._started = time.perf_counter()
-        self._written: dict[str, Tensor] = {}
+        self._generated: dict[str, Tensor] = {}
         self._seconds = 0.0
 
-    def add(self, written: Completions, seconds: float) -> None:
-        """Take in what was written, and the time it took."""
-        rows = [ids[mask] for ids, mask in zip(written.ids.cpu(), written.mask.cpu(), strict=True)]
+    def add(self, generated: Completions, seconds: float) -> None:
+        """Take in completions, and the time that generating them took."""
+        rows = [
+            ids[mask] for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
+        ]
         self._seconds = seconds
-        self._written = {
-            "lengths": written.mask.sum(-1).double(),
-            "ended": written.ended.double(),
+        self._generated = {
+            "lengths": generated.mask.sum(-1).double(),
+            "ended": generated.ended.double(),
             "distinct_1": torch.tensor(distinct(rows, 1)),
             "distinct_2": torch.tensor(distinct(rows, 2)),
         }
@@ -46,25 +48,25 @@ class RolloutStatistics:
     def state_dict(self) -> dict[str, Any]:
         """The window so far, for a checkpoint in the middle of it."""
         elapsed = time.perf_counter() - self._started
-        return {"written": self._written, "seconds": self._seconds, "elapsed": elapsed}
+        return {"generated": self._generated, "seconds": self._seconds, "elapsed": elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on with a window; the time until now is not its own."""
         self._started = time.perf_counter() - state["elapsed"]
-        self._written, self._seconds = state["written"], state["seconds"]
+        self._generated, self._seconds = state["generated"], state["seconds"]
 
-    def end(self, trainer: L.Trainer, own: bool, steps: int) -> None:
+    def end(self, trainer: L.Trainer, on_policy: bool, steps: int) -> None:
         """Log the window that ends with this optimizer step, where one of its steps is logged."""
         last = trainer.global_step
         if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
-        values = {"own": torch.tensor(float(own))}
-        if self._written:
-            values |= self._of_written(trainer)
+        values = {"on_policy": torch.tensor(float(on_policy))}
+        if self._generated:
+            values |= self._of_generated(trainer)
         publish(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
 
-    def _of_written(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        own = torch.stack([self._written["lengths"], self._written["ended"]])
+    def _of_generated(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        own = torch.stack([self._generated["lengths"], self._generated["ended"]])
         everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
         lengths_of_all, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
         elapsed = time.perf_counter() - self._started
@@ -79,8 +81,8 @@ class RolloutStatistics:
             "length_max": lengths_of_all.max(),
             "eos_rate": ended.mean(),
             "truncation_rate": 1 - ended.mean(),
-            "distinct_1": self._written["distinct_1"],
-            "distinct_2": self._written["distinct_2"],
+            "distinct_1": self._generated["distinct_1"],
+            "distinct_2": self._generated["distinct_2"],
             "tokens_per_second": lengths_of_all.sum() / self._seconds,
             "time_share": torch.tensor(self._seconds / elapsed),
         }

@@ -25,7 +25,15 @@ from lightning_kd.divergences import (
     register_divergence,
 )
 from lightning_kd.fused import fused_linear_divergence
-from lightning_kd.generation import GenerationOptions, SamplingOptions
+from lightning_kd.generation import (
+    CachedSampler,
+    Completions,
+    Engine,
+    GenerationOptions,
+    Prompts,
+    SamplingOptions,
+    TransformersEngine,
+)
 from lightning_kd.models import DenseLogits, FusedLogits, LoRA, ModelSpec, StudentSpec
 from lightning_kd.modules import (
     GKD,
@@ -67,7 +75,9 @@ __all__ = [
     "BabyLlama",
     "Batch",
     "BatchMean",
+    "CachedSampler",
     "ChatData",
+    "Completions",
     "Constant",
     "ConstantLength",
     "Cosine",
@@ -77,6 +87,7 @@ __all__ = [
     "DistillationModule",
     "Divergence",
     "DocumentData",
+    "Engine",
     "FSDP1Strategy",
     "FSDP2Strategy",
     "FusedLogits",
@@ -94,6 +105,7 @@ __all__ = [
     "PackedTextData",
     "Paper",
     "PromptCompletionData",
+    "Prompts",
     "PromptsAndText",
     "RLDistillation",
     "Resumable",
@@ -108,6 +120,7 @@ __all__ = [
     "TeacherEnsemble",
     "TeacherModule",
     "TokenMean",
+    "TransformersEngine",
     "WarmupCosine",
     "arithmetic_tokenizer",
     "available_divergences",

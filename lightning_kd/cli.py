@@ -79,7 +79,7 @@ class DistillationCLI(LightningCLI):
             "--on_policy",
             type=OnPolicyGeneration | None,
             default=None,
-            help="Who writes the completions; only the data set when not given.",
+            help="Which model generates the completions. Defaults to those of the data set.",
         )
 
     def _prepare_subcommand_parser(
@@ -121,7 +121,7 @@ class DistillationCLI(LightningCLI):
             kwargs["logger"], self.save_config_callback = kept, None
         on_policy = self._get(self.config_init, "on_policy")
         if on_policy is not None:
-            # Behind the others, so that a clock that starts with a step counts the writing.
+            # Behind the others, so that a clock that starts with a step counts generation.
             kwargs["callbacks"] = [*_listed(trainer["callbacks"]), on_policy]
         plugins = _listed(trainer["plugins"])
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):

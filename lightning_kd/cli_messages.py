@@ -1,5 +1,6 @@
 """What the command line says of an error: a few lines that help."""
 
+import inspect
 import re
 import sys
 import traceback
@@ -29,6 +30,7 @@ class ShortErrors(ArgumentParser):
         """Print the lines of ``message`` that help, and exit."""
         text, names = shorten(message), unknown_names(message)
         lines = [text, *(suggestion(name, self._options(), sys.argv[1:]) for name in names)]
+        lines += classes_to_choose(message)
         given = [f".{word}" for word in re.findall(r"[\w.]+", " ".join(sys.argv))]
         elsewhere = [n for n in names if not any(word.endswith(f".{n}") for word in given)]
         if elsewhere or re.match("Problems parsing config|Unexpected config", text):
@@ -108,6 +110,35 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         return f"{full}: did you mean {' or '.join(before + option for option in meant)}?"
     choices = beside or sorted(o for o in options if "." not in o)
     return f"{full}: the choices are {', '.join(before + option for option in choices)}"
+
+
+def classes_to_choose(message: str) -> list[str]:
+    """Return a line with the classes of this library that an unknown name may stand for.
+
+    Example:
+        >>> import lightning_kd
+        >>> classes_to_choose('''Subtypes: [<class 'lightning_kd.generation.engine.Engine'>]
+        ...     - Expected a dot import path string: cached''')
+        ['choose CachedSampler or TransformersEngine, or give the import path of your own']
+    """
+    if "Expected a dot import path string" not in message:
+        return []
+    bases = re.findall(r"<class '(lightning_kd[\w.]*)\.(\w+)'>", message)
+    found: set[type] = set()
+    for module, name in bases:
+        waiting = [getattr(sys.modules.get(module), name, None)]
+        while waiting:
+            each = waiting.pop()
+            if isinstance(each, type) and each not in found:
+                found.add(each)
+                waiting += each.__subclasses__()
+    own = [
+        c for c in found if not inspect.isabstract(c) and c.__module__.startswith("lightning_kd")
+    ]
+    names = sorted(c.__name__ for c in own)
+    if not names:
+        return []
+    return [f"choose {' or '.join(names)}, or give the import path of your own"]
 
 
 def shorten(message: str) -> str:

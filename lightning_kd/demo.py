@@ -124,7 +124,7 @@ def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModu
 
 
 def _writing(name: str) -> list[Callback]:
-    """Who writes for a student; the data set where nobody is named."""
+    """Which model generates for a student; the data set where none is named."""
     generation = SamplingOptions(max_new_tokens=6)
     if name == "GKD":
         return [OnPolicyGeneration(generation=generation)]

@@ -456,6 +456,26 @@ TABLE = {
         ("sft", ["--on_policy.lmbda", "1"]),
         ["SFT learns the completions of the data", "GKD"],
     ),
+    "engine of old": (
+        gkd("--on_policy.engine", "transformers"),
+        ["engine", "transformers", "choose CachedSampler or TransformersEngine"],
+    ),
+    "engine of the module": (
+        [*KD, "--model.engine", "cached"],
+        ["cached", "choose CachedSampler or TransformersEngine"],
+    ),
+    "engine among the options": (
+        gkd("--on_policy.generation.engine", "cached"),
+        ["'engine' is not accepted", "max_new_tokens"],
+    ),
+    "engine without beams": (
+        [*KD, "--model.engine", "CachedSampler", "--model.generation.num_beams", "2"],
+        ["CachedSampler has no beam search", "TransformersEngine"],
+    ),
+    "engine without mixtures": (
+        gkd("--on_policy.engine", "TransformersEngine", "--on_policy.mixture_alpha", "0.2"),
+        ["TransformersEngine cannot sample from a mixture", "CachedSampler"],
+    ),
     "no group": (gkd("--on_policy.group_size", "0"), ["group_size", "0"]),
     "odd group": (
         gkd("--on_policy.group_size", "3", "--data.batch_size", "4"),

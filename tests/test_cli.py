@@ -212,7 +212,7 @@ def test_on_policy_methods_run_from_their_configs(cli, teacher, config):
     fit_ += ["--trainer.max_steps", 16, "--trainer.val_check_interval", 16]
     cli(*fit_, "--data.batch_size", 8, "--on_policy.path", "rollouts.jsonl")
     names = set(scalars("runs").Tags()["scalars"])
-    assert {"train/loss", "rollout/own", "rollout/length_mean", "rollout/eos_rate"} <= names
+    assert {"train/loss", "rollout/on_policy", "rollout/length_mean", "rollout/eos_rate"} <= names
     assert {"val/loss", "val/reverse_kl"} <= names
     assert len(Path("rollouts.jsonl").read_text().splitlines()) >= 32
     if not ON_POLICY[config]:  # with a student that was trained before
@@ -417,6 +417,16 @@ def test_how_logits_come_about_by_flags(cli, teacher, logits):
     )
     saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
     assert saved["model"]["init_args"]["logits_backend"]["class_path"].endswith(logits[0])
+
+
+def test_engines_by_flags(cli, teacher):
+    config = ["gkd", "--model.teacher.name_or_path", teacher]
+    engines = [("on_policy", "TransformersEngine"), ("model", "CachedSampler")]
+    cli(*fit(*config, *(x for name, engine in engines for x in (f"--{name}.engine", engine))))
+    saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    options = {name: saved[name]["init_args"] for name, _ in engines}
+    for name, engine in engines:
+        assert options[name]["engine"]["class_path"].endswith(engine)
 
 
 def test_adapters_of_a_student_in_shards_are_merged_into_the_export(teacher):

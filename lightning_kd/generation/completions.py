@@ -1,4 +1,4 @@
-"""Masks and texts of what a model wrote."""
+"""Masks and texts of what a model generated."""
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
@@ -11,37 +11,64 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Completions:
-    """What a model wrote after each prompt, padded on the right."""
+    """What a model generated after each prompt, padded on the right."""
 
     ids: Tensor
     """Tokens, ``(B, R)``."""
     mask: Tensor
     """True up to and including the first EOS, ``(B, R)``."""
-    log_probs: Tensor
-    """Log-probability of each token under its writer (of a mixture: the student) at the sampling
-    temperature, before top-k and top-p, ``(B, R)``; 0 outside the mask. Greedy: at temperature 1."""
-    sampling_log_probs: Tensor
+    log_probs: Tensor | None
+    """Log-probability of each token under the generating model (of a mixture: the student) at the
+    sampling temperature, before top-k and top-p, ``(B, R)``; 0 outside the mask. Greedy: at
+    temperature 1. None where the engine gives none."""
+    sampling_log_probs: Tensor | None
     """The same under what it was drawn from: other numbers only where two models were mixed."""
     ended: Tensor
     """True where the completion ends with an EOS, ``(B,)``; the others were cut at their longest."""
 
     def rows(self, chosen: slice) -> "Completions":
         """The completions of some rows."""
-        return Completions(*(getattr(self, f.name)[chosen] for f in fields(self)))
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Completions(*(None if value is None else value[chosen] for value in values))  # type: ignore[arg-type]
+
+    @classmethod
+    def of_tokens(
+        cls,
+        tokens: Sequence[Sequence[int]],
+        *,
+        eos_ids: Collection[int],
+        pad_id: int,
+        device: torch.device | None = None,
+    ) -> "Completions":
+        """Return completions without log-probabilities, from the tokens of each row.
+
+        Example:
+            >>> Completions.of_tokens([[5, 2], [6, 7, 8]], eos_ids={2}, pad_id=0).ended
+            tensor([ True, False])
+        """
+        width = max(len(row) for row in tokens)
+        rows = [[*row, *[pad_id] * (width - len(row))] for row in tokens]
+        ids = torch.tensor(rows, dtype=torch.long, device=device)
+        lengths = torch.tensor([len(row) for row in tokens], device=device)
+        real = torch.arange(width, device=device) < lengths[:, None]
+        mask = completion_mask(ids, eos_ids) & real
+        return cls(ids, mask, None, None, (is_end(ids, eos_ids) & mask).any(-1))
 
     @classmethod
     def join(cls, parts: Sequence["Completions"], pad_id: int) -> "Completions":
         """Completions of several batches as those of one."""
         longest = max(part.ids.shape[1] for part in parts)
 
-        def column(name: str) -> Tensor:
+        def column(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]
+            if values[0] is None:
+                return None
             fill = pad_id if name == "ids" else 0
             if values[0].ndim > 1:
                 values = [F.pad(v, (0, longest - v.shape[1]), value=fill) for v in values]
             return torch.cat(values)
 
-        return cls(*(column(f.name) for f in fields(cls)))
+        return cls(**{f.name: column(f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The completions as text, without special tokens."""
@@ -55,7 +82,7 @@ def completion_mask(completion_ids: Tensor, eos_ids: Collection[int]) -> Tensor:
     """True up to and including the first EOS of each row, ``(B, R) -> (B, R)``.
 
     It is computed from where the EOS stands, never from ``ids != pad``: for many tokenizers the two
-    are the same token, and the EOS belongs to what the model wrote.
+    are the same token, and the EOS belongs to what the model generated.
 
     Example:
         >>> completion_mask(torch.tensor([[5, 2, 2], [2, 2, 2], [5, 6, 7]]), {2}).int()

@@ -69,7 +69,7 @@ class Decoder:
         if self._cache is None:
             raise ValueError(
                 f"{type(self.model).__name__} keeps no key-value cache; choose engine: "
-                "transformers for its completions"
+                "TransformersEngine for its completions"
             )
         logits: Tensor = output.logits[:, -1]
         return logits if logits.dtype == torch.float64 else logits.float()

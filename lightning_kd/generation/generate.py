@@ -1,18 +1,43 @@
-"""One way to ask for completions, whoever writes them."""
+"""The one call by which the library has completions generated, whatever the engine."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.generation.checkpoint_config import say_what_is_ignored
 from lightning_kd.generation.completions import Completions
-from lightning_kd.generation.huggingface import generate_with_transformers
+from lightning_kd.generation.engine import (
+    Engine,
+    Prompts,
+    check_completions,
+    check_engine,
+)
 from lightning_kd.generation.options import GenerationOptions
-from lightning_kd.generation.sampler import sample
+from lightning_kd.generation.sampler import CachedSampler
+from lightning_kd.generation.transformers_engine import TransformersEngine
 from lightning_kd.models.positions import check_length
 from lightning_kd.tokenization import end_of_sequence_ids, padding_id
+
+
+def engine_for(
+    options: GenerationOptions, engine: Engine | None, *, mixture: bool = False
+) -> Engine:
+    """Return an engine that can do what is asked for.
+
+    Args:
+        options: Length and sampling.
+        engine: The one that was chosen. Defaults to :class:`TransformersEngine` for beam search and
+            to :class:`CachedSampler` otherwise.
+        mixture: Is a mixture of two models sampled from?
+
+    Raises:
+        ValueError: If the engine has no beam search or no mixtures, and they are asked for.
+    """
+    if engine is None:
+        engine = TransformersEngine() if options.num_beams > 1 else CachedSampler()
+    check_engine(engine, options, mixture=mixture)
+    return engine
 
 
 def generate(
@@ -23,6 +48,7 @@ def generate(
     options: GenerationOptions,
     *,
     seeds: Sequence[int],
+    engine: Engine | None = None,
     mixed_with: tuple[PreTrainedModel, float] | None = None,
     width: int | None = None,
 ) -> Completions:
@@ -33,34 +59,30 @@ def generate(
         tokenizer: Gives the EOS; those of the model's generation config end a completion too.
         prompt_ids: Prompts padded on the left, ``(B, P)``.
         prompt_mask: 1 on real tokens, ``(B, P)``.
-        options: Length, sampling and engine.
+        options: Length and sampling.
         seeds: One for each row.
+        engine: What generates. Defaults to that of :func:`engine_for`.
         mixed_with: Another model and its share in the distribution that is sampled from.
-        width: Tokens from here on are never written: those that a teacher does not know.
+        width: Tokens from here on are never generated: those that a teacher does not know.
 
     Raises:
-        ValueError: If a mixture is asked for with options that have none, or prompts and completions
-            could be longer than the models can read.
+        ValueError: If the engine cannot do what is asked for, or prompts and completions could be
+            longer than the models can read.
     """
-    writers = [model] if mixed_with is None else [model, mixed_with[0]]
+    engine = engine_for(options, engine, mixture=mixed_with is not None)
+    share = 0.0 if mixed_with is None else mixed_with[1]
+    models = [(model, 1 - share), *([] if mixed_with is None else [mixed_with])]
     longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
-    for writer in writers:
-        check_length({type(writer).__name__: writer}, longest, "prompts and max_new_tokens")
-        say_what_is_ignored(writer)
-    engine = options.engine
-    if engine == "auto":
-        engine = "transformers" if options.num_beams > 1 else "cached"
-    if engine == "transformers" and mixed_with is not None:
-        raise ValueError("a mixture of two models needs engine: cached and num_beams: 1")
-    ends: dict[str, Any] = {
-        "eos_ids": end_of_sequence_ids(model, tokenizer),
-        "pad_id": padding_id(tokenizer),
-        "seeds": seeds,
-        "width": width,
-    }
-    if engine == "transformers":
-        return generate_with_transformers(model, prompt_ids, prompt_mask, options, **ends)
-    if mixed_with is None:
-        return sample([(model, 1.0)], prompt_ids, prompt_mask, options, **ends)
-    mixture = [(model, 1 - mixed_with[1]), mixed_with]
-    return sample(mixture, prompt_ids, prompt_mask, options, **ends)
+    for each, _ in models:
+        check_length({type(each).__name__: each}, longest, "prompts and max_new_tokens")
+        say_what_is_ignored(each)
+    prompts = Prompts(
+        prompt_ids,
+        prompt_mask,
+        eos_ids=frozenset(end_of_sequence_ids(model, tokenizer)),
+        pad_id=padding_id(tokenizer),
+        width=width,
+    )
+    completions = engine.generate(prompts, options, seeds=seeds, models=models)
+    check_completions(engine, prompts, completions)
+    return completions

@@ -1,9 +1,6 @@
-"""How completions are written."""
+"""How completions are generated."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-Engine = Literal["auto", "cached", "transformers"]
 
 _MOST_TOKENS = 2**24
 _MOST_BEAMS = 1000
@@ -11,7 +8,7 @@ _MOST_BEAMS = 1000
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How completions are written: by these values alone.
+    """How completions are generated: by these values alone.
 
     Nothing that a checkpoint's generation config asks for (``repetition_penalty``, ``min_p``,
     ``suppress_tokens``, a temperature of its own, ...) is done, by any engine: samples come from the
@@ -25,9 +22,6 @@ class GenerationOptions:
         top_p: When sampling, keep the smallest set of tokens with this probability; 1 keeps all.
         num_beams: Width of beam search; 1 is none. Kim and Rush (2016) use 5 for the texts of
             sequence-level distillation.
-        engine: ``cached`` is the library's own sampler: a row's text depends on its seed alone, never
-            on the batch it is in. ``transformers`` is ``model.generate``, for models without a
-            key-value cache. ``auto`` takes the second for beam search and the first otherwise.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -38,7 +32,6 @@ class GenerationOptions:
     top_k: int = 0
     top_p: float = 1.0
     num_beams: int = 1
-    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -56,19 +49,13 @@ class GenerationOptions:
                 1 <= self.num_beams <= _MOST_BEAMS,
                 f"1 or more, and at most {_MOST_BEAMS:,}",
             ),
-            ("engine", self.engine in get_args(Engine), f"one of {get_args(Engine)}"),
         ):
             if not ok:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {expected}")
-        if self.num_beams > 1 and self.engine == "cached":
-            raise ValueError(
-                f"num_beams is {self.num_beams}, but engine: cached has no beam search; choose "
-                "auto or transformers"
-            )
 
     @property
     def truncates(self) -> bool:
-        """Can a token that the model may write never be drawn?"""
+        """Can a token that the model may generate never be drawn?"""
         return self.temperature == 0 or self.top_k > 0 or self.top_p < 1 or self.num_beams > 1
 
 

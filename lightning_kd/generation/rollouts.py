@@ -1,4 +1,4 @@
-"""From what was written to a batch that is trained on."""
+"""From completions to a batch that is trained on."""
 
 from typing import Literal
 
@@ -29,7 +29,7 @@ def rollout_batch(
 
     Returns:
         A new batch, prompts and completions padded on the right. ``log_probs`` and
-        ``sampling_log_probs`` stand where their tokens stand.
+        ``sampling_log_probs`` stand where their tokens stand, if the completions have them.
     """
     mask = batch["prompt_mask"]
     starts, lengths = mask.sum(-1), completions.mask.sum(-1)
@@ -40,32 +40,35 @@ def rollout_batch(
         max=mask.shape[1] + completions.ids.shape[1] - 1
     )
     real = place < (starts + lengths)[:, None]
-    written = real & (place >= starts[:, None])
+    generated = real & (place >= starts[:, None])
     lost = ~completions.ended & (truncation != "keep")
-    labeled = written & ~lost[:, None]
+    labeled = generated & ~lost[:, None]
 
     def scattered(of_prompt: Tensor, of_completion: Tensor, fill: float, where: Tensor) -> Tensor:
         values = torch.cat([of_prompt, of_completion], -1).gather(-1, source)
         return values.masked_fill(~where, fill)
 
     ids = scattered(batch["prompt_ids"], completions.ids, pad_id, real)
-    zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)
     rewritten: Batch = {
         **batch,
         "input_ids": ids,
         "attention_mask": real.long(),
         "labels": ids.masked_fill(~labeled, IGNORE_INDEX),
-        "completion_mask": written,
-        "log_probs": scattered(zeros, completions.log_probs, 0, labeled),
-        "sampling_log_probs": scattered(zeros, completions.sampling_log_probs, 0, labeled),
+        "completion_mask": generated,
     }
+    if completions.log_probs is not None and completions.sampling_log_probs is not None:
+        zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)
+        rewritten["log_probs"] = scattered(zeros, completions.log_probs, 0, labeled)
+        rewritten["sampling_log_probs"] = scattered(
+            zeros, completions.sampling_log_probs, 0, labeled
+        )
     if truncation == "drop":
         rewritten["row"] = batch["row"].masked_fill(lost, FILLER_ROW)
     return rewritten
 
 
 def completion_texts(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What was written in each row, without special tokens."""
+    """The completion of each row as text, without special tokens."""
     return [
         tokenizer.decode(ids[mask], skip_special_tokens=True)
         for ids, mask in zip(batch["input_ids"].cpu(), batch["completion_mask"].cpu(), strict=True)

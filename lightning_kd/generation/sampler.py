@@ -12,6 +12,7 @@ from lightning_kd.collectives import any_process
 from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating
+from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.models.sharding import is_sharded
 
@@ -23,8 +24,39 @@ _DRAWN_AT_ONCE = 256
 """Random numbers of a row that are drawn together."""
 
 
+class CachedSampler(Engine):
+    """The library's own batched sampler, with a key-value cache.
+
+    A row's completion depends on its prompt and seed alone, never on the batch it is in.
+    """
+
+    gives_log_probs = True
+    mixes_models = True
+    seeds_rows = True
+
+    def generate(
+        self,
+        prompts: Prompts,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        models: Sequence[tuple[PreTrainedModel, float]],
+    ) -> Completions:
+        """Generate with one model or a mixture; see :func:`sample`."""
+        return sample(
+            models,
+            prompts.ids,
+            prompts.mask,
+            options,
+            eos_ids=prompts.eos_ids,
+            pad_id=prompts.pad_id,
+            seeds=seeds,
+            width=prompts.width,
+        )
+
+
 def sample(
-    writers: Sequence[tuple[PreTrainedModel, float]],
+    models: Sequence[tuple[PreTrainedModel, float]],
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     options: GenerationOptions,
@@ -36,25 +68,25 @@ def sample(
 ) -> Completions:
     r"""Complete prompts, each row from its own random numbers.
 
-    With several writers, a token is drawn from :math:`\tilde p = \sum_k w_k p_k`, each at the
+    With several models, a token is drawn from :math:`\tilde p = \sum_k w_k p_k`, each at the
     sampling temperature and each with its own cache (MiniLLM, Eq. 4). Where a model is in shards,
-    all processes write together, and each goes on until the last one has ended.
+    all processes generate together, and each goes on until the last one has ended.
 
     Args:
-        writers: Models and their weights in the mixture. Log-probabilities are those of the first.
+        models: Models and their weights in the mixture. Log-probabilities are those of the first.
         prompt_ids: Prompts padded on the left, ``(B, P)``.
         prompt_mask: 1 on real tokens, ``(B, P)``.
         options: Length and sampling.
         eos_ids: Tokens that end a completion.
         pad_id: Fills up rows that have ended.
-        seeds: One for each row. A row's text depends on its prompt and its seed, not on its batch.
-        width: Tokens from here on are never drawn; the narrowest model's vocabulary when not given.
+        seeds: One for each row. A completion depends on its prompt and its seed, not on its batch.
+        width: Tokens from here on are never drawn. Defaults to the narrowest model's vocabulary.
 
     Raises:
         ValueError: If a mixture is to be sampled greedily or from part of its vocabulary.
     """
-    models = [model for model, _ in writers]
-    if len(models) > 1 and options.truncates:
+    mixed = [model for model, _ in models]
+    if len(mixed) > 1 and options.truncates:
         raise ValueError(
             f"teacher-mixed sampling with temperature {options.temperature}, top_k "
             f"{options.top_k} and top_p {options.top_p}: what one model cuts off, the other may "
@@ -63,28 +95,28 @@ def sample(
         )
     rows, longest = len(prompt_ids), options.max_new_tokens
     uniforms = _Uniforms(seeds, prompt_ids.device)
-    # A column for each token that is written: a limit that is never reached takes no memory.
+    # A column for each token that is generated: a limit that is never reached takes no memory.
     ids: list[Tensor] = []
-    own: list[Tensor] = []
-    drawn_from: list[Tensor] = []
-    together = any(is_sharded(model) for model in models)
+    log_probs_of_first: list[Tensor] = []
+    log_probs_of_mixture: list[Tensor] = []
+    together = any(is_sharded(model) for model in mixed)
     # The whole weights of a shard are allocated once, and the backward pass would refuse them.
     mode = torch.no_grad() if together else torch.inference_mode()
-    with evaluating(*models), mode:
-        decoders = [Decoder(model, prompt_ids, prompt_mask) for model in models]
-        writing = torch.arange(rows, device=prompt_ids.device)
-        ended = torch.zeros_like(writing, dtype=torch.bool)
+    with evaluating(*mixed), mode:
+        decoders = [Decoder(model, prompt_ids, prompt_mask) for model in mixed]
+        active = torch.arange(rows, device=prompt_ids.device)
+        ended = torch.zeros_like(active, dtype=torch.bool)
         for place in range(longest):
-            of_first, of_mixture = _next_token(decoders, [w for _, w in writers], options, width)
-            tokens = _draw(of_mixture, uniforms.at(place)[writing], options)
+            of_first, of_mixture = _next_token(decoders, [w for _, w in models], options, width)
+            tokens = _draw(of_mixture, uniforms.at(place)[active], options)
             going, chosen = ~ended, tokens[:, None]
             for columns, values, fill in (
                 (ids, tokens, pad_id),
-                (own, of_first.gather(-1, chosen)[:, 0], 0),
-                (drawn_from, of_mixture.gather(-1, chosen)[:, 0], 0),
+                (log_probs_of_first, of_first.gather(-1, chosen)[:, 0], 0),
+                (log_probs_of_mixture, of_mixture.gather(-1, chosen)[:, 0], 0),
             ):
                 column = values.new_full((rows,), fill)
-                column[writing[going]] = values[going]
+                column[active[going]] = values[going]
                 columns.append(column)
             ended = ended | is_end(tokens, eos_ids)
             idle = int(ended.sum())
@@ -101,14 +133,15 @@ def sample(
                 for decoder in decoders:
                     decoder.keep(kept)
                     decoder.logits = decoder.logits[kept]
-                writing, ended = writing[kept], ended[kept]
-    for model in models:
+                active, ended = active[kept], ended[kept]
+    for model in mixed:
         leave_inference_mode(model)
     # Outside of inference mode, where stacking makes ordinary tensors that can be trained on.
-    written, log_probs, sampling_log_probs = (torch.stack(c, 1) for c in (ids, own, drawn_from))
-    mask = completion_mask(written, eos_ids)
-    ended_rows = (is_end(written, eos_ids) & mask).any(-1)
-    return Completions(written, mask, log_probs, sampling_log_probs, ended_rows)
+    columns_of_rows = (ids, log_probs_of_first, log_probs_of_mixture)
+    generated, log_probs, sampling_log_probs = (torch.stack(c, 1) for c in columns_of_rows)
+    mask = completion_mask(generated, eos_ids)
+    ended_rows = (is_end(generated, eos_ids) & mask).any(-1)
+    return Completions(generated, mask, log_probs, sampling_log_probs, ended_rows)
 
 
 def _next_token(

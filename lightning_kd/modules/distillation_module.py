@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch
 from lightning_kd.evaluation import DistributionMetrics
-from lightning_kd.generation import GenerationOptions
+from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules.half_precision import ScaledSumModule
@@ -50,12 +50,12 @@ class DistillationModule(ScaledSumModule):
         tokenizer: Directory or hub name; the data module's when not given.
         normalization: What the loss is divided by: ``token``, ``sequence``, ``batch``, or an
             instance of a :class:`~lightning_kd.normalization.Normalization`.
-        optimizer: Built from the student's trainable weights; vectors (biases, norms) get no weight
-            decay.
+        optimizer: Built from the student's trainable weights; biases and norms get no weight decay.
         lr_scheduler: Stepped once per optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau``
             with a ``monitor`` of validation once per validation.
         logits_backend: Defaults to :class:`~lightning_kd.models.FusedLogits`, a chunk at a time.
-        generation: How completions are written in ``predict`` and for samples.
+        generation: How completions are generated in ``predict``.
+        engine: What generates there and samples; see ``StudentModule`` for the default.
 
     Raises:
         ValueError: If a value is out of its range, before any model is loaded.
@@ -85,8 +85,9 @@ class DistillationModule(ScaledSumModule):
         lr_scheduler: LRSchedulerCallable | None = None,
         logits_backend: LogitsBackend | None = None,
         generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(student=student, tokenizer=tokenizer, generation=generation)
+        super().__init__(student=student, tokenizer=tokenizer, generation=generation, engine=engine)
         self.normalization = make_normalization(normalization)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.logits_backend = logits_backend or FusedLogits()

@@ -18,10 +18,10 @@ class GKD(TeacherModule):
     .. math:: L = (1 - \lambda)\, E_{(x, y) \sim data}\bigl[D(p \| q)(y | x)\bigr]
         + \lambda\, E_{x}\, E_{y \sim q(\cdot | x)}\bigl[D(p \| q)(y | x)\bigr]
 
-    with no gradient through the sampling. Who writes is the business of the callback
+    with no gradient through the sampling. What generates is the business of the callback
     :class:`~lightning_kd.callbacks.OnPolicyGeneration`: its ``lmbda`` is :math:`\lambda`, its
-    ``temperature`` the sampling temperature, and with ``otherwise: teacher`` the teacher writes what
-    the student does not. Without the callback it is supervised distillation.
+    ``temperature`` the sampling temperature, and with ``off_policy: teacher`` the teacher generates
+    what the student does not. Without the callback it is supervised distillation.
 
     Args:
         divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`; the

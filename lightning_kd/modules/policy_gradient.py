@@ -204,7 +204,7 @@ class PolicyGradientModule(TeacherModule):
         """
         if key not in batch:
             raise ValueError(
-                f"{type(self).__name__} learns from what the student writes, and this batch is the "
+                f"{type(self).__name__} learns from what the student generates, and this batch is the "
                 "data's: add the callback OnPolicyGeneration with lmbda: 1"
             )
         values: Tensor = batch[key]  # type: ignore[literal-required]

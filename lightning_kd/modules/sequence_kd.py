@@ -10,17 +10,17 @@ from lightning_kd.teachers import LocalTeacher
 
 
 class SequenceKD(SFT):
-    r"""Maximum likelihood of completions that the teacher wrote.
+    r"""Maximum likelihood of completions that the teacher generated.
 
-    Two commands: ``predict`` lets the *teacher* complete the prompts and writes texts and tokens as
+    Two commands: ``predict`` lets the *teacher* complete the prompts and saves texts and tokens as
     JSONL; ``fit`` on that file trains the student,
     :math:`\ell_t = -\log q(\hat y_t \mid \hat y_{<t}, x)` with :math:`\hat y \sim p(\cdot \mid x)`,
-    on the tokens as the teacher wrote them: an end is learned only where the teacher ended.
+    on the tokens as the teacher generated them: an end is learned only where the teacher ended.
 
     Args:
-        teacher: Writes the completions; only ``predict`` loads it.
+        teacher: Generates the completions; only ``predict`` loads it.
         base: The options of :class:`~lightning_kd.modules.DistillationModule`; ``generation`` says
-            how the teacher writes (the paper: beam search of width 5).
+            how the teacher generates (the paper: beam search of width 5).
 
     References:
         Kim and Rush, *Sequence-Level Knowledge Distillation*, EMNLP 2016, section 3.2.
@@ -34,7 +34,7 @@ class SequenceKD(SFT):
         self.teacher = teacher
 
     def setup(self, stage: str) -> None:
-        """Load the teacher where it writes."""
+        """Load the teacher where it generates."""
         super().setup(stage)
         if stage == "predict":
             if self.teacher.placement not in {"replicated", "sharded"}:
@@ -48,6 +48,6 @@ class SequenceKD(SFT):
             )
 
     @property
-    def writer(self) -> PreTrainedModel:
+    def generating_model(self) -> PreTrainedModel:
         """The teacher in ``predict``, the student everywhere else."""
         return self.teacher.models[0] if self.trainer.predicting else self.student

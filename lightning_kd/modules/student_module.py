@@ -1,4 +1,4 @@
-"""What every method has before it has a loss: a student, its tokenizer, and what it writes."""
+"""What every method has before it has a loss: a student, its tokenizer, and what it generates."""
 
 from typing import Any
 
@@ -9,7 +9,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
 from lightning_kd.checkpoints import RUN_KEY, compare_weights
-from lightning_kd.generation import Completions, GenerationOptions, generate
+from lightning_kd.generation import (
+    Completions,
+    Engine,
+    GenerationOptions,
+    engine_for,
+    generate,
+)
 from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import StudentSpec
 from lightning_kd.models.adapters import has_adapters
@@ -28,12 +34,14 @@ class StudentModule(Resumable, L.LightningModule):
     Args:
         student: The model that trains.
         tokenizer: Directory or hub name; the data module's when not given.
-        generation: How completions are written in ``predict`` and for samples.
+        generation: How completions are generated in ``predict``.
+        engine: What generates in ``predict`` and for samples. Defaults to ``CachedSampler``, to
+            ``TransformersEngine`` for beam search.
     """
 
     student: PreTrainedModel
 
-    may_change_on_resume = frozenset({"generation"})
+    may_change_on_resume = frozenset({"generation", "engine"})
 
     def __init__(
         self,
@@ -41,10 +49,14 @@ class StudentModule(Resumable, L.LightningModule):
         student: StudentSpec,
         tokenizer: str | None = None,
         generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
         super().__init__()
         self.student_spec = student
         self.generation = generation or GenerationOptions()
+        self.engine = engine
+        engine_for(self.generation, engine)
+        self._engine_updated_at: int | None = None
         self._tokenizer_name = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.resumption = Resumption(self)
@@ -67,6 +79,7 @@ class StudentModule(Resumable, L.LightningModule):
             ValueError: If the loss would be divided wrongly under it.
         """
         check_trainer(self.trainer)
+        self._engine_updated_at = None
         if stage == "fit":
             prepare_trainer(self.trainer)  # where a subclass has callbacks of its own
             self.resumption = Resumption(self)  # an earlier fit is none of this one's business
@@ -108,7 +121,10 @@ class StudentModule(Resumable, L.LightningModule):
         rewritten = any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         for split, (row, prompt) in longest_rows(self.trainer).items():
             if split == "predict":
-                length, models = prompt + self.generation.max_new_tokens, {"model": self.writer}
+                length, models = (
+                    prompt + self.generation.max_new_tokens,
+                    {"model": self.generating_model},
+                )
                 check_length(models, length, "prompts and max_new_tokens of predict")
             elif split != "train" or not rewritten:
                 check_length(self.models, row, f"{split} rows")
@@ -134,8 +150,8 @@ class StudentModule(Resumable, L.LightningModule):
         return self._tokenizer
 
     @property
-    def writer(self) -> PreTrainedModel:
-        """The model that writes completions."""
+    def generating_model(self) -> PreTrainedModel:
+        """The model that generates completions."""
         return self.student
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Completions:
@@ -145,12 +161,12 @@ class StudentModule(Resumable, L.LightningModule):
     def complete(
         self, batch: Batch, *, purpose: str, options: GenerationOptions | None = None
     ) -> Completions:
-        """Let :attr:`writer` complete the prompts of a batch.
+        """Complete the prompts of a batch with :attr:`generating_model`.
 
         Args:
             batch: Has prompts.
             purpose: With the run's seed and the row's number, it seeds each row's samples.
-            options: Instead of the module's own.
+            options: Defaults to the module's own.
 
         Raises:
             ValueError: If the batch has no prompts.
@@ -160,14 +176,25 @@ class StudentModule(Resumable, L.LightningModule):
                 "the data has no prompts to complete (packed text has none); use a data module "
                 "with prompts and completions"
             )
+        self._update_engine()
         return generate(
-            self.writer,
+            self.generating_model,
             self.tokenizer,
             batch["prompt_ids"],
             batch["prompt_mask"],
             options or self.generation,
             seeds=[derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()],
+            engine=self.engine,
         )
+
+    def _update_engine(self) -> None:
+        """Give the engine the student's weights, where they have changed since it last had them."""
+        step = self.global_step
+        if self.engine is None or self._engine_updated_at == step:
+            return
+        if self.generating_model is self.student:
+            self.engine.update(self.student)
+        self._engine_updated_at = step
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the arguments that a resumed run must not change; models as they were built."""
@@ -208,12 +235,12 @@ class StudentModule(Resumable, L.LightningModule):
         self.on_validation_start()
 
     def on_predict_start(self) -> None:
-        """The same before completions are written."""
+        """The same before completions are generated."""
         self.on_validation_start()
 
     @property
     def _uses_student(self) -> bool:
-        return not self.trainer.predicting or self.writer is self.student
+        return not self.trainer.predicting or self.generating_model is self.student
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which method this is, and what the run was told."""

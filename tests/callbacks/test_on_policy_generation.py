@@ -80,7 +80,7 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# Who writes.
+# Which model generates.
 
 
 def test_the_coin_is_the_ranks_own_to_nobody(tmp_path):
@@ -140,7 +140,7 @@ def test_the_student_and_the_teacher_write_what_they_would_write():
     options = {"generation": SamplingOptions(max_new_tokens=5, temperature=1e-4)}
     for writer, seed, settings in (
         ("student", 0, {"lmbda": 1.0}),
-        ("teacher", 1, {"lmbda": 0.0, "otherwise": "teacher"}),
+        ("teacher", 1, {"lmbda": 0.0, "off_policy": "teacher"}),
     ):
         _, seen = fit(GKD(**models()), steps=1, options=options | settings)
         model = tiny_llama(seed).eval()
@@ -398,7 +398,7 @@ def test_the_numbers_of_a_window_are_logged(tmp_path):
     values = {k: v.item() for k, v in lightning.callback_metrics.items() if "rollout/" in k}
     mask = seen.batches[-1]["completion_mask"]
     ended = ((seen.batches[-1]["input_ids"] == 1) & mask).any(-1).double().mean().item()
-    assert values["rollout/own"] == 1
+    assert values["rollout/on_policy"] == 1
     assert values["rollout/length_mean"] == pytest.approx(mask.sum(-1).double().mean().item())
     assert values["rollout/length_max"] == mask.sum(-1).max()
     assert values["rollout/eos_rate"] == pytest.approx(ended)
@@ -409,7 +409,7 @@ def test_the_numbers_of_a_window_are_logged(tmp_path):
     assert values["rollout/distinct_1"] == pytest.approx(len(tokens.unique()) / len(tokens))
     written = EventAccumulator(logger.log_dir, size_guidance={"tensors": 0, "histograms": 0})
     written.Reload()
-    assert [event.step for event in written.Scalars("rollout/own")] == [0, 1]
+    assert [event.step for event in written.Scalars("rollout/on_policy")] == [0, 1]
     (text,) = written.Tensors("rollout/samples/text_summary")
     table = text.tensor_proto.string_val[0].decode()
     assert table.count("\n") == 3
@@ -490,7 +490,7 @@ def two_teachers():
         ),
         (
             lambda: SFT(student=StudentSpec.of(tiny_llama(0))),
-            {"lmbda": 0.0, "otherwise": "teacher"},
+            {"lmbda": 0.0, "off_policy": "teacher"},
             "SFT learns the completions of the data",
         ),
         (
@@ -567,7 +567,7 @@ def test_a_policy_gradient_without_rollouts_is_refused():
     ("wrong", "message"),
     [
         ({"lmbda": 1.5}, "lmbda is 1.5; it is a share"),
-        ({"otherwise": "nobody"}, "unknown otherwise 'nobody'; choose one of"),
+        ({"off_policy": "nobody"}, "unknown off_policy 'nobody'; choose one of"),
         ({"truncated": "cut"}, "unknown truncated 'cut'"),
         ({"mixture_alpha": 1.0}, "mixture_alpha is 1.0"),
         ({"passes": 0}, "passes is 0"),

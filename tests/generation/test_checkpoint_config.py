@@ -10,13 +10,18 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM
 
-from lightning_kd.generation import GenerationOptions, generate
+from lightning_kd.generation import (
+    CachedSampler,
+    GenerationOptions,
+    TransformersEngine,
+    generate,
+)
 from lightning_kd.models import LoRA
 from tests.support.toys import letter_tokenizer, tiny_llama
 
 VOCABULARY, EOS = 5, 1
 PROMPT = torch.tensor([2, 3, 2])
-ENGINES = pytest.mark.parametrize("engine", ["cached", "transformers"])
+ENGINES = pytest.mark.parametrize("engine", [CachedSampler, TransformersEngine])
 
 ASKED = {
     "repetition_penalty": 8.0,
@@ -80,11 +85,17 @@ def enumerated(model, temperature=1.0):
     return result
 
 
-def written_by(model, count, **options):
+def generated_by(model, count, engine=None, **options):
     prompts = PROMPT.repeat(count, 1)
     options = GenerationOptions(max_new_tokens=2, **options)
     return generate(
-        model, tokenizer(), prompts, torch.ones_like(prompts), options, seeds=range(count)
+        model,
+        tokenizer(),
+        prompts,
+        torch.ones_like(prompts),
+        options,
+        seeds=range(count),
+        engine=engine and engine(),
     )
 
 
@@ -94,12 +105,16 @@ ALONE += ["no_repeat_ngram_size", "guidance_scale", "typical_p", "forced_eos_tok
 
 @pytest.mark.parametrize(
     ("engine", "name"),
-    [("cached", "all"), ("transformers", "all"), *(("transformers", name) for name in ALONE)],
+    [
+        (CachedSampler, "all"),
+        (TransformersEngine, "all"),
+        *((TransformersEngine, name) for name in ALONE),
+    ],
 )
 def test_samples_have_the_model_s_own_distribution_and_its_recorded_log_probs(engine, name):
     model = saved(ASKED if name == "all" else {name: ASKED[name]})
     expected, count = enumerated(model), 3000
-    written = written_by(model, count, temperature=1.0, engine=engine)
+    written = generated_by(model, count, temperature=1.0, engine=engine)
     seen = dict.fromkeys(expected, 0)
     for ids, mask, log_probs in zip(written.ids, written.mask, written.log_probs, strict=True):
         completion = tuple(ids[mask].tolist())
@@ -118,11 +133,11 @@ def test_samples_have_the_model_s_own_distribution_and_its_recorded_log_probs(en
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("engine", "num_beams"), [("cached", 1), ("transformers", 1), ("transformers", 3)]
+    ("engine", "num_beams"), [(CachedSampler, 1), (TransformersEngine, 1), (TransformersEngine, 3)]
 )
 def test_greedily_too_and_log_probs_are_those_at_temperature_1(engine, num_beams):
     model = saved(ASKED)
-    written = written_by(model, 2, engine=engine, num_beams=num_beams)
+    written = generated_by(model, 2, engine=engine, num_beams=num_beams)
     expected = enumerated(model)
     for ids, mask, log_probs in zip(written.ids, written.mask, written.log_probs, strict=True):
         completion = tuple(ids[mask].tolist())
@@ -141,7 +156,7 @@ def test_the_model_s_own_config_is_there_again_afterwards(adapted):
     before = model.generation_config
     as_it_was = before.to_dict()
     around = LoRA(r=2).adapt(model).eval() if adapted else model
-    written_by(around, 2, engine="transformers", temperature=1.0)
+    generated_by(around, 2, engine=TransformersEngine, temperature=1.0)
     assert model.generation_config is before
     assert around.generation_config is before
     assert before.to_dict() == as_it_was
@@ -154,7 +169,7 @@ def test_what_is_not_done_is_said_once_and_by_name(engine, caplog):
     model = saved(ASKED)
     with caplog.at_level("INFO"):
         for _ in range(2):
-            written_by(model, 2, engine=engine)
+            generated_by(model, 2, engine=engine)
     notes = [r.getMessage() for r in caplog.records if "generation config of" in r.getMessage()]
     assert len(notes) == 1
     for name in ASKED.keys() - HARMLESS:
@@ -163,14 +178,14 @@ def test_what_is_not_done_is_said_once_and_by_name(engine, caplog):
         assert f"{name} " not in notes[0]
     caplog.clear()
     with caplog.at_level("INFO"):
-        written_by(saved({"temperature": 1.0, "do_sample": True, "top_k": 0}, "plain"), 2)
+        generated_by(saved({"temperature": 1.0, "do_sample": True, "top_k": 0}, "plain"), 2)
     assert "generation config of" not in caplog.text
 
 
 @ENGINES
 def test_all_ends_of_the_generation_config_end_a_completion(engine):
     model = saved({"eos_token_id": [EOS, 3]})
-    written = written_by(model, 200, engine=engine, temperature=1.0)
+    written = generated_by(model, 200, engine=engine, temperature=1.0)
     ends = [ids[mask].tolist()[-1] for ids, mask in zip(written.ids, written.mask, strict=True)]
     assert written.ended.tolist() == [last in {EOS, 3} for last in ends]
     assert {EOS, 3} <= set(ends)

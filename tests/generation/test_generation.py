@@ -1,12 +1,23 @@
 import pytest
 import torch
 
-from lightning_kd.generation import GenerationOptions, SamplingOptions, completion_mask, generate
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.generation import (
+    CachedSampler,
+    GenerationOptions,
+    SamplingOptions,
+    TransformersEngine,
+    completion_mask,
+    generate,
+)
+from lightning_kd.models import StudentSpec
+from lightning_kd.modules import SFT
 from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 2)]))
 PROMPTS = BATCH["prompt_ids"], BATCH["prompt_mask"]
 SEEDS = [1, 2, 3]
+ENGINES = pytest.mark.parametrize("engine", [CachedSampler, TransformersEngine])
 
 
 def by_hand(model, prompt, steps):
@@ -20,24 +31,24 @@ def by_hand(model, prompt, steps):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("engine", ["cached", "transformers"])
+@ENGINES
 def test_greedy_completions_are_the_argmax_of_full_forward_passes(tokenizer, engine):
     model = tiny_llama(3).eval()
-    options = GenerationOptions(max_new_tokens=9, engine=engine)
-    written = generate(model, tokenizer, *PROMPTS, options, seeds=SEEDS)
+    options = GenerationOptions(max_new_tokens=9)
+    written = generate(model, tokenizer, *PROMPTS, options, seeds=SEEDS, engine=engine())
     for row, (ids, mask) in enumerate(zip(*PROMPTS, strict=True)):
         expected = by_hand(model, ids[mask.bool()], 9)
         assert torch.equal(written.ids[row][written.mask[row]], expected)
         assert written.ended[row] == (expected[-1] == 1)
 
 
-@pytest.mark.parametrize("engine", ["cached", "transformers"])
+@ENGINES
 def test_samples_repeat_with_their_seeds_and_leave_the_global_state_alone(tokenizer, engine):
     model = tiny_llama(0).train()
-    options = GenerationOptions(max_new_tokens=12, temperature=1.0, engine=engine)
+    options = GenerationOptions(max_new_tokens=12, temperature=1.0)
     before = torch.random.get_rng_state()
     first, again, other = (
-        generate(model, tokenizer, *PROMPTS, options, seeds=seeds).ids
+        generate(model, tokenizer, *PROMPTS, options, seeds=seeds, engine=engine()).ids
         for seeds in (SEEDS, SEEDS, [7, 8, 9])
     )
     assert torch.equal(before, torch.random.get_rng_state())
@@ -80,7 +91,6 @@ def test_the_first_eos_belongs_to_the_completion_also_where_pad_is_eos():
         ("top_k", -1, "0 \\(keep all\\)"),
         ("top_p", 0.0, "above 0"),
         ("num_beams", 0, "1 or more"),
-        ("engine", "vllm", "one of .*cached"),
     ],
 )
 def test_wrong_options_are_refused(name, value, expected):
@@ -95,17 +105,23 @@ def test_the_largest_and_the_smallest_options_are_allowed():
 
 def test_what_is_not_said_is_greedy_and_ends_after_128_tokens():
     """As docs/on_policy.md has it."""
-    settings = {"max_new_tokens": 128, "top_k": 0, "top_p": 1.0, "num_beams": 1, "engine": "auto"}
+    settings = {"max_new_tokens": 128, "top_k": 0, "top_p": 1.0, "num_beams": 1}
     assert GenerationOptions() == GenerationOptions(temperature=0.0, **settings)
     assert SamplingOptions() == SamplingOptions(temperature=1.0, **settings)
 
 
 def test_beam_search_without_the_engine_that_has_it_is_refused():
-    with pytest.raises(ValueError, match="no beam search; choose auto or transformers"):
-        GenerationOptions(num_beams=2, engine="cached")
+    options = SamplingOptions(num_beams=2)
+    student = StudentSpec.of(tiny_llama(0))
+    for make in (
+        lambda: OnPolicyGeneration(generation=options, engine=CachedSampler()),
+        lambda: SFT(student=student, generation=options, engine=CachedSampler()),
+    ):
+        with pytest.raises(ValueError, match="no beam search; leave engine out, or choose Transf"):
+            make()
 
 
-@pytest.mark.parametrize("engine", ["cached", "transformers"])
+@ENGINES
 def test_completions_beyond_the_model_s_positions_are_refused_before_the_first_token(
     tokenizer, engine
 ):
@@ -116,15 +132,17 @@ def test_completions_beyond_the_model_s_positions_are_refused_before_the_first_t
             model,
             tokenizer,
             *PROMPTS,
-            GenerationOptions(max_new_tokens=60, engine=engine),
+            GenerationOptions(max_new_tokens=60),
             seeds=SEEDS,
+            engine=engine(),
         )
     written = generate(
         model,
         tokenizer,
         *PROMPTS,
-        GenerationOptions(max_new_tokens=59, engine=engine),
+        GenerationOptions(max_new_tokens=59),
         seeds=SEEDS,
+        engine=engine(),
     )
     assert written.ids.shape[1] <= 59
     with pytest.raises(

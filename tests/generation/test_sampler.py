@@ -277,7 +277,9 @@ def test_a_model_can_be_trained_on_what_it_wrote():
 def test_a_model_without_a_cache_is_sent_to_transformers():
     config = MambaConfig(vocab_size=18, hidden_size=16, num_hidden_layers=1, state_size=4)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="keeps no key-value cache; choose engine: transformers"):
+    with pytest.raises(
+        ValueError, match="keeps no key-value cache; choose engine: TransformersEngine"
+    ):
         sample([(model, 1.0)], *PROMPTS, SamplingOptions(max_new_tokens=4), seeds=range(6), **ENDS)
 
 

@@ -294,7 +294,7 @@ WINDOWS = {"steps_per_window": 2, "passes": 2, "group_size": 2}
 @pytest.mark.parametrize("method", [GKD, MiniLLM])
 def test_windows_of_rollouts_go_on_exactly_over_epochs(tmp_path, method):
     """Ten prompts, twice each; a window has eight completions and is passed over two times."""
-    settings = WINDOWS | ({"lmbda": 0.6, "otherwise": "teacher"} if method is GKD else {})
+    settings = WINDOWS | ({"lmbda": 0.6, "off_policy": "teacher"} if method is GKD else {})
     fit, seen, *_ = goes_on_from_every_checkpoint(
         lambda: on_policy(method),
         tmp_path,

@@ -272,7 +272,7 @@ REFUSED = {
             ("passes", {}, {"passes": 2}, ["passes"]),
             ("group", {}, {"group_size": 2}, ["group_size"]),
             ("truncation", {}, {"truncated": "mask"}, ["on_policy.truncated: keep -> mask"]),
-            ("otherwise", {"lmbda": 0.5}, {"lmbda": 0.5, "otherwise": "teacher"}, ["otherwise"]),
+            ("off_policy", {"lmbda": 0.5}, {"lmbda": 0.5, "off_policy": "teacher"}, ["off_policy"]),
             (
                 "temperature",
                 {},

@@ -1,0 +1,129 @@
+"""The contract of what generates completions."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_kd.generation.completions import Completions
+from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.resuming import Resumable
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of ``B`` rows, and the tokens that are special after them."""
+
+    ids: Tensor
+    """Tokens, padded on the left, ``(B, P)``."""
+    mask: Tensor
+    """1 on real tokens, ``(B, P)``."""
+    eos_ids: frozenset[int]
+    """Tokens that end a completion."""
+    pad_id: int
+    """Fills up rows that have ended."""
+    width: int | None = None
+    """Tokens from here on are never generated: those that a teacher does not know."""
+
+
+class Engine(Resumable, ABC):
+    """Generates completions, in this process or elsewhere.
+
+    A local engine generates with the models that each call hands to it. An engine elsewhere, such as a
+    server, takes its models in its constructor and new weights of the student in :meth:`update`. What
+    an engine does not state that it can is refused before the first step.
+    """
+
+    gives_log_probs: bool = False
+    """Do completions come with the log-probability of each token? Policy gradients need them."""
+
+    mixes_models: bool = False
+    """Can tokens be sampled from a mixture of two models? ``mixture_alpha`` needs it."""
+
+    seeds_rows: bool = False
+    """Does a completion depend on its prompt and seed alone, not on the rows beside it?"""
+
+    searches_beams: bool = False
+    """Does it know ``num_beams`` above 1?"""
+
+    @abstractmethod
+    def generate(
+        self,
+        prompts: Prompts,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        models: Sequence[tuple[PreTrainedModel, float]],
+    ) -> Completions:
+        """Generate one completion of each prompt, on the device of the prompts.
+
+        The global random state and the models' modes must be left as they are.
+
+        Args:
+            prompts: What is to be completed.
+            options: Length and sampling.
+            seeds: One for each row.
+            models: The generating model and its weight 1; or the models of a mixture and their
+                weights, the student first.
+        """
+
+    def update(self, student: PreTrainedModel) -> None:
+        """Take the student's weights, which have changed; called on every process.
+
+        Does nothing by default: local engines get the model itself with each call.
+        """
+
+
+def check_engine(engine: Engine, options: GenerationOptions, *, mixture: bool = False) -> None:
+    """Compare what is asked for with what an engine can do.
+
+    Raises:
+        ValueError: If the engine has no beam search or no mixtures, and they are asked for.
+    """
+    name = type(engine).__name__
+    if options.num_beams > 1 and not engine.searches_beams:
+        raise ValueError(
+            f"num_beams is {options.num_beams}, but {name} has no beam search; leave engine out, or "
+            "choose TransformersEngine"
+        )
+    if mixture and not engine.mixes_models:
+        raise ValueError(
+            f"{name} cannot sample from a mixture of two models; set mixture_alpha: 0, or choose an "
+            "engine that can, such as CachedSampler, and num_beams: 1"
+        )
+
+
+def check_log_probs(engine: Engine, method: str) -> None:
+    """Refuse an engine whose completions a policy gradient cannot weigh.
+
+    Raises:
+        ValueError: If the engine gives no log-probabilities.
+    """
+    if not engine.gives_log_probs:
+        raise ValueError(
+            f"{method} needs the log-probability of each sampled token, which {type(engine).__name__} "
+            "does not give; choose an engine that does, such as CachedSampler, or a method without "
+            "policy gradient, such as GKD"
+        )
+
+
+def check_completions(engine: Engine, prompts: Prompts, completions: Completions) -> None:
+    """Compare completions with what their engine promises.
+
+    Raises:
+        ValueError: If rows or log-probabilities are missing.
+    """
+    name, rows = type(engine).__name__, len(prompts.ids)
+    if len(completions.ids) != rows:
+        raise ValueError(
+            f"{name} returned {len(completions.ids)} completions for {rows} prompts; it must return "
+            "one for each, in their order"
+        )
+    missing = completions.log_probs is None or completions.sampling_log_probs is None
+    if engine.gives_log_probs and missing:
+        raise ValueError(
+            f"{name} has gives_log_probs: True, but returned completions without log_probs or "
+            "sampling_log_probs; return both, or set it to False"
+        )

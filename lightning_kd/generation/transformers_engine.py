@@ -1,0 +1,79 @@
+"""Completions by Hugging Face ``generate``."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from lightning_kd.generation.checkpoint_config import generation_config_of
+from lightning_kd.generation.completions import Completions, completion_mask, is_end
+from lightning_kd.generation.decoder import evaluating
+from lightning_kd.generation.engine import Engine, Prompts
+from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.models.sharding import is_sharded
+from lightning_kd.models.vocabulary import vocabulary_size
+from lightning_kd.seeding import derive_seed
+
+
+class TransformersEngine(Engine):
+    """Engine that calls ``model.generate`` of transformers.
+
+    For beam search and for models without a key-value cache. ``generate`` draws all rows from one
+    generator, so a row's completion depends on the rows beside it. Log-probabilities come from a
+    forward pass over the completions; greedily and by beam search they are those at temperature 1.
+    """
+
+    gives_log_probs = True
+    searches_beams = True
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompts,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        models: Sequence[tuple[PreTrainedModel, float]],
+    ) -> Completions:
+        """Generate with one model; all seeds together decide the samples."""
+        ((model, _),) = models
+        prompt_ids, prompt_mask, width = prompts.ids, prompts.mask, prompts.width
+        beyond = [] if width is None else list(range(width, vocabulary_size(model)))
+        sampling = (
+            {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+            if options.temperature > 0
+            else {}
+        )
+        config = GenerationConfig(
+            max_new_tokens=options.max_new_tokens,
+            do_sample=options.temperature > 0,
+            num_beams=options.num_beams,
+            eos_token_id=sorted(prompts.eos_ids),
+            pad_token_id=prompts.pad_id,
+            suppress_tokens=beyond or None,
+            **sampling,
+        )
+        devices = [prompt_ids.device] if prompt_ids.is_cuda else []
+        with (
+            evaluating(model),
+            generation_config_of(model, config),
+            torch.random.fork_rng(devices=devices),
+        ):
+            torch.manual_seed(derive_seed(*seeds))
+            output = model.generate(
+                input_ids=prompt_ids,
+                attention_mask=prompt_mask,
+                generation_config=config,
+                # Not left to transformers: processes that end earlier must go on with the others.
+                synced_gpus=is_sharded(model),
+            )
+            ids = output[:, prompt_ids.shape[1] :]
+            mask = completion_mask(ids, prompts.eos_ids)
+            attention_mask = torch.cat([prompt_mask, mask.long()], -1)
+            positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+            logits = model(input_ids=output, attention_mask=attention_mask, position_ids=positions)
+        scores = logits.logits[:, prompt_ids.shape[1] - 1 : -1, :width].float()
+        log_probs = (scores / (options.temperature or 1.0)).log_softmax(-1)
+        chosen = log_probs.gather(-1, ids[:, :, None])[:, :, 0] * mask
+        ended = (is_end(ids, prompts.eos_ids) & mask).any(-1)
+        return Completions(ids, mask, chosen, chosen, ended)
