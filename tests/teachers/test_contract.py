@@ -276,7 +276,7 @@ def test_a_wider_student_is_cut():
 
 def test_a_teacher_that_cannot_write():
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Remembers({}))
-    refused(module, "Remembers", [writing(lmbda=0.5, otherwise="teacher")])
+    refused(module, "Remembers", [writing(lmbda=0.5, off_policy="teacher")])
 
 
 def test_an_answer_of_another_kind():
