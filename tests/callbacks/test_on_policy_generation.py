@@ -223,7 +223,7 @@ def test_a_run_resumed_inside_a_window_goes_on_bit_for_bit(tmp_path):
 
 
 def test_resumed_rollouts_are_written_down_once(tmp_path):
-    path = tmp_path / "new" / "rollouts.jsonl"
+    path = tmp_path / "new" / "folder" / "rollouts.jsonl"
     options = {"path": str(path)}
     fit(GKD(**models()), steps=4, options=options, more=[Saves(tmp_path)])
     whole = records(path)
