@@ -226,7 +226,7 @@ def _nameless(function: FunctionType, closures: bool = True) -> dict[str, Any]:
     The bytecode is that of one version of Python, which is therefore told with it.
     """
     code = function.__code__
-    values = {n: function.__globals__[n] for n in code.co_names if n in function.__globals__}
+    values = {n: function.__globals__[n] for n in _reads(code) if n in function.__globals__}
     for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             values[name] = cell.cell_contents
@@ -241,6 +241,12 @@ def _nameless(function: FunctionType, closures: bool = True) -> dict[str, Any]:
         "defaults": [_told(value, closures) for value in defaults],
         "values": {name: _told(value, closures) for name, value in values.items()},
     }
+
+
+def _reads(code: CodeType) -> list[str]:
+    """Names that code looks up, and the code within it: comprehensions and functions of its own."""
+    within = (name for c in code.co_consts if isinstance(c, CodeType) for name in _reads(c))
+    return sorted({*code.co_names, *within})
 
 
 def _steps(code: CodeType) -> list[Any]:

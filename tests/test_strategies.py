@@ -181,9 +181,7 @@ def test_a_flipped_bit_in_what_a_directory_says_of_itself_is_found(tmp_path):
     text = about.read_bytes()
     for place in range(0, len(text), 11):
         flip(about, place)
-        with pytest.raises(
-            ValueError, match=r"last\.ckpt is no checkpoint .* about\.json|about\.json\)"
-        ):
+        with pytest.raises(ValueError, match=r"last\.ckpt is no checkpoint .*about\.json"):
             read_directory(strategy, path)
         about.write_bytes(text)
     assert read_directory(strategy, path)

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -224,7 +225,7 @@ def test_a_run_resumed_inside_a_window_goes_on_bit_for_bit(tmp_path):
 
 
 def test_resumed_rollouts_are_written_down_once(tmp_path):
-    path = tmp_path / "new" / "rollouts.jsonl"
+    path = tmp_path / "new" / "folder" / "rollouts.jsonl"
     options = {"path": str(path)}
     fit(GKD(**models()), steps=4, options=options, more=[Saves(tmp_path)])
     whole = records(path)
@@ -589,9 +590,11 @@ def test_the_smallest_values_are_allowed():
     assert (made.plan.passes, made.plan.group_size, made.rows_at_once) == (1, 1, 1)
 
 
-def test_tables_come_every_hundred_steps_where_nothing_is_said():
+def test_tables_come_as_often_as_the_docs_say_where_nothing_is_said():
+    docs = (ROOT / "docs" / "on_policy.md").read_text()
+    every = int(re.search(r"a table of rollouts comes every (\d+) steps", docs)[1])
     made = OnPolicyGeneration()
-    assert made.statistics.histograms_every == made.records.table_every == 100
+    assert made.statistics.histograms_every == made.records.table_every == every
 
 
 AUDITED = {

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from lightning_kd.generation import (
 )
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT
+from tests.support.scripts import ROOT
 from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
 BATCH = with_prompts(ragged_batch([(2, 5), (5, 3), (1, 2)]))
@@ -103,11 +106,16 @@ def test_the_largest_and_the_smallest_options_are_allowed():
     GenerationOptions(max_new_tokens=1, num_beams=1, temperature=0, top_k=0, top_p=1)
 
 
-def test_what_is_not_said_is_greedy_and_ends_after_128_tokens():
-    """As docs/on_policy.md has it."""
-    settings = {"max_new_tokens": 128, "top_k": 0, "top_p": 1.0, "num_beams": 1}
-    assert GenerationOptions() == GenerationOptions(temperature=0.0, **settings)
-    assert SamplingOptions() == SamplingOptions(temperature=1.0, **settings)
+def test_what_is_not_said_is_what_the_docs_say():
+    docs = (ROOT / "docs" / "on_policy.md").read_text()
+    said = r"at most (\d+) tokens, rollouts are sampled at temperature (\d+) from all\s+tokens"
+    tokens, temperature = map(int, re.search(said, docs).groups())
+    for options in (GenerationOptions(), SamplingOptions()):
+        assert (options.max_new_tokens, options.num_beams) == (tokens, 1)
+    assert SamplingOptions().temperature == temperature
+    assert not SamplingOptions().truncates
+    assert GenerationOptions().temperature == 0
+    assert "`predict` is greedy" in docs
 
 
 def test_beam_search_without_the_engine_that_has_it_is_refused():

@@ -728,6 +728,16 @@ def test_the_same_function_without_a_name_is_itself_and_reads_what_it_reads(monk
     assert list(differences(before, describe(made()))) == ["[0].values.GAIN: 1.0 -> 2.0"]
 
 
+@pytest.mark.parametrize(
+    "reward",
+    [lambda c: [GAIN * len(x) for x in c], lambda c: sorted(c, key=lambda x: GAIN)],
+)
+def test_what_a_comprehension_or_an_inner_function_reads_is_compared_too(reward, monkeypatch):
+    before = describe(reward)
+    monkeypatch.setitem(globals(), "GAIN", 2.0)
+    assert list(differences(before, describe(reward))) == ["values.GAIN: 1.0 -> 2.0"]
+
+
 @pytest.mark.usefixtures("teachers")
 def test_another_lambda_is_refused_on_a_resume_and_the_same_one_is_not():
     run(callbacks=[Bonus(lambda c: [1.0])])
