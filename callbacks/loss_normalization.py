@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_kd.batch import Batch
+from lightning_kd.callbacks.audit.step_audit import StepAudit
 from lightning_kd.callbacks.publishing import publish
-from lightning_kd.callbacks.step_audit import StepAudit
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.loss import EvaluatedTerm

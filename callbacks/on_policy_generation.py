@@ -10,10 +10,10 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.batch import Batch
-from lightning_kd.callbacks.empty_windows import EmptyWindows
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.callbacks.publishing import of_all_ranks
-from lightning_kd.callbacks.rollout_generation import (
+from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
+from lightning_kd.callbacks.rollouts.generation import (
     check_batches,
     check_lengths,
     check_method,
@@ -22,8 +22,8 @@ from lightning_kd.callbacks.rollout_generation import (
     generating_teacher,
     loader_of,
 )
-from lightning_kd.callbacks.rollout_records import RolloutRecords
-from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
+from lightning_kd.callbacks.rollouts.records import RolloutRecords
+from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
 from lightning_kd.data import RolloutPlan
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batch

@@ -22,7 +22,7 @@ LAYERS = [
     {"demo", "run_directories", "cli_messages"},
     {"cli", "__init__", "__main__"},
 ]
-FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").glob("*.py")})
+FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})
 FILES = [path for path in FILES if "lightning_kd/callbacks" not in str(path)]
 
 

@@ -56,7 +56,10 @@ def test_the_wheel_holds_one_top_level_name_and_every_module(wheel):
         str(path.relative_to(ROOT))
         for path in (ROOT / "lightning_kd").rglob("*.py")
         if "callbacks" not in path.parts
-    } | {f"lightning_kd/callbacks/{path.name}" for path in (ROOT / "callbacks").glob("*.py")}
+    }
+    modules |= {
+        f"lightning_kd/{path.relative_to(ROOT)}" for path in (ROOT / "callbacks").rglob("*.py")
+    }
     assert {name for name in names if name.endswith(".py")} == modules
     assert "lightning_kd/py.typed" in names
 

@@ -224,7 +224,7 @@ def test_tensors_are_not_split():
 
 
 def test_gradients_in_shards_are_not_audited(monkeypatch):
-    monkeypatch.setattr("lightning_kd.callbacks.step_audit.is_sharded", lambda part: True)
+    monkeypatch.setattr("lightning_kd.callbacks.audit.step_audit.is_sharded", lambda part: True)
     module = SFT(student=StudentSpec.of(tiny_llama(0)))
     assert not is_sharded(module)
     fit = trainer(max_steps=1, callbacks=[LossNormalizationDiagnostics(audit="first")])

@@ -1,7 +1,7 @@
 """What the audit finds: ``python -m tests.benchmarks.audit_table [--write docs/normalization.md]``.
 
-Every module of :mod:`tests.callbacks.audited_modules` is trained for a step and audited; the table is
-printed, or put into the document between its two marks.
+Every module of :mod:`tests.callbacks.audit.audited_modules` is trained for a step and audited; the
+table is printed, or put into the document between its two marks.
 """
 
 import argparse
@@ -10,8 +10,8 @@ import re
 import warnings
 from pathlib import Path
 
-from tests.callbacks.audit_runs import Outcome, audit, audit_two_processes
-from tests.callbacks.audited_modules import PLANTED, RIGHT, Case
+from tests.callbacks.audit.audit_runs import Outcome, audit, audit_two_processes
+from tests.callbacks.audit.audited_modules import PLANTED, RIGHT, Case
 
 HEADINGS = "| module | processes x micro-batches | the audit |\n| --- | --- | --- |"
 _MARKS = "<!-- audit table -->", "<!-- end of audit table -->"

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
-from lightning_kd.callbacks.rollout_statistics import RolloutStatistics
+from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
 from lightning_kd.data import PromptCompletionData
 from lightning_kd.generation import Completions, SamplingOptions
 from lightning_kd.models import ModelSpec, StudentSpec

@@ -58,6 +58,10 @@ _LOOPS = (
     "tests/resume/test_callback_states.py",
     *("tests/resume/test_epochs.py", "tests/resume/test_options.py"),
 )
+_AUDIT = [
+    "tests/callbacks/audit/test_evidence.py",
+    "tests/callbacks/audit/test_gradient_audit.py",
+]
 _ROLLOUTS = ("tests/generation/test_rollouts.py", "tests/callbacks/test_on_policy_generation.py")
 TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/divergences/*.py": ["tests/divergences"],
@@ -74,7 +78,7 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/modules/half_precision.py": _STEPS,
     "lightning_kd/modules/resume.py": _LOOPS,
     "lightning_kd/loops/*.py": [*_LOOPS, "tests/callbacks/test_callbacks.py"],
-    "lightning_kd/models/logits.py": [*_STEPS, "tests/modules/test_dropped_mass.py"],
+    "lightning_kd/models/logits_backend.py": [*_STEPS, "tests/modules/test_dropped_mass.py"],
     "lightning_kd/modules/baby_llama.py": _STEPS,
     "lightning_kd/modules/gkd.py": [
         *_STEPS,
@@ -108,15 +112,18 @@ TESTS: dict[str, Sequence[str]] = {
         "tests/modules/test_dropped_mass.py",
         *_STEPS,
     ],
-    "lightning_kd/callbacks/gradient_*.py": [
-        "tests/callbacks/test_gradient_evidence.py",
-        "tests/callbacks/test_gradient_audit.py",
-    ],
+    "lightning_kd/callbacks/audit/gradient_audit.py": _AUDIT,
+    "lightning_kd/callbacks/audit/causes.py": _AUDIT,
+    "lightning_kd/callbacks/audit/evidence.py": _AUDIT,
+    "lightning_kd/callbacks/audit/replay.py": _AUDIT,
     "lightning_kd/callbacks/loss_normalization.py": [
         "tests/callbacks/test_loss_normalization.py",
         *_POLICY,
     ],
-    "lightning_kd/callbacks/rollout_*.py": [_ROLLOUTS[1]],
+    "lightning_kd/callbacks/rollouts/*.py": [
+        _ROLLOUTS[1],
+        "tests/callbacks/rollouts/test_empty_windows.py",
+    ],
     "lightning_kd/callbacks/on_policy_generation.py": [_ROLLOUTS[1]],
 }
 """The core, and the tests of each of its files; its examples are tests too."""

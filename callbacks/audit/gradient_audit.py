@@ -8,13 +8,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_kd.callbacks import gradient_causes
-from lightning_kd.callbacks.audit_report import ALWAYS_WRONG, AuditReport
-from lightning_kd.callbacks.cause_texts import MEAN_OF_MEANS
-from lightning_kd.callbacks.gradient_causes import Evidence
-from lightning_kd.callbacks.gradient_evidence import relative_difference, sketch
-from lightning_kd.callbacks.gradient_steps import REFUSALS, Gradient, GradientRunner, silenced
-from lightning_kd.callbacks.micro_batch_partitioning import (
+from lightning_kd.callbacks.audit import causes as gradient_causes
+from lightning_kd.callbacks.audit.cause_texts import MEAN_OF_MEANS
+from lightning_kd.callbacks.audit.causes import Evidence
+from lightning_kd.callbacks.audit.evidence import relative_difference, sketch
+from lightning_kd.callbacks.audit.micro_batch_partitioning import (
     from_all_ranks,
     join_rows,
     pad_rows,
@@ -24,8 +22,10 @@ from lightning_kd.callbacks.micro_batch_partitioning import (
     tensors_of,
     width_of,
 )
-from lightning_kd.callbacks.one_process import OneProcessView
-from lightning_kd.callbacks.state_snapshot import StateSnapshot
+from lightning_kd.callbacks.audit.one_process import OneProcessView
+from lightning_kd.callbacks.audit.replay import REFUSALS, Gradient, GradientRunner, silenced
+from lightning_kd.callbacks.audit.report import ALWAYS_WRONG, AuditReport
+from lightning_kd.callbacks.audit.state_snapshot import StateSnapshot
 
 
 def audit_window(

@@ -13,15 +13,15 @@ from lightning_kd.modules import SFT, BabyLlama, SequenceKD, SupervisedKD
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
 from tests.benchmarks.audit_table import HEADINGS, row_of
-from tests.callbacks.audit_runs import (
+from tests.callbacks.audit.audit_runs import (
     Outcome,
     audit_two_processes,
     trace,
 )
-from tests.callbacks.audit_runs import (
+from tests.callbacks.audit.audit_runs import (
     audit as audit_case,
 )
-from tests.callbacks.audited_modules import (
+from tests.callbacks.audit.audited_modules import (
     PLANTED,
     RIGHT,
     Base,
@@ -30,7 +30,7 @@ from tests.callbacks.audited_modules import (
     ReadsAnIterator,
     SummedInOneProcess,
 )
-from tests.callbacks.audited_modules import (
+from tests.callbacks.audit.audited_modules import (
     MeanOfMeans as TokenMean,
 )
 from tests.support.harness import BatchList, trainer
@@ -166,7 +166,7 @@ def test_every_method_of_ours_is_the_same_in_every_cut(build):
 
 # Planted faults, and modules that are right: the table of docs/normalization.md.
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "normalization.md"
+DOCS = Path(__file__).resolve().parents[3] / "docs" / "normalization.md"
 IN_ONE = [case for case in [*PLANTED, *RIGHT] if case.processes == 1]
 IN_TWO = [case for case in [*PLANTED, *RIGHT] if case.processes == 2]
 

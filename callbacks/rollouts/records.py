@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.callbacks.publishing import of_all_ranks
-from lightning_kd.callbacks.rollout_statistics import passes_multiple
+from lightning_kd.callbacks.rollouts.statistics import passes_multiple
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
     ENDED,

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.callbacks.gradient_audit import audit_window
-from tests.callbacks.audited_modules import (
+from lightning_kd.callbacks.audit.gradient_audit import audit_window
+from tests.callbacks.audit.audited_modules import (
     PLANTED,
     RIGHT,
     THREE,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
-from lightning_kd.callbacks.gradient_steps import Gradient
+from lightning_kd.callbacks.audit.replay import Gradient
 
 _SKETCH = 4096
 

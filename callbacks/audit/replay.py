@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_kd.callbacks.micro_batch_partitioning import fresh_copy, width_of
-from lightning_kd.callbacks.one_process import OneProcessView
-from lightning_kd.callbacks.state_snapshot import StateSnapshot
+from lightning_kd.callbacks.audit.micro_batch_partitioning import fresh_copy, width_of
+from lightning_kd.callbacks.audit.one_process import OneProcessView
+from lightning_kd.callbacks.audit.state_snapshot import StateSnapshot
 
 Gradient = list[Tensor]
 """One tensor for each parameter that trains."""

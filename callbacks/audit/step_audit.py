@@ -7,10 +7,10 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from lightning_kd.callbacks.audit_report import AuditReport
-from lightning_kd.callbacks.batch_recorder import BatchRecorder
-from lightning_kd.callbacks.gradient_audit import audit_window
-from lightning_kd.callbacks.gradient_steps import takes_batches
+from lightning_kd.callbacks.audit.batch_recorder import BatchRecorder
+from lightning_kd.callbacks.audit.gradient_audit import audit_window
+from lightning_kd.callbacks.audit.replay import takes_batches
+from lightning_kd.callbacks.audit.report import AuditReport
 from lightning_kd.callbacks.publishing import publish
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.strategies import adapter_of

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.callbacks.cause_texts import (
+from lightning_kd.callbacks.audit.cause_texts import (
     BATCH_STATISTICS,
     COUNTED_TWICE,
     DIVIDED_TWICE,
@@ -27,21 +27,21 @@ from lightning_kd.callbacks.cause_texts import (
     WORLD_SIZE_MISSING,
     WORLD_SIZE_TOO_MUCH,
 )
-from lightning_kd.callbacks.gradient_evidence import (
+from lightning_kd.callbacks.audit.evidence import (
     close,
     ratio,
     sketch,
     span_weights,
     token_counts,
 )
-from lightning_kd.callbacks.gradient_steps import REFUSALS, GradientRunner
-from lightning_kd.callbacks.micro_batch_partitioning import (
+from lightning_kd.callbacks.audit.micro_batch_partitioning import (
     join_rows,
     pad_rows,
     rows_of,
     split_rows,
     width_of,
 )
+from lightning_kd.callbacks.audit.replay import REFUSALS, GradientRunner
 
 
 class Evidence:

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_kd.callbacks.micro_batch_partitioning import fresh_copy
+from lightning_kd.callbacks.audit.micro_batch_partitioning import fresh_copy
 
 
 class BatchRecorder:

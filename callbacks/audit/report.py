@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from lightning_kd.callbacks.cause_texts import COUNTED_TWICE, STALE_COUNT, UNSCORED
+from lightning_kd.callbacks.audit.cause_texts import COUNTED_TWICE, STALE_COUNT, UNSCORED
 
 ALWAYS_WRONG = {UNSCORED, STALE_COUNT, COUNTED_TWICE}
 """Causes that make a gradient wrong however its samples are cut."""

@@ -5,7 +5,7 @@ import torch
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.callbacks import OnPolicyGeneration
-from lightning_kd.callbacks.empty_windows import EmptyWindows
+from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_kd.callbacks.gradient_evidence import (
+from lightning_kd.callbacks.audit.evidence import (
     close,
     ratio,
     relative_difference,
@@ -16,7 +16,7 @@ from lightning_kd.callbacks.gradient_evidence import (
     span_weights,
     token_counts,
 )
-from lightning_kd.callbacks.gradient_steps import GradientRunner
+from lightning_kd.callbacks.audit.replay import GradientRunner
 
 
 def gradient(seed, *sizes):

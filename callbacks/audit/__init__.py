@@ -1,0 +1,1 @@
+"""Helpers of the gradient audit of :class:`~lightning_kd.callbacks.LossNormalizationDiagnostics`."""

@@ -1,0 +1,1 @@
+"""Helpers of :class:`~lightning_kd.callbacks.OnPolicyGeneration`."""
