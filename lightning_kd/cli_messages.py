@@ -86,12 +86,18 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         'modle.alpha: did you mean model.alpha?'
         >>> suggestion("size", {"beta", "alpha"})
         'size: the choices are alpha, beta'
+        >>> suggestion("engine", {"max_new_tokens"}, ["--on_policy.generation.engine=own.Engine"])
+        '--on_policy.generation.engine: an engine stands beside generation: --on_policy.engine'
     """
     if name in options:
         return ""
     spelled = [a.split("=")[0] for a in arguments if a.startswith("--")]
     full = next((s for s in spelled if s.lstrip("-") == name or s.endswith(f".{name}")), name)
     before, parts, group = full.removesuffix(name), name.split("."), name.rpartition(".")[0]
+    if name == "engine" and "max_new_tokens" in options:
+        owner = before.removesuffix("generation.")
+        places = [owner] if owner else ["on_policy.", "model."]
+        return f"{full}: an engine stands beside generation: {' or '.join(p + name for p in places)}"
     beside = sorted(o for o in options if o.rpartition(".")[0] == group)
     meant = [option for option in beside if option.startswith(name)]
     if not meant:

@@ -466,7 +466,11 @@ TABLE = {
     ),
     "engine among the options": (
         gkd("--on_policy.generation.engine", "cached"),
-        ["'engine' is not accepted", "max_new_tokens"],
+        ["'engine' is not accepted", "beside generation: --on_policy.engine"],
+    ),
+    "engine among the options of the module": (
+        [*KD, "--model.generation.engine", "cached"],
+        ["'engine' is not accepted", "beside generation: --model.engine"],
     ),
     "engine without beams": (
         [*KD, "--model.engine", "CachedSampler", "--model.generation.num_beams", "2"],

@@ -62,16 +62,20 @@ _AUDIT = [
     "tests/callbacks/audit/test_evidence.py",
     "tests/callbacks/audit/test_gradient_audit.py",
 ]
+_TEACHERS = ("tests/teachers/test_answers.py", "tests/teachers/test_contract.py")
 _ROLLOUTS = ("tests/generation/test_rollouts.py", "tests/callbacks/test_on_policy_generation.py")
 TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/divergences/*.py": ["tests/divergences"],
-    "lightning_kd/fused/*.py": ["tests/evaluation", *_STEPS],
+    "lightning_kd/fused/*.py": ["tests/fused", *_TEACHERS, *_STEPS],
     "lightning_kd/generation/sampler.py": ["tests/generation"],
     "lightning_kd/generation/cache.py": ["tests/generation"],
     "lightning_kd/generation/options.py": ["tests/generation"],
     "lightning_kd/generation/completions.py": ["tests/generation", *_ROLLOUTS],
     "lightning_kd/generation/rollouts.py": _ROLLOUTS,
     "lightning_kd/generation/decoder.py": ["tests/generation"],
+    "lightning_kd/generation/engine.py": ["tests/generation", *_ROLLOUTS],
+    "lightning_kd/generation/generate.py": ["tests/generation", *_ROLLOUTS],
+    "lightning_kd/teachers/contract.py": [*_TEACHERS, *_STEPS],
     "lightning_kd/modules/loss.py": [*_STEPS, "tests/callbacks/test_loss_normalization.py"],
     "lightning_kd/modules/distillation_module.py": _STEPS,
     "lightning_kd/modules/counts.py": ["tests/modules/test_minillm.py", *_POLICY],
@@ -129,7 +133,8 @@ TESTS: dict[str, Sequence[str]] = {
 """The core, and the tests of each of its files; its examples are tests too."""
 
 WIDE = (
-    *("tests/divergences", "tests/evaluation", "tests/generation", "tests/data", "tests/callbacks"),
+    *("tests/divergences", "tests/fused", "tests/generation", "tests/data", "tests/callbacks"),
+    "tests/teachers",
     *(*_POLICY, "tests/modules/test_minillm.py", "tests/modules/test_dropped_mass.py"),
     *("tests/evaluation/test_metrics.py", "tests/test_normalization.py", "tests/test_policy.py"),
     *("tests/test_rewards.py", "tests/test_schedules.py", "tests/test_scoring.py", "tests/models"),

@@ -397,7 +397,7 @@ CHANGED = {
     "callbacks": {"callbacks": [Recorder()]},
     "cut of a step": {"data": {"batch_size": 4}, "trainer": {"accumulate_grad_batches": 2}},
     "gradient checkpointing": {"student": {"gradient_checkpointing": True}},
-    "logits": {"logits": FusedLogits(chunk_megabytes=1)},
+    "logits": {"logits_backend": FusedLogits(chunk_megabytes=1)},
     "where the teacher is": {"teacher": {"placement": "cpu"}},
     "defaults that are said": {"alpha": 0.5, "divergence": ForwardKL(), "temperature": 1.0},
     "one's own argument": {"method": OwnMethod, "verbosity": 3},
