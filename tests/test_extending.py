@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lightning_kd import arithmetic_tokenizer
 from tests.support.command_line import DEBUG, EXPECTED_WARNINGS, QUIET, SMALL, scalars
@@ -17,11 +18,13 @@ pytestmark = EXPECTED_WARNINGS
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"```python\n# (my_lab/\w+\.py)\n(.*?)```", TEXT, flags=re.S))
+YAMLS = dict(re.findall(r"```yaml\n# (my_lab/\w+\.yaml)\n(.*?)```", TEXT, flags=re.S))
 COMMANDS = re.findall(r"```bash\n(lightning-kd .*?)\n```", TEXT)
 LOGGED = {
     "chi_squared": "train/divergence",
     "confident_kd": "train/second_moment",
     "unigram": "train/divergence",
+    "listed": "rollout/length_mean",
     "first_character": "val/first_character",
 }
 
@@ -33,7 +36,7 @@ def my_lab(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     (tmp_path / "my_lab").mkdir()
     (tmp_path / "my_lab" / "__init__.py").touch()
-    for name, text in FILES.items():
+    for name, text in {**FILES, **YAMLS}.items():
         (tmp_path / name).write_text(text)
     yield tmp_path
     for name in [name for name in sys.modules if name.partition(".")[0] == "my_lab"]:
@@ -56,10 +59,7 @@ def test_every_command_runs_and_logs_what_it_adds(cli, my_lab, command):
     tokenizer.save_pretrained("runs/teacher")
     Path("counts.json").write_text(json.dumps({"3": 5, "4": 2, "5": 1, "6": 1, "7": 1}))
     words = [str(ROOT / w) if w.startswith("configs/") else w for w in shlex.split(command)[1:]]
-    if "--model" in words:  # named first: a class given anew forgets what the files said
-        words += ["--model.student.config", SMALL]
-    else:
-        words = [*words, "--model.student.config", SMALL]
+    words += ["--model.student.config", SMALL]
     if "supervised_kd" in command:
         words += ["--model.teacher.name_or_path", "runs/teacher"]
     cli(*words[:3], *DEBUG, *QUIET, *words[3:])
@@ -68,3 +68,9 @@ def test_every_command_runs_and_logs_what_it_adds(cli, my_lab, command):
     assert LOGGED[stem] in names.Keys()
     for name in names.Keys():
         assert all(abs(event.value) < float("inf") for event in names.Items(name)), name
+    if stem == "listed":
+        rows = [json.loads(line) for line in Path("rollouts.jsonl").read_text().splitlines()]
+        on_policy = yaml.safe_load(YAMLS["my_lab/listed.yaml"])["on_policy"]
+        listed = on_policy["engine"]["init_args"]["completions"]
+        assert {tuple(row["completion_ids"]) for row in rows} == set(map(tuple, listed))
+        assert all(row["ended"] == (row["completion_ids"][-1] == 1) for row in rows)
