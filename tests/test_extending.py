@@ -1,8 +1,10 @@
 """What docs/extending.md shows is written to files, type-checked and run, as a user would."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -49,6 +51,18 @@ def test_every_example_is_short_and_imports_no_private_name():
         assert len(text.splitlines()) <= 60
         imports = re.findall(r"^(?:from|import) (.*)$", text, flags=re.M)
         assert not any(re.search(r"\b_\w", line) for line in imports)
+
+
+def test_the_examples_type_check(my_lab):
+    cache = ROOT / ".mypy_cache"
+    options = ["--strict", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(cache)]
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, "my_lab"],
+        env=os.environ | {"MYPYPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda text: shlex.split(text)[3])
