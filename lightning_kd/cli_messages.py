@@ -97,7 +97,9 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
     if name == "engine" and "max_new_tokens" in options:
         owner = before.removesuffix("generation.")
         places = [owner] if owner else ["on_policy.", "model."]
-        return f"{full}: an engine stands beside generation: {' or '.join(p + name for p in places)}"
+        return (
+            f"{full}: an engine stands beside generation: {' or '.join(p + name for p in places)}"
+        )
     beside = sorted(o for o in options if o.rpartition(".")[0] == group)
     meant = [option for option in beside if option.startswith(name)]
     if not meant:
