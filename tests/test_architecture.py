@@ -59,6 +59,17 @@ def test_a_file_stays_short(path):
     assert len(path.read_text().splitlines()) <= 300
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_imports_test_doubles_or_searches_live_objects(path):
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add((node.module or "").split(".")[0])
+    assert not imported & {"unittest", "mock", "gc"}
+
+
 def test_no_code_of_a_model_repository_is_ever_run():
     for path in FILES:
         assert "trust_remote_code=True" not in path.read_text()

@@ -10,6 +10,8 @@ import lightning as L
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
+from lightning_kd.callbacks.audit.replacements import replaced, replaced_item
+
 # An attribute with such a name that holds the number of processes is that number.
 _WORLD_SIZE = re.compile(r"world|n(um)?_?(gpu|device|process|proc|rank)s?\b", re.IGNORECASE)
 
@@ -57,22 +59,18 @@ class OneProcessView:
         if not self._several:
             yield
             return
-        strategy, environment = self._trainer.strategy, dict(os.environ)
-        kept = strategy.cluster_environment, strategy.parallel_devices, strategy._num_nodes
-        world = dist.group.WORLD
+        strategy = self._trainer.strategy
         self._group = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self._calls_before = self._calls_of_other_groups()
         try:
-            strategy.parallel_devices = [strategy.root_device]
-            strategy.cluster_environment, strategy._num_nodes = OneProcess(), 1
-            if "WORLD_SIZE" in os.environ:
-                os.environ["WORLD_SIZE"] = "1"
-            dist.group.WORLD = self._group
-            yield
+            with (
+                replaced(strategy, parallel_devices=[strategy.root_device]),
+                replaced(strategy, cluster_environment=OneProcess(), _num_nodes=1),
+                replaced_item(os.environ, "WORLD_SIZE", "1"),
+                replaced(dist.group, WORLD=self._group),
+            ):
+                yield
         finally:
-            dist.group.WORLD = world
-            os.environ.update({k: v for k, v in environment.items() if k == "WORLD_SIZE"})
-            strategy.cluster_environment, strategy.parallel_devices, strategy._num_nodes = kept
             dist.destroy_process_group(self._group)
             self._group = None
 

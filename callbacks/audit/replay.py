@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
 import lightning as L
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_kd.callbacks.audit.micro_batch_partitioning import fresh_copy, width_of
 from lightning_kd.callbacks.audit.one_process import OneProcessView
+from lightning_kd.callbacks.audit.replacements import replaced, restored
 from lightning_kd.callbacks.audit.state_snapshot import StateSnapshot
 
 Gradient = list[Tensor]
@@ -221,28 +222,19 @@ class _StepCapture:
 @contextmanager
 def silenced(trainer: Any, module: L.LightningModule) -> Iterator[None]:
     """Log nothing, never clip, and put back what a step changes of the trainer."""
-    names = ("accumulate_grad_batches", "gradient_clip_val", "should_stop", "loggers")
-    kept = {name: getattr(trainer, name) for name in names}
     progress = trainer.fit_loop.epoch_loop.batch_progress
-    counted = progress.current.ready, progress.is_last_batch
-    nested = [m for m in module.modules() if isinstance(m, L.LightningModule)]
-    logs = ("log", "log_dict")
-    own = [(part, {n: part.__dict__[n] for n in logs if n in part.__dict__}) for part in nested]
-    try:
-        trainer.loggers = [DummyLogger() for _ in kept["loggers"]]
+    with ExitStack() as replacements:
+        replacements.enter_context(restored(trainer, "accumulate_grad_batches", "should_stop"))
+        replacements.enter_context(restored(progress, "is_last_batch"))
+        replacements.enter_context(restored(progress.current, "ready"))
+        loggers = [DummyLogger() for _ in trainer.loggers]
+        replacements.enter_context(replaced(trainer, loggers=loggers))
         if trainer.gradient_clip_val is not None:
-            trainer.gradient_clip_val = _NEVER_CLIPS
-        for part in nested:
-            part.__dict__.update(log=_log_nothing, log_dict=_log_nothing)
+            replacements.enter_context(replaced(trainer, gradient_clip_val=_NEVER_CLIPS))
+        for part in module.modules():
+            if isinstance(part, L.LightningModule):
+                replacements.enter_context(replaced(part, log=_log_nothing, log_dict=_log_nothing))
         yield
-    finally:
-        for part, attributes in own:
-            for name in logs:
-                part.__dict__.pop(name, None)
-            part.__dict__.update(attributes)
-        for name, value in kept.items():
-            setattr(trainer, name, value)
-        progress.current.ready, progress.is_last_batch = counted
 
 
 def takes_batches(module: L.LightningModule) -> bool:
