@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks.output_paths import check_output
-from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import (
     check_batches,
@@ -24,6 +23,7 @@ from lightning_kd.callbacks.rollouts.generation import (
 )
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
+from lightning_kd.collectives import gather_objects
 from lightning_kd.data import RolloutPlan
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batch
@@ -227,7 +227,7 @@ class OnPolicyGeneration(Resumable, Callback):
         if self._window is None:
             return
         of_rank = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
-        ranks = of_all_ranks(trainer, move_data_to_device(of_rank, torch.device("cpu")))
+        ranks = gather_objects(move_data_to_device(of_rank, torch.device("cpu")))
         checkpoint[_CHECKPOINT_KEY] = {
             "window": self._window,
             "on_policy": self._on_policy,

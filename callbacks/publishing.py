@@ -1,7 +1,6 @@
-"""Numbers of callbacks on their way to the loggers, and objects from all ranks."""
+"""Logging of metrics of an optimizer step."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import lightning as L
 import torch
@@ -17,12 +16,3 @@ def publish(trainer: L.Trainer, values: Mapping[str, Tensor], step: int) -> None
     for logger in trainer.loggers:
         logger.log_metrics(dict(zip(values, numbers.tolist(), strict=True)), step)
     trainer.callback_metrics.update(dict(zip(values, numbers, strict=True)))
-
-
-def of_all_ranks(trainer: L.Trainer, own: Any) -> list[Any]:
-    """An object of every rank, on every rank; a collective."""
-    ranks = [own]
-    if trainer.world_size > 1:
-        ranks = [None] * trainer.world_size
-        torch.distributed.all_gather_object(ranks, own)
-    return ranks

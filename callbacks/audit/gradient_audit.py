@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import lightning as L
-import torch
 from torch import Tensor
 
 from lightning_kd.callbacks.audit import causes as gradient_causes
@@ -13,7 +12,7 @@ from lightning_kd.callbacks.audit.cause_texts import MEAN_OF_MEANS
 from lightning_kd.callbacks.audit.causes import Evidence
 from lightning_kd.callbacks.audit.evidence import relative_difference, sketch
 from lightning_kd.callbacks.audit.micro_batch_partitioning import (
-    from_all_ranks,
+    gather_batches,
     join_rows,
     pad_rows,
     regroup,
@@ -26,6 +25,7 @@ from lightning_kd.callbacks.audit.one_process import OneProcessView
 from lightning_kd.callbacks.audit.replay import REFUSALS, Gradient, GradientRunner, silenced
 from lightning_kd.callbacks.audit.report import ALWAYS_WRONG, AuditReport
 from lightning_kd.callbacks.audit.state_snapshot import StateSnapshot
+from lightning_kd.collectives import gather_objects
 
 
 def audit_window(
@@ -89,14 +89,14 @@ class _Audit:
 
     def report(self, window: Sequence[Any]) -> AuditReport:
         several = self.trainer.world_size > 1
-        self.ranks = from_all_ranks(window, self.device) if several else [list(window)]
+        self.ranks = gather_batches(window, self.device) if several else [list(window)]
         reason = self._reason_against()
         if reason is None:
             failed, reference = self._together(self._reference)
             if failed is None and reference is not None:
                 as_trained = self.run.gradient(window, over_ranks=several)
                 mine = relative_difference(as_trained, reference), sketch(as_trained)
-                everywhere = self._gather(mine)
+                everywhere = gather_objects(mine)
                 failed, report = self._together(lambda: self._compare(everywhere, reference))
                 if failed is None and isinstance(report, AuditReport):
                     return report
@@ -106,7 +106,7 @@ class _Audit:
     def _reason_against(self) -> str | None:
         """Say why this step cannot be audited; every rank comes to the same answer."""
         mine = self.snapshot.cannot_restore
-        if mine_anywhere := self._gather(mine[:3]):
+        if mine_anywhere := gather_objects(mine[:3]):
             found = next((names for names in mine_anywhere if names), None)
             if found:
                 return (
@@ -218,16 +218,9 @@ class _Audit:
                 result = compute()
             except REFUSALS as error:
                 failed = f"{type(error).__name__}: {error}"
-        answers = self._gather((failed, result if isinstance(result, AuditReport) else None))
+        answers = gather_objects((failed, result if isinstance(result, AuditReport) else None))
         first = next((reason for reason, _ in answers if reason is not None), None)
         return first, answers[0][1] or result
-
-    def _gather(self, value: Any) -> list[Any]:
-        if self.trainer.world_size == 1:
-            return [value]
-        gathered: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(gathered, value)
-        return gathered
 
 
 def _in_half_precision(

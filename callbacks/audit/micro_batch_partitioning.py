@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
+from lightning_kd.collectives import gather_objects
 
 _LABELS = {"labels", "label", "targets", "target"}
 _MASKS = {"attention_mask", "mask", "padding_mask"}
@@ -104,12 +105,10 @@ def regroup(samples: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
     return groups
 
 
-def from_all_ranks(window: Sequence[Any], device: torch.device) -> list[list[Any]]:
-    """Gather the micro-batches of every process, on every process: one list for each."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, move_data_to_device(list(window), "cpu"))
-    moved: list[list[Any]] = [move_data_to_device(part, device) for part in gathered]
-    return moved
+def gather_batches(window: Sequence[Any], device: torch.device) -> list[list[Any]]:
+    """Return the micro-batches of all processes, on this process's device: one list for each."""
+    gathered = gather_objects(move_data_to_device(list(window), "cpu"))
+    return [move_data_to_device(part, device) for part in gathered]
 
 
 def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:

@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks.completion_samples import markdown_table
-from lightning_kd.callbacks.publishing import of_all_ranks
 from lightning_kd.callbacks.rollouts.statistics import passes_multiple
+from lightning_kd.collectives import gather_objects
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
     ENDED,
@@ -55,7 +55,7 @@ class RolloutRecords:
         fingerprint = tokenizer_fingerprint(module.tokenizer)
         for row, has_ended in zip(rows, ended, strict=True):
             row |= {ENDED: has_ended, FINGERPRINT: fingerprint}
-        ranks = of_all_ranks(trainer, rows)
+        ranks = gather_objects(rows)
         if trainer.is_global_zero:
             if not self._begun:
                 self._begin(window)

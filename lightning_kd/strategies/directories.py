@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -23,14 +23,13 @@ from lightning_kd.checkpoints import (
     unsafe,
     weights_alone,
 )
+from lightning_kd.collectives import gather_objects
 from lightning_kd.integrity import check_directory, checksums, read_about, write_about
 from lightning_kd.strategies.gathered_shards import weight_shapes
 from lightning_kd.strategies.shard_index import check_indices
 
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch's variable for code that asks for pickle."""
-
-_T = TypeVar("_T")
 
 Writer = Mapping[str, str | int]
 """The strategy of a directory, and what else of it must not change."""
@@ -55,7 +54,7 @@ def replacing(
     strategy.barrier("checkpoint_begins")
     yield fresh
     strategy.barrier("checkpoint_written")
-    shares = _from_all(checksums(fresh, _share()))
+    shares = gather_objects(checksums(fresh, _share()))
     if strategy.is_global_zero:
         about = {"writer": writer, "weights": _shapes(strategy), "run": run}
         about |= summary
@@ -95,7 +94,7 @@ def read_safely(
     except (OSError, ValueError) as error:
         damage = str(error)
     # Every process hears of what one has found, and none waits for another that has stopped.
-    found = next((said for said in _from_all(damage) if said), None)
+    found = next((said for said in gather_objects(damage) if said), None)
     if found:
         raise unsafe(path, ValueError(found))
     _compare(path, about, writer, _shapes(strategy))
@@ -146,15 +145,6 @@ def _share() -> slice:
     if not torch.distributed.is_initialized():
         return slice(None)
     return slice(torch.distributed.get_rank(), None, torch.distributed.get_world_size())
-
-
-def _from_all(value: _T) -> list[_T]:
-    """What every process gives."""
-    if not torch.distributed.is_initialized():
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values
 
 
 def _shapes(strategy: Strategy) -> dict[str, list[int]]:

@@ -17,6 +17,7 @@ import torch
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
 from lightning_kd.callbacks.audit.gradient_audit import audit_window
+from lightning_kd.collectives import gather_objects
 from tests.callbacks.audit.audited_modules import (
     PLANTED,
     RIGHT,
@@ -91,6 +92,7 @@ def _process(rank: int, port: int, folder: str) -> None:
     found["rows of 2 and 1"] = _audit_directly([pick_rows(THREE[1], 2 - rank)])
     found["rows of 0 and 0"] = _audit_directly([pick_rows(THREE[0], 0)])
     found["raised"] = _raised()
+    found["gathered"] = gather_objects({"rank": rank, "prompt": "x" * rank})
     (Path(folder) / f"{rank}.json").write_text(json.dumps(found))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

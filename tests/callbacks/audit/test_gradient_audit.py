@@ -233,6 +233,11 @@ def test_every_process_raises_the_same(two):
     assert first == second
 
 
+def test_every_process_gets_the_objects_of_all(two):
+    of_all = [{"rank": 0, "prompt": ""}, {"rank": 1, "prompt": "x"}]
+    assert two["gathered"] == [of_all, of_all]
+
+
 @pytest.mark.parametrize("rows", ["rows of 2 and 0", "rows of 2 and 1"])
 def test_a_process_may_have_fewer_rows_or_none(two, rows):
     for report in two[rows]:
