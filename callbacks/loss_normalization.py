@@ -1,4 +1,4 @@
-"""What a loss was divided by, and what another division would have made of it."""
+"""Diagnostics of the normalization of a loss."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks.audit.step_audit import StepAudit
-from lightning_kd.callbacks.publishing import publish
+from lightning_kd.callbacks.metric_logging import log_metrics
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.loss import EvaluatedTerm
@@ -40,59 +40,60 @@ class LossNormalizationDiagnostics(Callback):
     r"""Log, under ``norm/``, how the loss of an optimizer step was normalized.
 
     ==========================  ===============================================================
-    ``count``                   what the step was divided by, over all ranks and micro-batches
-    ``tokens``, ``sequences``   what was scored
-    ``loss_token`` ...          the loss under each normalization (under `constant` where it is
-                                the module's, which knows the length); terms with one of their own
-                                keep it
-    ``sequence_over_token``     ratio of two of them
+    ``count``                   divisor of the step's loss, over all ranks and micro-batches
+    ``tokens``, ``sequences``   number of scored tokens, and of rows with any
+    ``loss_token`` ...          loss under each normalization (under `constant` if it is the
+                                module's, which knows the length); a term with a normalization of
+                                its own keeps it
+    ``sequence_over_token``     ratio of the two losses
     ``weight_min``, ``_max``    effective weight of a token in the loss
-    ``padding_share``           share of the batch that is padding
+    ``padding_share``           share of padding in the batch
     ``length_loss_covariance``  covariance over rows of length and mean loss
     ``count_min``, ``_max``     spread of the count over ranks and micro-batches
-    ``mean_of_means_error``     relative error of the loss, had each micro-batch been divided by its
+    ``mean_of_means_error``     relative error of the loss if each micro-batch were divided by its
                                 own count and the means averaged
     ``<term>/weight``           total effective weight of a term: its coefficient, for a plain mean
-    ``<term>/denominator``      what its plain sum over its own tokens is in effect divided by; not
+    ``<term>/denominator``      effective divisor of its plain sum over its own tokens; not logged
                                 for a term with coefficient 0
-    ``terms_agree``             1 where all terms are over the same tokens and divided alike
+    ``terms_agree``             1 if all terms are over the same tokens and divided alike
     ==========================  ===============================================================
 
-    Token and sequence normalization differ exactly by how length and loss go together:
+    Token and sequence normalization differ exactly by the covariance of length and loss:
 
     .. math:: L_{token} = L_{sequence} + \mathrm{Cov}(n, \bar\ell) / \bar n
 
     with :math:`n` the length of a row and :math:`\bar\ell` its mean loss. For a policy gradient at
     its first iteration, with advantages that are centered in each group, :math:`\bar\ell = -A`: the
     sequence loss is 0 and the token loss is :math:`-\mathrm{Cov}(n, A)/\bar n`. A logged loss of 0 is
-    then right, and no sign of a fault.
+    then correct.
 
     This works with every method of the library, on steps that are logged.
 
-    **Audit.** With ``audit`` it also takes the samples of a step just trained on, computes their
-    gradient in other cuts (all in one micro-batch, one by one, in reversed order, with more padding,
-    once more in another order with other random numbers; over ranks and in one process), and logs
-    the relative differences as ``norm/audit/<cut>``. Any module with automatic optimization can be
-    audited, your own too: its training step and its hooks up to ``configure_gradient_clipping`` are
-    called as Lightning calls them. Above the tolerance it warns or raises, and names the cause where
-    the evidence singles one out; `docs/normalization.md` has a table of what is found. Where only
-    single samples differ, the gradient was right as it was trained, and that is said as a note.
-    The run goes on bit for bit as if it had not been audited; a module that keeps what cannot be set
-    back (an iterator, an open file) is not audited, which is said. The audit needs memory for the
-    step's samples in one micro-batch, one copy of the module and a few gradients.
+    **Audit.** With ``audit`` it also recomputes the gradient of a step just taken, from the same
+    samples in other partitionings (all in one micro-batch, one by one, in reversed order, with more
+    padding, once more in another order with other random numbers; over ranks and in one process), and
+    logs the relative differences as ``norm/audit/<partitioning>``. Any module with automatic
+    optimization can be audited, including your own: its training step and its hooks up to
+    ``configure_gradient_clipping`` are called as Lightning calls them. Above the tolerance it warns or
+    raises, and names the cause if it can be identified; `docs/normalization.md` has a table of faults
+    that are found. If only single samples differ, the gradient was correct as trained, and an
+    information message says so. An audited run gives the same results bit for bit as one without; a
+    module with state that cannot be restored (an iterator, an open file) is not audited, with a
+    warning. The audit needs memory for the step's samples in one micro-batch, one copy of the module
+    and a few gradients.
 
     Args:
         histograms_every: Optimizer steps between histograms of length and loss of the first rank's
             rows; 0 for none.
         audit: ``never``, ``first`` (the first step of the run) or a number of optimizer steps.
         tolerance: Relative difference of gradients above which a step is at fault. Rounding alone
-            gives about 1e-6 in float32 and 1e-2 in bfloat16; 1e-3, and 0.05 where anything is
-            computed in 16 bits, when not given.
+            gives about 1e-6 in float32 and 1e-2 in bfloat16. Defaults to 1e-3, and to 0.05 if
+            anything is computed in 16 bits.
         on_fault: ``warn`` or ``raise``, for a fault and for a step that cannot be audited.
 
     Raises:
-        ValueError: If a value is out of its range; in a run, if a fault is found, or nothing can be
-            found out, and ``on_fault`` is ``raise``.
+        ValueError: If a value is out of its range; in a run, if a fault is found, or a step cannot be
+            audited, and ``on_fault`` is ``raise``.
     """
 
     def __init__(
@@ -110,10 +111,10 @@ class LossNormalizationDiagnostics(Callback):
         self._rows: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate that there will be something to log.
+        """Validate that the module can be audited, and warn if there will be nothing to log.
 
         Raises:
-            ValueError: If the gradients cannot be audited: they are in shards, or nowhere to be seen.
+            ValueError: If the gradients of this run cannot be audited.
         """
         self._records, self._rows = [], []
         if self.audit.when != "never":
@@ -121,8 +122,8 @@ class LossNormalizationDiagnostics(Callback):
         elif not isinstance(pl_module, DistillationModule):
             rank_zero_warn(
                 "LossNormalizationDiagnostics logs nothing under norm/ for "
-                f"{type(pl_module).__name__}: only the methods of lightning_kd tell what they divide "
-                "by. Set audit: first (or a number of steps) to check the gradients of any module"
+                f"{type(pl_module).__name__}: only methods of lightning_kd report their divisor. "
+                "Set audit: first (or a number of steps) to check the gradients of any module"
             )
 
     def on_train_batch_end(
@@ -133,29 +134,29 @@ class LossNormalizationDiagnostics(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Write the micro-batch down; when the optimizer has stepped, add up and log."""
+        """Record the micro-batch; after an optimizer step, aggregate and log."""
         stepped = trainer.global_step != self._steps_before
         step = trainer.global_step if stepped else trainer.global_step + 1
-        if isinstance(pl_module, DistillationModule) and self._wanted(trainer, step):
+        if isinstance(pl_module, DistillationModule) and self._is_due(trainer, step):
             self._record(pl_module, batch)
             if stepped:
-                self._close(trainer, pl_module, step)
+                self._log(trainer, pl_module, step)
         self.audit.after_batch(trainer, pl_module, stepped, outputs, batch, batch_idx)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Remember how many steps there were, to see whether this micro-batch makes one."""
+        """Remember the number of steps, to tell whether this micro-batch completes one."""
         self._steps_before = trainer.global_step
         self.audit.before_batch(trainer, pl_module)
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Leave the module as it was."""
+        """Stop recording batches."""
         self.audit.stop()
 
-    def _wanted(self, trainer: L.Trainer, step: int) -> bool:
+    def _is_due(self, trainer: L.Trainer, step: int) -> bool:
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
         return (every > 0 and step % every == 0) or self._wants_histogram(step)
 
@@ -194,13 +195,13 @@ class LossNormalizationDiagnostics(Callback):
         self._records.append(torch.stack([value.double() for value in record]))
         self._rows.append((lengths[scored], means[scored]))
 
-    def _close(self, trainer: L.Trainer, module: DistillationModule, step: int) -> None:
-        # Ranks have as many micro-batches as each other: one gather of a few numbers.
+    def _log(self, trainer: L.Trainer, module: DistillationModule, step: int) -> None:
+        # Every rank has the same number of micro-batches: one gather of a few numbers.
         window = torch.stack(self._records)
         gathered = module.all_gather(window)
-        assert isinstance(gathered, Tensor)  # as it was given
+        assert isinstance(gathered, Tensor)  # as its input
         logs = window_statistics(gathered.reshape(-1, window.shape[1]), module)
-        publish(trainer, {f"norm/{name}": value for name, value in logs.items()}, step - 1)
+        log_metrics(trainer, {f"norm/{name}": value for name, value in logs.items()}, step - 1)
         if self._wants_histogram(step):
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):
@@ -212,12 +213,12 @@ class LossNormalizationDiagnostics(Callback):
 
 
 def _weight(term: EvaluatedTerm) -> Tensor:
-    """What the term's tokens weigh together before the division, its coefficient aside."""
+    """Return the total weight of the term's tokens before the division, without its coefficient."""
     return (term.count_ratio * term.row_weights * term.positions.tokens_per_row).sum()
 
 
 def _agree(terms: Sequence[EvaluatedTerm]) -> bool:
-    """Do all terms of the loss give the same tokens the same weights?"""
+    """Return whether all terms of the loss give the same tokens the same weights."""
     first, *others = [term for term in terms if term.coefficient != 0] or [terms[0]]
     return all(
         torch.equal(term.positions.mask, first.positions.mask)
@@ -229,7 +230,7 @@ def _agree(terms: Sequence[EvaluatedTerm]) -> bool:
 
 
 def window_statistics(records: Tensor, module: DistillationModule) -> dict[str, Tensor]:
-    """What is logged of one optimizer step, from a row of numbers for each micro-batch and rank."""
+    """Compute the metrics of one optimizer step from a row of numbers per micro-batch and rank."""
     total = {name: records[:, column].sum() for name, column in _COLUMN.items()}
     count, tokens, sequences = (
         total[name].clamp(min=1) for name in ("count", "tokens", "sequences")

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from lightning_kd.callbacks.audit.micro_batch_partitioning import fresh_copy
+from lightning_kd.callbacks.audit.micro_batch_partitioning import clone_batch
 from lightning_kd.callbacks.audit.replacements import replaced
 
 
@@ -28,7 +28,7 @@ class BatchRecorder:
 
         @functools.wraps(step)
         def recorded(batch: Any, *rest: Any, **named: Any) -> Any:
-            self._batches.append(fresh_copy(batch))
+            self._batches.append(clone_batch(batch))
             return step(batch, *rest, **named)
 
         self._replacement.enter_context(replaced(module, training_step=recorded))

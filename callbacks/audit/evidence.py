@@ -1,4 +1,4 @@
-"""What gradients of the same samples have to do with each other."""
+"""Linear relations between gradients of the same samples."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,16 @@ _SKETCH = 4096
 
 
 def relative_difference(gradient: Gradient, reference: Gradient) -> float:
-    """Norm of the difference over norm of the reference; over the gradient's own where that is 0."""
+    """Return the norm of the difference over that of the reference, or over its own if that is 0."""
     distance = _norm([a.double() - b.double() for a, b in zip(gradient, reference, strict=True)])
     return 0.0 if distance == 0 else distance / (_norm(reference) or _norm(gradient))
 
 
 def sketch(gradient: Gradient) -> Tensor:
-    """Project a gradient linearly on a few thousand numbers, by random signs: ``(4096,)``, float64.
+    """Return a random linear projection of a gradient, by random signs: ``(4096,)``, float64.
 
-    Whatever linear relation holds between gradients holds between their sketches, and norms are
-    kept to a percent or so; a gradient for each sample would take too much memory.
+    Every linear relation between gradients also holds between their sketches, and norms are kept to
+    about a percent; a whole gradient for each sample would take too much memory.
     """
     total = torch.zeros(_SKETCH, dtype=torch.float64)
     for index, part in enumerate(gradient):
@@ -31,26 +31,26 @@ def sketch(gradient: Gradient) -> Tensor:
         flat = torch.nn.functional.pad(flat, (0, -len(flat) % _SKETCH)).view(-1, _SKETCH)
         generator = torch.Generator().manual_seed(index)
         signs = torch.randint(0, 2, (len(flat),), generator=generator).double() * 2 - 1
-        # Small parameters would all fall on the first places: each begins at a place of its own.
+        # Small parameters would all be added to the first elements: each gets another offset.
         total += (signs.to(flat.device) @ flat).cpu().roll(997 * index)
     return total
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    """Tell whether two sketches are equal up to a relative tolerance."""
+    """Return whether two sketches are equal up to a relative tolerance."""
     return float((a - b).norm()) <= tolerance * max(float(a.norm()), float(b.norm()))
 
 
 def ratio(a: Tensor, b: Tensor, tolerance: float) -> float | None:
-    """Return the factor ``r`` of ``a = r b``; None where ``a`` is no multiple of ``b``."""
+    """Return the factor ``r`` of ``a = r b``; None if ``a`` is no multiple of ``b``."""
     if float(b.norm()) == 0 or float(a.norm()) == 0:
         return None
     factor = float(a @ b) / float(b @ b)
     return factor if close(a, factor * b, tolerance) else None
 
 
-def span_weights(target: Tensor, parts: Tensor, tolerance: float) -> Tensor | None:
-    """Return the weights of the parts in the target, ``(n,)``; None where it is no sum of them."""
+def combination_weights(target: Tensor, parts: Tensor, tolerance: float) -> Tensor | None:
+    """Return weights ``(n,)`` whose sum of parts is the target; None if there are none."""
     if float(parts.norm()) == 0:
         return None if float(target.norm()) > 0 else torch.zeros(len(parts), dtype=torch.float64)
     fitted = torch.linalg.lstsq(parts.T, target[:, None], rcond=1e-9, driver="gelsd")
@@ -59,7 +59,7 @@ def span_weights(target: Tensor, parts: Tensor, tolerance: float) -> Tensor | No
 
 
 def token_counts(samples: Sequence[Any]) -> list[tuple[str, list[float]]]:
-    """Count what a loss of each sample may be divided by, as far as a batch tells it."""
+    """Return the counts of each sample that a loss may be divided by, as far as batches hold them."""
     counts = []
     if all(isinstance(s, Mapping) and isinstance(s.get("labels"), Tensor) for s in samples):
         labels = [s["labels"] for s in samples]

@@ -1,4 +1,4 @@
-"""Cutting a batch into samples, and joining samples into batches."""
+"""Splitting of batches into samples, and joining of samples into micro-batches."""
 
 import copy
 import dataclasses
@@ -19,13 +19,13 @@ _LABELS = {"labels", "label", "targets", "target"}
 _MASKS = {"attention_mask", "mask", "padding_mask"}
 
 
-def rows_of(batch: Any) -> int:
-    """Count the samples of a batch: the length of its labels or ids, or that of most tensors.
+def num_rows(batch: Any) -> int:
+    """Return the number of samples: the length of labels or ids, or else that of most tensors.
 
     Raises:
-        ValueError: If it holds no tensor.
+        ValueError: If the batch holds no tensor.
     """
-    lengths = {path: len(tensor) for path, tensor in tensors_of(batch) if tensor.ndim}
+    lengths = {path: len(tensor) for path, tensor in iterate_tensors(batch) if tensor.ndim}
     if not lengths:
         raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor with rows")
     for name in ("input_ids", "labels"):
@@ -34,54 +34,50 @@ def rows_of(batch: Any) -> int:
     return Counter(lengths.values()).most_common(1)[0][0]
 
 
-def fresh_copy(batch: Any) -> Any:
-    """Copy a batch, so that whoever pops keys or writes into tensors leaves the original alone."""
+def clone_batch(batch: Any) -> Any:
+    """Return a copy of a batch whose keys and tensors can be changed without changing the batch."""
     return apply_to_collection(batch, Tensor, torch.clone)
 
 
 def split_rows(batch: Any) -> list[Any]:
-    """Cut a batch into batches of one sample."""
-    count = rows_of(batch)
+    """Return batches of one sample each."""
+    count = num_rows(batch)
     return [_pick(batch, slice(row, row + 1), count) for row in range(count)]
 
 
-def join_rows(batches: Sequence[Any]) -> Any:
+def join_batches(batches: Sequence[Any]) -> Any:
     """Join batches into one; shorter rows are padded on the right, labels with IGNORE_INDEX.
 
     Raises:
-        ValueError: If rows must be padded, and nothing says which tensor holds labels or a mask.
+        ValueError: If rows must be padded, and no name or value tells labels from inputs.
     """
-    tensors = [dict(tensors_of(batch)) for batch in batches]
+    tensors = [dict(iterate_tensors(batch)) for batch in batches]
     ragged = any(
         len({t[path].shape[1:] for t in tensors if path in t}) > 1
         for path, tensor in tensors[0].items()
         if tensor.ndim > 1
     )
-    padded_so = {str(path[-1]) for path in tensors[0]} & (_LABELS | _MASKS)
-    if (
-        ragged
-        and not padded_so
-        and not any(_holds_ignored(t) for ts in tensors for t in ts.values())
-    ):
+    known = {str(path[-1]) for path in tensors[0]} & (_LABELS | _MASKS)
+    if ragged and not known and not any(_holds_ignored(t) for ts in tensors for t in ts.values()):
         raise ValueError(
-            "its micro-batches have rows of different lengths, and nothing tells labels from "
-            "inputs to pad them; give a mapping with labels or attention_mask, or labels of "
+            "its micro-batches have rows of different lengths, and no name or value tells labels "
+            "from inputs to pad them; use a mapping with labels or attention_mask, or labels of "
             f"{IGNORE_INDEX}"
         )
-    return _join(batches, [rows_of(batch) for batch in batches], "")
+    return _join(batches, [num_rows(batch) for batch in batches], "")
 
 
-def pad_rows(batch: Any, columns: int, *, attended: bool = False) -> Any:
-    """Append columns without labels to a language-model batch; leave any other as it is.
+def append_padding(batch: Any, columns: int, *, attended: bool = False) -> Any:
+    """Append columns without labels to a language-model batch; return any other unchanged.
 
     Args:
         batch: A mapping with an attention mask, or anything else.
-        columns: How many.
-        attended: Whether the mask counts them as text; they repeat the last token then.
+        columns: Number of columns.
+        attended: Whether the mask marks them as text; they then repeat the last token.
     """
-    if width_of(batch) is None:
+    if padded_length(batch) is None:
         return batch
-    width = width_of(batch)
+    width = padded_length(batch)
     widened = {
         key: _append_columns(key, value, columns, attended)
         for key, value in batch.items()
@@ -90,17 +86,17 @@ def pad_rows(batch: Any, columns: int, *, attended: bool = False) -> Any:
     return _rebuild(batch, widened)
 
 
-def width_of(batch: Any) -> int | None:
-    """Return the tokens of a padded row; None for a batch without an attention mask."""
+def padded_length(batch: Any) -> int | None:
+    """Return the length of a padded row; None for a batch without an attention mask."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.shape[1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def regroup(samples: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
-    """Join consecutive samples into micro-batches of these sizes."""
+def partition(samples: Sequence[Any], sizes: Sequence[int]) -> list[Any]:
+    """Join consecutive samples into micro-batches of the given sizes."""
     groups, start = [], 0
     for size in sizes:
-        groups.append(join_rows(samples[start : start + size]))
+        groups.append(join_batches(samples[start : start + size]))
         start += size
     return groups
 
@@ -111,19 +107,21 @@ def gather_batches(window: Sequence[Any], device: torch.device) -> list[list[Any
     return [move_data_to_device(part, device) for part in gathered]
 
 
-def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Yield each tensor of a batch with its keys and places on the way to it."""
+def iterate_tensors(
+    value: Any, path: tuple[Any, ...] = ()
+) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Yield each tensor of a batch with its path: the keys and indices that lead to it."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from tensors_of(item, (*path, key))
+            yield from iterate_tensors(item, (*path, key))
     elif isinstance(value, tuple | list):
         for key, item in enumerate(value):
-            yield from tensors_of(item, (*path, key))
+            yield from iterate_tensors(item, (*path, key))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from tensors_of(getattr(value, field.name), (*path, field.name))
+            yield from iterate_tensors(getattr(value, field.name), (*path, field.name))
 
 
 def _holds_ignored(tensor: Tensor) -> bool:
@@ -131,7 +129,7 @@ def _holds_ignored(tensor: Tensor) -> bool:
 
 
 def _is_per_row(value: Any, count: int) -> bool:
-    """Tell whether a list has one item for each row, and not one for each field."""
+    """Return whether a list has one item for each row, rather than one for each field."""
     fields = all(isinstance(v, Tensor) and v.ndim and len(v) == count for v in value)
     return len(value) == count and not (fields and count > 0)
 
@@ -153,10 +151,10 @@ def _pick(value: Any, rows: slice, count: int) -> Any:
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and len(value) == count else value
     if isinstance(value, Mapping):
-        if "labels" in value and rows_of(value) != count:
+        if "labels" in value and num_rows(value) != count:
             raise ValueError(
-                f"a batch of {count} rows holds another of {rows_of(value)}, which cannot be cut "
-                "with it; give both as many rows"
+                f"a batch of {count} rows holds another of {num_rows(value)}, which cannot be split "
+                "with it; give both the same number of rows"
             )
         return _rebuild(value, {key: _pick(item, rows, count) for key, item in value.items()})
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Gradients of a module as Lightning's automatic optimization computes them, without a step."""
+"""Replay of optimizer steps as in Lightning's automatic optimization, without the update."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,35 +12,35 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_kd.callbacks.audit.micro_batch_partitioning import fresh_copy, width_of
-from lightning_kd.callbacks.audit.one_process import OneProcessView
+from lightning_kd.callbacks.audit.micro_batch_partitioning import clone_batch, padded_length
 from lightning_kd.callbacks.audit.replacements import replaced, restored
+from lightning_kd.callbacks.audit.single_process import SingleProcess
 from lightning_kd.callbacks.audit.state_snapshot import StateSnapshot
 
 Gradient = list[Tensor]
 """One tensor for each parameter that trains."""
 
-Mode = Literal["training", "evaluation", "frozen"]
-"""As the module trained; without dropout, but with the statistics of batch norms; all in evaluation."""
+Mode = Literal["training", "no_dropout", "evaluation"]
+"""As the module trained; in evaluation except for batch norms; all in evaluation."""
 
-REFUSALS = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AssertionError)
-"""What a module may raise that does not take a cut: it is reported, and the run goes on."""
+REPLAY_ERRORS = (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError, AssertionError)
+"""Errors of a module that does not support a partitioning: reported, while the run continues."""
 
 _NEVER_CLIPS = 1e30
 _COLUMNS = 8
 
 
-class GradientRunner:
-    """Computes gradients of one module, each from the same state.
+class StepReplay:
+    """Replay of optimizer steps of one module, each from the same state.
 
-    A step goes the way of Lightning's automatic optimization, with the hooks of the module in
-    Lightning's order, up to and including ``configure_gradient_clipping``; then it ends.
+    A step is computed as in Lightning's automatic optimization, with the module's hooks in
+    Lightning's order, up to and including ``configure_gradient_clipping``.
 
     Args:
         trainer: The trainer of the module.
         module: A module with automatic optimization.
-        snapshot: The state that each gradient begins from.
-        view: Where the run has several processes, the surroundings of one.
+        snapshot: The state that each step starts from.
+        single_process: Replaces what the module holds of its processes, while it is active.
     """
 
     def __init__(
@@ -48,10 +48,11 @@ class GradientRunner:
         trainer: L.Trainer,
         module: L.LightningModule,
         snapshot: StateSnapshot,
-        view: OneProcessView,
+        single_process: SingleProcess,
     ) -> None:
         self.trainer: Any = trainer
-        self.module, self.snapshot, self.view = module, snapshot, view
+        self.module, self.snapshot = module, snapshot
+        self.single_process = single_process
         self.mode: Mode = "training"
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -64,28 +65,28 @@ class GradientRunner:
         *,
         over_ranks: bool = False,
         seed: int | None = None,
-        after: Sequence[Any] = (),
+        previous: Sequence[Any] = (),
     ) -> Gradient:
         """Compute the gradient of one optimizer step.
 
         Args:
-            micro_batches: Those of this process.
+            micro_batches: The micro-batches of this process.
             over_ranks: Whether to take the mean over processes, as the strategy does.
-            seed: For other random numbers than those of the saved state.
-            after: Micro-batches of a step to take before it, without restoring the state.
+            seed: Seed of other random numbers than those of the saved state.
+            previous: Micro-batches of a step to take first, after which state is not restored.
         """
         while True:
             self.snapshot.restore()
-            self.view.substitute()
+            self.single_process.replace_in_module()
             self._set_mode()
             if seed is not None:
                 self.snapshot.reseed(seed)
-            if after:
-                self._step(after, over_ranks=False, ended=True)
-            gradient = self._step(micro_batches, over_ranks=over_ranks, ended=False)
+            if previous:
+                self._step(previous, over_ranks=False, completed=True)
+            gradient = self._step(micro_batches, over_ranks=over_ranks, completed=False)
             if self._scale <= 1 or all(bool(g.isfinite().all()) for g in gradient):
                 return gradient
-            self._scale /= 16  # as a gradient scaler would after an overflow
+            self._scale /= 16  # as a gradient scaler does after an overflow
 
     @contextmanager
     def in_mode(self, mode: Mode) -> Iterator[None]:
@@ -96,12 +97,12 @@ class GradientRunner:
         finally:
             self.mode = before
 
-    def room_for_columns(self, batch: Any) -> int:
-        """Return how many columns, up to 8, can be appended without exceeding a table of positions.
+    def max_padding(self, batch: Any) -> int:
+        """Return how many columns, up to 8, can be appended without exceeding position embeddings.
 
-        A table that is too small is an assertion on a GPU, after which it cannot be used.
+        An index out of range is an assertion on a GPU, after which the GPU cannot be used.
         """
-        width = width_of(batch)
+        width = padded_length(batch)
         if width is None:
             return 0
         limits = [
@@ -115,7 +116,7 @@ class GradientRunner:
         return min([_COLUMNS, *(limit - width for limit in limits if limit >= width)])
 
     def batch_norms(self) -> list[str]:
-        """Name the batch norms that trained with statistics of the micro-batch."""
+        """Return the names of batch norms that train with statistics of the micro-batch."""
         self.snapshot.restore()
         return [n for n, part in self.module.named_modules() if _uses_batch_statistics(part)]
 
@@ -123,10 +124,10 @@ class GradientRunner:
         if self.mode == "training":
             return
         for part in self.module.modules():
-            if self.mode == "frozen" or not _uses_batch_statistics(part):
+            if self.mode == "evaluation" or not _uses_batch_statistics(part):
                 part.training = False
 
-    def _step(self, micro_batches: Sequence[Any], *, over_ranks: bool, ended: bool) -> Gradient:
+    def _step(self, micro_batches: Sequence[Any], *, over_ranks: bool, completed: bool) -> Gradient:
         module, optimizer, count = self.module, self.trainer.optimizers[0], len(micro_batches)
         for parameter in self.parameters:
             parameter.grad = None
@@ -146,7 +147,7 @@ class GradientRunner:
             gradient[:] = [_dense(p) for p in self.parameters]
 
         for index, original in enumerate(micro_batches):
-            batch, last = fresh_copy(original), index + 1 == count
+            batch, last = clone_batch(original), index + 1 == count
             self._count_batch(index, count)
             module.on_train_batch_start(batch, index)
             outputs: dict[str, Any] = {}
@@ -156,7 +157,7 @@ class GradientRunner:
                 module.optimizer_step(self.trainer.current_epoch, index, capture, closure)
             else:
                 closure()
-            if ended:
+            if completed:
                 module.on_train_batch_end(outputs, batch, index)
         return gradient or [_dense(p) for p in self.parameters]
 
@@ -195,7 +196,7 @@ class GradientRunner:
             parameter.grad = gradient / self.trainer.world_size
 
     def _count_batch(self, index: int, count: int) -> None:
-        """Let the loop's counters say which micro-batch of the window this is."""
+        """Set the loop's counters to this micro-batch of the step."""
         progress = self.trainer.fit_loop.epoch_loop.batch_progress
         batches = self.trainer.num_training_batches
         finished = 0 if batches == float("inf") else count * (int(batches) // count + 1)
@@ -204,7 +205,7 @@ class GradientRunner:
 
 
 class _StepCapture:
-    """Stands in for the optimizer in ``optimizer_step``: everything up to the step, but no step."""
+    """Optimizer passed to ``optimizer_step`` that computes the gradient but updates nothing."""
 
     def __init__(self, optimizer: Any, before_step: Callable[[], None]) -> None:
         self.optimizer = optimizer
@@ -220,8 +221,8 @@ class _StepCapture:
 
 
 @contextmanager
-def silenced(trainer: Any, module: L.LightningModule) -> Iterator[None]:
-    """Log nothing, never clip, and put back what a step changes of the trainer."""
+def isolated(trainer: Any, module: L.LightningModule) -> Iterator[None]:
+    """Turn off logging and clipping, and restore what a step changes in the trainer."""
     progress = trainer.fit_loop.epoch_loop.batch_progress
     with ExitStack() as replacements:
         replacements.enter_context(restored(trainer, "accumulate_grad_batches", "should_stop"))
@@ -238,7 +239,7 @@ def silenced(trainer: Any, module: L.LightningModule) -> Iterator[None]:
 
 
 def takes_batches(module: L.LightningModule) -> bool:
-    """Tell whether ``training_step`` is given batches, and does not read the loader itself."""
+    """Return whether ``training_step`` receives batches, instead of reading the loader itself."""
     return "dataloader_iter" not in inspect.signature(module.training_step).parameters
 
 

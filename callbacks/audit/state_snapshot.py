@@ -1,4 +1,4 @@
-"""State of a module beside what the optimizer changes, saved so that it can be put back in place."""
+"""Snapshot of a module's state that can be restored in place."""
 
 import pickle
 import random
@@ -19,8 +19,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
-# What a training step is not expected to change, or what does not belong to the module.
-_NOT_ENTERED = (
+# A training step is not expected to change these, or they do not belong to the module.
+_SKIPPED_TYPES = (
     *(L.Trainer, L.LightningDataModule, Callback, Logger, Strategy, Optimizer, LRScheduler),
     *(Dataset, DataLoader, PreTrainedTokenizerBase, type, types.ModuleType, types.FunctionType),
     *(types.BuiltinFunctionType, str, bytes, int, float, complex, torch.dtype, torch.device),
@@ -30,7 +30,7 @@ _BACK_REFERENCES = {"_trainer", "_fabric"}
 
 
 class GlobalGenerators:
-    """The global random generators of Python, NumPy and torch, CUDA's where CUDA is in use."""
+    """Global random generators of Python, NumPy and torch, with CUDA's if CUDA is in use."""
 
     def __init__(self) -> None:
         self._saved = self._read()
@@ -45,13 +45,13 @@ class GlobalGenerators:
             torch.cuda.set_rng_state_all(cuda)
 
     def reseed(self, seed: int) -> None:
-        """Let them draw other numbers."""
+        """Seed the generators."""
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
 
     def fingerprint(self) -> bytes:
-        """Return their present states, to be compared."""
+        """Return the current states in a form that can be compared."""
         python, numpy, cpu, cuda = self._read()
         return pickle.dumps((python, numpy, *(state.numpy().tobytes() for state in (cpu, *cuda))))
 
@@ -62,12 +62,12 @@ class GlobalGenerators:
 
 
 class StateSnapshot:
-    """Everything reachable from a module that its training step may change, and a way back.
+    """Snapshot of everything reachable from a module that its training step may change.
 
-    Entered are the module's weights, buffers, attributes and modes, those of models that it holds
-    without registering them, the numbers and containers of its class, and the objects, containers,
-    arrays, tensors and generators that these lead to. They are restored in place, so whoever shares
-    a container with the module goes on sharing it.
+    Saved are the module's weights, buffers, attributes and modes, those of models that it holds
+    without registering them, the numbers and containers of its class, and all objects, containers,
+    arrays, tensors and generators that can be reached from these. They are restored in place, so that
+    containers shared with other objects stay shared.
 
     Args:
         module: The module.
@@ -76,7 +76,7 @@ class StateSnapshot:
 
     def __init__(self, module: nn.Module, *others: object) -> None:
         self.cannot_restore: list[str] = []
-        """Attributes that advance when they are read and cannot be set back: iterators, files."""
+        """Attributes that advance when they are read and cannot be restored: iterators, files."""
         self._restorers: list[Callable[[], object]] = []
         self._versions: list[tuple[str, Tensor, int]] = []
         self._seen: dict[int, object] = {}
@@ -91,10 +91,10 @@ class StateSnapshot:
             if cls.__module__.split(".")[0] not in _LIBRARIES:
                 self._save_class(cls)
         while self._pending:
-            self._enter(*self._pending.pop())
+            self._save(*self._pending.pop())
 
     def restore(self) -> None:
-        """Put everything back: states, gradients, random generators."""
+        """Restore all state, gradients and random generators."""
         for restorer in self._restorers:
             restorer()
         for parameter, gradient, requires in self._gradients:
@@ -103,7 +103,7 @@ class StateSnapshot:
         self._random.restore()
 
     def reseed(self, seed: int) -> None:
-        """Let every random generator, the module's own ones too, draw other numbers."""
+        """Seed every random generator, including those of the module."""
         self._random.reseed(seed)
         for generator in self._generators:
             if isinstance(generator, torch.Generator):
@@ -115,18 +115,18 @@ class StateSnapshot:
                 generator.seed(seed)
 
     def random_fingerprint(self) -> bytes:
-        """Return the states of all random generators, to see whether numbers were drawn."""
+        """Return the states of all random generators, which differ if numbers were drawn."""
         own = [_state(generator) for generator in self._generators]
         return self._random.fingerprint() + pickle.dumps(own)
 
     def changed_weights(self) -> list[str]:
-        """Names of unregistered weights that were changed in place, of which there is no copy."""
+        """Return the names of unregistered weights that were changed in place; they are not restored."""
         return [name for name, tensor, version in self._versions if tensor._version != version]
 
-    def _enter(self, name: str, value: Any) -> None:
-        if value is None or isinstance(value, _NOT_ENTERED) or id(value) in self._seen:
+    def _save(self, name: str, value: Any) -> None:
+        if value is None or isinstance(value, _SKIPPED_TYPES) or id(value) in self._seen:
             return
-        self._seen[id(value)] = value  # kept, so that its id is not given to another object
+        self._seen[id(value)] = value  # a reference, so that its id is not reused
         if isinstance(value, Tensor):
             self._save_tensor(name, value)
         elif isinstance(value, np.ndarray):
@@ -150,7 +150,7 @@ class StateSnapshot:
             return
         held = isinstance(tensor, nn.Parameter) and id(tensor) not in self._registered
         if held or (isinstance(tensor, nn.Parameter) and not tensor.is_floating_point()):
-            # Another model's weights, a teacher's say, may be too large for a copy.
+            # Weights of another model, such as a teacher, may be too large for a copy.
             self._versions.append((name, tensor, tensor._version))
             return
         copied = tensor.detach().clone()
@@ -184,7 +184,7 @@ class StateSnapshot:
         self._pending += [(f"{name}[{k}]", item) for k, item in enumerate(items)]
 
     def _save_generator(self, value: Any) -> bool:
-        """Save the state of a random generator; return False for anything else."""
+        """Save the state of a random generator; return False for any other object."""
         if isinstance(value, torch.Generator):
             state = value.get_state()
             self._restorers.append(lambda: value.set_state(state))
@@ -204,7 +204,7 @@ class StateSnapshot:
 
     def _save_object(self, name: str, value: Any) -> None:
         if isinstance(getattr(value, "__dict__", None), dict):
-            self._enter(name, value.__dict__)
+            self._save(name, value.__dict__)
         for cls in type(value).__mro__:
             slots = cls.__dict__.get("__slots__", ())
             for slot in (slots,) if isinstance(slots, str) else slots:
@@ -243,7 +243,7 @@ def _reset(cls: type, name: str, value: object) -> None:
 
 
 def _overlaps(tensor: Tensor) -> bool:
-    """Tell whether elements share memory, as after ``expand``: nothing can be written there."""
+    """Return whether elements share memory, as after ``expand``, which cannot be written to."""
     return any(
         step == 0 and size > 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True)
     )

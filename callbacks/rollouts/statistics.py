@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from lightning_kd.callbacks.publishing import publish
+from lightning_kd.callbacks.metric_logging import log_metrics
 from lightning_kd.generation import Completions
 
 
@@ -63,7 +63,7 @@ class RolloutStatistics:
         values = {"on_policy": torch.tensor(float(on_policy))}
         if self._generated:
             values |= self._of_generated(trainer)
-        publish(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
+        log_metrics(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
 
     def _of_generated(self, trainer: L.Trainer) -> dict[str, Tensor]:
         own = torch.stack([self._generated["lengths"], self._generated["ended"]])

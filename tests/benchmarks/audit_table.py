@@ -1,7 +1,7 @@
-"""What the audit finds: ``python -m tests.benchmarks.audit_table [--write docs/normalization.md]``.
+"""Table of what the audit finds: ``python -m tests.benchmarks.audit_table [--write FILE]``.
 
 Every module of :mod:`tests.callbacks.audit.audited_modules` is trained for a step and audited; the
-table is printed, or put into the document between its two marks.
+table is printed, or put between the two marks of a document such as ``docs/normalization.md``.
 """
 
 import argparse
@@ -11,31 +11,31 @@ import warnings
 from pathlib import Path
 
 from tests.callbacks.audit.audit_runs import Outcome, audit, audit_two_processes
-from tests.callbacks.audit.audited_modules import PLANTED, RIGHT, Case
+from tests.callbacks.audit.audited_modules import CORRECT, PLANTED, Case
 
-HEADINGS = "| module | processes x micro-batches | the audit |\n| --- | --- | --- |"
+HEADINGS = "| module | processes x micro-batches | result |\n| --- | --- | --- |"
 _MARKS = "<!-- audit table -->", "<!-- end of audit table -->"
 
 
 def row_of(case: Case, outcome: Outcome) -> str:
-    """Return a line of the table."""
-    said = "; ".join(cause.split(":")[0] for cause in outcome.causes)
+    """Return the table row of a case."""
+    result = "; ".join(cause.split(":")[0] for cause in outcome.causes)
     if not outcome.causes and outcome.warnings:
-        said = outcome.warnings[0].split("of step 1 was ")[-1].split(" (")[0].split(", so ")[0]
-        said = said.split("; ")[0].replace("ValueError: ", "")
+        result = outcome.warnings[0].split("of step 1 was ")[-1].split(" (")[0].split(", so ")[0]
+        result = result.split("; ")[0].replace("ValueError: ", "")
     elif outcome.notes:
-        said = "silent; notes that single samples would differ"
-    return f"| {case.what} | {case.processes} x {case.accumulate} | {said or 'silent'} |"
+        result = "no warning; notes that single samples would differ"
+    return f"| {case.name} | {case.processes} x {case.accumulate} | {result or 'no warning'} |"
 
 
 def table() -> str:
-    """Audit everything; return the table."""
-    both = {what: told[0] for what, told in audit_two_processes().items()}
+    """Audit all modules, and return the table."""
+    both = {name: found[0] for name, found in audit_two_processes().items()}
     lines = []
-    for title, cases in (("wrong", PLANTED), ("right", RIGHT)):
-        lines += [f"Modules that are {title}:\n\n{HEADINGS}"]
+    for title, cases in (("with a fault", PLANTED), ("that are correct", CORRECT)):
+        lines += [f"Modules {title}:\n\n{HEADINGS}"]
         for case in cases:
-            outcome = Outcome(**both[case.what]) if case.processes == 2 else audit(case)
+            outcome = Outcome(**both[case.name]) if case.processes == 2 else audit(case)
             lines.append(row_of(case, outcome))
         lines.append("")
     return "\n".join(lines)

@@ -117,7 +117,7 @@ TESTS: dict[str, Sequence[str]] = {
         *_STEPS,
     ],
     "lightning_kd/callbacks/audit/gradient_audit.py": _AUDIT,
-    "lightning_kd/callbacks/audit/causes.py": _AUDIT,
+    "lightning_kd/callbacks/audit/diagnosis.py": _AUDIT,
     "lightning_kd/callbacks/audit/evidence.py": _AUDIT,
     "lightning_kd/callbacks/audit/replay.py": _AUDIT,
     "lightning_kd/callbacks/loss_normalization.py": [

@@ -1,4 +1,4 @@
-"""Audits of the planted and the right modules, in one process and in one group of two."""
+"""Audits of modules with planted faults and of correct ones, in one and in two processes."""
 
 import json
 import logging
@@ -19,8 +19,8 @@ from lightning_kd.callbacks import LossNormalizationDiagnostics
 from lightning_kd.callbacks.audit.gradient_audit import audit_window
 from lightning_kd.collectives import gather_objects
 from tests.callbacks.audit.audited_modules import (
+    CORRECT,
     PLANTED,
-    RIGHT,
     THREE,
     Case,
     Everything,
@@ -32,7 +32,7 @@ from tests.support.harness import BatchList, trainer
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an audit said."""
+    """Results of an audit."""
 
     differences: dict[str, float]
     causes: list[str]
@@ -41,11 +41,11 @@ class Outcome:
 
 
 def audit(case: Case) -> Outcome:
-    """Train the case's module for a step, and audit it."""
+    """Train the module of a case for a step, and audit it."""
     rank = int(os.environ.get("LOCAL_RANK", 0))
     batches = list(case.batches)
     if case.processes == 2:
-        # Six micro-batches of which each process takes its own, of other lengths.
+        # Six micro-batches, of which each process takes half, of other lengths.
         batches = [*batches, *reversed(batches)][rank :: case.processes]
     callback = LossNormalizationDiagnostics(histograms_every=0, audit="first")
     fit = trainer(
@@ -61,22 +61,22 @@ def audit(case: Case) -> Outcome:
             fit.fit(case.build(), datamodule=BatchList(batches))
         except ValueError as error:
             return Outcome({}, [], [f"refused: {error}"], "")
-    said = [str(w.message) for w in caught if "the gradient of step" in str(w.message)]
+    messages = [str(w.message) for w in caught if "the gradient of step" in str(w.message)]
     report = callback.audit.report
     assert report is not None
-    notes = "" if said or not report.depends_on_cut else report.message(1)
-    return Outcome(report.differences, report.causes, said, notes)
+    notes = "" if messages or not report.depends_on_partitioning else report.message(1)
+    return Outcome(report.differences, report.causes, messages, notes)
 
 
 def audit_two_processes() -> dict[str, list[Any]]:
-    """Run all that takes two processes in one group; what each process was told."""
+    """Run all cases of two processes in one group; return the results of each process by name."""
     with tempfile.TemporaryDirectory() as folder:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         torch.multiprocessing.spawn(_process, (port, folder), nprocs=2)
         both = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in (0, 1)]
-    return {what: [told[what] for told in both] for what in both[0]}
+    return {name: [found[name] for found in both] for name in both[0]}
 
 
 def _process(rank: int, port: int, folder: str) -> None:
@@ -84,8 +84,8 @@ def _process(rank: int, port: int, folder: str) -> None:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    cases = [case for case in [*PLANTED, *RIGHT] if case.processes == 2]
-    found: dict[str, Any] = {case.what: asdict(audit(case)) for case in cases}
+    cases = [case for case in [*PLANTED, *CORRECT] if case.processes == 2]
+    found: dict[str, Any] = {case.name: asdict(audit(case)) for case in cases}
     found |= {f"trace audited {kept}": trace(kept, two_processes=True) for kept in (True, False)}
     found["windows of 1 and 0"] = _audit_directly([THREE[0]][: 1 - rank])
     found["rows of 2 and 0"] = _audit_directly([pick_rows(THREE[0], 2 * (1 - rank))])
@@ -103,7 +103,7 @@ def pick_rows(batch: Any, rows: int) -> Any:
 
 
 class _Directly(L.Callback):
-    """Audits a window of its own after the first step."""
+    """Audit of a given window after the first step."""
 
     def __init__(self, window: list[Any]) -> None:
         self.window = window
@@ -130,7 +130,7 @@ def _raised() -> str:
 
 
 class Trace(L.Callback):
-    """All that an audit might disturb, after every micro-batch."""
+    """Record of all that an audit might change, before and after every micro-batch."""
 
     def __init__(self) -> None:
         self.seen: list[str] = []

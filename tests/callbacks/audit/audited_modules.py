@@ -1,4 +1,4 @@
-"""Modules that divide their loss wrongly on purpose, and modules that are right."""
+"""Modules that normalize their loss wrongly on purpose, and correct modules."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -67,10 +67,10 @@ class Base(L.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
 
-    # For those that are right: the sum, and one division for the step.
+    # For correct modules: a sum, and one division per step.
 
     @property
-    def pieces(self) -> int:
+    def micro_batches(self) -> int:
         return self.trainer.accumulate_grad_batches
 
     def multiply_gradients(self, factor: float) -> None:
@@ -79,11 +79,11 @@ class Base(L.LightningModule):
                 parameter.grad *= factor
 
     def close(self, count: float) -> None:
-        self.multiply_gradients(self.pieces * self.trainer.world_size / count)
+        self.multiply_gradients(self.micro_batches * self.trainer.world_size / count)
         self.window_count = 0.0
 
 
-# Wrong.
+# Modules with a fault.
 
 
 class MeanOfMeans(Base):
@@ -92,12 +92,12 @@ class MeanOfMeans(Base):
 
 class DividedTwice(Base):
     def reduce(self, losses, batch):
-        return super().reduce(losses, batch) / self.pieces
+        return super().reduce(losses, batch) / self.micro_batches
 
 
 class TimesMicroBatches(Base):
     def reduce(self, losses, batch):
-        return super().reduce(losses, batch) * self.pieces
+        return super().reduce(losses, batch) * self.micro_batches
 
 
 class UndividedSum(Base):
@@ -122,7 +122,7 @@ class LongestRow(Base):
 
 
 class MeanOfRows(Base):
-    """Right where every micro-batch has as many rows."""
+    """Correct if every micro-batch has the same number of rows."""
 
     def reduce(self, losses, batch):
         return (losses.sum(1) / (batch["labels"][:, 1:] != -100).sum(1)).mean()
@@ -131,7 +131,7 @@ class MeanOfRows(Base):
 class LastMicroBatchOnly(Base):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        return loss if (batch_idx + 1) % self.pieces == 0 else loss * 0
+        return loss if (batch_idx + 1) % self.micro_batches == 0 else loss * 0
 
 
 class DividedInTwoHooks(Base):
@@ -140,7 +140,7 @@ class DividedInTwoHooks(Base):
         return losses.sum()
 
     def on_before_optimizer_step(self, optimizer):
-        self.multiply_gradients(self.pieces / self.window_count)
+        self.multiply_gradients(self.micro_batches / self.window_count)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
         self.multiply_gradients(1 / self.window_count)
@@ -148,7 +148,7 @@ class DividedInTwoHooks(Base):
 
 
 class StaleCount(Base):
-    """Divides by the count of the step before, which is at hand already."""
+    """Divides by the count of the previous step."""
 
     last_count = 1.0
 
@@ -157,12 +157,12 @@ class StaleCount(Base):
         return losses.sum()
 
     def on_before_optimizer_step(self, optimizer):
-        self.multiply_gradients(self.pieces / self.last_count)
+        self.multiply_gradients(self.micro_batches / self.last_count)
         self.last_count, self.window_count = self.window_count, 0.0
 
 
 class SummedInOneProcess(Base):
-    """Right in one process, with its count closed in on_before_optimizer_step."""
+    """Correct in one process: divides in on_before_optimizer_step."""
 
     def reduce(self, losses, batch):
         self.window_count += scored(batch).item()
@@ -240,7 +240,7 @@ class Manual(Base):
         self.optimizers().step()
 
 
-# Wrong over processes.
+# Modules with a fault over several processes.
 
 
 class OneOverWorldSize(Base):
@@ -256,15 +256,15 @@ class TimesWorldSize(Base):
 
 
 class DividedByOwnCount(SummedInOneProcess):
-    """After the gradients were averaged, so that the weights of the processes drift apart."""
+    """Divides averaged gradients, so that the weights of the processes drift apart."""
 
     def close(self, count):
-        self.multiply_gradients(self.pieces / count)
+        self.multiply_gradients(self.micro_batches / count)
         self.window_count = 0.0
 
 
 class HiddenGroup(SummedInOneProcess):
-    """Its group is where nothing but a look into its closure finds it."""
+    """Holds its process group in a closure, where the audit does not find it."""
 
     def setup(self, stage):
         group = dist.new_group([0, 1])
@@ -279,14 +279,14 @@ class HiddenGroup(SummedInOneProcess):
         self.close(self.add_up(torch.tensor(self.window_count)))
 
 
-# Right.
+# Correct modules.
 
 
 class DividedByItems(Base):
-    """As in transformers: the batch says how many tokens the step has."""
+    """Divides as transformers does, by the token count of the step in the batch."""
 
     def reduce(self, losses, batch):
-        return losses.sum() * self.pieces / batch["num_items_in_batch"]
+        return losses.sum() * self.micro_batches / batch["num_items_in_batch"]
 
 
 class InClipping(SummedInOneProcess):
@@ -325,7 +325,7 @@ class CountedAtBatchStart(SummedInOneProcess):
         return losses.sum()
 
     def on_before_optimizer_step(self, optimizer):
-        self.multiply_gradients(self.pieces / self.window_count)
+        self.multiply_gradients(self.micro_batches / self.window_count)
 
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if not self.trainer.fit_loop._should_accumulate():
@@ -372,7 +372,7 @@ class PopsLabels(SummedInOneProcess):
 
 
 class Counts(SummedInOneProcess):
-    """Counters, lists and a generator of its own, none of which enters the gradient."""
+    """Has counters, lists and a generator of its own, none of which enters the gradient."""
 
     def __init__(self):
         super().__init__()
@@ -386,7 +386,7 @@ class Counts(SummedInOneProcess):
 
 
 class Everything(SummedInOneProcess):
-    """State of every kind that a training step may change, some of which enters the gradient."""
+    """Has all kinds of state that a training step may change, some of which enters the gradient."""
 
     calls = 0
     lengths: ClassVar[list[int]] = []
@@ -441,7 +441,7 @@ class Everything(SummedInOneProcess):
 
 
 class Positions(SummedInOneProcess):
-    """Learned positions, as many as the longest row has."""
+    """Has as many learned positions as the longest row."""
 
     def __init__(self):
         super().__init__()
@@ -453,7 +453,7 @@ class Positions(SummedInOneProcess):
 
 
 class ListOfTensors(L.LightningModule):
-    """Regression on what a DataLoader makes of a TensorDataset."""
+    """Regression on the batches of a TensorDataset: lists of tensors."""
 
     def __init__(self):
         super().__init__()
@@ -543,7 +543,7 @@ class Remembers(Reduced):
         self.group = dist.new_group([0, 1])
 
     def close(self, count):
-        self.multiply_gradients(self.pieces * self.world / count)
+        self.multiply_gradients(self.micro_batches * self.world / count)
         self.window_count = 0.0
 
     def total(self, count):
@@ -552,7 +552,7 @@ class Remembers(Reduced):
 
 
 class BeforeBackward(Base):
-    """One micro-batch a step: the count is known before the backward pass."""
+    """Has one micro-batch per step, so that the count is known before the backward pass."""
 
     def reduce(self, losses, batch):
         count = scored(batch)
@@ -570,19 +570,19 @@ def ours(method, **options):
 
 @dataclass(frozen=True)
 class Case:
-    """A module, its data, and what the audit has to say of it."""
+    """A module, its data, and the expected result of its audit."""
 
-    what: str
+    name: str
     build: Callable[[], L.LightningModule]
     cause: str | None = None
-    """Part of the cause that is named; None for a module that is right."""
+    """Part of the expected cause; None for a correct module."""
     batches: Sequence[Any] = field(default_factory=lambda: THREE)
     processes: int = 1
     accumulate: int = 3
     note: bool = False
-    """Whether it is said that other cuts would differ."""
+    """Whether a message says that other partitionings would differ."""
     causes: int = 1
-    """How many causes are named of one that is wrong."""
+    """Expected number of causes of a module with a fault."""
 
 
 def batches_with(**fields):
@@ -605,14 +605,16 @@ PLANTED = [
         UNEQUAL_ROWS,
         accumulate=2,
     ),
-    Case("divided by the number of micro-batches once more", DividedTwice, "divided twice"),
+    Case("divided by the number of micro-batches again", DividedTwice, "divided twice"),
     Case("multiplied by the number of micro-batches", TimesMicroBatches, "never divided"),
     Case("sum over tokens", UndividedSum, "undivided sum"),
-    Case("mean over the padded length", PaddedLength, "denominator of unscored text", causes=2),
+    Case(
+        "mean over the padded length", PaddedLength, "unscored tokens in the denominator", causes=2
+    ),
     Case(
         "divided by attended tokens, prompts too",
         AttendedTokens,
-        "denominator of unscored text",
+        "unscored tokens in the denominator",
         causes=2,
     ),
     Case("divided by the longest row", LongestRow, "divided by the longest row"),
@@ -647,7 +649,7 @@ PLANTED = [
         causes=0,
     ),
     Case(
-        "count added up, gradients averaged",
+        "count summed, gradients averaged",
         OneOverWorldSize,
         "1/world_size",
         processes=2,
@@ -690,7 +692,7 @@ PLANTED = [
         causes=0,
     ),
 ]
-RIGHT = [
+CORRECT = [
     Case("SFT", ours(SFT)),
     Case("SupervisedKD, per sequence", ours(SupervisedKD, normalization="sequence")),
     Case("sum over num_items_in_batch", DividedByItems, batches=ITEMS),

@@ -1,4 +1,4 @@
-"""What the audit concludes from: sketches, ratios, sums, counts and the room for columns."""
+"""Sketches, ratios, weighted sums and counts of the audit, and the columns it can append."""
 
 from types import SimpleNamespace
 
@@ -10,13 +10,13 @@ from torch import nn
 
 from lightning_kd.callbacks.audit.evidence import (
     close,
+    combination_weights,
     ratio,
     relative_difference,
     sketch,
-    span_weights,
     token_counts,
 )
-from lightning_kd.callbacks.audit.replay import GradientRunner
+from lightning_kd.callbacks.audit.replay import StepReplay
 
 
 def gradient(seed, *sizes):
@@ -34,13 +34,13 @@ def test_a_sketch_is_linear_and_keeps_norms_and_angles():
     assert abs(sketch(a) @ sketch(b)) < 0.1 * sketch(a).norm() * sketch(b).norm()
 
 
-def test_parameters_that_are_alike_do_not_cancel():
-    """Small ones begin at places of their own, so that two opposite ones leave something."""
+def test_equal_and_opposite_parameters_do_not_cancel():
+    """Small ones have different offsets in the sketch."""
     one = torch.ones(5, dtype=torch.float64)
     assert sketch([one, -one]).square().sum() == pytest.approx(10)
 
 
-def test_relative_differences_are_those_of_norms():
+def test_relative_differences_are_ratios_of_norms():
     a, b = gradient(0, 7, 5), gradient(1, 7, 5)
     expected = np.linalg.norm(torch.cat(a) - torch.cat(b)) / np.linalg.norm(torch.cat(b))
     assert relative_difference(a, b) == pytest.approx(expected)
@@ -49,20 +49,20 @@ def test_relative_differences_are_those_of_norms():
     assert relative_difference(a, zero) == pytest.approx(1)
 
 
-def test_ratios_and_sums_are_found_only_where_they_are():
+def test_ratios_and_weighted_sums_are_found_only_if_they_exist():
     a, b, c = gradient(2, 30, 30, 30)
     assert ratio(2.5 * b, b, 1e-6) == pytest.approx(2.5)
     assert ratio(a, b, 1e-2) is None
     assert ratio(a, 0 * a, 1e-2) is None
     assert ratio(0 * a, a, 1e-2) is None
-    found = span_weights(2 * a - b, torch.stack([a, b]), 1e-6)
+    found = combination_weights(2 * a - b, torch.stack([a, b]), 1e-6)
     assert found.tolist() == pytest.approx([2, -1])
-    assert span_weights(c, torch.stack([a, b]), 1e-2) is None
-    assert span_weights(0 * c, torch.zeros(2, 30), 1e-2).tolist() == [0, 0]
-    assert span_weights(c, torch.zeros(2, 30), 1e-2) is None
+    assert combination_weights(c, torch.stack([a, b]), 1e-2) is None
+    assert combination_weights(0 * c, torch.zeros(2, 30), 1e-2).tolist() == [0, 0]
+    assert combination_weights(c, torch.zeros(2, 30), 1e-2) is None
 
 
-def test_what_is_close_is_so_relative_to_the_larger():
+def test_closeness_is_relative_to_the_larger_norm():
     a = torch.tensor([3.0, 4.0])
     assert close(a, 1.09 * a, 0.1)
     assert close(1.09 * a, a, 0.1)
@@ -70,13 +70,13 @@ def test_what_is_close_is_so_relative_to_the_larger():
     assert close(0 * a, 0 * a, 0.0)
 
 
-def test_counts_are_those_of_labels_shifted_or_not_and_of_attention():
+def test_token_counts_are_of_labels_shifted_or_not_and_of_attention():
     samples = [
         {"labels": torch.tensor([[-100, 5, 6, -100]]), "attention_mask": torch.ones(1, 4)},
         {"labels": torch.tensor([[4, -100, 6, -100]]), "attention_mask": torch.ones(1, 3)},
     ]
     assert token_counts(samples) == [
-        ("scored", [2, 1]),  # the first token is predicted by nobody
+        ("scored", [2, 1]),  # nothing predicts the first token
         ("labels", [2, 2]),
         ("attended", [4, 3]),
         ("attended", [3, 2]),
@@ -87,20 +87,20 @@ def test_counts_are_those_of_labels_shifted_or_not_and_of_attention():
 
 
 @pytest.mark.parametrize(
-    ("tables", "width", "room"),
+    ("tables", "width", "columns"),
     [([], 4, 8), ([10], 7, 3), ([10, 8], 7, 1), ([10, 5], 7, 3), ([7], 7, 0), ([99], 7, 8)],
 )
-def test_columns_fit_into_the_tables_that_hold_the_batch(tables, width, room):
+def test_padding_does_not_exceed_embeddings_that_hold_the_batch(tables, width, columns):
     class Tables(L.LightningModule):
         def training_step(self, batch, batch_idx):
             return None
 
     module = Tables()
     module.tables = nn.ModuleList(nn.Embedding(size, 2) for size in tables)
-    runner = GradientRunner(SimpleNamespace(precision_plugin=None), module, None, None)
+    runner = StepReplay(SimpleNamespace(precision_plugin=None), module, None, None)
     batch = {"attention_mask": torch.ones(2, width)}
-    assert runner.room_for_columns(batch) == room
-    assert runner.room_for_columns({"x": torch.ones(2, width)}) == 0
-    if room > 2:
+    assert runner.max_padding(batch) == columns
+    assert runner.max_padding({"x": torch.ones(2, width)}) == 0
+    if columns > 2:
         module.tables.config = SimpleNamespace(max_position_embeddings=width + 2)
-        assert runner.room_for_columns(batch) == 2
+        assert runner.max_padding(batch) == 2

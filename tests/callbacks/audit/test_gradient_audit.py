@@ -1,4 +1,4 @@
-"""Modules that are right, modules that are wrong on purpose, and a run that must not notice."""
+"""Audits of modules with planted faults and of correct ones, and runs that they do not change."""
 
 from pathlib import Path
 
@@ -22,8 +22,8 @@ from tests.callbacks.audit.audit_runs import (
     audit as audit_case,
 )
 from tests.callbacks.audit.audited_modules import (
+    CORRECT,
     PLANTED,
-    RIGHT,
     Base,
     Case,
     Everything,
@@ -41,11 +41,11 @@ BATCHES = [
     ragged_batch([(6, 1), (1, 2)], seed=2),
     ragged_batch([(1, 9), (3, 4)], seed=3),
 ]
-CUTS = {"as_trained", "per_sample", "reversed", "padded", "repeated"}
+PARTITIONINGS = {"as_trained", "per_sample", "reversed", "padded", "repeated"}
 
 
 class Plain(L.LightningModule):
-    """A user's own module: a causal model and the mean loss of transformers' kind."""
+    """A user's own module: a causal model and a mean loss as in transformers."""
 
     def __init__(self):
         super().__init__()
@@ -121,13 +121,13 @@ FAULTS = {
     MeanOfMeans: "mean of micro-batch means",
     DividedTwice: "divided twice",
     NeverDivided: "never divided",
-    UnscoredText: "denominator of unscored text",
-    CountsPadding: "denominator of unscored text",
+    UnscoredText: "unscored tokens in the denominator",
+    CountsPadding: "unscored tokens in the denominator",
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
-def test_each_fault_is_found_and_named(fault):
+def test_each_fault_is_detected_with_its_cause(fault):
     with pytest.raises(ValueError, match=FAULTS[fault]) as found:
         audit(fault(), on_fault="raise")
     others = {cause for cls, cause in FAULTS.items() if cause != FAULTS[fault]}
@@ -157,66 +157,66 @@ def methods():
 
 
 @pytest.mark.parametrize("build", list(methods()))
-def test_every_method_of_ours_is_the_same_in_every_cut(build):
-    """In float64; what is left is the rounding of a Llama's norms, which keep float32 inside."""
+def test_the_gradient_of_every_method_is_the_same_in_every_partitioning(build):
+    """In float64, differences are rounding in the norms of a Llama, which compute in float32."""
     differences = audit(build(), precision="64-true", on_fault="raise", tolerance=1e-6)
-    assert set(differences) == CUTS
+    assert set(differences) == PARTITIONINGS
     assert max(differences.values()) < 1e-6
 
 
-# Planted faults, and modules that are right: the table of docs/normalization.md.
+# Planted faults and correct modules: the table of docs/normalization.md.
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "normalization.md"
-IN_ONE = [case for case in [*PLANTED, *RIGHT] if case.processes == 1]
-IN_TWO = [case for case in [*PLANTED, *RIGHT] if case.processes == 2]
+ONE_PROCESS = [case for case in [*PLANTED, *CORRECT] if case.processes == 1]
+TWO_PROCESSES = [case for case in [*PLANTED, *CORRECT] if case.processes == 2]
 
 
 @pytest.fixture(scope="module")
-def two():
+def two_processes():
     return audit_two_processes()
 
 
-def hold(case, outcome):
-    said = "; ".join(outcome.warnings)
+def check(case, outcome):
+    warned = "; ".join(outcome.warnings)
     if case.cause is None:
-        assert not said
+        assert not warned
         assert bool(outcome.notes) == case.note
-        assert max(outcome.differences["as_trained"], 0) < 1e-5 or case.what.startswith("float16")
+        assert max(outcome.differences["as_trained"], 0) < 1e-5 or case.name.startswith("float16")
     else:
-        assert case.cause in said
+        assert case.cause in warned
         assert len(outcome.causes) == case.causes  # and no other
     assert row_of(case, outcome) in DOCS.read_text()
 
 
-def test_the_table_is_long_enough():
+def test_the_table_has_enough_cases():
     assert len(PLANTED) >= 12
-    assert len(RIGHT) >= 12
+    assert len(CORRECT) >= 12
     assert HEADINGS in DOCS.read_text()
 
 
-@pytest.mark.parametrize("case", IN_ONE, ids=lambda case: case.what)
+@pytest.mark.parametrize("case", ONE_PROCESS, ids=lambda case: case.name)
 def test_in_one_process(case):
-    hold(case, audit_case(case))
+    check(case, audit_case(case))
 
 
-@pytest.mark.parametrize("case", IN_TWO, ids=lambda case: case.what)
-def test_in_two_processes(case, two):
-    first, second = (Outcome(**told) for told in two[case.what])
-    hold(case, first)
+@pytest.mark.parametrize("case", TWO_PROCESSES, ids=lambda case: case.name)
+def test_in_two_processes(case, two_processes):
+    first, second = (Outcome(**found) for found in two_processes[case.name])
+    check(case, first)
     assert first.causes == second.causes
 
 
-def test_a_trained_gradient_that_is_right_is_said_to_be_right():
-    (case,) = [case for case in RIGHT if "one micro-batch, one process" in case.what]
+def test_a_gradient_that_is_correct_as_trained_is_reported_so():
+    (case,) = [case for case in CORRECT if "one micro-batch, one process" in case.name]
     outcome = audit_case(case)
     assert outcome.differences["as_trained"] == 0
     assert outcome.differences["per_sample"] > 0.01
-    assert "is right as it was trained, and would differ in other micro-batches" in outcome.notes
+    assert "is correct as trained, but would differ in other micro-batches" in outcome.notes
     assert "mean of micro-batch means" in outcome.notes
 
 
-def test_text_without_labels_is_not_missed_where_there_is_none():
-    """Attention mask and labels agree, so that counting either is the same: one cause, not two."""
+def test_no_unscored_tokens_are_reported_if_all_have_labels():
+    """Attention mask and labels agree, so that either count is the same: one cause, not two."""
 
     class Attended(Base):
         def reduce(self, losses, batch):
@@ -227,43 +227,43 @@ def test_text_without_labels_is_not_missed_where_there_is_none():
     assert [cause.split(":")[0] for cause in outcome.causes] == ["mean of micro-batch means"]
 
 
-def test_every_process_raises_the_same(two):
-    first, second = two["raised"]
+def test_all_processes_raise_the_same_error(two_processes):
+    first, second = two_processes["raised"]
     assert "1/world_size" in first
     assert first == second
 
 
-def test_every_process_gets_the_objects_of_all(two):
+def test_every_process_gathers_the_objects_of_all(two_processes):
     of_all = [{"rank": 0, "prompt": ""}, {"rank": 1, "prompt": "x"}]
-    assert two["gathered"] == [of_all, of_all]
+    assert two_processes["gathered"] == [of_all, of_all]
 
 
 @pytest.mark.parametrize("rows", ["rows of 2 and 0", "rows of 2 and 1"])
-def test_a_process_may_have_fewer_rows_or_none(two, rows):
-    for report in two[rows]:
+def test_a_process_may_have_fewer_rows_or_none(two_processes, rows):
+    for report in two_processes[rows]:
         assert report["not_audited"] is None
         assert not report["is_fault"]
         assert max(report["differences"].values()) < 1e-5
 
 
-def test_windows_that_cannot_be_compared_are_said_not_to_be_audited(two):
-    for report in two["windows of 1 and 0"]:
+def test_steps_that_cannot_be_audited_are_reported(two_processes):
+    for report in two_processes["windows of 1 and 0"]:
         assert "processes have [0, 1] micro-batches" in report["not_audited"]
-    for report in two["rows of 0 and 0"]:
-        assert "no sample is in this step" in report["not_audited"]
+    for report in two_processes["rows of 0 and 0"]:
+        assert "the step has no samples" in report["not_audited"]
 
 
-# The run must not notice.
+# An audit does not change the run.
 
 
-def test_two_audited_processes_go_on_bit_for_bit(two):
-    assert len(two["trace audited True"][0]) == 12
-    assert two["trace audited True"] == two["trace audited False"]
-    assert two["trace audited True"][0] != two["trace audited True"][1]
+def test_two_audited_processes_train_bit_for_bit_as_without_an_audit(two_processes):
+    assert len(two_processes["trace audited True"][0]) == 12
+    assert two_processes["trace audited True"] == two_processes["trace audited False"]
+    assert two_processes["trace audited True"][0] != two_processes["trace audited True"][1]
 
 
 @pytest.mark.parametrize("kind", ["everything", "token mean", "llama", "ours"])
-def test_an_audited_run_is_bit_for_bit_an_unaudited_one(kind):
+def test_an_audited_run_is_bit_for_bit_the_same_as_without_an_audit(kind):
     build = {
         "everything": Everything,
         "token mean": TokenMean,
@@ -279,7 +279,7 @@ def test_an_audited_run_is_bit_for_bit_an_unaudited_one(kind):
     assert trace(True, build()) == plain
 
 
-def test_a_module_that_cannot_be_set_back_is_left_alone():
+def test_a_module_whose_state_cannot_be_restored_is_not_audited():
     seen = []
     for when in ("first", "never"):
         module = ReadsAnIterator()
@@ -291,7 +291,7 @@ def test_a_module_that_cannot_be_set_back_is_left_alone():
     assert seen[0] == seen[1]
 
 
-def test_another_models_weights_that_change_are_named():
+def test_changed_weights_of_an_unregistered_model_are_reported():
     class ChangesItsTeacher(SummedInOneProcess):
         def __init__(self):
             super().__init__()
@@ -310,14 +310,14 @@ def test_another_models_weights_that_change_are_named():
 # Settings.
 
 
-def test_wrong_values_are_refused():
+def test_invalid_values_are_rejected():
     wrong = ({"audit": 0}, {"audit": True}, {"audit": "always"}, {"tolerance": 0})
     for arguments in (*wrong, {"on_fault": "stop"}):
         with pytest.raises(ValueError, match=next(iter(arguments))):
             LossNormalizationDiagnostics(**arguments)
 
 
-def test_nothing_to_log_is_said_once():
+def test_a_module_with_nothing_to_log_gets_one_warning():
     callback = LossNormalizationDiagnostics()
     fit = trainer(max_steps=2, callbacks=[callback])
     with pytest.warns(UserWarning, match="logs nothing under norm/ for MeanOfMeans.*Set audit"):
@@ -325,7 +325,7 @@ def test_nothing_to_log_is_said_once():
     assert not any(name.startswith("norm/") for name in fit.callback_metrics)
 
 
-def test_a_gradient_that_is_not_finite_in_one_place_is_not_compared():
+def test_a_gradient_with_an_infinite_element_is_not_compared():
     class Infinite(SummedInOneProcess):
         def on_fit_start(self):
             self.embedding.weight.register_hook(
@@ -337,7 +337,7 @@ def test_a_gradient_that_is_not_finite_in_one_place_is_not_compared():
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("32-true", 1e-3), ("bf16-true", 0.05)])
-def test_a_larger_tolerance_where_anything_is_in_half_precision(precision, tolerance):
+def test_the_default_tolerance_is_larger_in_half_precision(precision, tolerance):
     callback = LossNormalizationDiagnostics(histograms_every=0, audit="first", on_fault="raise")
     fit = trainer(max_steps=1, callbacks=[callback], precision=precision)
     fit.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=BatchList(BATCHES))

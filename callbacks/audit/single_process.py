@@ -1,4 +1,4 @@
-"""A trainer and its module as they would be in a run of one process."""
+"""Execution of code as in a run of one process, where there are several."""
 
 import os
 import re
@@ -12,33 +12,33 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 
 from lightning_kd.callbacks.audit.replacements import replaced, replaced_item
 
-# An attribute with such a name that holds the number of processes is that number.
+# An attribute of such a name whose value is the number of processes is taken for that number.
 _WORLD_SIZE = re.compile(r"world|n(um)?_?(gpu|device|process|proc|rank)s?\b", re.IGNORECASE)
 
 
-class OneProcess(LightningEnvironment):
-    """An environment of a single process."""
+class SingleProcessEnvironment(LightningEnvironment):
+    """Cluster environment of a single process."""
 
     def world_size(self) -> int:
-        """One."""
+        """Return 1."""
         return 1
 
     def global_rank(self) -> int:
-        """The first, and only, process."""
+        """Return 0, the only process."""
         return 0
 
     def local_rank(self) -> int:
-        """The first, and only, process of its machine."""
+        """Return 0, the only process of its machine."""
         return 0
 
 
-class OneProcessView:
-    """The surroundings of one process, where there are several.
+class SingleProcess:
+    """Replacement of the process group and the cluster environment by those of a single process.
 
-    The default process group is a real group of one, whose collectives are those of a run in one
-    process. So it does not matter by which name a module calls them, or who calls them for it:
-    Lightning, torchmetrics, or ``from torch.distributed import all_reduce``. Every process enters
-    it together with the others, and communicates with none of them inside.
+    The default process group becomes a real group of one, whose collectives are those of a run in one
+    process. So it does not matter by which name a module calls them, or what calls them for it:
+    Lightning, torchmetrics, or ``from torch.distributed import all_reduce``. All processes enter
+    it together, and do not communicate with each other inside.
 
     Args:
         trainer: The trainer of the run.
@@ -54,8 +54,8 @@ class OneProcessView:
         self._calls_before = 0
 
     @contextmanager
-    def entered(self) -> Iterator[None]:
-        """Put the surroundings in place, and take them away again."""
+    def active(self) -> Iterator[None]:
+        """Replace group and environment; do nothing in a run of one process."""
         if not self._several:
             yield
             return
@@ -65,7 +65,7 @@ class OneProcessView:
         try:
             with (
                 replaced(strategy, parallel_devices=[strategy.root_device]),
-                replaced(strategy, cluster_environment=OneProcess(), _num_nodes=1),
+                replaced(strategy, cluster_environment=SingleProcessEnvironment(), _num_nodes=1),
                 replaced_item(os.environ, "WORLD_SIZE", "1"),
                 replaced(dist.group, WORLD=self._group),
             ):
@@ -74,8 +74,8 @@ class OneProcessView:
             dist.destroy_process_group(self._group)
             self._group = None
 
-    def substitute(self) -> None:
-        """Replace what the module remembers of its processes: their number, and its groups."""
+    def replace_in_module(self) -> None:
+        """Replace the process groups and the number of processes that the module's attributes hold."""
         if self._group is None:
             return
         for part in self._module.modules():
@@ -87,8 +87,8 @@ class OneProcessView:
                     elif _is_world_size(name, value) and value == self._world_size:
                         store[name] = 1
 
-    def was_left(self) -> bool:
-        """Tell whether the module has communicated with other processes inside."""
+    def was_bypassed(self) -> bool:
+        """Return whether the module communicated with other processes nevertheless."""
         return self._group is not None and self._calls_of_other_groups() != self._calls_before
 
     def _calls_of_other_groups(self) -> int:

@@ -1,4 +1,4 @@
-"""Why the gradient of the same samples differs between cuts: causes that the evidence singles out."""
+"""Diagnosis of why the gradient of the same samples differs between partitionings."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_kd.callbacks.audit.cause_texts import (
     BATCH_STATISTICS,
-    COUNTED_TWICE,
+    DIVIDED_BY_COUNT_TWICE,
     DIVIDED_TWICE,
     DRIFT,
     LAST_ONLY,
@@ -29,70 +29,70 @@ from lightning_kd.callbacks.audit.cause_texts import (
 )
 from lightning_kd.callbacks.audit.evidence import (
     close,
+    combination_weights,
     ratio,
     sketch,
-    span_weights,
     token_counts,
 )
 from lightning_kd.callbacks.audit.micro_batch_partitioning import (
-    join_rows,
-    pad_rows,
-    rows_of,
+    append_padding,
+    join_batches,
+    num_rows,
+    padded_length,
     split_rows,
-    width_of,
 )
-from lightning_kd.callbacks.audit.replay import REFUSALS, GradientRunner
+from lightning_kd.callbacks.audit.replay import REPLAY_ERRORS, StepReplay
 
 
 class Evidence:
-    """Sketches of the gradients of a step's samples in one process.
+    """Sketches of gradients of a step's samples, computed in one process.
 
     Args:
-        run: Computes gradients.
-        micro_batches: The step's, each joined over processes.
-        tolerance: Relative difference that is no difference.
+        replay: Computes gradients.
+        micro_batches: Micro-batches of the step, each joined over processes.
+        tolerance: Relative difference up to which gradients are equal.
     """
 
-    def __init__(self, run: GradientRunner, micro_batches: Sequence[Any], tolerance: float) -> None:
-        self.run, self.micro_batches, self.tolerance = run, micro_batches, tolerance
-        self.joined = join_rows(micro_batches)
-        # All of one width, so that padding makes no difference between them.
+    def __init__(self, replay: StepReplay, micro_batches: Sequence[Any], tolerance: float) -> None:
+        self.replay, self.micro_batches, self.tolerance = replay, micro_batches, tolerance
+        self.joined = join_batches(micro_batches)
+        # All of the same length, so that padding makes no difference between them.
         self.samples = split_rows(self.joined)
         self.reference = self.sketch([self.joined])
 
     def sketch(self, micro_batches: Sequence[Any], **options: Any) -> Tensor:
-        """Compute the gradient of a step, and sketch it."""
-        return sketch(self.run.gradient(micro_batches, **options))
+        """Compute the gradient of a step, and return its sketch."""
+        return sketch(self.replay.gradient(micro_batches, **options))
 
     def same(self, a: Tensor, b: Tensor) -> bool:
-        """Tell whether two sketches agree."""
+        """Return whether two sketches are equal up to the tolerance."""
         return close(a, b, self.tolerance)
 
     def ratio(self, a: Tensor, b: Tensor) -> float | None:
-        """Return by what factor a sketch is a multiple of another, if it is."""
+        """Return the factor by which a sketch is a multiple of another; None if it is none."""
         return ratio(a, b, self.tolerance)
 
-    def of_each_sample(self) -> Tensor | None:
+    def per_sample(self) -> Tensor | None:
         """Return the gradient of each sample as a step of its own, ``(n, 4096)``.
 
-        None where the module takes no single sample, such as a batch norm over rows.
+        None if the module does not support single samples, as with a batch norm over rows.
         """
         try:
             return torch.stack([self.sketch([sample]) for sample in self.samples])
-        except REFUSALS:
+        except REPLAY_ERRORS:
             return None
 
-    def is_sum_of(self, alone: Tensor) -> bool:
-        """Tell whether the gradient of all samples is a weighted sum of those of each."""
-        return span_weights(self.reference, alone, self.tolerance) is not None
+    def is_weighted_sum_of(self, alone: Tensor) -> bool:
+        """Return whether the gradient of all samples is a weighted sum of those of single samples."""
+        return combination_weights(self.reference, alone, self.tolerance) is not None
 
-    def some_samples(self, at_least: int = 1) -> list[Any]:
+    def first_half(self, at_least: int = 1) -> list[Any]:
         """Return the first half of the samples."""
         return self.samples[: max(at_least, len(self.samples) // 2)]
 
 
-def unrepeatable(evidence: Evidence) -> str:
-    """Say why the same samples in one micro-batch gave another gradient, when that was so."""
+def explain_randomness(evidence: Evidence) -> str:
+    """Return why the same samples in one micro-batch, computed again, give another gradient."""
     again = evidence.sketch([evidence.joined])
     if not evidence.same(again, evidence.reference):
         return NOT_DETERMINISTIC
@@ -100,31 +100,31 @@ def unrepeatable(evidence: Evidence) -> str:
     return ROW_ORDER if evidence.same(redrawn, evidence.reference) else RANDOM
 
 
-def of_cuts(evidence: Evidence) -> list[str]:
-    """Say why the gradient depends on how samples are cut into micro-batches in one process."""
-    run = evidence.run
-    alone = evidence.of_each_sample()
-    if alone is not None and evidence.is_sum_of(alone):
-        return _of_divisor(evidence, alone)
-    layers = run.batch_norms()
-    with run.in_mode("frozen"):
-        frozen = Evidence(run, evidence.micro_batches, evidence.tolerance)
-        each = frozen.of_each_sample()
-        if each is not None and frozen.is_sum_of(each):
+def explain_partitioning(evidence: Evidence) -> list[str]:
+    """Return why the gradient depends on the micro-batches, in one process."""
+    replay = evidence.replay
+    alone = evidence.per_sample()
+    if alone is not None and evidence.is_weighted_sum_of(alone):
+        return _explain_divisor(evidence, alone)
+    layers = replay.batch_norms()
+    with replay.in_mode("evaluation"):
+        in_evaluation = Evidence(replay, evidence.micro_batches, evidence.tolerance)
+        each = in_evaluation.per_sample()
+        if each is not None and in_evaluation.is_weighted_sum_of(each):
             shown = ", ".join(layers[:3]) or "layers of the module that are in training mode"
-            return [BATCH_STATISTICS.format(layers=shown), *_of_divisor(frozen, each)]
+            return [BATCH_STATISTICS.format(layers=shown), *_explain_divisor(in_evaluation, each)]
     return [] if alone is None else [ROWS_INTERACT]
 
 
-def of_ranks(
+def explain_processes(
     evidence: Evidence, in_one: Tensor, trained: Sequence[Tensor], ranks: Sequence[Sequence[Any]]
 ) -> str | None:
-    """Say why the gradient over several processes is not that of the same micro-batches in one.
+    """Return why the gradient over several processes is not that of the same samples in one.
 
     Args:
-        evidence: In one process.
-        in_one: The gradient of the step's micro-batches in one process.
-        trained: The gradient that each process has, after the mean over processes.
+        evidence: Gradients in one process.
+        in_one: Gradient of the step's micro-batches in one process.
+        trained: Gradient on each process, after the mean over processes.
         ranks: The micro-batches of each process.
     """
     count, first = len(ranks), trained[0]
@@ -142,14 +142,14 @@ def of_ranks(
     return OWN_COUNT if evidence.same(first, own) else None
 
 
-def of_history(evidence: Evidence, ranks: Sequence[Sequence[Any]]) -> str | None:
-    """Return STALE_COUNT where a count of other samples divides the gradient.
+def detect_stale_count(evidence: Evidence, ranks: Sequence[Sequence[Any]]) -> str | None:
+    """Return STALE_COUNT if the gradient is divided by a count of other samples.
 
-    A step on some of the samples is taken first, without restoring the state: a divisor that is
-    left from it changes the gradient by the ratio of two counts.
+    A step on some of the samples is taken first, without restoring the state: a divisor left over
+    from it changes the gradient by the ratio of two counts.
     """
-    some = evidence.some_samples()
-    after = evidence.sketch([evidence.joined], after=[join_rows(some)])
+    some = evidence.first_half()
+    after = evidence.sketch([evidence.joined], previous=[join_batches(some)])
     factor = evidence.ratio(after, evidence.reference)
     if factor is None or _is(factor, 1.0):
         return None
@@ -161,20 +161,20 @@ def of_history(evidence: Evidence, ranks: Sequence[Sequence[Any]]) -> str | None
     return None
 
 
-def of_repetition(evidence: Evidence) -> str | None:
-    """Return COUNTED_TWICE where samples that come twice have half the gradient."""
-    some = evidence.some_samples()
-    once = evidence.sketch([join_rows(some)])
-    twice = evidence.sketch([join_rows([*some, *some])])
-    return COUNTED_TWICE if _is(evidence.ratio(twice, once), 0.5) else None
+def detect_double_division(evidence: Evidence) -> str | None:
+    """Return DIVIDED_BY_COUNT_TWICE if the gradient of repeated samples is half as large."""
+    some = evidence.first_half()
+    once = evidence.sketch([join_batches(some)])
+    twice = evidence.sketch([join_batches([*some, *some])])
+    return DIVIDED_BY_COUNT_TWICE if _is(evidence.ratio(twice, once), 0.5) else None
 
 
-def _of_divisor(evidence: Evidence, alone: Tensor) -> list[str]:
-    """Say what is wrong where rows do not interact: the divisor, as a rule.
+def _explain_divisor(evidence: Evidence, alone: Tensor) -> list[str]:
+    """Return what is wrong with the divisor, given that rows do not interact.
 
     Args:
-        evidence: Of all samples.
-        alone: The gradient of each sample as a step of its own.
+        evidence: Gradients of all samples together.
+        alone: Gradient of each sample as a step of its own, ``(n, 4096)``.
     """
     if _depends_on_padding(evidence):
         return [PADDING]
@@ -184,7 +184,7 @@ def _of_divisor(evidence: Evidence, alone: Tensor) -> list[str]:
         return causes
     per_sample = evidence.sketch(evidence.samples)
     if evidence.same(per_sample, mean):
-        return causes + _of_own_count(evidence, alone)
+        return causes + _explain_own_count(evidence, alone)
     factors = [evidence.ratio(per_sample, other) for other in (mean, evidence.reference)]
     if any(_is(factor, 1 / count) for factor in factors):
         causes.append(DIVIDED_TWICE)
@@ -195,8 +195,8 @@ def _of_divisor(evidence: Evidence, alone: Tensor) -> list[str]:
     return causes
 
 
-def _of_own_count(evidence: Evidence, alone: Tensor) -> list[str]:
-    """Say by what count of its own each micro-batch is divided, if by any."""
+def _explain_own_count(evidence: Evidence, alone: Tensor) -> list[str]:
+    """Return what is wrong if each micro-batch is divided by a count of its own."""
     reference, count = evidence.reference, len(alone)
     if evidence.same(reference, alone.mean(0)):
         in_parts = evidence.sketch(evidence.micro_batches)
@@ -207,52 +207,52 @@ def _of_own_count(evidence: Evidence, alone: Tensor) -> list[str]:
         weights = torch.tensor(counts, dtype=torch.float64)
         if max(counts) > 0 and evidence.same(reference, weights @ alone / (count * weights.max())):
             return [LONGEST_ROW]
-    # A mean weighs each sample by something of its own: the weights found for all of them must
-    # explain the gradient of some of them.
-    found = span_weights(reference, alone, evidence.tolerance)
-    assert found is not None  # only then is the divisor looked at
-    some = len(evidence.some_samples(at_least=2))
+    # A mean gives each sample a weight of its own: the weights fitted to all samples must explain
+    # the gradient of half of them.
+    found = combination_weights(reference, alone, evidence.tolerance)
+    assert found is not None  # only then is the divisor diagnosed
+    some = len(evidence.first_half(at_least=2))
     part = found[:some]
     if _is(float(found.sum()), 1.0) and float(part.sum()) > 0:
         predicted = part @ alone[:some] / part.sum()
-        if evidence.same(evidence.sketch([join_rows(evidence.samples[:some])]), predicted):
+        if evidence.same(evidence.sketch([join_batches(evidence.samples[:some])]), predicted):
             return [MEAN_OF_MEANS]
     return []
 
 
 def _depends_on_padding(evidence: Evidence) -> bool:
-    """Tell whether padding does more to the gradient than make it smaller."""
-    columns = evidence.run.room_for_columns(evidence.joined)
+    """Return whether padding changes more of the gradient than its scale."""
+    columns = evidence.replay.max_padding(evidence.joined)
     if columns == 0:
         return False
-    padded = evidence.sketch([pad_rows(evidence.joined, columns)])
+    padded = evidence.sketch([append_padding(evidence.joined, columns)])
     return evidence.ratio(padded, evidence.reference) is None
 
 
 def _counts_unscored(evidence: Evidence, alone: Tensor) -> bool:
-    """Tell whether padding, or text without labels, makes the gradient smaller."""
-    columns = evidence.run.room_for_columns(evidence.joined)
-    if width_of(evidence.joined) is None or columns == 0:
+    """Return whether padding, or text without labels, makes the gradient smaller."""
+    columns = evidence.replay.max_padding(evidence.joined)
+    if padded_length(evidence.joined) is None or columns == 0:
         return False
-    padded = evidence.sketch([pad_rows(evidence.joined, columns)])
+    padded = evidence.sketch([append_padding(evidence.joined, columns)])
     if not evidence.same(padded, evidence.reference):
         return True
     counts = dict(reversed(token_counts(evidence.samples)))  # of "attended", the larger
     if "labels" not in counts or counts["labels"] == counts["attended"]:
-        return False  # there is no text without a label
+        return False  # all text has labels
     attended = torch.tensor(counts["attended"], dtype=torch.float64)
     if evidence.same(
         evidence.reference, attended @ alone / (len(alone) * attended.max().clamp(min=1))
     ) and not evidence.same(evidence.reference, alone.mean(0)):
         return False  # the longest row
-    more = evidence.sketch([pad_rows(evidence.joined, columns, attended=True)])
+    more = evidence.sketch([append_padding(evidence.joined, columns, attended=True)])
     factor = evidence.ratio(more, evidence.reference)
     return factor is not None and not _is(factor, 1.0)
 
 
 def _counts(windows: Sequence[Sequence[Any]]) -> list[list[float]]:
-    """Count each window in every way that a divisor may count it: one list for each way."""
-    ways: list[list[float]] = [[float(sum(rows_of(part) for part in w)) for w in windows]]
+    """Return the count of each window, for every kind of count that a divisor may use."""
+    ways: list[list[float]] = [[float(sum(num_rows(part) for part in w)) for w in windows]]
     by_window = [token_counts([s for part in w for s in split_rows(part)]) for w in windows]
     for way in range(min(len(counts) for counts in by_window)):
         ways.append([sum(counts[way][1]) for counts in by_window])

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 
-def publish(trainer: L.Trainer, values: Mapping[str, Tensor], step: int) -> None:
-    """Log numbers at an optimizer step (counted from 0), and show them in ``callback_metrics``.
+def log_metrics(trainer: L.Trainer, values: Mapping[str, Tensor], step: int) -> None:
+    """Log metrics at an optimizer step, counted from 0, and add them to ``callback_metrics``.
 
-    Straight to the loggers: through ``module.log``, two dozen numbers take a few percent of a step.
+    They go directly to the loggers: ``module.log`` would take a few percent of a step for two dozen.
     """
     numbers = torch.stack([value.double() for value in values.values()]).cpu()
     for logger in trainer.loggers:
