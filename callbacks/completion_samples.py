@@ -1,4 +1,4 @@
-"""The student's completions, scored and shown."""
+"""Evaluation and logging of the student's completions."""
 
 import html
 from collections.abc import Sequence
@@ -24,12 +24,12 @@ class CompletionSamples(Callback):
     """Complete validation prompts greedily; log the share of exact matches and a table of samples.
 
     Logs ``val/exact_match`` (``test/exact_match``) over the first ``batches`` batches, and, to
-    TensorBoard, the text ``val/samples``. Data without prompts is passed over.
+    TensorBoard, the text ``val/samples``. Batches without prompts are skipped.
 
     Args:
-        max_new_tokens: Longest completion.
-        batches: How many evaluation batches are completed on each rank; -1 for all.
-        samples: Rows of the table.
+        max_new_tokens: Largest number of tokens of a completion.
+        batches: Number of evaluation batches that each rank completes; -1 for all.
+        samples: Number of rows of the table.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -47,7 +47,7 @@ class CompletionSamples(Callback):
         self._table: list[tuple[str, str, str]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compare prompts and completions with the student's positions.
+        """Validate that prompts and completions fit into the student's positions.
 
         Raises:
             ValueError: If they are longer.
@@ -55,11 +55,11 @@ class CompletionSamples(Callback):
         self._check_lengths(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same where nothing is trained."""
+        """Validate the lengths in a run that only validates."""
         self._check_lengths(trainer, pl_module)
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The same on test data."""
+        """Validate the lengths of test data."""
         self._check_lengths(trainer, pl_module)
 
     def on_validation_batch_end(
@@ -123,7 +123,7 @@ class CompletionSamples(Callback):
         self._table += rows[: self.samples - len(self._table)]
 
     def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # Asked on every rank: one that had no row, or no batch, must add up with the others.
+        # On every rank: one without a row or a batch must take part in the sum.
         if any_process(self._metric.update_called, module.device):
             self._metric.to(module.device).update([], [])
             share = self._metric.compute()
@@ -137,7 +137,7 @@ class CompletionSamples(Callback):
 
 
 def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    r"""A markdown table whose cells are shown as they are, never read as markup.
+    r"""Return a markdown table whose cells are shown literally, without interpreting markup.
 
     Example:
         >>> print(markdown_table(("a", "b"), [("<b>|x|", "1\n2")]))

@@ -1,4 +1,4 @@
-"""The trained student as a Hugging Face directory."""
+"""Export of the trained student as a Hugging Face directory."""
 
 import copy
 import shutil
@@ -25,28 +25,28 @@ from lightning_kd.tokenization import end_of_sequence_ids
 Which = Literal["last", "best"]
 
 _RUN = ".run"
-"""A file beside the model with the name of the run that has exported it."""
+"""File in the exported directory that holds the id of the run."""
 
 _STUDENT = "student."
-"""What the names of the student's weights begin with in a checkpoint."""
+"""Prefix of the student's weights in a checkpoint."""
 
 
 class HFExport(Callback):
-    """Write the student, its tokenizer and a generation config when training ends.
+    """Export the student, its tokenizer and a generation config when training ends.
 
-    ``AutoModelForCausalLM.from_pretrained`` loads the directory, and so does the next run, as
+    ``AutoModelForCausalLM.from_pretrained`` loads the directory, and another run can load it as
     student or teacher. Weights are safetensors; adapters are merged into the weights. The directory is
-    written under another name and renamed, so that it is complete whenever it is there.
+    written under another name and then renamed, so that it is always complete.
 
     A model that the run reads (its student, teachers or tokenizer) is never replaced. Another model is
     replaced only with ``overwrite``, or if it is this run's own: in the logger's directory, or
     exported by the run that is resumed.
 
     Args:
-        dirpath: Where to; ``student`` in the logger's directory when not given.
+        dirpath: Output directory. Defaults to ``student`` in the logger's directory.
         weights: ``last``, or ``best``: those of the best checkpoint of a ``ModelCheckpoint`` with a
             ``monitor``.
-        overwrite: Replace another model at ``dirpath``.
+        overwrite: Whether to replace another model at ``dirpath``.
 
     Raises:
         ValueError: If a value is not a choice; before the first step, if the student could not be
@@ -62,43 +62,43 @@ class HFExport(Callback):
         self._run = uuid4().hex
 
     def state_dict(self) -> dict[str, Any]:
-        """Which run this is; it may replace what it has exported itself."""
+        """Return the id of the run, which may replace its own export."""
         return {"run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Recognize what the resumed run has exported."""
+        """Take over the id of the resumed run, whose export may be replaced."""
         self._run = state_dict.get("run", self._run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """See whether the student could be written, before it is trained.
+        """Validate that the student can be exported, before it is trained.
 
         Raises:
-            ValueError: If it could not.
+            ValueError: If it cannot.
         """
         if trainer.ckpt_path is None:
-            self._run = uuid4().hex  # where the callback is used again
+            self._run = uuid4().hex  # the callback may be used again
         if not self._exports(pl_module, trainer):
             return
         if self.weights == "best":
             self._check_best(trainer)
         check_mergeable(pl_module.student)
         directory = self._directory(trainer)
-        _on_first_rank(trainer, lambda: self._check_place(pl_module, directory))
+        _on_first_rank(trainer, lambda: self._check_writable(pl_module, directory))
         if trainer.ckpt_path is None:
-            _on_first_rank(trainer, lambda: self._check_free(trainer, directory))
+            _on_first_rank(trainer, lambda: self._check_replaceable(trainer, directory))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The rest of it, now that every strategy has restored what it resumes.
+        """Validate the directory again, after the strategy has restored the callback's state.
 
         Raises:
-            ValueError: If another model is in the way.
+            ValueError: If there is another model in it.
         """
         if self._exports(pl_module, trainer):
             directory = self._directory(trainer)
-            _on_first_rank(trainer, lambda: self._check_free(trainer, directory))
+            _on_first_rank(trainer, lambda: self._check_replaceable(trainer, directory))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Export; all ranks gather, the first one writes.
+        """Export the student: all ranks gather weights, and the first one writes.
 
         Raises:
             ValueError: If the student could not be written.
@@ -110,17 +110,17 @@ class HFExport(Callback):
         directory = self._directory(trainer)
 
         def export() -> None:
-            self._check_free(trainer, directory)  # it may have come while this run trained
+            self._check_replaceable(trainer, directory)  # it may have appeared during training
             try:
                 best = weights or self._best_weights(trainer)
                 _write(pl_module, best, directory, self._run)
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise ValueError(
-                    f"the student could not be written to {directory}: {error}. {_way_out(trainer)}"
+                    f"the student could not be written to {directory}: {error}. {_remedy(trainer)}"
                 ) from error
 
         _on_first_rank(trainer, export)
-        rank_zero_info(f"The student is in {directory}: {self._said(trainer)}")
+        rank_zero_info(f"The student is in {directory}: {self._description(trainer)}")
 
     def _exports(
         self, module: L.LightningModule, trainer: L.Trainer
@@ -130,15 +130,15 @@ class HFExport(Callback):
         )
 
     def _directory(self, trainer: L.Trainer) -> Path:
-        # Asked on every rank: the trainer broadcasts its answer.
+        # On every rank: the trainer broadcasts it.
         log_dir = trainer.log_dir
         return Path(self.dirpath or Path(log_dir or ".") / "student").resolve()
 
-    def _check_place(self, module: DistillationModule, directory: Path) -> None:
-        for what, path in _read_by(module):
+    def _check_writable(self, module: DistillationModule, directory: Path) -> None:
+        for role, path in _inputs(module):
             if Path(path).exists() and Path(path).resolve() == directory:
                 raise ValueError(
-                    f"export.dirpath is {directory}, which is the {what} of this run; a run never "
+                    f"export.dirpath is {directory}, which is the {role} of this run; a run never "
                     "replaces what it reads. Choose another directory"
                 )
         try:
@@ -152,17 +152,17 @@ class HFExport(Callback):
                 "with export.dirpath"
             ) from error
 
-    def _check_free(self, trainer: L.Trainer, directory: Path) -> None:
+    def _check_replaceable(self, trainer: L.Trainer, directory: Path) -> None:
         if not directory.exists() or not any(directory.iterdir()):
             return
         others = sorted(p.name for p in directory.iterdir() if p.is_dir())
         if others or not (directory / "config.json").exists():
             raise ValueError(
-                f"export.dirpath is {directory}, which is no model alone: it also has "
+                f"export.dirpath is {directory}, which does not hold only a model: it also has "
                 f"{', '.join(others[:3]) or 'files without a config.json'}. Choose another directory"
             )
         of_this_run = self.dirpath is None and bool(trainer.loggers)
-        own = of_this_run or _written_by(directory) == self._run
+        own = of_this_run or _exporting_run(directory) == self._run
         if not own and not self.overwrite:
             raise ValueError(
                 f"there is a model in {directory} already. Choose another export.dirpath, or replace "
@@ -177,7 +177,7 @@ class HFExport(Callback):
             )
         if adapter_of(trainer).writes_directories:
             raise ValueError(
-                "export.weights is best, but this strategy writes checkpoints in shards; use "
+                "export.weights is best, but this strategy writes sharded checkpoints; use "
                 "--trainer.strategy fsdp2 with checkpoints of one file, or export.weights: last"
             )
 
@@ -187,17 +187,17 @@ class HFExport(Callback):
 
     def _best_weights(self, trainer: L.Trainer) -> dict[str, Tensor]:
         monitor = self._monitor(trainer)
-        assert monitor is not None  # on_fit_start has seen to it
+        assert monitor is not None  # checked in on_fit_start
         if not monitor.best_model_path:
             raise RuntimeError(
                 f"there is no best checkpoint, because {monitor.monitor} was never logged when one was "
-                "due"
+                "to be saved"
             )
         saved = AtomicCheckpointIO().load_checkpoint(monitor.best_model_path, map_location="cpu")
         weights = saved["state_dict"]
         return {n.removeprefix(_STUDENT): w for n, w in weights.items() if n.startswith(_STUDENT)}
 
-    def _said(self, trainer: L.Trainer) -> str:
+    def _description(self, trainer: L.Trainer) -> str:
         monitor = self._monitor(trainer)
         if self.weights == "last" or monitor is None:
             return f"its last weights, after {trainer.global_step} optimizer steps"
@@ -210,8 +210,8 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
     """Save model, tokenizer and generation config under ``directory``."""
     model, tokenizer = module.student, module.tokenizer
     if has_adapters(model):
-        # Merging changes the weights in place, and this model may go on training; one in shards
-        # cannot be copied, but it can be had again.
+        # Merging changes the weights in place, and this model may be trained further; a sharded one
+        # cannot be copied, but can be built again.
         if is_sharded(model):
             model = module.student_spec.build(tokenizer)
         else:
@@ -228,14 +228,14 @@ def write_student(module: DistillationModule, weights: dict[str, Any], directory
     tokenizer.save_pretrained(directory)
 
 
-def _written_by(directory: Path) -> str | None:
-    """The run that has exported a model; None where it is of somewhere else."""
+def _exporting_run(directory: Path) -> str | None:
+    """Return the id of the run that exported a model; None if it was not exported by a run."""
     mark = directory / _RUN
     return mark.read_text().strip() if mark.is_file() else None
 
 
 def _write(module: DistillationModule, weights: dict[str, Any], directory: Path, run: str) -> None:
-    """Write under another name, then rename; what was written is removed where that fails."""
+    """Write to a temporary directory and rename it; remove it if that fails."""
     fresh = fresh_name(directory)
     shutil.rmtree(fresh, ignore_errors=True)
     try:
@@ -248,8 +248,8 @@ def _write(module: DistillationModule, weights: dict[str, Any], directory: Path,
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _read_by(module: DistillationModule) -> list[tuple[str, str]]:
-    """Directories that a run reads, each with what it is; some may be names of a hub."""
+def _inputs(module: DistillationModule) -> list[tuple[str, str]]:
+    """Return directories that a run reads, with their roles; some may be names on the hub."""
     teacher = getattr(module, "teacher", None)
     sources = {"student": module.student_spec, **getattr(teacher, "sources", {})}
     named = [(role, source.name_or_path) for role, source in sources.items()]
@@ -258,8 +258,8 @@ def _read_by(module: DistillationModule) -> list[tuple[str, str]]:
     return [(role, path) for role, path in named if path]
 
 
-def _way_out(trainer: L.Trainer) -> str:
-    """How to export what has been trained, though it could not be written."""
+def _remedy(trainer: L.Trainer) -> str:
+    """Return how to export the trained student after a failure."""
     saved = [
         path
         for callback in trainer.checkpoint_callbacks
@@ -277,17 +277,17 @@ def _way_out(trainer: L.Trainer) -> str:
 
 
 def _on_first_rank(trainer: L.Trainer, check: Callable[[], None]) -> None:
-    """Do something on the first rank; what it refuses, all ranks refuse.
+    """Call a function on the first rank; all ranks raise its ``ValueError``.
 
     Raises:
-        ValueError: If the first rank does.
+        ValueError: If the function raises one.
     """
-    refused: str | None = None
+    message: str | None = None
     if trainer.is_global_zero:
         try:
             check()
         except ValueError as error:
-            refused = str(error)
-    refused = trainer.strategy.broadcast(refused)
-    if refused is not None:
-        raise ValueError(refused)
+            message = str(error)
+    message = trainer.strategy.broadcast(message)
+    if message is not None:
+        raise ValueError(message)

@@ -1,4 +1,4 @@
-"""Completions written by ``predict``, as JSONL that can be trained on."""
+"""Writing of the completions of ``predict`` as JSONL that can be trained on."""
 
 import json
 from pathlib import Path
@@ -26,16 +26,17 @@ class JsonlPredictions(Callback):
     """Write one JSON object per row of ``predict``.
 
     Its columns: ``row``; the texts ``prompt``, ``completion`` and, if any, ``reference``;
-    ``prompt_ids`` and ``completion_ids``, the tokens that the model read and wrote, its EOS included;
-    ``ended``, false where the completion was cut at its longest; and ``tokenizer_fingerprint``, which
-    says whose tokens they are. :class:`~lightning_kd.data.PromptCompletionData` trains on these
-    tokens, and on an EOS only where there is one.
+    ``prompt_ids`` and ``completion_ids``, the tokens of prompt and completion, including a generated
+    EOS; ``ended``, false if the completion was truncated at its maximum length; and
+    ``tokenizer_fingerprint``, which identifies the tokenizer.
+    :class:`~lightning_kd.data.PromptCompletionData` trains on these tokens, and on an EOS only if there
+    is one.
 
-    Each rank writes its own part as it goes; at the end the first rank joins them in row order, so
-    the file does not depend on the number of ranks and is never half written.
+    Each rank writes a part; at the end the first rank joins the parts in row order, so the file does
+    not depend on the number of ranks and is never incomplete.
 
     Args:
-        path: The file.
+        path: Output file.
     """
 
     def __init__(self, path: str = "predictions.jsonl") -> None:
@@ -43,10 +44,10 @@ class JsonlPredictions(Callback):
         self._fingerprint = ""
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start an empty part.
+        """Create an empty part.
 
         Raises:
-            ValueError: If the file is one of the data.
+            ValueError: If the data is read from the output file.
         """
         assert isinstance(pl_module, DistillationModule)
         check_output(trainer, self.path, "predictions.path")
@@ -63,7 +64,7 @@ class JsonlPredictions(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Append a batch to this rank's part."""
+        """Append the completions of a batch to this rank's part."""
         assert isinstance(pl_module, DistillationModule)
         texts = outputs.texts(pl_module.tokenizer)
         prompts = real_tokens(batch["prompt_ids"], batch["prompt_mask"].bool())
@@ -86,7 +87,7 @@ class JsonlPredictions(Callback):
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Join the parts."""
+        """Join the parts in row order."""
         trainer.strategy.barrier("predictions")
         if not trainer.is_global_zero:
             return

@@ -1,4 +1,4 @@
-"""What to do with a step whose loss or gradient is not a number."""
+"""Guard against steps with a non-finite gradient."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,22 +22,22 @@ Action = Literal["stop", "skip"]
 class NonFiniteGuard(Callback):
     """Keep NaN and infinity out of the weights.
 
-    Before each optimizer step the gradients are looked at, on all ranks together. Where one is not
-    finite, the micro-batches of the step are written as safetensors, one file for each and rank, and
-    the step is left out or the run stopped; weights and optimizer state are those of the step before
-    it. With a gradient scaler (``16-mixed``), overflows are its own business. DeepSpeed looks and
-    leaves out by itself; what it has left out is dealt with behind the step.
+    Before each optimizer step the gradients are checked, on all ranks together. If one is not finite,
+    the micro-batches of the step are saved as safetensors, one file for each micro-batch and rank, and
+    the step is skipped or the run stopped; weights and optimizer state remain those of the previous
+    step. With a gradient scaler (``16-mixed``), the scaler handles overflows. DeepSpeed checks and
+    skips by itself; steps that it skipped are handled after the step.
 
-    Logs ``train/skipped_steps``, the number of steps left out so far, once there are any.
+    Logs ``train/skipped_steps``, the number of steps skipped so far, once there are any.
 
     Args:
-        action: ``stop`` ends the run with an error; ``skip`` leaves the step out and goes on.
-        max_skips: Consecutive steps that may be left out before the run is stopped all the same.
-        dirpath: Where the batches go; ``non_finite`` in the logger's directory when not given.
+        action: ``stop`` ends the run with an error; ``skip`` skips the step and continues.
+        max_skips: Consecutive steps that may be skipped; one more stops the run.
+        dirpath: Directory for the batches. Defaults to ``non_finite`` in the logger's directory.
 
     Raises:
-        ValueError: If a value is not understood; in a run, if a step is not finite and the action is
-            ``stop``.
+        ValueError: If a value is out of its range; in a run, if a gradient is not finite and the action
+            is ``stop``.
     """
 
     def __init__(
@@ -50,13 +50,13 @@ class NonFiniteGuard(Callback):
         self.action: Action = action
         self.max_skips, self.dirpath = max_skips, dirpath
         self.skipped = 0
-        self._in_a_row = 0
+        self._consecutive = 0
         self._window: list[Batch] = []
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Remember the micro-batches of the step: their tensors are small."""
+        """Keep the micro-batches of the step: their tensors are small."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._window = []
         self._window.append(batch)
@@ -64,29 +64,29 @@ class NonFiniteGuard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
     ) -> None:
-        """Look at the gradients; drop them where they are not finite.
+        """Check the gradients; remove them if one is not finite.
 
         Raises:
-            ValueError: If the run is to stop.
+            ValueError: If the action is to stop.
         """
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         if scaled or adapter_of(trainer).scales_loss_before_backward:
             return
         own = not _finite([p.grad for p in pl_module.parameters() if p.grad is not None])
         if not any_process(own, trainer.strategy.root_device):
-            self._in_a_row = 0
+            self._consecutive = 0
             return
         self._act(trainer, trainer.global_step + 1)
-        # Without gradients an optimizer changes nothing; with zeros it would decay and drift.
+        # Without gradients an optimizer changes nothing; with zeros it would apply decay and momentum.
         optimizer.zero_grad(set_to_none=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Log how many steps were left out.
+        """Log the number of skipped steps.
 
         Raises:
-            ValueError: If DeepSpeed has left one out, and the run is to stop.
+            ValueError: If DeepSpeed skipped a step, and the action is to stop.
         """
         adapter = adapter_of(trainer)
         half = trainer.precision_plugin.precision.startswith("16")
@@ -94,35 +94,35 @@ class NonFiniteGuard(Callback):
             if adapter.skipped_last_step():
                 self._act(trainer, trainer.global_step)
             else:
-                self._in_a_row = 0
+                self._consecutive = 0
         if self.skipped:
             pl_module.log("train/skipped_steps", float(self.skipped))
 
     def _act(self, trainer: L.Trainer, step: int) -> None:
         directory = self._save(trainer, step)
-        self._in_a_row += 1
-        if self.action == "stop" or self._in_a_row > self.max_skips:
+        self._consecutive += 1
+        if self.action == "stop" or self._consecutive > self.max_skips:
             raise ValueError(
                 f"the gradient of optimizer step {step} is not finite; its batches are in "
                 f"{directory}, and the weights are still those of step {step - 1}. Lower the "
-                "learning rate, clip gradients, look at the batches, or leave such steps out with "
+                "learning rate, clip gradients, inspect the batches, or skip such steps with "
                 "NonFiniteGuard(action='skip') (--non_finite.action skip)"
             )
         self.skipped += 1
         rank_zero_warn(
-            f"optimizer step {step} was left out: its gradient is not finite ({directory})"
+            f"optimizer step {step} was skipped: its gradient is not finite ({directory})"
         )
 
     def state_dict(self) -> dict[str, int]:
-        """The count goes into checkpoints."""
+        """Return the number of skipped steps."""
         return {"skipped": self.skipped}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on counting."""
+        """Restore the number of skipped steps."""
         self.skipped = state_dict["skipped"]
 
     def _save(self, trainer: L.Trainer, step: int) -> Path:
-        log_dir = trainer.log_dir  # asked on every rank: the trainer broadcasts its answer
+        log_dir = trainer.log_dir  # on every rank: the trainer broadcasts it
         directory = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "non_finite")
         directory.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(self._window):

@@ -1,4 +1,4 @@
-"""Which model generates the completions that a step is trained on."""
+"""Generation of the completions that a step is trained on."""
 
 import time
 from pathlib import Path
@@ -45,41 +45,42 @@ class OnPolicyGeneration(Resumable, Callback):
     r"""Train the student, with probability ``lmbda``, on completions that it generates itself.
 
     Completions are generated in *windows*: all micro-batches of ``steps_per_window`` optimizer steps
-    at once, by the student as it is before the first of them. One coin decides for a whole window; it
-    is a hash of the run's seed and the window's number, so all ranks see the same and a resumed run
-    sees it again. A row's completion comes from random numbers of its own, seeded by the run and the
-    number of its sample: neither ranks nor micro-batches change it. With ``passes``, each window is
-    trained on several times before the next is generated; a checkpoint in the middle of it keeps it.
+    at once, by the student as it is before the first of them. One random number decides for a whole
+    window; it is a hash of the run's seed and the window's number, so it is the same on all ranks and
+    in a resumed run. A row's completion is sampled with random numbers of its own, seeded by the run
+    and the number of its sample, so that it does not depend on ranks or micro-batches. With
+    ``passes``, each window is trained on several times before the next is generated; a checkpoint in
+    the middle of a window contains it.
 
-    Logs under ``rollout/``, at logged steps: ``on_policy`` (1 where the student generated), the
+    Logs under ``rollout/``, at logged steps: ``on_policy`` (1 if the student generated), the
     completions' ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
-    ``distinct_1`` and ``distinct_2`` (share of different n-grams, first rank), ``tokens_per_second``
+    ``distinct_1`` and ``distinct_2`` (share of distinct n-grams, first rank), ``tokens_per_second``
     of generation and its ``time_share`` of the window; histograms and a table to TensorBoard.
 
     Args:
         lmbda: Share of windows that the student generates (GKD's :math:`\lambda`), in [0, 1], or a
             schedule of it.
-        off_policy: Where the other windows come from: the ``dataset`` or the ``teacher``.
-        generation: How completions are sampled.
-        engine: What generates them. Defaults to ``CachedSampler``, to ``TransformersEngine`` for beam
-            search.
-        mixture_alpha: The teacher's share in the distribution that the student's completions are
+        off_policy: Source of the completions of the other windows: the ``dataset`` or the ``teacher``.
+        generation: Sampling options.
+        engine: Engine that generates. Defaults to ``CachedSampler``, and to ``TransformersEngine`` for
+            beam search.
+        mixture_alpha: Share of the teacher in the distribution that the student's completions are
             sampled from (MiniLLM's :math:`\alpha`, 0.2 in the paper); 0 is the student alone.
-        group_size: Completions of each prompt.
+        group_size: Number of completions of each prompt.
         steps_per_window: Optimizer steps whose completions are generated at once.
-        passes: How often each window is trained on.
-        truncated: Completions without an end: ``keep`` trains on them; ``mask`` takes their tokens
-            out of the loss and its count; ``drop`` also takes them out of baselines and statistics.
-        rows_at_once: Most rows that are generated together on a rank. Defaults to all of a window.
+        passes: Number of times that each window is trained on.
+        truncated: Treatment of completions without an EOS: ``keep`` trains on them; ``mask`` removes
+            their tokens from the loss and its count; ``drop`` also from baselines and statistics.
+        rows_at_once: Largest number of rows that a rank generates together. Defaults to a whole window.
         table_every: Optimizer steps between histograms and tables; 0 for none.
         table_rows: Rows of the table.
-        unshard: Where models are in shards, keep all of their weights on every process while
-            completions are generated: faster, if there is memory for it.
-        path: A JSONL file that every generated completion is appended to, with the columns that
+        unshard: Gather the weights of sharded models on every process while completions are generated:
+            faster, if there is memory for it.
+        path: JSONL file that every generated completion is appended to, with the columns that
             :class:`~lightning_kd.callbacks.JsonlPredictions` writes.
 
     Raises:
-        ValueError: If a value is out of its range, or module or data cannot do what is asked.
+        ValueError: If a value is out of its range, or module or data do not support the options.
 
     References:
         Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Algorithm 1.
@@ -140,24 +141,24 @@ class OnPolicyGeneration(Resumable, Callback):
         self._rollouts: list[Batch] = []
 
     def resume_settings(self) -> dict[str, Any]:
-        """Return what must not change; ``rows_at_once`` too, where rows share random numbers."""
+        """Return options that must not change, with ``rows_at_once`` if rows share random numbers."""
         rows = {} if self.engine.seeds_rows else {"rows_at_once": self.rows_at_once}
         return super().resume_settings() | rows
 
     def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
-        """Windows, passes and groups of a trainer's run."""
+        """Return the windows, passes and groups of a trainer's run."""
         micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
         return RolloutPlan(micro_batches, self.plan.passes, self.plan.group_size)
 
-    def coin(self, window: int, step: int) -> bool:
-        """Does the student generate a window that begins with this step? On every rank the same."""
+    def is_on_policy(self, window: int, step: int) -> bool:
+        """Return whether the student generates a window that begins at a step; equal on all ranks."""
         return derive_seed(run_seed(), "coin", window) / 2**63 < self.lmbda(step)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that module, options and engine go together, before the first step.
+        """Validate that module, options and engine are compatible, before the first step.
 
         Raises:
-            ValueError: If they do not.
+            ValueError: If they are not.
         """
         if not isinstance(pl_module, DistillationModule):
             raise ValueError(
@@ -169,7 +170,7 @@ class OnPolicyGeneration(Resumable, Callback):
             check_output(trainer, self.records.path, "on_policy.path")
         if self.unshard and not is_fsdp2_sharded(pl_module.student):
             raise ValueError(
-                "unshard: true keeps shards of FSDP2 whole, and this strategy has none; leave it out, "
+                "unshard: true gathers shards of FSDP2, and this strategy has none; leave it out, "
                 "or use --trainer.strategy fsdp2"
             )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
@@ -180,7 +181,7 @@ class OnPolicyGeneration(Resumable, Callback):
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Check that windows can be generated, wherever the first one comes from.
+        """Validate that completions can be generated for the prompts of the data.
 
         Raises:
             ValueError: If rows have no prompts, or groups do not fill a window.
@@ -191,15 +192,15 @@ class OnPolicyGeneration(Resumable, Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Put completions in the place of the batch's; at the start of a window, generate them."""
-        assert isinstance(pl_module, DistillationModule)  # on_fit_start has seen to it
+        """Replace the batch's completions; at the start of a window, generate them."""
+        assert isinstance(pl_module, DistillationModule)  # checked in on_fit_start
         window, place = loader_of(trainer).window_of(batch)
         if window != self._window:
             self._window, self._rollouts = window, []
-            self._on_policy = self.coin(window, trainer.global_step)
+            self._on_policy = self.is_on_policy(window, trainer.global_step)
             self.statistics.begin()
             if self._on_policy or self.off_policy == "teacher":
-                self._generate(trainer, pl_module, window)
+                self._generate_window(trainer, pl_module, window)
         if self._rollouts:
             batch.update(self._rollouts[place])
 
@@ -211,19 +212,19 @@ class OnPolicyGeneration(Resumable, Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        """Log a window at its last micro-batch."""
+        """Log statistics of a window at its last micro-batch."""
         if not loader_of(trainer).ends_window or self._window is None:
             return
         steps = self.steps_per_window * self.plan.passes
         self.statistics.end(trainer, self._on_policy, steps)
         if self._rollouts and isinstance(pl_module, TeacherModule):
-            self.records.show(trainer, pl_module, self._rollouts[0])
+            self.records.log_table(trainer, pl_module, self._rollouts[0])
         self._window, self._rollouts = None, []
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep a window that has been begun: other weights would generate another."""
+        """Save an unfinished window: later weights would generate another one."""
         if self._window is None:
             return
         of_rank = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
@@ -237,7 +238,7 @@ class OnPolicyGeneration(Resumable, Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Go on with a window that had been begun.
+        """Restore an unfinished window.
 
         Raises:
             ValueError: If it was generated for another number of processes.
@@ -249,7 +250,7 @@ class OnPolicyGeneration(Resumable, Callback):
             raise ValueError(
                 f"the checkpoint is from the middle of a window of rollouts on "
                 f"{len(saved['ranks'])} processes, this run has {trainer.world_size}: resume with "
-                "as many, or from a checkpoint at the end of a window (every_n_train_steps a "
+                "that many, or from a checkpoint at the end of a window (every_n_train_steps a "
                 f"multiple of {self.steps_per_window * self.plan.passes})"
             )
         of_rank = move_data_to_device(
@@ -259,8 +260,8 @@ class OnPolicyGeneration(Resumable, Callback):
         self._rollouts = of_rank["rollouts"]
         self.statistics.load_state_dict(of_rank["statistics"])
 
-    def _generate(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
-        """Have a window generated, and let the module see it whole."""
+    def _generate_window(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
+        """Generate a window's completions, and let the module prepare them."""
         loader = loader_of(trainer)
         batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
         models = list(module.models.values())

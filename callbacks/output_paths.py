@@ -1,4 +1,4 @@
-"""Files that a run writes, which must not be those it reads."""
+"""Validation of output files: a run must not write to files that it reads."""
 
 import glob
 from pathlib import Path
@@ -8,15 +8,15 @@ import lightning as L
 
 
 def check_output(trainer: L.Trainer, path: Path, option: str) -> None:
-    """Refuse to write to a file that the data of the run comes from.
+    """Validate that an output file is not a file that the run reads.
 
     Args:
-        trainer: Has the data module.
-        path: Where the run writes.
-        option: The name of its option.
+        trainer: Trainer with the data module.
+        path: Output file.
+        option: Name of its option.
 
     Raises:
-        ValueError: If the file is one of the data.
+        ValueError: If the data is read from that file.
     """
     data: Any = getattr(trainer, "datamodule", None)
     parts = [data, getattr(data, "prompts", None), getattr(data, "text", None)]

@@ -1,4 +1,4 @@
-"""Tokens per second, in the progress bar and the logs."""
+"""Logging of tokens per second."""
 
 import time
 from typing import Any
@@ -20,7 +20,7 @@ class TokensPerSecond(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock at the first micro-batch of a step."""
+        """Start timing at the first micro-batch of a step."""
         if self._started is None:
             self._started, self._step = time.perf_counter(), trainer.global_step
 
@@ -32,7 +32,7 @@ class TokensPerSecond(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Log when the optimizer has stepped."""
+        """Log after an optimizer step."""
         tokens = trainer.callback_metrics.get("train/tokens")
         if self._started is None or trainer.global_step == self._step or tokens is None:
             return

@@ -1,4 +1,4 @@
-"""Where a run was when one of its processes no longer answered."""
+"""Report of the step and phase in which a run waited for a process in vain."""
 
 import re
 import traceback
@@ -6,11 +6,11 @@ import traceback
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-_SILENCE = re.compile(r"timed? ?out|connection (closed|reset)|connection was likely closed", re.I)
+_TIMEOUT = re.compile(r"timed? ?out|connection (closed|reset)|connection was likely closed", re.I)
 
 _PHASES = {
     "configure_model": "setting up the models",
-    "_write": "writing rollouts",
+    "_generate_window": "generating rollouts",
     "prepare_rollouts": "preparing rollouts",
     "training_step": "the forward pass",
     "backward": "the backward pass",
@@ -23,21 +23,21 @@ _PHASES = {
     "on_validation_epoch_end": "validation",
     "on_fit_end": "exporting the student",
 }
-"""What goes on inside which function; the innermost one counts."""
+"""Phase of the run by function; the innermost function counts."""
 
 
 class TimeoutReport(Callback):
-    """Add step and phase to the error of a process that has waited in vain for the others.
+    """Add step and phase to the error of a process that waited for the others until a timeout.
 
-    How long it waits is the strategy's ``timeout`` (``--trainer.strategy FSDP2Strategy
+    The timeout is the strategy's ``timeout`` (``--trainer.strategy FSDP2Strategy
     --trainer.strategy.timeout 0:05:00``, and likewise for ``DDPStrategy``).
     """
 
     def on_exception(
         self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
     ) -> None:
-        """Look at the error."""
-        if not isinstance(exception, RuntimeError) or not _SILENCE.search(str(exception)):
+        """Add a note to the error if it is a timeout or a lost connection."""
+        if not isinstance(exception, RuntimeError) or not _TIMEOUT.search(str(exception)):
             return
         names = [frame.name for frame in traceback.extract_tb(exception.__traceback__)]
         phases = [_PHASES[name] for name in names if name in _PHASES]

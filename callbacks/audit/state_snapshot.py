@@ -120,7 +120,7 @@ class StateSnapshot:
         return self._random.fingerprint() + pickle.dumps(own)
 
     def changed_weights(self) -> list[str]:
-        """Return the names of unregistered weights that were changed in place; they are not restored."""
+        """Return the names of unregistered weights that were changed in place and not restored."""
         return [name for name, tensor, version in self._versions if tensor._version != version]
 
     def _save(self, name: str, value: Any) -> None:

@@ -40,13 +40,13 @@ def complete(
     """Generate completions of the rows of all batches, each row seeded by its sample.
 
     Args:
-        module: Its student generates, or its teacher.
+        module: Module whose student or teacher generates.
         batches: Micro-batches with prompts.
         options: How completions are sampled.
         engine: What generates.
-        on_policy: Does the student generate?
-        mixture_alpha: The teacher's share in what the student's completions are sampled from.
-        rows_at_once: Most rows that are generated together.
+        on_policy: Whether the student generates, rather than the teacher.
+        mixture_alpha: Share of the teacher in the distribution that the student samples from.
+        rows_at_once: Largest number of rows that are generated together.
     """
     pad_id = padding_id(module.tokenizer)
     prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
@@ -86,10 +86,10 @@ def _generating(
 
 
 def generating_teacher(module: L.LightningModule) -> LocalTeacher:
-    """The teacher of a module, which is one model that can generate.
+    """Return the teacher of a module, which must be a single model that can generate.
 
     Raises:
-        ValueError: If there is none, or there are several.
+        ValueError: If there is no such teacher.
     """
     teacher = getattr(module, "teacher", None)
     if not isinstance(teacher, LocalTeacher):
@@ -107,10 +107,10 @@ def generating_teacher(module: L.LightningModule) -> LocalTeacher:
 
 
 def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
-    """The loader of a fit.
+    """Return the training loader.
 
     Raises:
-        ValueError: If it has no windows.
+        ValueError: If it is not of a data module of this library.
     """
     loader = trainer.train_dataloader
     if not isinstance(loader, TrainingLoader | PairedLoader):
@@ -122,7 +122,7 @@ def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
 
 
 def check_method(module: DistillationModule, engine: Engine) -> None:
-    """Check that a method has a use for completions, and an engine what the method needs.
+    """Validate that a method uses completions, and that the engine gives what the method needs.
 
     Raises:
         ValueError: If the method learns from the data's completions alone, or needs log-probabilities
@@ -138,15 +138,15 @@ def check_method(module: DistillationModule, engine: Engine) -> None:
 
 
 def check_sampling(module: DistillationModule, options: GenerationOptions, *, always: bool) -> None:
-    """Check that a policy gradient gets samples of the student, and from its whole distribution.
+    """Validate that a policy gradient gets samples of the student from its whole distribution.
 
     Args:
         module: The method.
         options: How completions are sampled.
-        always: Does the student generate every window?
+        always: Whether the student generates every window.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If other samples than these are trained on.
     """
     name = type(module).__name__
     if module.needs_own_samples and not always:
@@ -167,15 +167,15 @@ def check_sampling(module: DistillationModule, options: GenerationOptions, *, al
 
 
 def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data: bool) -> None:
-    """Check that prompts and completions fit into the models' positions.
+    """Validate that prompts and completions fit into the models' positions.
 
     Args:
-        module: Has the models, and the trainer whose data is read.
-        max_new_tokens: Longest completion.
-        from_data: Are some windows left as the data has them?
+        module: Module with the models, attached to a trainer.
+        max_new_tokens: Largest number of tokens of a completion.
+        from_data: Whether some windows are trained on with the completions of the data.
 
     Raises:
-        ValueError: If they do not.
+        ValueError: If rows are longer than the positions.
     """
     row, prompt = longest_rows(module.trainer).get("train", (0, 0))
     what = "prompts and on_policy.generation.max_new_tokens"
@@ -185,7 +185,7 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
 
 
 def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) -> None:
-    """Check that a window can be generated.
+    """Validate that completions of a window can be generated.
 
     Raises:
         ValueError: If rows have no prompts, or groups do not fill a window.
@@ -204,6 +204,6 @@ def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) ->
 
 
 def _joined(values: Sequence[Tensor], fill: int) -> Tensor:
-    """Matrices of several batches as one, padded on the left."""
+    """Concatenate matrices of several batches, padded on the left."""
     widest = max(value.shape[1] for value in values)
     return torch.cat([F.pad(v, (widest - v.shape[1], 0), value=fill) for v in values])

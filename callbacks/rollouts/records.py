@@ -1,4 +1,4 @@
-"""Generated completions for people to read: a JSONL file, a table in TensorBoard."""
+"""Writing of generated completions to a JSONL file and to a table in TensorBoard."""
 
 import json
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from lightning_kd.strategies import adapter_of
 
 
 class RolloutRecords:
-    """Where generated completions are kept.
+    """Writer of generated completions to a file and to TensorBoard.
 
     Args:
         table_every: Optimizer steps between tables; 0 for none.
@@ -38,7 +38,7 @@ class RolloutRecords:
         if table_rows < 1:
             raise ValueError(f"table_rows is {table_rows}; it must be 1 or more")
         self.table_every, self.table_rows, self.path = table_every, table_rows, path
-        self._begun = False
+        self._opened = False
 
     def write(
         self,
@@ -57,16 +57,16 @@ class RolloutRecords:
             row |= {ENDED: has_ended, FINGERPRINT: fingerprint}
         ranks = gather_objects(rows)
         if trainer.is_global_zero:
-            if not self._begun:
-                self._begin(window)
+            if not self._opened:
+                self._open(window)
             everyone = sorted((row for rows in ranks for row in rows), key=lambda r: r["sample"])
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in everyone)
 
-    def _begin(self, window: int) -> None:
-        """What an earlier run wrote beyond the point where this one goes on is not of this run."""
-        assert self.path is not None  # write() has looked
-        self._begun = True
+    def _open(self, window: int) -> None:
+        """Create the file, or remove the windows of an earlier run that this run generates again."""
+        assert self.path is not None  # write() checks
+        self._opened = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
@@ -74,11 +74,11 @@ class RolloutRecords:
         kept = [line for line in lines if json.loads(line)["window"] < window]
         self.path.write_text("".join(kept), encoding="utf-8")
 
-    def show(self, trainer: L.Trainer, module: TeacherModule, batch: Batch) -> None:
-        """Add a table of the first rows with the reverse KL of every token, where it is time."""
+    def log_table(self, trainer: L.Trainer, module: TeacherModule, batch: Batch) -> None:
+        """Log a table of the first rows with the reverse KL of every token, if it is due."""
         step = trainer.global_step
-        writers = [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)]
-        if not writers or not passes_multiple(step - 1, step, self.table_every):
+        loggers = [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)]
+        if not loggers or not passes_multiple(step - 1, step, self.table_every):
             return
         first: Batch = {**batch}
         for name in ("input_ids", "attention_mask", "labels", "completion_mask", "row"):
@@ -98,13 +98,13 @@ class RolloutRecords:
             cells.append((batch["prompt"][number], text, per_token))
         shown = name.replace("_kl", " KL").replace("_", " ")
         table = markdown_table(("prompt", "completion", f"{shown} per token"), cells)
-        for logger in writers:
+        for logger in loggers:
             logger.experiment.add_text("rollout/samples", table, step - 1)
 
 
 def _records(batch: Batch, module: DistillationModule, window: int) -> list[dict[str, Any]]:
     generated = batch["completion_mask"]
-    # What is neither padding nor completion.
+    # Neither padding nor completion.
     prompts = real_tokens(batch["input_ids"], batch["attention_mask"].bool() & ~generated)
     return [
         {

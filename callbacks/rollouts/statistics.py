@@ -1,4 +1,4 @@
-"""What generated completions look like, and what generating them costs."""
+"""Statistics of generated completions and of the time that generation takes."""
 
 import time
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from lightning_kd.generation import Completions
 
 
 class RolloutStatistics:
-    """Numbers of one window at a time.
+    """Statistics of the completions of one window at a time.
 
     Args:
         histograms_every: Optimizer steps between histograms of lengths; 0 for none.
@@ -27,13 +27,13 @@ class RolloutStatistics:
         self.begin()
 
     def begin(self) -> None:
-        """Start the clock of a window."""
+        """Start a window, and its time."""
         self._started = time.perf_counter()
         self._generated: dict[str, Tensor] = {}
         self._seconds = 0.0
 
     def add(self, generated: Completions, seconds: float) -> None:
-        """Take in completions, and the time that generating them took."""
+        """Add completions, and the time that generating them took."""
         rows = [
             ids[mask] for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
         ]
@@ -46,50 +46,50 @@ class RolloutStatistics:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The window so far, for a checkpoint in the middle of it."""
+        """Return the statistics so far, for a checkpoint in the middle of a window."""
         elapsed = time.perf_counter() - self._started
         return {"generated": self._generated, "seconds": self._seconds, "elapsed": elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a window; the time until now is not its own."""
+        """Continue a window, without the time between saving and loading."""
         self._started = time.perf_counter() - state["elapsed"]
         self._generated, self._seconds = state["generated"], state["seconds"]
 
     def end(self, trainer: L.Trainer, on_policy: bool, steps: int) -> None:
-        """Log the window that ends with this optimizer step, where one of its steps is logged."""
+        """Log the window that ends with this optimizer step, if any of its steps is logged."""
         last = trainer.global_step
         if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
         values = {"on_policy": torch.tensor(float(on_policy))}
         if self._generated:
-            values |= self._of_generated(trainer)
+            values |= self._metrics(trainer)
         log_metrics(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
 
-    def _of_generated(self, trainer: L.Trainer) -> dict[str, Tensor]:
+    def _metrics(self, trainer: L.Trainer) -> dict[str, Tensor]:
         own = torch.stack([self._generated["lengths"], self._generated["ended"]])
         everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
-        lengths_of_all, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
+        all_lengths, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
         elapsed = time.perf_counter() - self._started
         last = trainer.global_step
         for logger in trainer.loggers:
             wanted = passes_multiple(last - 1, last, self.histograms_every)
             if wanted and isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("rollout/length", lengths_of_all, last - 1)
+                logger.experiment.add_histogram("rollout/length", all_lengths, last - 1)
         return {
-            "length_mean": lengths_of_all.mean(),
-            "length_min": lengths_of_all.min(),
-            "length_max": lengths_of_all.max(),
+            "length_mean": all_lengths.mean(),
+            "length_min": all_lengths.min(),
+            "length_max": all_lengths.max(),
             "eos_rate": ended.mean(),
             "truncation_rate": 1 - ended.mean(),
             "distinct_1": self._generated["distinct_1"],
             "distinct_2": self._generated["distinct_2"],
-            "tokens_per_second": lengths_of_all.sum() / self._seconds,
+            "tokens_per_second": all_lengths.sum() / self._seconds,
             "time_share": torch.tensor(self._seconds / elapsed),
         }
 
 
 def distinct(rows: Sequence[Tensor], n: int) -> float:
-    """Share of different n-grams among all n-grams of the rows; 0 without any.
+    """Compute the share of distinct n-grams among all n-grams of the rows; 0 if there are none.
 
     Example:
         >>> distinct([torch.tensor([1, 1, 1]), torch.tensor([1, 2])], 2)
@@ -100,7 +100,7 @@ def distinct(rows: Sequence[Tensor], n: int) -> float:
 
 
 def passes_multiple(after: int, until: int, every: int) -> bool:
-    """Is there a multiple of ``every`` in ``(after, until]``?
+    """Return whether there is a multiple of ``every`` in ``(after, until]``.
 
     Example:
         >>> passes_multiple(8, 12, 10), passes_multiple(10, 12, 10), passes_multiple(0, 9, 0)

@@ -1,4 +1,4 @@
-"""Every collective of the library, reached with one rank that has nothing.
+"""Runs that reach every collective of the library with one rank that has no data.
 
 A script of its own, as a user would start it: ``python idle_rank.py OUT STRATEGY``, with ``ddp``,
 ``fsdp2`` or a name of ``tests.support.cpu_strategies``. A rank that waits in vain gives up after two
@@ -58,7 +58,7 @@ ROWS, NOTHING = ragged_batch([(2, 5), (1, 3), (3, 4)]), ragged_batch([(3, 0), (2
 
 
 def strategy() -> Any:
-    """Fresh: a strategy serves one trainer."""
+    """Return a new strategy for each trainer."""
     if STRATEGY == "alone":
         return "auto"
     if STRATEGY == "fsdp2":
@@ -69,7 +69,7 @@ def strategy() -> Any:
 
 
 def run(case: str, callbacks: list[Callback] = [], **settings: Any) -> Any:  # noqa: B006
-    """A trainer, with loggers and checkpoints of its own."""
+    """Return a trainer with loggers and checkpoints of its own."""
     directory = OUT.parent / STRATEGY / case
     loggers = [CSVLogger(directory, name="csv"), TensorBoardLogger(directory, name="board")]
     defaults = {
@@ -82,36 +82,36 @@ def run(case: str, callbacks: list[Callback] = [], **settings: Any) -> Any:  # n
 
 
 def on_rank_0(batch: Any) -> list[Any]:
-    """The batch for the first rank, nothing to score for the second one."""
+    """Return the batch on the first rank, and one without labels on the second."""
     return [batch if RANK == 0 else NOTHING]
 
 
 def two(placement: str = "replicated") -> dict[str, Any]:
-    """Student and teacher."""
+    """Return a student and a teacher."""
     teacher = LocalTeacher.of(tiny_llama(1), placement=placement)
     return {"student": StudentSpec.of(tiny_llama(0)), "teacher": teacher}
 
 
 def in_shards() -> str:
-    """Where a teacher is placed when as many weights as possible are in shards."""
+    """Return the placement of a teacher when as many weights as possible are sharded."""
     return "sharded" if STRATEGY == "fsdp2" else "replicated"
 
 
 def numbers(fit: Any, *prefixes: str) -> dict[str, float]:
-    """What was logged under these names."""
+    """Return the logged metrics of these names."""
     logged = fit.callback_metrics
     return {k: v.item() for k, v in logged.items() if k.startswith(prefixes or ("val/", "train/"))}
 
 
 def only_fillers() -> dict[str, float]:
-    """Validation rows for the first rank alone, completed and scored."""
+    """Complete and score validation rows that only the first rank has."""
     fit = run("fillers", [CompletionSamples(max_new_tokens=4)])
     fit.validate(SupervisedKD(**two()), datamodule=Letters(rows=3, batch_size=3), verbose=False)
     return numbers(fit)
 
 
 def no_batch() -> dict[str, float]:
-    """Data of unknown length that end before the second rank has any."""
+    """Train on data of unknown length that ends before the second rank has any."""
 
     class Endless(Listed):
         __len__ = None  # type: ignore[assignment]
@@ -127,7 +127,7 @@ def no_batch() -> dict[str, float]:
 
 
 def nothing_scored() -> dict[str, float]:
-    """An optimizer step with all diagnostics, a checkpoint and an export behind it."""
+    """Take an optimizer step with all diagnostics, then a checkpoint and an export."""
     directory = OUT.parent / STRATEGY / "masked"
     callbacks: list[Callback] = [
         LossNormalizationDiagnostics(histograms_every=1),
@@ -142,7 +142,7 @@ def nothing_scored() -> dict[str, float]:
 
 
 def baby_llama() -> dict[str, float]:
-    """A step whose second count is summed before it, and a validation of fillers."""
+    """Take a step whose second count is summed in advance, and validate on fillers."""
     sources = [ModelSpec.of(tiny_llama(seed)) for seed in (1, 2)]
     module = BabyLlama(
         student=StudentSpec.of(tiny_llama(0)),
@@ -156,7 +156,7 @@ def baby_llama() -> dict[str, float]:
 
 
 def in_fp16() -> dict[str, float]:
-    """The power of two that goes in before and comes out after."""
+    """Scale the loss by a power of two in half precision."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
     fit = run("fp16", plugins=[plugin], max_steps=1)
     module = SFT(student=StudentSpec.of(tiny_llama(0)))
@@ -165,7 +165,7 @@ def in_fp16() -> dict[str, float]:
 
 
 def not_finite() -> dict[str, float]:
-    """A loss that is not a number, on the second rank."""
+    """Take steps with a non-finite loss on the second rank."""
 
     class Broken(SFT):
         def loss_terms(self, batch: Any, scores: Any) -> Any:
@@ -181,7 +181,7 @@ def not_finite() -> dict[str, float]:
 
 
 def rollouts(method: str, truncated: str) -> Callable[[], dict[str, float]]:
-    """Windows whose completions are all cut off, or not; files and tables of all ranks."""
+    """Train on windows whose completions are all truncated, or not; write files and tables."""
 
     def case() -> dict[str, float]:
         directory = OUT.parent / STRATEGY / f"{method}-{truncated}"
@@ -212,7 +212,7 @@ def rollouts(method: str, truncated: str) -> Callable[[], dict[str, float]]:
 
 
 def predictions(kind: Any) -> Callable[[], dict[str, float]]:
-    """One row that the student or its teacher completes: the second rank has fillers."""
+    """Predict a single row with the student or its teacher: the second rank has fillers."""
 
     def case() -> dict[str, float]:
         path = OUT.parent / STRATEGY / f"{kind.__name__}.jsonl"
@@ -227,7 +227,7 @@ def predictions(kind: Any) -> Callable[[], dict[str, float]]:
 
 
 def own_clocks() -> dict[str, float]:
-    """Validation by time, which is over on the first rank and far from it on the second one."""
+    """Validate by time, which has elapsed on the first rank only."""
 
     class Clocks(Callback):
         validations = 0
@@ -249,7 +249,7 @@ METHODS = ("gkd", "minillm", "on_policy", "rl")
 
 
 def cases() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
-    """Names and what is run."""
+    """Return all cases by name."""
     yield "only fillers", only_fillers
     yield "nothing scored", nothing_scored
     yield "baby llama", baby_llama
@@ -270,7 +270,7 @@ def cases() -> Iterator[tuple[str, Callable[[], dict[str, float]]]]:
 
 
 def main() -> None:
-    """Run all of them; the first rank writes down what was logged."""
+    """Run all cases; the first rank saves the logged metrics."""
     warnings.simplefilter("ignore")
     results = {name: case() for name, case in cases()}
     if RANK == 0:

@@ -34,7 +34,7 @@ def events(logger):
     return accumulator
 
 
-def test_the_exported_student_loads_and_teaches_the_next_run(tmp_path, tokenizer):
+def test_an_exported_student_is_the_teacher_of_the_next_run(tmp_path, tokenizer):
     module = SFT(student=StudentSpec.of(tiny_llama(0)))
     callbacks = [HFExport(str(tmp_path / "student"))]
     trainer(max_steps=2, callbacks=callbacks).fit(module, datamodule=BatchList([BATCH] * 2))
@@ -81,7 +81,7 @@ def test_predictions_are_jsonl_in_row_order_without_filler(tmp_path, tokenizer):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_predictions_never_replace_the_prompts_they_come_from(tokenizer):
+def test_predictions_never_overwrite_their_prompts(tokenizer):
     Path("prompts.jsonl").write_text('{"prompt": "ab"}')
     module = SFT(student=StudentSpec.of(tiny_llama(0)))
     data = PromptCompletionData(tokenizer=tokenizer, predict="*.jsonl")
@@ -94,7 +94,7 @@ def test_predictions_never_replace_the_prompts_they_come_from(tokenizer):
     assert Path("prompts.jsonl").read_text() == '{"prompt": "ab"}'
 
 
-def test_sequence_kd_lets_the_teacher_write_and_the_student_learn(tmp_path):
+def test_sequence_kd_trains_on_completions_of_the_teacher(tmp_path):
     teacher = tiny_llama(4)
     module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(teacher))
     path = tmp_path / "teacher.jsonl"
@@ -112,7 +112,7 @@ def test_sequence_kd_lets_the_teacher_write_and_the_student_learn(tmp_path):
     assert written != BATCH["completion"]
 
 
-def test_exact_match_and_samples_reach_tensorboard(tmp_path, tokenizer):
+def test_exact_match_and_samples_are_logged_to_tensorboard(tmp_path, tokenizer):
     student = tiny_llama(0)
     greedy = student.eval().generate(
         BATCH["prompt_ids"], attention_mask=BATCH["prompt_mask"], max_new_tokens=5, do_sample=False
@@ -155,6 +155,6 @@ def test_the_layout_and_tokens_per_second_are_logged(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [{"batches": 0}, {"samples": -1}, {"max_new_tokens": 0}])
-def test_wrong_values_are_refused(arguments):
+def test_invalid_values_are_rejected(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         CompletionSamples(**arguments)

@@ -1,4 +1,4 @@
-"""The export: which weights, where to, and what is never lost for it."""
+"""Exported weights, their directory, and models that are never replaced."""
 
 import json
 import multiprocessing
@@ -59,7 +59,7 @@ def files(folder="."):
 
 
 class Steps(ModelCheckpoint):
-    """Counts the steps that were begun."""
+    """Counter of started steps."""
 
     begun = 0
 
@@ -68,7 +68,7 @@ class Steps(ModelCheckpoint):
 
 
 def refused(module, export, message, *callbacks, **options):
-    """No step, and every file is as it was."""
+    """Check that no step is taken and no file changes."""
     before, steps = files(), Steps(save_top_k=0)
     with pytest.raises(ValueError, match=message):
         fit(module, export, steps, *callbacks, enable_checkpointing=True, **options)
@@ -76,7 +76,7 @@ def refused(module, export, message, *callbacks, **options):
     assert files() == before
 
 
-def test_another_model_is_replaced_only_where_that_is_said():
+def test_another_model_is_replaced_only_with_overwrite():
     saved("other")
     refused(sft(), HFExport("other"), "model in .*other already.*export.overwrite: true")
     module = sft()
@@ -87,7 +87,7 @@ def test_another_model_is_replaced_only_where_that_is_said():
 
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("path", ["./teacher", "link", "student", "tokenizer"])
-def test_what_the_run_reads_is_never_replaced(path, overwrite):
+def test_a_model_that_the_run_reads_is_never_replaced(path, overwrite):
     for name in ("teacher", "student", "tokenizer"):
         saved(name)
     Path("link").symlink_to("teacher")
@@ -98,12 +98,12 @@ def test_what_the_run_reads_is_never_replaced(path, overwrite):
     refused(module, HFExport(path, overwrite=overwrite), f"is the {what} of this run")
 
 
-def test_a_model_that_was_handed_over_is_not_replaced_where_it_came_from():
+def test_the_directory_of_a_loaded_model_is_not_replaced():
     module = sft(StudentSpec.of(AutoModelForCausalLM.from_pretrained(saved("student"))))
     refused(module, HFExport("student", overwrite=True), "is the student of this run")
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_first_step():
+def test_an_unwritable_directory_is_rejected_before_the_first_step():
     Path("file").write_text("text")
     Path("folder").mkdir()
     Path("folder/notes.txt").write_text("text")
@@ -117,17 +117,17 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_first_step():
     refused(sft(), HFExport("model", overwrite=True), "it also has checkpoint-1")
 
 
-def test_the_directory_of_the_logger_is_the_runs_own():
+def test_a_model_in_the_directory_of_the_logger_is_replaced():
     for lr in (0.1, 0.2):
         module = sft(lr=lr)
         logger = TensorBoardLogger("runs", name="", version=0, default_hp_metric=False)
         fit(module, HFExport(), logger=logger)
         assert torch.equal(logits("runs/version_0/student"), module.student.eval()(IDS).logits)
-    fit(sft(), HFExport())  # no logger: the working directory is nobody's
+    fit(sft(), HFExport())  # no logger: the working directory does not belong to the run
     refused(sft(), HFExport(), "there is a model in .*student already")
 
 
-def test_a_resumed_run_replaces_what_it_has_exported_itself():
+def test_a_resumed_run_replaces_its_own_export():
     keep = {"dirpath": "checkpoints", "filename": "{step}", "every_n_train_steps": 2}
     kwargs = {"enable_checkpointing": True}
     fit(sft(), HFExport("student"), ModelCheckpoint(**keep), **kwargs)
@@ -140,7 +140,7 @@ def test_a_resumed_run_replaces_what_it_has_exported_itself():
     refused(sft(), HFExport("other"), "model in .*other already", **resumed)
 
 
-def test_a_resumed_run_leaves_what_another_run_has_exported_meanwhile():
+def test_a_resumed_run_does_not_replace_the_export_of_another_run():
     keep = {"dirpath": "checkpoints", "filename": "{step}", "every_n_train_steps": 2}
     fit(sft(), HFExport("elsewhere"), ModelCheckpoint(**keep), enable_checkpointing=True)
     shutil.rmtree("elsewhere")
@@ -156,8 +156,8 @@ def best(**options):
     return ModelCheckpoint(monitor="val/loss", save_top_k=1, **where, **options)
 
 
-def test_the_best_weights_where_they_are_asked_for(capsys):
-    """The first validation is the best: every step afterwards climbs."""
+def test_the_best_weights_are_exported_on_request(capsys):
+    """The first validation is the best: the loss increases with every step."""
     module = sft(maximize=True)
     monitor = best(filename="{step}")
     validated = {"limit_val_batches": 1, "val_check_interval": 1, "enable_checkpointing": True}
@@ -169,7 +169,7 @@ def test_the_best_weights_where_they_are_asked_for(capsys):
     assert not torch.equal(logits("student"), module.student.eval()(IDS).logits)
 
 
-def test_what_the_export_holds_is_said(caplog):
+def test_the_exported_weights_are_described_in_the_log(caplog):
     with caplog.at_level("INFO", "lightning.pytorch.utilities.rank_zero"):
         fit(sft(), HFExport("student"))
         validated = {"limit_val_batches": 1, "val_check_interval": 1, "enable_checkpointing": True}
@@ -180,7 +180,7 @@ def test_what_the_export_holds_is_said(caplog):
 
 
 @pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
-def test_best_weights_need_something_to_be_measured_by():
+def test_best_weights_need_a_monitor():
     refused(sft(), HFExport("student", weights="best"), "no ModelCheckpoint has a monitor")
     with pytest.raises(ValueError, match="unknown weights 'worst'"):
         HFExport(weights="worst")
@@ -191,7 +191,7 @@ def test_best_weights_need_something_to_be_measured_by():
 
 
 @pytest.mark.parametrize("added", ["by peft", "by transformers"])
-def test_adapters_that_were_handed_over_are_merged(added):
+def test_adapters_of_a_given_model_are_merged(added):
     model = tiny_llama(0)
     if added == "by peft":
         model = LoRA(r=2).adapt(model)
@@ -207,7 +207,7 @@ def test_adapters_that_were_handed_over_are_merged(added):
     assert (expected - tiny_llama(0)(IDS).logits).abs().max().item() > 1e-2
 
 
-def test_adapters_that_no_weight_can_hold_are_refused():
+def test_adapters_that_cannot_be_merged_are_rejected():
     from peft import PromptTuningConfig, get_peft_model
 
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
@@ -219,8 +219,8 @@ def test_adapters_that_no_weight_can_hold_are_refused():
         StudentSpec.of(LoRA(r=2).adapt(tiny_llama(0)), lora=LoRA()).build(letter_tokenizer())
 
 
-def test_a_file_size_limit_leaves_no_half_directory_and_the_message_says_how_to_go_on():
-    """As on a full disk; the same command with what the message says exports the same student."""
+def test_a_failed_export_leaves_no_incomplete_directory_and_names_the_remedy():
+    """As on a full disk; the command of the message exports the same student."""
     saved("old")
     old = files("old")
     keep = {"dirpath": "checkpoints", "filename": "last", "every_n_train_steps": 2}
@@ -281,7 +281,7 @@ def test_a_kill_at_any_time_leaves_one_of_the_two_models(monkeypatch):
 
 @pytest.mark.parametrize("atomic", [True, False])
 def test_a_kill_between_any_two_calls_leaves_a_complete_directory(atomic, monkeypatch):
-    """Where names cannot be exchanged, the old one may wait under another name, but it is there."""
+    """Where names cannot be exchanged, the old model may have another name, but is complete."""
     if not atomic:
         monkeypatch.setattr(filesystem, "_exchange", lambda *_: False)
 

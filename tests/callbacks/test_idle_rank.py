@@ -1,12 +1,12 @@
-"""A rank that has nothing takes part in every collective, and the run ends as on one process."""
+"""Runs in which one rank has no data: it takes part in every collective."""
 
 import pytest
 
 from tests.support.cpu_strategies import written_under
 from tests.support.scripts import needs_deepspeed, written_by
 
-OF_THE_CUT = ("padding_share", "count_min", "mean_of_means_error")
-"""Diagnostics that say how a step was cut."""
+OF_THE_PARTITIONING = ("padding_share", "count_min", "mean_of_means_error")
+"""Diagnostics that depend on the partitioning into micro-batches."""
 
 
 @pytest.fixture(scope="module")
@@ -17,11 +17,11 @@ def alone(tmp_path_factory):
 
 
 def compared_with(alone, found):
-    """Every number of two processes is that of one."""
+    """Check that two processes log the same as one."""
     for case, numbers in found.items():
         assert set(numbers) == set(alone[case]), case
         for name, value in numbers.items():
-            if not name.endswith(OF_THE_CUT):
+            if not name.endswith(OF_THE_PARTITIONING):
                 assert value == pytest.approx(alone[case][name], rel=1e-4, abs=1e-6), (case, name)
     masked = found["nothing scored"]
     assert masked["norm/count_min"] == 0
@@ -31,7 +31,7 @@ def compared_with(alone, found):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_path):
+def test_every_case_logs_the_same_as_one_process(strategy, alone, tmp_path):
     found = written_by("callbacks/idle_rank.py", tmp_path / "two.pt", strategy)
     assert set(found) == set(alone) - ({"no batch"} if strategy == "fsdp2" else set())
     compared_with(alone, found)
@@ -41,7 +41,9 @@ def test_every_case_ends_with_the_numbers_of_one_process(strategy, alone, tmp_pa
 
 
 @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("zero_3", marks=needs_deepspeed)])
-def test_so_do_those_whose_collectives_are_of_the_strategy(strategy, alone, tmp_path):
+def test_cases_with_collectives_of_the_strategy_log_the_same_as_one_process(
+    strategy, alone, tmp_path
+):
     found = written_under(strategy, "callbacks/idle_rank.py", tmp_path / "two.pt")
     assert len(found) == 7
     compared_with(alone, found)

@@ -30,7 +30,7 @@ def logged(module, batches=BATCHES, **settings):
 
 
 def token_losses(model):
-    """Cross-entropy of each row's tokens, as lists, from transformers' logits."""
+    """Return the cross-entropy of each row's tokens, as lists, from transformers' logits."""
     rows = []
     for batch in BATCHES:
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
@@ -43,7 +43,7 @@ def token_losses(model):
 
 
 @pytest.mark.parametrize("normalization", ["token", "sequence", ConstantLength(16)])
-def test_the_numbers_are_those_of_numpy(normalization):
+def test_the_statistics_equal_those_of_numpy(normalization):
     rows = token_losses(tiny_llama(0))
     norm, values = logged(SFT(student=StudentSpec.of(tiny_llama(0)), normalization=normalization))
     lengths = np.array([len(row) for row in rows])
@@ -79,15 +79,15 @@ def test_the_numbers_are_those_of_numpy(normalization):
     assert values["train/loss"] == pytest.approx(true, rel=1e-5)
 
 
-def test_the_error_of_a_mean_of_means_is_seen_where_counts_differ():
-    """The same rows cut unevenly: 5 + 3 + 7 tokens against 1."""
+def test_a_mean_of_means_has_an_error_if_counts_differ():
+    """The same rows in unequal micro-batches: of 5 + 3 + 7 tokens and of 1."""
     whole = ragged_batch([(2, 5), (1, 3), (3, 7)], seed=1)
     norm, _ = logged(SFT(student=StudentSpec.of(tiny_llama(0))), [whole, ragged_batch([(2, 1)])])
     assert (norm["count_min"], norm["count_max"]) == (1, 15)
     assert norm["mean_of_means_error"] > 0.01
 
 
-def test_terms_that_share_a_normalization_agree_whatever_it_weighs():
+def test_terms_with_the_same_normalization_agree():
     teacher = LocalTeacher.of(tiny_llama(1))
     module = SupervisedKD(
         student=StudentSpec.of(tiny_llama(0)), teacher=teacher, normalization="sequence"
@@ -96,7 +96,7 @@ def test_terms_that_share_a_normalization_agree_whatever_it_weighs():
 
 
 class TwoNormalizations(SFT):
-    """Half of each row's sum beside the mean over tokens, in the loss of 16 tokens and 4 rows."""
+    """Half of each row's sum, and the mean over tokens, for 16 tokens in 4 rows."""
 
     terms = ("cross_entropy", "of_rows")
 
@@ -108,7 +108,7 @@ class TwoNormalizations(SFT):
         }
 
 
-def test_a_term_with_a_normalization_of_its_own_is_the_same_under_all_others():
+def test_a_term_with_its_own_normalization_is_unaffected_by_the_others():
     rows = token_losses(tiny_llama(0))
     norm, values = logged(TwoNormalizations(student=StudentSpec.of(tiny_llama(0))))
     own = 0.5 * np.mean([row.sum() for row in rows])
@@ -125,7 +125,7 @@ def test_a_term_with_a_normalization_of_its_own_is_the_same_under_all_others():
     assert values["train/loss"] == pytest.approx(by_token + own, rel=1e-5)
 
 
-def test_the_official_baby_llama_scale_shows_as_terms_that_do_not_agree():
+def test_terms_of_the_official_baby_llama_scale_do_not_agree():
     blocks = ragged_batch([(0, 8), (0, 8)])
     teacher = LocalTeacher.of(tiny_llama(1))
     module = BabyLlama(
@@ -173,7 +173,7 @@ def test_the_policy_gradient_identities(normalization):
     assert norm["length_loss_covariance"] == pytest.approx(-covariance, rel=1e-5)
 
 
-def test_histograms_reach_tensorboard(tmp_path):
+def test_histograms_are_logged_to_tensorboard(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
     logged(SFT(student=StudentSpec.of(tiny_llama(0))), logger=logger)
     seen = EventAccumulator(logger.log_dir, size_guidance={"histograms": 0})
@@ -184,11 +184,11 @@ def test_histograms_reach_tensorboard(tmp_path):
     assert seen.Histograms("norm/sequence_loss")
 
 
-def test_nothing_scored_is_no_obstacle():
+def test_a_step_without_scored_tokens_is_logged():
     norm, _ = logged(SFT(student=StudentSpec.of(tiny_llama(0))), [ragged_batch([(3, 0), (2, 0)])])
     assert norm["tokens"] == norm["count"] == norm["loss_token"] == 0
 
 
-def test_wrong_values_are_refused():
+def test_invalid_values_are_rejected():
     with pytest.raises(ValueError, match="histograms_every is -1"):
         LossNormalizationDiagnostics(histograms_every=-1)

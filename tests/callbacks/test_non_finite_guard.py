@@ -13,7 +13,7 @@ BATCHES = [ragged_batch([(2, 5), (1, 3)], seed) for seed in range(8)]
 
 
 class Poison(Callback):
-    """A gradient that is not a number, in one micro-batch or from one on."""
+    """Non-finite gradient in one micro-batch, or in all from one on."""
 
     def __init__(self, *poisoned, value=float("nan")):
         self.poisoned, self.value = poisoned, value
@@ -41,8 +41,8 @@ def fit(guard, poison, **settings):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.filterwarnings("ignore:optimizer step 2 was left out")
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path, value):
+@pytest.mark.filterwarnings("ignore:optimizer step 2 was skipped")
+def test_a_step_with_a_non_finite_gradient_changes_nothing(tmp_path, value):
     poison = Poison(2, value=value)
     guard = NonFiniteGuard("skip", dirpath=str(tmp_path / "bad"))
     run = fit(guard, poison, accumulate_grad_batches=2)
@@ -59,7 +59,7 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path, value):
         assert torch.equal(saved["input_ids"], BATCHES[2 + number]["input_ids"])
 
 
-def test_a_run_is_stopped_with_the_weights_of_the_step_before(tmp_path):
+def test_a_run_is_stopped_with_the_weights_of_the_previous_step(tmp_path):
     poison = Poison(3)
     with pytest.raises(ValueError, match="gradient of optimizer step 4 is not finite; its batches"):
         fit(NonFiniteGuard(dirpath=str(tmp_path)), poison)
@@ -67,13 +67,13 @@ def test_a_run_is_stopped_with_the_weights_of_the_step_before(tmp_path):
     assert (tmp_path / "step4_rank0_batch0.safetensors").exists()
 
 
-@pytest.mark.filterwarnings("ignore:optimizer step . was left out")
+@pytest.mark.filterwarnings("ignore:optimizer step . was skipped")
 def test_a_run_that_does_not_recover_is_stopped(tmp_path):
     with pytest.raises(ValueError, match="optimizer step 6 is not finite"):
         fit(NonFiniteGuard("skip", max_skips=2, dirpath=str(tmp_path)), Poison(1, 3, 4, 5, 6))
 
 
-def test_the_count_goes_on_after_a_resume():
+def test_the_count_of_skipped_steps_continues_after_a_resume():
     guard = NonFiniteGuard("skip")
     guard.load_state_dict({"skipped": 3})
     assert guard.state_dict() == {"skipped": 3}
@@ -82,6 +82,6 @@ def test_the_count_goes_on_after_a_resume():
 @pytest.mark.parametrize(
     ("values", "said"), [(("leave",), "stop"), (("skip", 0), "max_skips is 0")]
 )
-def test_values_out_of_range(values, said):
+def test_values_out_of_range_are_rejected(values, said):
     with pytest.raises(ValueError, match=said):
         NonFiniteGuard(values[0], **({"max_skips": values[1]} if len(values) > 1 else {}))

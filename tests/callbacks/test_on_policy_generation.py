@@ -25,7 +25,7 @@ from lightning_kd.modules import (
 )
 from lightning_kd.schedules import Linear
 from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
-from tests.callbacks.coin_and_rollouts import STEPS, run
+from tests.callbacks.two_rank_rollouts import STEPS, run
 from tests.support.harness import BatchList, Letters, trainer
 from tests.support.scripts import run_script
 from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Seen(Callback):
-    """The batches of a run, as the module got them, and the gradients."""
+    """Record of the batches that the module receives, and of gradients."""
 
     def __init__(self) -> None:
         self.batches, self.gradients = [], []
@@ -47,7 +47,7 @@ class Seen(Callback):
 
 
 class Saves(Callback):
-    """A checkpoint after every optimizer step; nothing of its own in it."""
+    """Checkpoint after every optimizer step, without state of this callback."""
 
     def __init__(self, folder) -> None:
         self.folder = folder
@@ -84,21 +84,21 @@ def records(path):
 # Which model generates.
 
 
-def test_the_coin_is_the_ranks_own_to_nobody(tmp_path):
-    """Two ranks, 200 steps, a consumer of global randomness on one of them; and a resume."""
-    run_script("callbacks/coin_and_rollouts.py", tmp_path)
+def test_all_ranks_choose_the_same_windows(tmp_path):
+    """Two ranks, 200 steps; one rank also draws from global random generators."""
+    run_script("callbacks/two_rank_rollouts.py", tmp_path)
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert first == second
     assert len(first) == STEPS
     assert 70 < sum(first) < 130
-    alone = run(tmp_path / "alone.jsonl", nuisance=False, world=1)
+    alone = run(tmp_path / "alone.jsonl", draws=False, world=1)
     assert alone == first
     # The first windows come before weights have moved apart by rounding: the same texts.
     both = [records(tmp_path / name)[:8] for name in ("rollouts.jsonl", "alone.jsonl")]
     assert both[0] == both[1]
 
 
-def test_the_coin_is_tossed_again_after_a_resume(tmp_path):
+def test_a_resumed_run_chooses_the_same_windows(tmp_path):
     options = {"lmbda": 0.5}
     _, whole = fit(GKD(**models()), steps=20, options=options, more=[Saves(tmp_path)])
     for done in (7, 14):
@@ -115,16 +115,20 @@ def test_the_coin_is_tossed_again_after_a_resume(tmp_path):
 
 def test_lmbda_is_the_share_of_windows_and_may_be_scheduled():
     generation = OnPolicyGeneration(lmbda=0.3)
-    assert sum(generation.coin(k, k) for k in range(4000)) / 4000 == pytest.approx(0.3, abs=0.03)
-    assert not any(OnPolicyGeneration(lmbda=0.0).coin(k, k) for k in range(100))
-    assert all(OnPolicyGeneration(lmbda=1.0).coin(k, k) for k in range(100))
+    assert sum(generation.is_on_policy(k, k) for k in range(4000)) / 4000 == pytest.approx(
+        0.3, abs=0.03
+    )
+    assert not any(OnPolicyGeneration(lmbda=0.0).is_on_policy(k, k) for k in range(100))
+    assert all(OnPolicyGeneration(lmbda=1.0).is_on_policy(k, k) for k in range(100))
     rising = OnPolicyGeneration(lmbda=Linear(0.0, 1.0, steps=1000))
-    halves = [sum(rising.coin(k, k) for k in range(start, start + 500)) for start in (0, 500)]
+    halves = [
+        sum(rising.is_on_policy(k, k) for k in range(start, start + 500)) for start in (0, 500)
+    ]
     assert halves[0] / 500 == pytest.approx(0.25, abs=0.06)
     assert halves[1] / 500 == pytest.approx(0.75, abs=0.06)
 
 
-def test_what_the_dataset_wrote_stays_as_it_was():
+def test_completions_of_the_dataset_are_unchanged():
     _, seen = fit(GKD(**models()), options={"lmbda": 0.0})
     plain = Letters(batch_size=4)
     loader = trainer(max_steps=2, max_epochs=-1)
@@ -136,8 +140,8 @@ def test_what_the_dataset_wrote_stays_as_it_was():
         assert torch.equal(got["labels"], expected["labels"])
 
 
-def test_the_student_and_the_teacher_write_what_they_would_write():
-    """Near temperature 0 that is the most likely token of each."""
+def test_student_and_teacher_generate_their_own_completions():
+    """Near temperature 0, these are the most likely tokens of each."""
     options = {"generation": SamplingOptions(max_new_tokens=5, temperature=1e-4)}
     for writer, seed, settings in (
         ("student", 0, {"lmbda": 1.0}),
@@ -164,7 +168,7 @@ def test_the_student_and_the_teacher_write_what_they_would_write():
 
 
 @pytest.mark.parametrize(("batch_size", "window"), [(8, 1), (4, 2), (2, 4), (1, 8)])
-def test_a_row_writes_the_same_however_the_step_is_cut(tmp_path, batch_size, window):
+def test_a_completion_does_not_depend_on_the_micro_batches(tmp_path, batch_size, window):
     path = tmp_path / "rollouts.jsonl"
     for size, cut in ((8, 1), (batch_size, window)):
         options = {"path": str(path.with_stem(str(size))), "rows_at_once": 3}
@@ -173,7 +177,7 @@ def test_a_row_writes_the_same_however_the_step_is_cut(tmp_path, batch_size, win
     assert len(records(tmp_path / "8.jsonl")) == 8
 
 
-def test_what_was_written_down_is_read_as_the_tokens_and_ends_that_were_trained_on(tmp_path):
+def test_recorded_completions_are_read_as_the_tokens_that_were_trained_on(tmp_path):
     path = tmp_path / "rollouts.jsonl"
     _, seen = fit(GKD(**models()), steps=3, options={"path": str(path)})
     rows = PromptCompletionData(tokenizer=letter_tokenizer(), train=str(path)).rows("train")
@@ -191,7 +195,7 @@ def test_what_was_written_down_is_read_as_the_tokens_and_ends_that_were_trained_
     assert set(ended) == {True, False}
 
 
-def test_a_window_is_written_once_and_passed_over_several_times():
+def test_a_window_is_generated_once_and_trained_on_several_times():
     _, seen = fit(
         OnPolicyDistillation(**models()),
         steps=8,
@@ -210,7 +214,7 @@ def test_a_window_is_written_once_and_passed_over_several_times():
     )
 
 
-def test_a_run_resumed_inside_a_window_goes_on_bit_for_bit(tmp_path):
+def test_a_run_resumed_inside_a_window_continues_bit_for_bit(tmp_path):
     options = {"passes": 2, "steps_per_window": 2, "mixture_alpha": 0.2}
     module = MiniLLM(**models(attention_dropout=0.1), objective=OfficialCode())
     _, whole = fit(module, steps=8, options=options, more=[Saves(tmp_path)])
@@ -224,7 +228,7 @@ def test_a_run_resumed_inside_a_window_goes_on_bit_for_bit(tmp_path):
             assert torch.equal(a, b)
 
 
-def test_resumed_rollouts_are_written_down_once(tmp_path):
+def test_rollouts_of_a_resumed_run_are_recorded_once(tmp_path):
     path = tmp_path / "new" / "folder" / "rollouts.jsonl"
     options = {"path": str(path)}
     fit(GKD(**models()), steps=4, options=options, more=[Saves(tmp_path)])
@@ -237,11 +241,11 @@ def test_resumed_rollouts_are_written_down_once(tmp_path):
     assert whole[0].keys() == names | ids
 
 
-# What is scored.
+# Scored tokens.
 
 
 @pytest.mark.parametrize("policy", ["keep", "mask", "drop"])
-def test_the_count_follows_what_happens_to_truncated_completions(policy):
+def test_the_count_follows_the_treatment_of_truncated_completions(policy):
     lightning, seen = fit(GKD(**models()), steps=1, batch_size=12, options={"truncated": policy})
     (batch,) = seen.batches
     written = batch["completion_mask"]
@@ -252,8 +256,8 @@ def test_the_count_follows_what_happens_to_truncated_completions(policy):
     assert (batch["row"] < 0).sum() == (0 if policy != "drop" else (~ended).sum())
 
 
-def test_padding_prompts_and_what_follows_the_end_get_nothing():
-    """Logits there have no gradient: what stands there changes nothing."""
+def test_padding_prompts_and_tokens_after_the_eos_have_no_gradient():
+    """Logits at these positions have no gradient: their tokens change nothing."""
     for make in (OnPolicyDistillation, MiniLLM):
         module = make(**models(), **({"gamma": 0.9} if make is OnPolicyDistillation else {}))
         _, seen = fit(module, steps=1)
@@ -267,7 +271,7 @@ def test_padding_prompts_and_what_follows_the_end_get_nothing():
 
 
 class OtherReferences(Letters):
-    """The same prompts; the completions, which nobody reads, are several times as long."""
+    """Data with the same prompts and several times longer references, which are not used."""
 
     def example(self, row, pass_):
         example = super().example(row, pass_)
@@ -277,7 +281,7 @@ class OtherReferences(Letters):
 
 
 @pytest.mark.parametrize("make", [GKD, OnPolicyDistillation, MiniLLM])
-def test_references_that_are_not_scored_have_no_part_in_the_gradient(make):
+def test_unscored_references_do_not_affect_the_gradient(make):
     gradients = [
         fit(make(**models()), steps=1, data=data(batch_size=4))[1].gradients[0]
         for data in (Letters, OtherReferences)
@@ -285,7 +289,7 @@ def test_references_that_are_not_scored_have_no_part_in_the_gradient(make):
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_a_teacher_equal_to_the_student_teaches_nothing():
+def test_a_teacher_equal_to_the_student_gives_no_gradient():
     lightning, seen = fit(GKD(**models(0, 0)), steps=1)
     assert lightning.callback_metrics["train/loss"].abs() < 1e-6
     assert max(g.abs().max() for g in seen.gradients[0]) < 1e-6
@@ -297,8 +301,8 @@ def test_a_teacher_equal_to_the_student_teaches_nothing():
         assert lightning.callback_metrics["train/single_step"].abs() < 1e-6
 
 
-def test_the_two_temperatures_of_gkd_are_two():
-    """The sampling temperature changes the text, the teacher's changes the loss of the same text."""
+def test_the_two_temperatures_of_gkd_are_independent():
+    """One changes the sampled text, the other the loss of the same text."""
 
     def run(sampling, teacher):
         options = {"generation": SamplingOptions(max_new_tokens=6, temperature=sampling)}
@@ -388,10 +392,10 @@ def test_each_row_has_its_own_teacher():
     assert got == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4)
 
 
-# What is seen.
+# Logs.
 
 
-def test_the_numbers_of_a_window_are_logged(tmp_path):
+def test_statistics_of_a_window_are_logged(tmp_path):
     logger = TensorBoardLogger(tmp_path, name="", default_hp_metric=False)
     lightning, seen = fit(
         GKD(**models()), steps=2, options={"table_every": 2, "table_rows": 2}, logger=logger
@@ -418,7 +422,7 @@ def test_the_numbers_of_a_window_are_logged(tmp_path):
     assert written.Histograms("rollout/length")
 
 
-def test_the_speed_of_writing_is_that_of_all_tokens():
+def test_tokens_per_second_counts_all_tokens():
     """Three tokens and one, in a quarter of a second."""
     mask = torch.tensor([[True, True, True], [True, False, False]])
     ids, numbers = torch.tensor([[3, 4, 1], [1, 0, 0]]), torch.zeros(2, 3)
@@ -435,15 +439,15 @@ def test_the_speed_of_writing_is_that_of_all_tokens():
     assert lightning.callback_metrics["rollout/length_max"] == 3
 
 
-def test_gkd_with_a_callback_that_writes_has_nothing_to_say(caplog):
-    """Whatever other callbacks there are."""
+def test_gkd_with_on_policy_generation_does_not_warn(caplog):
+    """With any other callbacks."""
     with caplog.at_level("INFO"):
         fit(GKD(**models()), steps=1)
     assert "GKD without the callback" not in caplog.text
 
 
-def test_a_window_is_logged_where_any_of_its_steps_is():
-    """The third step, a window's first pass, is; the fourth is the end of its second."""
+def test_a_window_is_logged_if_any_of_its_steps_is():
+    """The third step, in a window's first pass, is; the fourth ends its second pass."""
     options = {"passes": 2}
     for steps, logged in ((2, False), (4, True)):
         module = OnPolicyDistillation(**models())
@@ -451,7 +455,7 @@ def test_a_window_is_logged_where_any_of_its_steps_is():
         assert ("rollout/length_mean" in lightning.callback_metrics) == logged
 
 
-def test_writing_leaves_models_in_the_mode_they_were_in():
+def test_generation_does_not_change_the_mode_of_models():
     class Modes(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             assert "completion_mask" in batch
@@ -461,7 +465,7 @@ def test_writing_leaves_models_in_the_mode_they_were_in():
     fit(GKD(**models(attention_dropout=0.5)), more=[Modes()])
 
 
-# What is refused.
+# Rejected options.
 
 
 class Unprompted(Letters):
@@ -534,7 +538,7 @@ def two_teachers():
         ),
     ],
 )
-def test_what_does_not_go_together_is_refused_before_the_first_step(module, options, message):
+def test_incompatible_options_are_rejected_before_the_first_step(module, options, message):
     built = module()
     with pytest.raises(ValueError, match=message):
         fit(built, options=options)
@@ -542,7 +546,7 @@ def test_what_does_not_go_together_is_refused_before_the_first_step(module, opti
 
 
 def test_completions_without_a_group_are_trained_on_with_a_warning():
-    """Their advantage is their reward: unbiased, and no baseline."""
+    """Their advantage is their reward: unbiased, without a baseline."""
     module = RLDistillation(**models(), rewards=[lambda *, prompts, **_: [2.0] * len(prompts)])
     with pytest.warns(UserWarning, match="Give the callback OnPolicyGeneration a group_size of 2"):
         _, seen = fit(module, steps=1)
@@ -550,7 +554,7 @@ def test_completions_without_a_group_are_trained_on_with_a_warning():
     assert torch.equal(advantages, 2.0 * (seen.batches[0]["labels"] != -100))
 
 
-def test_data_without_prompts_or_without_windows_are_refused():
+def test_data_without_prompts_or_windows_is_rejected():
     with pytest.raises(ValueError, match="no prompts to complete"):
         fit(GKD(**models()), data=Unprompted(batch_size=2))
     batches = BatchList([with_prompts(ragged_batch([(2, 3)]))])
@@ -558,7 +562,7 @@ def test_data_without_prompts_or_without_windows_are_refused():
         fit(GKD(**models()), data=batches)
 
 
-def test_a_policy_gradient_without_rollouts_is_refused():
+def test_a_policy_gradient_without_rollouts_is_rejected():
     module = OnPolicyDistillation(**models())
     with pytest.raises(ValueError, match="add the callback OnPolicyGeneration with lmbda: 1"):
         trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3)])]))
@@ -579,18 +583,18 @@ def test_a_policy_gradient_without_rollouts_is_refused():
         ({"table_rows": 0}, "table_rows is 0"),
     ],
 )
-def test_wrong_values_are_refused(wrong, message):
+def test_invalid_values_are_rejected(wrong, message):
     with pytest.raises(ValueError, match=message):
         OnPolicyGeneration(**wrong)
 
 
-def test_the_smallest_values_are_allowed():
+def test_the_smallest_valid_values_are_accepted():
     settings = {"passes": 1, "group_size": 1, "steps_per_window": 1, "rows_at_once": 1}
     made = OnPolicyGeneration(lmbda=0.0, mixture_alpha=0.0, table_every=0, table_rows=1, **settings)
     assert (made.plan.passes, made.plan.group_size, made.rows_at_once) == (1, 1, 1)
 
 
-def test_tables_come_as_often_as_the_docs_say_where_nothing_is_said():
+def test_the_default_of_table_every_is_that_of_the_docs():
     docs = (ROOT / "docs" / "on_policy.md").read_text()
     every = int(re.search(r"a table of rollouts comes every (\d+) steps", docs)[1])
     made = OnPolicyGeneration()
@@ -614,7 +618,7 @@ AUDITED = {
 @pytest.mark.filterwarnings("ignore:In this window no completion ended")
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 @pytest.mark.parametrize("name", AUDITED)
-def test_the_audit_finds_no_cut_that_matters(name, normalization):
+def test_the_audit_finds_no_fault_in_any_policy_gradient(name, normalization):
     make, options = AUDITED[name]
     audit = LossNormalizationDiagnostics(audit=1, on_fault="raise", tolerance=1e-6)
     module = make(

@@ -86,7 +86,7 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/modules/baby_llama.py": _STEPS,
     "lightning_kd/modules/gkd.py": [
         *_STEPS,
-        f"{_ROLLOUTS[1]}::test_gkd_with_a_callback_that_writes_has_nothing_to_say",
+        f"{_ROLLOUTS[1]}::test_gkd_with_on_policy_generation_does_not_warn",
     ],
     "lightning_kd/modules/supervised_kd.py": _STEPS,
     "lightning_kd/modules/sft.py": _STEPS,

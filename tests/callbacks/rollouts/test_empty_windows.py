@@ -1,4 +1,4 @@
-"""Rollouts without an end, where only those with one are trained on."""
+"""Rollouts without an EOS, if only those with one are trained on."""
 
 import pytest
 import torch
@@ -26,32 +26,32 @@ def fit(truncated, steps):
 
 @pytest.fixture
 def endless(monkeypatch):
-    """Nothing that is sampled is an end."""
+    """Sampler that never samples EOS."""
     monkeypatch.setattr("lightning_kd.generation.sampler.is_end", lambda ids, _: ids != ids)
     monkeypatch.setattr("lightning_kd.generation.completions.is_end", lambda ids, _: ids != ids)
 
 
 @pytest.mark.usefixtures("endless")
 @pytest.mark.parametrize("truncated", ["drop", "mask"])
-def test_windows_that_train_on_nothing_are_a_warning_then_an_error(truncated):
+def test_empty_windows_are_a_warning_then_an_error(truncated):
     with pytest.warns(UserWarning, match=f"max_new_tokens 1, and truncated: {truncated}.*0 tokens"):
         fit(truncated, 2)
     with (
         pytest.warns(UserWarning, match="0 tokens were scored"),
         pytest.raises(
-            ValueError, match=r"in 3 windows in a row no completion ended .* truncated: keep"
+            ValueError, match=r"in 3 consecutive windows no completion ended .* truncated: keep"
         ),
     ):
         fit(truncated, 3)
 
 
 @pytest.mark.usefixtures("endless")
-def test_what_is_kept_is_trained_on():
+def test_kept_completions_are_trained_on():
     assert fit("keep", 4).callback_metrics["train/tokens"] > 0
 
 
 class Ranks:
-    """A module on two ranks, of which the other has scored some tokens."""
+    """Module on two ranks, of which the other has scored some tokens."""
 
     device = torch.device("cpu")
 
@@ -64,7 +64,7 @@ class Ranks:
 
 
 @pytest.mark.parametrize("labels", [[[IGNORE_INDEX]], [[3]], None])
-def test_every_rank_asks_whatever_it_has_itself(labels):
+def test_every_rank_takes_part_in_the_count(labels):
     batches = [] if labels is None else [{"labels": torch.tensor(labels)}]
     module, windows = Ranks(others=2), EmptyWindows("drop")
     for _ in range(5):
@@ -72,7 +72,7 @@ def test_every_rank_asks_whatever_it_has_itself(labels):
     assert module.asked == 5
 
 
-def test_a_window_with_tokens_begins_the_count_anew():
+def test_a_window_with_tokens_resets_the_count():
     windows, empty = EmptyWindows("mask"), [{"labels": torch.tensor([[IGNORE_INDEX]])}]
     for _ in range(3):
         with pytest.warns(UserWarning, match="0 tokens were scored"):

@@ -1,6 +1,6 @@
-"""What two ranks toss and write while one of them also draws from global generators.
+"""On-policy windows and rollouts of two ranks, one of which also uses global random generators.
 
-A script of its own, launched as a user would start ddp: ``python coin_and_rollouts.py OUT``.
+A script, launched as a user starts ddp: ``python two_rank_rollouts.py OUT``.
 """
 
 import os
@@ -25,45 +25,45 @@ from tests.support.toys import tiny_llama
 STEPS = 200
 
 
-class Watch(Callback):
-    """Notes who wrote each step, and is a nuisance on the first rank."""
+class Recorder(Callback):
+    """Record whether each step is on policy; draw global random numbers on the first rank."""
 
-    def __init__(self, nuisance: bool) -> None:
-        self.nuisance = nuisance
-        self.own: list[bool] = []
+    def __init__(self, draws: bool) -> None:
+        self.draws = draws
+        self.on_policy: list[bool] = []
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, *_: Any) -> None:
-        self.own.append("completion_mask" in batch)
-        if self.nuisance and trainer.global_rank == 0:
+        self.on_policy.append("completion_mask" in batch)
+        if self.draws and trainer.global_rank == 0:
             random.random()
             np.random.rand()
             torch.rand(3)
 
 
-def run(path: Path, steps: int = STEPS, nuisance: bool = True, world: int = 2, **fit: Any) -> Any:
-    """Who wrote each step; the completions are appended to ``path``."""
+def run(path: Path, steps: int = STEPS, draws: bool = True, world: int = 2, **fit: Any) -> Any:
+    """Return whether each step is on policy; append completions to ``path``."""
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
     generation = OnPolicyGeneration(
         lmbda=0.5, generation=SamplingOptions(max_new_tokens=4), table_every=0, path=str(path)
     )
-    watch = Watch(nuisance)
+    recorder = Recorder(draws)
     lightning = trainer(
         devices=world,
         strategy="ddp" if world > 1 else "auto",
         max_steps=steps,
         max_epochs=-1,
-        callbacks=[generation, watch],
+        callbacks=[generation, recorder],
     )
     lightning.fit(module, datamodule=Letters(batch_size=4 // world), **fit)
-    return watch.own
+    return recorder.on_policy
 
 
 def main() -> None:
-    """Both ranks write down what they saw."""
+    """Save the record of each rank."""
     warnings.simplefilter("ignore")
     folder, rank = Path(sys.argv[1]), int(os.environ.get("LOCAL_RANK", "0"))
-    own = run(folder / "rollouts.jsonl")
-    torch.save(own, folder / f"rank{rank}.pt")
+    on_policy = run(folder / "rollouts.jsonl")
+    torch.save(on_policy, folder / f"rank{rank}.pt")
 
 
 if __name__ == "__main__":
