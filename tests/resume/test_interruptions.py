@@ -65,7 +65,7 @@ def test_a_signal_saves_after_the_step_and_the_run_goes_on_bit_for_bit(
         process.join(60)
         assert process.exitcode == 128 + number, (folder / "log_0.txt").read_text()[-2000:]
     said = (folder / "log_0.txt").read_text()
-    assert "go on with --ckpt_path" in said
+    assert "continue with --ckpt_path" in said
     assert "Traceback" not in said
     steps = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["global_step"]
     # Not only the checkpoint of every third step: the one that had just ended.
