@@ -66,7 +66,7 @@ class HFExport(Callback):
         return {"run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the id of the resumed run, whose export may be replaced."""
+        """Restore the id of the resumed run, whose export may be replaced."""
         self._run = state_dict.get("run", self._run)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,4 +1,4 @@
-"""Report of the step and phase in which a run waited for a process in vain."""
+"""Report of the step and phase in which a run timed out."""
 
 import re
 import traceback

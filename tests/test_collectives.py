@@ -1,4 +1,4 @@
-"""Collectives of one process, with and without a group; test_gradient_audit has those of two."""
+"""Collectives of one process; tests/callbacks/audit/test_gradient_audit.py gathers over two."""
 
 import socket
 
@@ -22,7 +22,7 @@ def alone(request):
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_single_process_gets_its_own():
+def test_a_single_process_gets_its_own_values():
     cpu, value = torch.device("cpu"), {"rank": 0}
     assert gather_objects(value) == [value]
     assert [any_process(flag, cpu) for flag in (False, True)] == [False, True]

@@ -34,10 +34,10 @@ class BatchRecorder:
         self._replacement.enter_context(replaced(module, training_step=recorded))
 
     def stop(self) -> None:
-        """Give the module back its own ``training_step``."""
+        """Restore the module's ``training_step``."""
         self._replacement.close()
 
     def take(self) -> list[Any]:
-        """Return the recorded batches, and forget them."""
+        """Return and remove the recorded batches."""
         taken, self._batches = self._batches, []
         return taken

@@ -50,7 +50,7 @@ def ratio(a: Tensor, b: Tensor, tolerance: float) -> float | None:
 
 
 def combination_weights(target: Tensor, parts: Tensor, tolerance: float) -> Tensor | None:
-    """Return weights ``(n,)`` whose sum of parts is the target; None if there are none."""
+    """Return weights ``(n,)`` with which the parts sum to the target; None if there are none."""
     if float(parts.norm()) == 0:
         return None if float(target.norm()) > 0 else torch.zeros(len(parts), dtype=torch.float64)
     fitted = torch.linalg.lstsq(parts.T, target[:, None], rcond=1e-9, driver="gelsd")

@@ -1,4 +1,4 @@
-"""Attributes that have other values for a while."""
+"""Temporary replacement of attributes."""
 
 from collections.abc import Iterator, MutableMapping
 from contextlib import ExitStack, contextmanager
@@ -9,10 +9,10 @@ _MISSING: Any = object()
 
 @contextmanager
 def replaced(owner: Any, **values: Any) -> Iterator[None]:
-    """Replace attributes of an object; on exit, each is what it was, or absent where it was absent.
+    """Replace attributes of an object until the context exits; then restore or remove each.
 
-    An attribute that comes from the class, such as a method, is hidden by one of the object, which is
-    removed again. A property is set, and set back.
+    An attribute of the class, such as a method, is hidden by an attribute of the object, which is
+    removed on exit. A property is set, and on exit set to its previous value.
 
     Args:
         owner: The object.
@@ -38,14 +38,14 @@ def replaced(owner: Any, **values: Any) -> Iterator[None]:
 
 @contextmanager
 def restored(owner: Any, *names: str) -> Iterator[None]:
-    """Let attributes of an object be assigned to; on exit, each is what it was."""
+    """Restore attributes of an object when the context exits."""
     with replaced(owner, **{name: getattr(owner, name) for name in names}):
         yield
 
 
 @contextmanager
 def replaced_item(mapping: MutableMapping[str, str], key: str, value: str) -> Iterator[None]:
-    """Replace the value of a key, where there is one; on exit, it is what it was."""
+    """Replace the value of an existing key until the context exits."""
     before = mapping.get(key)
     if before is None:
         yield

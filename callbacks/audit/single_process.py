@@ -1,4 +1,4 @@
-"""Execution of code as in a run of one process, where there are several."""
+"""Execution of code as in a run of a single process."""
 
 import os
 import re

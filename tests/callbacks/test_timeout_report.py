@@ -1,4 +1,4 @@
-"""Phases of a run that a timeout is reported in."""
+"""Phases of a run that a timeout report names."""
 
 import lightning as L
 import pytest

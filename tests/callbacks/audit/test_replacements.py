@@ -1,11 +1,14 @@
-"""Attributes that are replaced are put back, whatever they belong to and however it ends."""
+"""Replaced attributes are restored, with and without an error."""
 
+import ast
 import os
 import socket
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
+from lightning_kd.callbacks import audit
 from lightning_kd.callbacks.audit.replacements import replaced, replaced_item, restored
 
 
@@ -28,7 +31,7 @@ class Owner:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_attributes_are_what_they_were(fails):
+def test_replaced_attributes_are_restored(fails):
     owner = Owner()
     before = dict(vars(owner))
     new = {"of_class": 10, "own": 20, "managed": 30, "method": lambda: "new", "absent": 40}
@@ -45,7 +48,7 @@ def test_attributes_are_what_they_were(fails):
     assert Owner.of_class == 1
 
 
-def test_values_set_or_deleted_inside_are_put_back():
+def test_attributes_set_or_deleted_inside_are_restored():
     owner = Owner()
     before = dict(vars(owner))
     with replaced(owner, of_class=10, own=20):
@@ -55,7 +58,7 @@ def test_values_set_or_deleted_inside_are_put_back():
     assert vars(owner) == before
 
 
-def test_an_attribute_that_cannot_be_set_leaves_the_others_as_they_were():
+def test_other_attributes_are_restored_if_one_cannot_be_set():
     class Fixed(Owner):
         @property
         def fixed(self):
@@ -68,7 +71,7 @@ def test_an_attribute_that_cannot_be_set_leaves_the_others_as_they_were():
     assert vars(owner) == before
 
 
-def test_an_item_is_replaced_only_where_there_is_one(monkeypatch):
+def test_only_existing_items_are_replaced(monkeypatch):
     monkeypatch.setenv("PRESENT", "1")
     monkeypatch.delenv("ABSENT", raising=False)
     with replaced_item(os.environ, "PRESENT", "2"), replaced_item(os.environ, "ABSENT", "2"):
@@ -78,7 +81,7 @@ def test_an_item_is_replaced_only_where_there_is_one(monkeypatch):
     assert "ABSENT" not in os.environ
 
 
-def test_the_default_process_group_is_replaced_and_put_back():
+def test_the_default_process_group_is_replaced_and_restored():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -90,3 +93,22 @@ def test_the_default_process_group_is_replaced_and_put_back():
         assert dist.distributed_c10d._get_default_group() is world
     finally:
         dist.destroy_process_group()
+
+
+def replaced_names():
+    """The names in all calls of the package that replace or restore something."""
+    for path in Path(audit.__file__).parent.glob("*.py"):
+        if path.name == "replacements.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = node.func.id if isinstance(getattr(node, "func", None), ast.Name) else None
+            if name in {"replaced", "restored", "replaced_item"}:
+                yield from (keyword.arg for keyword in node.keywords)
+            if name in {"restored", "replaced_item"}:
+                yield from (part.value for part in node.args if isinstance(part, ast.Constant))
+
+
+def test_the_package_documents_all_that_it_replaces():
+    names = set(replaced_names()) - {"1"}
+    assert len(names) == 14
+    assert {name for name in names if f"{name}``" not in audit.__doc__} == set()
