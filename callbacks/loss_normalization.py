@@ -164,14 +164,15 @@ class LossNormalizationDiagnostics(Callback):
         return self.histograms_every > 0 and step % self.histograms_every == 0
 
     def _record(self, module: DistillationModule, batch: Batch) -> None:
-        lengths = module.micro_batch.positions.tokens_per_row
-        losses = module.micro_batch.row_losses()
+        lengths = module.micro_batch_loss.positions.tokens_per_row
+        losses = module.micro_batch_loss.row_losses()
         weights = module.normalization.row_weights(lengths)
         scored = lengths > 0
         some = weights[scored] if scored.any() else weights.new_tensor([torch.nan])
         means = losses / lengths.clamp(min=1)
-        terms = module.micro_batch.terms
-        own = [weighted(t.coefficient * t.count_ratio, t.sum) for t in terms.values() if t.is_own]
+        terms = module.micro_batch_loss.terms
+        with_own = [term for term in terms.values() if term.has_own_normalization]
+        own = [weighted(term.coefficient * term.count_ratio, term.sum) for term in with_own]
         of_terms = [
             value
             for name in module.terms
@@ -264,7 +265,7 @@ def window_statistics(records: Tensor, module: DistillationModule) -> dict[str, 
     logs["terms_agree"] = (total["disagreements"] == 0).double()
     of_terms = records[:, len(_FIELDS) :].sum(0).reshape(len(module.terms), len(_TERM_FIELDS))
     for name, (weight, of_term) in zip(module.terms, of_terms, strict=True):
-        coefficient = module.micro_batch.terms[name].coefficient
+        coefficient = module.micro_batch_loss.terms[name].coefficient
         logs[f"{name}/weight"] = coefficient * weight / count
         if coefficient != 0:
             logs[f"{name}/denominator"] = of_term * count / weight

@@ -203,6 +203,9 @@ class OnPolicyGeneration(Resumable, Callback):
                 self._generate_window(trainer, pl_module, window)
         if self._rollouts:
             batch.update(self._rollouts[place])
+            if place % (micro_batches := trainer.accumulate_grad_batches) == 0:
+                others = self._rollouts[place + 1 : place + micro_batches]
+                pl_module.count_step([batch, *others])
 
     def on_train_batch_end(
         self,

@@ -59,11 +59,5 @@ class Batch(TypedDict):
     """The same under the distribution it was drawn from, where a teacher was mixed in."""
     advantages: NotRequired[Tensor]
     """In a rollout, what a method gives its tokens for an advantage, ``(B, T)``."""
-    step_count: NotRequired[Tensor]
-    """In a rollout, what the optimizer step that the row is in is divided by, ``(B,)``: its count, or
-    1 where nothing is scored."""
-    count_ratio: NotRequired[Tensor]
-    """The count of the optimizer step that the row is in, over its count under the normalization of
-    a single term, ``(B,)``."""
     text: NotRequired["Batch"]
     """A micro-batch of a second stream, for methods that also learn from plain text."""

@@ -155,7 +155,7 @@ class DistillationCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             wait_for(launcher)
         except Exception as error:
-            self._say(error, begun=hasattr(self.model, "micro_batch"))
+            self._say(error, begun=hasattr(self.model, "micro_batch_loss"))
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -143,6 +143,20 @@ def divisor(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
+def constant_ratio(first: Normalization, second: Normalization) -> float | None:
+    """Return the ratio of two counts, where it is the same for all rows; None where it depends on them.
+
+    Example:
+        >>> constant_ratio(ConstantLength(max_length=8), SequenceMean())
+        8.0
+        >>> constant_ratio(TokenMean(), SequenceMean())
+    """
+    if isinstance(first, BatchMean) and isinstance(second, BatchMean):  # both count rows
+        row = torch.ones(1)
+        return (first.count(row) / second.count(row)).item()
+    return 1.0 if type(first) is type(second) is TokenMean else None
+
+
 def make_normalization(normalization: Normalization | str) -> Normalization:
     """Build a normalization from its name, or hand an instance back.
 

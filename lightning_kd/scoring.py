@@ -48,9 +48,31 @@ class ScoredPositions:
     @cached_property
     def tokens_per_row(self) -> Tensor:
         """Number of labeled positions in each row, ``(B,)``: what the loss is divided by."""
-        labeled = torch.zeros_like(self.mask, dtype=torch.long)
-        labeled[self.mask] = (self.targets != IGNORE_INDEX).long()
-        return labeled.sum(-1)
+        return self.scattered((self.targets != IGNORE_INDEX).long()).sum(-1)
+
+    def scattered(self, values: Tensor) -> Tensor:
+        """Put values of the scored positions in their places, 0 elsewhere: ``(N,) -> (B, T)``."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+    def at_tokens(self, values: Tensor) -> Tensor:
+        """Put values in the places of the predicted tokens, one to the right: ``(N,) -> (B, T)``.
+
+        Example:
+            >>> scored = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8]]))
+            >>> scored.at_tokens(torch.tensor([0.5, 0.25]))
+            tensor([[0.0000, 0.5000, 0.2500]])
+        """
+        return F.pad(self.scattered(values)[:, :-1], (1, 0))
+
+    def subset(self, chosen: Tensor) -> "ScoredPositions":
+        """Return some of the positions: ``(N,)``, True for those.
+
+        Example:
+            >>> scored = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8]]))
+            >>> scored.subset(torch.tensor([False, True])).targets
+            tensor([8])
+        """
+        return ScoredPositions(self.scattered(chosen), self.targets[chosen])
 
     def of_tokens(self, values: Tensor) -> Tensor:
         """What stands at the predicted tokens: ``(B, T) -> (N,)``.

@@ -4,7 +4,7 @@ import torch
 
 from lightning_kd.fused import CrossEntropy, LazyHeadLogits, MaterializedLogits, TokenTerm
 from lightning_kd.models import DenseLogits, FusedLogits
-from lightning_kd.modules.loss import LossSums, LossTerm, Scores, evaluate, weigh
+from lightning_kd.modules.loss import LossSums, LossTerm, Scores, evaluate
 from lightning_kd.normalization import (
     BatchMean,
     ConstantLength,
@@ -42,10 +42,10 @@ class Given(TokenTerm):
         return self._values[block.rows]
 
 
-def weighed(terms, scored, normalization):
+def evaluated(terms, scored, normalization):
     student = MaterializedLogits(torch.zeros(len(scored.targets), 2))
     scores = Scores(scored, student)
-    return weigh(evaluate(DenseLogits(), scores, terms, normalization).micro_batch, normalization)
+    return evaluate(DenseLogits(), scores, terms, normalization)[1]
 
 
 @pytest.mark.parametrize("name", NORMALIZATIONS)
@@ -59,7 +59,7 @@ def test_the_loss_is_the_definition_however_the_batch_is_cut(name, cut):
         piece = slice(start, start + rows)
         scored = ScoredPositions.from_labels(ragged_batch(LENGTHS[piece])["labels"])
         term = LossTerm(Given(torch.cat(values[piece])))
-        sums.add(weighed({"term": term}, scored, NORMALIZATIONS[name]))
+        sums.add(evaluated({"term": term}, scored, NORMALIZATIONS[name]))
         start += rows
     reduced = sums.close(lambda tensor: tensor)
     expected = REFERENCES[name]([v.tolist() for v in values])
@@ -73,13 +73,13 @@ def test_nothing_scored_gives_zero_and_a_finite_gradient(name):
     states, weight = (torch.randn(n, 5, requires_grad=True) for n in (6, 7))
     student = LazyHeadLogits(((states[scored.mask.flatten()], weight),))
     terms = {"term": LossTerm(CrossEntropy(scored.targets))}
-    loss = evaluate(FusedLogits(), Scores(scored, student), terms, NORMALIZATIONS[name])
-    loss.total.backward()
-    assert loss.total.item() == 0
+    total, loss, _ = evaluate(FusedLogits(), Scores(scored, student), terms, NORMALIZATIONS[name])
+    total.backward()
+    assert total.item() == 0
     assert torch.equal(states.grad, torch.zeros_like(states))
     assert torch.equal(weight.grad, torch.zeros_like(weight))
     sums = LossSums(("term",))
-    sums.add(weigh(loss.micro_batch, NORMALIZATIONS[name]))
+    sums.add(loss)
     assert sums.close(lambda tensor: tensor).means == {"loss": 0, "term": 0}
 
 
@@ -90,7 +90,7 @@ def test_coefficients_weigh_terms_in_the_loss_but_not_in_their_own_logs():
         "b": LossTerm(Given(torch.ones(2)), 2.0),
     }
     sums = LossSums(("a", "b"))
-    sums.add(weighed(terms, scored, TokenMean()))
+    sums.add(evaluated(terms, scored, TokenMean()))
     assert sums.close(lambda tensor: tensor).means == {"loss": 2.5, "a": 2.0, "b": 1.0}
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.batch import Batch
 from lightning_kd.generation import Truncation
 from lightning_kd.modules import DistillationModule
+from lightning_kd.scoring import ScoredPositions
 
 _MAX_EMPTY = 3
 """Consecutive empty windows that are an error: without a gradient the next is no different."""
@@ -37,7 +38,8 @@ class EmptyWindows:
         """
         if self.truncation == "keep":
             return
-        scored = sum((batch["labels"] != IGNORE_INDEX).sum() for batch in rollouts)
+        positions = [ScoredPositions.from_labels(batch["labels"]) for batch in rollouts]
+        scored = sum(each.tokens_per_row.sum() for each in positions)
         everywhere = module.sum_over_ranks(torch.as_tensor(scored, device=module.device).double())
         self._consecutive = 0 if everywhere > 0 else self._consecutive + 1
         reason = (

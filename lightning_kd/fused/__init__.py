@@ -7,7 +7,7 @@ from lightning_kd.fused.answers import (
     TokenLogProbs,
     TopK,
 )
-from lightning_kd.fused.autograd import evaluate_no_grad, per_token, weighted_sum
+from lightning_kd.fused.autograd import evaluate_no_grad, per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
 from lightning_kd.fused.functional import FusedDivergence, fused_linear_divergence
 from lightning_kd.fused.lazy_logits import (
@@ -74,5 +74,6 @@ __all__ = [
     "fused_linear_divergence",
     "per_token",
     "single_model_log_probs",
+    "total_of",
     "weighted_sum",
 ]

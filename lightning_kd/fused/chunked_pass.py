@@ -63,6 +63,8 @@ class ChunkedPass:
         teachers = teacher.sources if teacher is not None else ()
         dtype, device = self._first.dtype, self.device
         values = torch.empty(len(self.token_terms), count, dtype=dtype, device=device)
+        if not self.token_terms:
+            return values
         size = self._chunk_size(1 + len(teachers))
         # Allocated once: a fresh buffer for each chunk would cost a page fault for each 4 KiB.
         own = torch.empty(size, width if student else 0, dtype=dtype, device=device)

@@ -18,6 +18,7 @@ from lightning_kd.fused import (
     MaterializedLogits,
     TeacherAnswer,
     TokenTerm,
+    per_token,
     weighted_sum,
 )
 from lightning_kd.fused.chunked_pass import Weights
@@ -45,6 +46,15 @@ class LogitsBackend(ABC):
         Gradients flow from the sum alone. A weight of None leaves a quantity out of it.
         """
 
+    @abstractmethod
+    def per_token(
+        self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
+    ) -> Tensor:
+        """Return values with gradients, for terms that are made of them: ``(terms, N)``.
+
+        A pass of its own over the logits, which :meth:`evaluate` does not share.
+        """
+
 
 class DenseLogits(LogitsBackend):
     """All logits of all positions at once, and automatic differentiation: the readable reference.
@@ -66,12 +76,7 @@ class DenseLogits(LogitsBackend):
     ) -> tuple[Tensor, Tensor]:
         """One block of all positions."""
         assert isinstance(student, MaterializedLogits)  # read() made it
-        rows = slice(0, student.shape[0])
-        theirs = None
-        if teacher is not None and any(term.needs_teacher for term in token_terms):
-            logits = [_materialize(source) for source in teacher.sources]
-            theirs = teacher.rows(rows, logits, student.shape[1])
-        chunk = LogitsChunk(rows, student.logits, theirs)
+        chunk = _chunk(student, teacher, token_terms)
         # An empty sum keeps a graph where nothing has a weight, or nothing is scored.
         total = student.logits[:0].sum(dtype=torch.float64)
         values = []
@@ -82,7 +87,17 @@ class DenseLogits(LogitsBackend):
             if weight is not None:
                 total = total + weighted(weight, value).sum(dtype=torch.float64)
             values.append(value.detach())
-        return total, torch.stack(values)
+        return total, torch.stack(values) if values else student.logits.new_empty(
+            0, student.shape[0]
+        )
+
+    def per_token(
+        self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
+    ) -> Tensor:
+        """Values of one chunk of all positions, differentiated automatically."""
+        assert isinstance(student, MaterializedLogits)  # read() made it
+        chunk = _chunk(student, teacher, token_terms)
+        return torch.stack([token_term.values(chunk) for token_term in token_terms])
 
 
 class FusedLogits(LogitsBackend):
@@ -127,6 +142,15 @@ class FusedLogits(LogitsBackend):
         chunked_pass = ChunkedPass(student, teacher, token_terms, self.chunk_megabytes * 2**20)
         return weighted_sum(chunked_pass, weights)
 
+    def per_token(
+        self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
+    ) -> Tensor:
+        """One pass over the chunks, and a second one backward."""
+        if isinstance(student, MaterializedLogits):
+            return self._dense.per_token(student, teacher, token_terms)
+        chunk_bytes = self.chunk_megabytes * 2**20
+        return per_token(ChunkedPass(student, teacher, token_terms, chunk_bytes))
+
     def _head(self, model: PreTrainedModel) -> OutputHead | None:
         for known, found in self._heads:
             if known is model:
@@ -148,6 +172,17 @@ def _forward(model: PreTrainedModel, batch: Batch) -> Tensor:
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
     ).logits
     return logits
+
+
+def _chunk(
+    student: MaterializedLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
+) -> LogitsChunk:
+    """Return one chunk of all positions."""
+    rows, theirs = slice(0, student.shape[0]), None
+    if teacher is not None and any(term.needs_teacher for term in token_terms):
+        logits = [_materialize(source) for source in teacher.sources]
+        theirs = teacher.rows(rows, logits, student.shape[1])
+    return LogitsChunk(rows, student.logits, theirs)
 
 
 def _materialize(source: LazyLogits) -> Tensor:

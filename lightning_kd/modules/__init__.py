@@ -3,7 +3,7 @@
 from lightning_kd.modules.baby_llama import BabyLlama
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.gkd import GKD
-from lightning_kd.modules.loss import LossTerm, MicroBatch, Scores
+from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
 from lightning_kd.modules.minillm import MiniLLM
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, OfficialCode, Paper
 from lightning_kd.modules.on_policy_distillation import OnPolicyDistillation
@@ -21,7 +21,7 @@ __all__ = [
     "BabyLlama",
     "DistillationModule",
     "LossTerm",
-    "MicroBatch",
+    "MicroBatchLoss",
     "MiniLLM",
     "MiniLLMObjective",
     "OfficialCode",

@@ -1,17 +1,13 @@
 """BabyLlama: distillation from an ensemble of teachers."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 
 from lightning_kd.batch import Batch
-from lightning_kd.modules.counts import set_count_ratio
-from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.supervised_kd import SupervisedKD
-from lightning_kd.normalization import BatchMean
+from lightning_kd.normalization import BatchMean, Normalization
 from lightning_kd.scoring import ScoredPositions
 
 KLScale = Literal["token", "batchmean"]
@@ -39,9 +35,9 @@ class BabyLlama(SupervisedKD):
     than with ``token``, so a learning rate does not carry over. Padding, which the official code also
     scores, stays out.
 
-    The official scale has two counts, labels and rows, and the ratio of both must be known before
-    the backward pass. With ``token`` that is so only where a step is one micro-batch; with
-    ``accumulate_grad_batches`` above 1 it is refused.
+    The official scale has two counts, labels and rows, and with ``token`` the ratio of both must be
+    known before the first backward pass of a step. The data modules of this library tell it; with a
+    loader that does not, ``accumulate_grad_batches`` above 1 is refused.
 
     Args:
         alpha: Weight of cross-entropy against the KL, in [0, 1].
@@ -77,41 +73,10 @@ class BabyLlama(SupervisedKD):
             return super().positions(batch)
         return ScoredPositions.everywhere(batch["labels"], batch["attention_mask"])
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Give the batch the ratio of the step's two counts, where rows do not tell it.
-
-        Raises:
-            ValueError: If it is not known before the other micro-batches of the step are seen.
-        """
-        super().on_train_batch_start(batch, batch_idx)
-        if self.kl_scale == "token" or isinstance(self.normalization, BatchMean):
-            return
-        if self.trainer.accumulate_grad_batches > 1:
-            raise ValueError(
-                f"kl_scale batchmean divides the KL by rows, normalization {self.normalization!r} "
-                "the cross-entropy by another count, and accumulate_grad_batches is "
-                f"{self.trainer.accumulate_grad_batches}: the ratio of the counts is not known "
-                "before the last micro-batch. Set model.normalization: sequence (the same loss on "
-                "blocks of one length), or accumulate_grad_batches: 1"
-            )
-        set_count_ratio(self, [batch], LabeledRows())
-
-    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """Cross-entropy and KL; for ``batchmean``, the latter with a normalization of its own."""
-        terms = dict(super().loss_terms(batch, scores))
-        if self.kl_scale == "batchmean":
-            terms["divergence"] = replace(
-                terms["divergence"],
-                normalization=LabeledRows(),
-                count_ratio=self._count_ratio(batch),
-            )
-        return terms
-
-    def _count_ratio(self, batch: Batch) -> Tensor | float:
-        if isinstance(self.normalization, BatchMean):  # counts every row alike
-            return self.normalization.count(torch.ones(1)).item()
-        # An evaluation has no gradient to scale.
-        return batch["count_ratio"][0] if "count_ratio" in batch else 1.0
+    @property
+    def term_normalizations(self) -> Mapping[str, Normalization]:
+        """That of the KL, where the official scale is asked for."""
+        return {"divergence": LabeledRows()} if self.kl_scale == "batchmean" else {}
 
 
 class LabeledRows(BatchMean):

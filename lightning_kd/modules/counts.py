@@ -1,44 +1,214 @@
-"""Counts of optimizer steps before they are taken, for terms with a normalization of their own."""
+"""Counts of an optimizer step before it is taken, for terms with a normalization of their own."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Protocol, runtime_checkable
 
+import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_kd.batch import Batch
-from lightning_kd.modules.distillation_module import DistillationModule
-from lightning_kd.normalization import Normalization, divisor
+from lightning_kd.modules.half_precision import ScaledSumModule
+from lightning_kd.modules.loss import ReducedLoss
+from lightning_kd.normalization import BatchMean, Normalization, constant_ratio, divisor
+from lightning_kd.scoring import ScoredPositions
 
 
-def step_counts(
-    module: DistillationModule, batches: Sequence[Batch], normalization: Normalization
-) -> Tensor:
-    """Counts of the optimizer steps that consecutive micro-batches make, ``(steps,)``, float64.
+@runtime_checkable
+class WindowLoader(Protocol):
+    """A loader that can tell which micro-batches will follow."""
 
-    Args:
-        module: Of the fit; all ranks call it together.
-        batches: This rank's micro-batches of one or several steps.
-        normalization: Counts.
+    def window(self, index: int) -> list[Batch]:
+        """Return the micro-batches of a window on this rank."""
+        ...
+
+    def window_of(self, batch: Batch) -> tuple[int, int]:
+        """Return the window of a batch, and its place there."""
+        ...
+
+
+class StepCountingModule(ScaledSumModule):
+    r"""A module whose loss may have terms with normalizations of their own.
+
+    The gradients of all terms add up in one place, which is divided once by the module's count
+    :math:`C`. A term with a count :math:`C'` of its own is multiplied by :math:`C / C'` before the
+    backward pass, with both counts of the whole optimizer step: so they are counted before its first
+    micro-batch is trained on.
     """
-    counts = [normalization.count(module.positions(batch).tokens_per_row) for batch in batches]
-    steps = torch.stack(counts).reshape(-1, module.trainer.accumulate_grad_batches).sum(-1)
-    return module.sum_over_ranks(steps)
+
+    normalization: Normalization
+    """Of the loss, and of every term without one of its own."""
+
+    terms: ClassVar[tuple[str, ...]]
+    """Names of the loss's terms, as methods return them and as loggers show them."""
+
+    _step_means: ReducedLoss
+    _count_ratios: Mapping[str, Tensor | float] | None = None
+
+    def positions(self, batch: Batch) -> ScoredPositions:
+        """Return which logits are scored: those that predict a label."""
+        return ScoredPositions.from_labels(batch["labels"])
+
+    @property
+    def term_normalizations(self) -> Mapping[str, Normalization]:
+        """Normalizations of single terms, by name, where a method divides its terms differently."""
+        return {}
+
+    def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
+        """Return the positions that the normalization of a single term counts.
+
+        Args:
+            name: One of :attr:`term_normalizations`.
+            batch: A micro-batch, on any device, on which no model has run.
+        """
+        return self.positions(batch)
+
+    def constant_count_ratios(self) -> Mapping[str, float]:
+        """Return :math:`C / C'` of the terms for which it is one number, whatever the rows are.
+
+        Nothing need be counted ahead for these. Unless a method says otherwise, it is so where both
+        normalizations count the same rows (``sequence``, ``batch``, constant).
+        """
+        if type(self).term_positions is not StepCountingModule.term_positions:
+            return {}
+        ratios = {
+            name: constant_ratio(self.normalization, own)
+            for name, own in self.term_normalizations.items()
+        }
+        return {name: ratio for name, ratio in ratios.items() if ratio is not None}
+
+    def count_step(self, batches: Sequence[Batch]) -> None:
+        """Count an optimizer step before its first backward pass; all ranks call it together.
+
+        Args:
+            batches: This rank's micro-batches of the step, the one that comes first among them.
+        """
+        ratios: dict[str, Tensor | float] = dict(self.constant_count_ratios())
+        names = self._counted_ahead()
+        if names:
+            counts = torch.stack([self._counts(batch, names) for batch in batches]).sum(0)
+            of_module, *of_terms = divisor(self.sum_over_ranks(counts)).unbind()
+            ratios |= {n: of_module / count for n, count in zip(names, of_terms, strict=True)}
+        self._count_ratios = ratios
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add what counts each step as it begins."""
+        return [*super().configure_callbacks(), _StepCounter()]
+
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, on every rank."""
+        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
+
+    def step_batches(self, batch: Batch) -> Sequence[Batch]:
+        """Return this rank's micro-batches of the optimizer step that a batch begins.
+
+        Raises:
+            ValueError: If others are to follow, and the loader does not tell them.
+        """
+        accumulate = self.trainer.accumulate_grad_batches
+        if accumulate == 1 or not self._counted_ahead():
+            return [batch]
+        loader = self.trainer.train_dataloader
+        if not isinstance(loader, WindowLoader):
+            raise ValueError(self._refusal(loader, accumulate))
+        window, place = loader.window_of(batch)
+        return [batch, *loader.window(window)[place + 1 : place + accumulate]]
+
+    def check_counts(self) -> None:
+        """Compare what was counted ahead with what was scored.
+
+        Raises:
+            ValueError: If it differs, so that the gradient of the step was wrong.
+        """
+        step, ratios = self._step_means, self._count_ratios or {}
+        self._count_ratios = None
+        for name, ratio in ratios.items():
+            own = step.counts[name]
+            if own > 0 and not math.isclose(float(ratio) * own, step.divisor, rel_tol=1e-6):
+                raise ValueError(
+                    f"the step was divided by {step.divisor:g}, its term {name} by {own:g}, but "
+                    f"{type(self).__name__} had expected a ratio of {float(ratio):g} before it: the "
+                    "positions of the term must be those that term_positions returns, and "
+                    "constant_count_ratios must hold for every step"
+                )
+
+    @property
+    def count_ratios(self) -> Mapping[str, Tensor | float]:
+        """The ratio :math:`C / C'` of the present step, for each term with a count of its own.
+
+        Raises:
+            RuntimeError: If nothing has counted the step.
+        """
+        if self._count_ratios is None and self.term_normalizations:
+            raise RuntimeError(
+                "the step was not counted: call count_step before the first training_step of an "
+                "optimizer step where no Trainer does it"
+            )
+        return self._count_ratios or {}
+
+    def _counted_ahead(self) -> list[str]:
+        constant = self.constant_count_ratios()
+        return [name for name in self.term_normalizations if name not in constant]
+
+    def _counts(self, batch: Batch, names: Sequence[str]) -> Tensor:
+        """What a micro-batch adds to the module's count, and to those of single terms."""
+        own = [
+            self.term_normalizations[name].count(self.term_positions(name, batch).tokens_per_row)
+            for name in names
+        ]
+        of_module = self.normalization.count(self.positions(batch).tokens_per_row)
+        return torch.stack([of_module, *own]).to(self.device)
+
+    def _refusal(self, loader: object, accumulate: int) -> str:
+        (name, *_) = self._counted_ahead()
+        own = self.term_normalizations[name]
+        alike = "sequence" if isinstance(own, BatchMean) else "token"
+        return (
+            f"{type(self).__name__} divides its term {name} by the count of {own!r} and others by "
+            f"that of {self.normalization!r}. With accumulate_grad_batches {accumulate}, the ratio "
+            f"of both must be known before the first micro-batch of a step, and a "
+            f"{type(loader).__name__} does not tell what follows. Train with a data module that "
+            "derives from DistillationData, set accumulate_grad_batches: 1, or set "
+            f"model.normalization: {alike} (which counts the same, over the same positions)"
+        )
 
 
-def set_count_ratio(
-    module: DistillationModule, batches: Sequence[Batch], own: Normalization
-) -> None:
-    """Give every row the ``count_ratio`` of its step, for a term with a normalization of its own.
+class _StepCounter(Callback):
+    """Counts each optimizer step as it begins, behind the callbacks that write completions."""
 
-    Args:
-        module: Of the fit; all ranks call it together.
-        batches: This rank's micro-batches of one or several steps; they are changed in place.
-        own: The term's normalization.
-    """
-    of_module, of_term = (
-        divisor(step_counts(module, batches, each)) for each in (module.normalization, own)
-    )
-    ratios = of_module / of_term
-    for number, batch in enumerate(batches):
-        ratio = ratios[number // module.trainer.accumulate_grad_batches]
-        batch["count_ratio"] = ratio.expand(len(batch["row"]))
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        module = _counting(pl_module)
+        module._count_ratios = None  # a run that was broken off has left those of its last step
+        unknown = [name for name in module.term_normalizations if name not in module.terms]
+        if unknown:
+            raise ValueError(
+                f"term_normalizations of {type(module).__name__} names {unknown}; its terms are "
+                f"{', '.join(module.terms)}"
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        module = _counting(pl_module)
+        if module.term_normalizations and module._count_ratios is None:
+            module.count_step(module.step_batches(batch))
+
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        module = _counting(pl_module)
+        ends_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+        if module.term_normalizations and ends_step:
+            module.check_counts()
+
+
+def _counting(module: L.LightningModule) -> StepCountingModule:
+    assert isinstance(module, StepCountingModule)  # it has brought this callback
+    return module

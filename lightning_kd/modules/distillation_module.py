@@ -16,16 +16,14 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
 from lightning_kd.models.positions import check_length
-from lightning_kd.modules.half_precision import ScaledSumModule
+from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import (
-    Evaluation,
     LossSums,
     LossTerm,
-    MicroBatch,
+    MicroBatchLoss,
     Scores,
     by_name,
     evaluate,
-    weigh,
 )
 from lightning_kd.modules.optimization import (
     WarmupCosine,
@@ -34,12 +32,11 @@ from lightning_kd.modules.optimization import (
     with_schedule,
 )
 from lightning_kd.normalization import Normalization, make_normalization
-from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import StrategyAdapter, adapter_of
 
 
-class DistillationModule(ScaledSumModule):
+class DistillationModule(StepCountingModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
     A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says
@@ -61,9 +58,6 @@ class DistillationModule(ScaledSumModule):
         ValueError: If a value is out of its range, before any model is loaded.
     """
 
-    terms: ClassVar[tuple[str, ...]]
-    """Names of the loss's terms, as :meth:`loss_terms` returns them and as loggers show them."""
-
     evaluation_terms: tuple[str, ...] = ()
     """The same for :meth:`evaluation_loss`, where that is another loss."""
 
@@ -72,8 +66,8 @@ class DistillationModule(ScaledSumModule):
     needs_own_samples: ClassVar[bool] = False
     """Does the method learn from nothing but what the student has sampled?"""
 
-    micro_batch: MicroBatch
-    """What the last training step scored; callbacks read it."""
+    micro_batch_loss: MicroBatchLoss
+    """That of the last training step; callbacks read it."""
 
     def __init__(
         self,
@@ -117,10 +111,6 @@ class DistillationModule(ScaledSumModule):
             options: How they were written.
         """
 
-    def positions(self, batch: Batch) -> ScoredPositions:
-        """Which logits are scored: those that predict a label."""
-        return ScoredPositions.from_labels(batch["labels"])
-
     def score(self, batch: Batch) -> Scores:
         """Run the models on a micro-batch."""
         positions = self.positions(batch)
@@ -141,13 +131,12 @@ class DistillationModule(ScaledSumModule):
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
         terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
-        evaluation = self._evaluate(scores, terms, metrics)
-        self.micro_batch = evaluation.micro_batch
-        self._window.add(weigh(self.micro_batch, self.normalization))
+        total, self.micro_batch_loss = self._evaluate(scores, terms, metrics, self.count_ratios)
+        self._window.add(self.micro_batch_loss)
         sum_scale = partial(
             self._sum_scale.before, self.trainer, scores.positions, self.normalization
         )
-        return self._adapter.scale_loss(evaluation.total, sum_scale, self._close_step)
+        return self._adapter.scale_loss(total, sum_scale, self._close_step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
@@ -183,8 +172,8 @@ class DistillationModule(ScaledSumModule):
         scores = self.score(batch)
         names = self._evaluation.terms
         terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)
-        evaluation = self._evaluate(scores, terms, self.eval_distribution)
-        self._evaluation.add(weigh(evaluation.micro_batch, self.normalization))
+        _, loss = self._evaluate(scores, terms, self.eval_distribution)
+        self._evaluation.add(loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """The same on test data."""
@@ -246,10 +235,6 @@ class DistillationModule(ScaledSumModule):
         number = self.trainer.accumulate_grad_batches * self.trainer.world_size
         return self._sum_scale.after(self.trainer, number) * number / self._step_means.divisor
 
-    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks, on every rank."""
-        return self.trainer.strategy.reduce(tensor, reduce_op="sum")
-
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         return every > 0 and (self.global_step + 1 - taken) % every == 0
@@ -258,16 +243,28 @@ class DistillationModule(ScaledSumModule):
         return [p.grad for p in self.parameters() if p.grad is not None]
 
     def _evaluate(
-        self, scores: Scores, terms: Mapping[str, LossTerm], metrics: DistributionMetrics | None
-    ) -> Evaluation:
+        self,
+        scores: Scores,
+        terms: Mapping[str, LossTerm],
+        metrics: DistributionMetrics | None,
+        count_ratios: Mapping[str, Tensor | float] | None = None,
+    ) -> tuple[Tensor, MicroBatchLoss]:
         targets, metric_terms = scores.positions.targets, []
         if metrics is not None:
             metric_terms = metrics.token_terms(targets, scores.teacher)
-        evaluation = evaluate(self.logits_backend, scores, terms, self.normalization, metric_terms)
+        total, loss, watched = evaluate(
+            self.logits_backend,
+            scores,
+            terms,
+            self.normalization,
+            own=self.term_normalizations,
+            count_ratios=count_ratios,
+            metric_terms=metric_terms,
+        )
         if metrics is not None:
             kind = None if scores.teacher is None else scores.teacher.kind
-            metrics.update(evaluation.metric_terms, targets, kind)
-        return evaluation
+            metrics.update(watched, targets, kind)
+        return total, loss
 
     def _log_gradient_norm(self, norm: Tensor | None) -> None:
         if norm is not None:

@@ -1,13 +1,14 @@
-"""A loss as named terms per token, and the sums that one optimizer step adds up."""
+"""From what models say to a loss: named terms per token, and the sums that a step adds up."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lightning_kd.divergences.log_space import weighted
-from lightning_kd.fused import LazyLogits, TeacherAnswer, TokenTerm
+from lightning_kd.fused import LazyLogits, TeacherAnswer, TokenTerm, total_of
 from lightning_kd.models import LogitsBackend
 from lightning_kd.normalization import Normalization, divisor
 from lightning_kd.scoring import ScoredPositions
@@ -26,31 +27,23 @@ class Scores:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One named part of a loss: what it is at a position, and what it weighs.
+    """One named part of a loss: a number at each position, and its weight.
 
-    Raises:
-        ValueError: If it is over other data than the batch's and has no normalization of its own.
+    Example:
+        >>> from lightning_kd.fused import CrossEntropy
+        >>> LossTerm(CrossEntropy(torch.tensor([2, 3])), coefficient=0.5).coefficient
+        0.5
     """
 
-    token_term: TokenTerm
-    """Nats at each scored position."""
+    per_token: TokenTerm | Tensor
+    """Nats at each position: a term that the chunked pass evaluates, or ready values with a gradient,
+    ``(N,)``, where one position alone does not tell them (pairs of tokens, hidden states)."""
     coefficient: float = 1.0
     """Weight of the term in the loss."""
-    normalization: Normalization | None = None
-    """Its own, where a method divides its terms differently; None for the module's."""
-    count_ratio: Tensor | float = 1.0
-    """For a normalization of its own: the count of the optimizer step under the module's
-    normalization, over that under its own, ``()``. All gradients are divided by the former."""
+    positions: ScoredPositions | None = None
+    """Of ready values; None for the batch's."""
     scores: Scores | None = None
-    """For a term over other data than the batch's."""
-
-    def __post_init__(self) -> None:
-        """Check that the count of the step knows of the term's tokens."""
-        if self.scores is not None and self.normalization is None:
-            raise ValueError(
-                "a term over other data than the batch's is not in the count of the step; give it "
-                "a normalization of its own and the count_ratio"
-            )
+    """For a token term over other data than the batch's."""
 
 
 @dataclass(frozen=True)
@@ -58,67 +51,48 @@ class EvaluatedTerm:
     """A term as numbers, without a gradient."""
 
     values: Tensor
-    """Nats at each scored position, ``(N,)``."""
+    """Nats at each position, ``(N,)``."""
     coefficient: float
     positions: ScoredPositions
-    """The batch's, or those of other data."""
+    """The batch's, or the term's own."""
     row_weights: Tensor
     """What each token of a row weighs before coefficient and division, ``(B,)``."""
     count: Tensor
     """What the micro-batch adds to the divisor of the term, ``()``."""
     count_ratio: Tensor | float
-    """The count of the step over the term's own; 1 for the module's normalization."""
-    is_own: bool
-    """Has the term a normalization of its own?"""
+    """The module's count of the step over the term's own; 1 for the module's normalization."""
+    has_own_normalization: bool
 
-    @property
+    @cached_property
     def sum(self) -> Tensor:
         """The weighted sum of the values, ``()``, float64."""
         return weighted(self.row_weights[self.positions.rows], self.values).sum()
 
-
-@dataclass(frozen=True)
-class WeightedSums:
-    """The weighted sums of a micro-batch, not yet divided, without a gradient."""
-
-    terms: Mapping[str, Tensor]
-    """For each term its sum, its sum times its coefficient and its count, ``(3,)``, float64."""
-    count: Tensor
-    """What the micro-batch adds to the divisor of the optimizer step, ``()``."""
-    tokens: Tensor
-    """Scored tokens, ``()``."""
+    def sums(self) -> Tensor:
+        """Return the sum, the sum times the coefficient, and the count: ``(3,)``, float64."""
+        return torch.stack([self.sum, weighted(self.coefficient, self.sum), self.count])
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """The loss of a micro-batch, token by token and without a gradient, for whoever looks at it."""
+class MicroBatchLoss:
+    """The loss of a micro-batch, token by token, without a gradient and not yet divided."""
 
     positions: ScoredPositions
     terms: Mapping[str, EvaluatedTerm]
+    count: Tensor
+    """What the micro-batch adds to the divisor of the optimizer step, ``()``."""
 
     def row_losses(self) -> Tensor:
-        """The loss of each row, summed over its tokens, without any normalization: ``(B,)``.
+        """Return the loss of each row, summed over its tokens, without any normalization: ``(B,)``.
 
         Terms with a normalization of their own have no part in it.
         """
         rows = self.positions.rows
         total = torch.zeros(len(self.positions.mask), dtype=torch.float64, device=rows.device)
         for term in self.terms.values():
-            if not term.is_own:
+            if not term.has_own_normalization:
                 total.index_add_(0, rows, weighted(term.coefficient, term.values.double()))
         return total
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The loss of a micro-batch."""
-
-    total: Tensor
-    """What the backward pass starts from, ``()``: weighted, not yet divided. Without a scored
-    position it is a zero that still has a gradient, so that every rank has something to reduce."""
-    micro_batch: MicroBatch
-    metric_terms: Tensor
-    """What was only looked at, ``(quantities, N)``."""
 
 
 def by_name(
@@ -150,78 +124,108 @@ def evaluate(
     scores: Scores,
     terms: Mapping[str, LossTerm],
     normalization: Normalization,
+    *,
+    own: Mapping[str, Normalization] | None = None,
+    count_ratios: Mapping[str, Tensor | float] | None = None,
     metric_terms: Sequence[TokenTerm] = (),
-) -> Evaluation:
-    """Evaluate all terms: those over the batch, and what is watched there, in one pass.
+) -> tuple[Tensor, MicroBatchLoss, Tensor]:
+    """Evaluate all terms: the token terms over the batch, and its metrics, in one pass.
 
     Args:
         logits_backend: Computes them.
         scores: Of the batch.
         terms: The loss.
         normalization: Gives each row its weight in the terms without one of their own.
+        own: Normalizations of single terms.
+        count_ratios: For terms with one of their own, the count of the optimizer step under
+            ``normalization`` over the term's: all gradients are divided by the former. Defaults to
+            1, in an evaluation, which has no gradient.
         metric_terms: Terms at the batch's positions that are not part of the loss.
+
+    Returns:
+        The weighted sum that the backward pass starts from, ``()``, which has a gradient also where
+        nothing is scored; the loss as numbers; the values of the metric terms, ``(terms, N)``.
+
+    Raises:
+        ValueError: If ready values do not fit their positions or have no gradient, or a term over
+            other positions than the batch's has no normalization of its own.
     """
-    row_weights = {
-        name: (term.normalization or normalization).row_weights(
-            (term.scores or scores).positions.tokens_per_row
+    own, count_ratios = own or {}, count_ratios or {}
+    places = {n: _places(n, term, scores, has_own=n in own) for n, term in terms.items()}
+    divided_by = {name: own.get(name, normalization) for name in terms}
+    row_weights = {n: divided_by[n].row_weights(places[n].tokens_per_row) for n in terms}
+
+    def weights(name: str) -> Tensor | None:
+        # A term without weight needs no gradient, which is most of its cost.
+        if terms[name].coefficient == 0:
+            return None
+        ratio = count_ratios.get(name, 1.0)
+        return (terms[name].coefficient * ratio * row_weights[name])[places[name].rows]
+
+    def one_pass(
+        stream: Scores, token_terms: Mapping[str, TokenTerm], also: Sequence[TokenTerm] = ()
+    ) -> tuple[Tensor, Tensor]:
+        both, weighted_by = [*token_terms.values(), *also], [*map(weights, token_terms)]
+        weighted_by += [None] * len(also)
+        return logits_backend.evaluate(stream.student, stream.teacher, both, weighted_by)
+
+    ready = {n: t.per_token for n, t in terms.items() if isinstance(t.per_token, Tensor)}
+    chunked = {n: t.per_token for n, t in terms.items() if isinstance(t.per_token, TokenTerm)}
+    elsewhere = {n: s for n in chunked if (s := terms[n].scores) is not None}
+    of_batch = {name: term for name, term in chunked.items() if name not in elsewhere}
+    total, values = one_pass(scores, of_batch, metric_terms)
+    values_of = dict(zip(of_batch, values, strict=False))
+    for name, stream in elsewhere.items():
+        part, (values_of[name],) = one_pass(stream, {name: chunked[name]})
+        total = total + part
+    for name, tensor in ready.items():
+        total = total + total_of(tensor[None], [weights(name)])
+        values_of[name] = tensor.detach()
+    evaluated = {
+        name: EvaluatedTerm(
+            values=values_of[name],
+            coefficient=term.coefficient,
+            positions=places[name],
+            row_weights=row_weights[name],
+            count=divided_by[name].count(places[name].tokens_per_row),
+            count_ratio=count_ratios.get(name, 1.0),
+            has_own_normalization=name in own,
         )
         for name, term in terms.items()
     }
+    count = normalization.count(scores.positions.tokens_per_row)
+    return total, MicroBatchLoss(scores.positions, evaluated, count), values[len(of_batch) :]
 
-    def one_pass(
-        stream: Scores, names: list[str], also: Sequence[TokenTerm]
-    ) -> tuple[Tensor, Tensor]:
-        # A term without weight needs no gradient, which is most of its cost.
-        weights = [
-            (terms[name].coefficient * terms[name].count_ratio * row_weights[name])[
-                stream.positions.rows
-            ]
-            if terms[name].coefficient != 0
-            else None
-            for name in names
-        ]
-        token_terms = [*(terms[name].token_term for name in names), *also]
-        return logits_backend.evaluate(
-            stream.student, stream.teacher, token_terms, [*weights, *[None] * len(also)]
+
+def _places(name: str, term: LossTerm, scores: Scores, *, has_own: bool) -> ScoredPositions:
+    """Return the positions of a term, and refuse what cannot be trained on there."""
+    places = term.positions or (term.scores or scores).positions
+    if places is not scores.positions and not has_own:
+        raise ValueError(
+            f"the term {name} is over other positions than the batch's, which the module's count "
+            "leaves out; give it a normalization of its own (term_normalizations, term_positions)"
         )
-
-    own = [name for name, term in terms.items() if term.scores is None]
-    total, values = one_pass(scores, own, metric_terms)
-    values_of = dict(zip(own, values, strict=False))
-    for name, term in terms.items():
-        if term.scores is not None:
-            part, (values_of[name],) = one_pass(term.scores, [name], ())
-            total = total + part
-    evaluated = {}
-    for name, term in terms.items():
-        positions = (term.scores or scores).positions
-        evaluated[name] = EvaluatedTerm(
-            values=values_of[name],
-            coefficient=term.coefficient,
-            positions=positions,
-            row_weights=row_weights[name],
-            count=(term.normalization or normalization).count(positions.tokens_per_row),
-            count_ratio=term.count_ratio,
-            is_own=term.normalization is not None,
+    if isinstance(term.per_token, TokenTerm):
+        if term.positions is not None:
+            raise ValueError(
+                f"the term {name} is a token term, evaluated at all positions of its scores: leave "
+                "positions out, or give ready values"
+            )
+        return places
+    shape, count = tuple(term.per_token.shape), len(places.targets)
+    if shape != (count,):
+        raise ValueError(
+            f"the term {name} has ready values of shape {shape} for {count} positions; give one "
+            "number for each position, in row order"
         )
-    return Evaluation(total, MicroBatch(scores.positions, evaluated), values[len(own) :])
-
-
-def weigh(micro_batch: MicroBatch, normalization: Normalization) -> WeightedSums:
-    """Sum every term over the micro-batch with its weights.
-
-    The sums are float64, so that their order (which a different cut into micro-batches changes)
-    does not show.
-    """
-    scored = micro_batch.positions
-    return WeightedSums(
-        terms={
-            name: torch.stack([term.sum, weighted(term.coefficient, term.sum), term.count])
-            for name, term in micro_batch.terms.items()
-        },
-        count=normalization.count(scored.tokens_per_row),
-        tokens=scored.tokens_per_row.sum(),
-    )
+    trains = torch.is_grad_enabled() and term.coefficient != 0 and count > 0
+    if trains and not term.per_token.requires_grad:
+        raise ValueError(
+            f"the term {name} has ready values without a gradient, so nothing would be learned "
+            "from it: compute them from the student's scores (logits_backend.per_token), or give "
+            "it the coefficient 0"
+        )
+    return places
 
 
 class LossSums:
@@ -243,10 +247,15 @@ class LossSums:
         self.terms = terms
         self._sums: Tensor | None = None
 
-    def add(self, loss: WeightedSums) -> None:
-        """Add a micro-batch; nothing is copied off its device."""
-        head = torch.stack([loss.count.double(), loss.tokens.double()])
-        row = torch.cat([head, *(loss.terms[name] for name in self.terms)])
+    def add(self, loss: MicroBatchLoss) -> None:
+        """Add a micro-batch; nothing is copied off its device.
+
+        The sums are float64, so that their order (which a different cut into micro-batches changes)
+        does not show.
+        """
+        tokens = loss.positions.tokens_per_row.sum()
+        head = torch.stack([loss.count.double(), tokens.double()])
+        row = torch.cat([head, *(loss.terms[name].sums() for name in self.terms)])
         self._sums = row if self._sums is None else self._sums + row
 
     def clear(self) -> None:
@@ -271,9 +280,10 @@ class LossSums:
         sums, parts, counts = reduced[2:].reshape(-1, 3).unbind(-1)
         counts = divisor(counts)
         step = torch.stack([divisor(reduced[0]), reduced[1], (parts / counts).sum()])
-        count, tokens, loss = step.tolist()
-        means = dict(zip(self.terms, (sums / counts).tolist(), strict=True))
-        return ReducedLoss(count, int(tokens), {"loss": loss, **means})
+        count, tokens, loss, *of_terms = torch.cat([step, sums / counts, counts]).tolist()
+        means = dict(zip(self.terms, of_terms, strict=False))
+        own = dict(zip(self.terms, of_terms[len(self.terms) :], strict=True))
+        return ReducedLoss(count, int(tokens), {"loss": loss, **means}, own)
 
 
 @dataclass(frozen=True)
@@ -286,3 +296,5 @@ class ReducedLoss:
     """Scored tokens."""
     means: dict[str, float]
     """The loss and each term, divided."""
+    counts: dict[str, float]
+    """The divisor of each term."""

@@ -16,12 +16,11 @@ from lightning_kd.fused import (
     ZeroTerm,
 )
 from lightning_kd.generation import GenerationOptions
-from lightning_kd.modules.counts import step_counts
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
-from lightning_kd.normalization import TokenMean, divisor
+from lightning_kd.normalization import Normalization, TokenMean
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
 
@@ -73,7 +72,7 @@ class MiniLLM(PolicyGradientModule):
         self.text_coefficient = text_coefficient
 
     def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
-        """Advantages from the rewards of the whole window, and what each step is divided by."""
+        """Compute advantages from the rewards of the whole window."""
         super().prepare_rollouts(rollouts, options)
         statistics = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in rollouts:
@@ -86,7 +85,21 @@ class MiniLLM(PolicyGradientModule):
         statistics, rows = self.sum_over_ranks(statistics), self.sum_over_ranks(rows)
         for batch in rollouts:
             batch["advantages"] = self._whitened(batch, statistics, rows.item(), options)
-        self._count_steps(rollouts)
+
+    @property
+    def term_normalizations(self) -> Mapping[str, Normalization]:
+        """The mean over the tokens of the second stream, for its term."""
+        return {"language_modeling": TokenMean()} if self.text_coefficient > 0 else {}
+
+    def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
+        """Return those of the second stream, where there is one."""
+        return self.positions(batch.get("text", batch))
+
+    def count_step(self, batches: Sequence[Batch]) -> None:
+        """Count the step; blocks of text are equally long, so the first stands for all."""
+        if (text := batches[0].get("text")) is not None:
+            batches = [{**batch, "text": text} for batch in batches]
+        super().count_step(batches)
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The clipped policy gradient, the exact single step and, where there is text, its loss."""
@@ -109,9 +122,7 @@ class MiniLLM(PolicyGradientModule):
         temperature = self.objective.reward_temperature or self.temperature
         teacher = self.teacher_at_tokens(logits, positions, temperature)
         own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)
-        scattered = torch.zeros_like(batch["labels"], dtype=teacher.dtype)
-        scattered[batch["labels"] != IGNORE_INDEX] = self.objective.reward(teacher - own)
-        return scattered
+        return positions.at_tokens(self.objective.reward(teacher - own))
 
     def _whitened(
         self, batch: Batch, statistics: Tensor, rows: float, options: GenerationOptions
@@ -121,13 +132,6 @@ class MiniLLM(PolicyGradientModule):
             return batch["advantages"]
         count = rows * options.max_new_tokens if self.objective.whitening == "padded" else None
         return whiten(batch["advantages"], labeled, statistics, count=count)
-
-    def _count_steps(self, rollouts: Sequence[Batch]) -> None:
-        """What the optimizer steps of the window will be divided by, which the text term needs."""
-        steps = divisor(step_counts(self, rollouts, self.normalization))
-        for number, batch in enumerate(rollouts):
-            count = steps[number // self.trainer.accumulate_grad_batches]
-            batch["step_count"] = count.expand(len(batch["row"]))
 
     def _language_modeling(self, batch: Batch) -> LossTerm:
         """The mean over the tokens of the second stream's micro-batches in the step."""
@@ -141,7 +145,4 @@ class MiniLLM(PolicyGradientModule):
         loss: TokenTerm = CrossEntropy(targets)
         if ratio > 0:
             loss = WeightedSum((loss, 1 - ratio), (TeacherCrossEntropy(), ratio))
-        # Blocks of text are equally long, so every micro-batch of the step has as many tokens.
-        micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        ratio_of_counts = batch["step_count"][0] / (len(targets) * micro_batches)
-        return LossTerm(loss, self.text_coefficient, TokenMean(), ratio_of_counts, scores)
+        return LossTerm(loss, self.text_coefficient, scores=scores)

@@ -3,14 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from lightning_kd.batch import Batch
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.policy import discounted_returns
-from lightning_kd.scoring import ScoredPositions
 
 
 class OnPolicyDistillation(PolicyGradientModule):
@@ -66,10 +62,6 @@ class OnPolicyDistillation(PolicyGradientModule):
         assert scores.teacher is not None  # score() put it there
         teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)
         rewards = -self.kl_coefficient * (student - teacher)
-        advantages = self._returns(rewards, scores.positions)
+        returns = discounted_returns(scores.positions.scattered(rewards), self.gamma)
+        advantages = returns[scores.positions.mask]
         return {"policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages))}
-
-    def _returns(self, rewards: Tensor, positions: ScoredPositions) -> Tensor:
-        scattered = torch.zeros_like(positions.mask, dtype=rewards.dtype)
-        scattered[positions.mask] = rewards
-        return discounted_returns(scattered, self.gamma)[positions.mask]

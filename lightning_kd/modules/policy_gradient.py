@@ -132,7 +132,7 @@ class PolicyGradientModule(TeacherModule):
         """
         if self.dropout == "none" and not self._modes_compared:
             # Every rank compares one micro-batch, and one with tokens if it has one.
-            scored = [int((batch["labels"] != IGNORE_INDEX).sum()) for batch in rollouts]
+            scored = [int(self.positions(batch).tokens_per_row.sum()) for batch in rollouts]
             self._compare_modes(rollouts[scored.index(max(scored))])
             self._modes_compared = any_process(max(scored) > 0, self.device)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import GenerationOptions, completion_texts
-from lightning_kd.modules.counts import set_count_ratio
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
 from lightning_kd.normalization import Normalization, make_normalization
@@ -117,15 +116,17 @@ class RLDistillation(PolicyGradientModule):
         sizes = [len(batch["row"]) for batch in rollouts]
         for batch, of_rows in zip(rollouts, torch.split(advantages, sizes), strict=True):
             batch["advantages"] = of_rows[:, None] * (batch["labels"] != IGNORE_INDEX)
-        set_count_ratio(self, rollouts, self.reward_normalization)
+
+    @property
+    def term_normalizations(self) -> Mapping[str, Normalization]:
+        """That of the reward's term."""
+        return {"policy_gradient": self.reward_normalization}
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The policy gradient of the reward and the divergence, at each sampled token."""
         reinforced = self.policy_gradient(batch, scores, self.sampled(batch, scores, "advantages"))
         return {
-            "policy_gradient": LossTerm(
-                reinforced, 1 - self.alpha, self.reward_normalization, batch["count_ratio"][0]
-            ),
+            "policy_gradient": LossTerm(reinforced, 1 - self.alpha),
             "divergence": LossTerm(self.divergence_term(self.divergence), self.alpha),
         }
 

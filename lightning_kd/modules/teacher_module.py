@@ -26,7 +26,7 @@ from lightning_kd.fused import (
 )
 from lightning_kd.models import VocabularyPolicy, shared_vocabulary, vocabulary_size
 from lightning_kd.modules.distillation_module import DistillationModule
-from lightning_kd.modules.loss import Evaluation, LossTerm, Scores
+from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, choose_kind
@@ -219,11 +219,15 @@ class TeacherModule(DistillationModule):
         return REVERSE_KL_NAMES[scores.teacher.kind], values
 
     def _evaluate(
-        self, scores: Scores, terms: Mapping[str, LossTerm], metrics: DistributionMetrics | None
-    ) -> Evaluation:
+        self,
+        scores: Scores,
+        terms: Mapping[str, LossTerm],
+        metrics: DistributionMetrics | None,
+        count_ratios: Mapping[str, Tensor | float] | None = None,
+    ) -> tuple[Tensor, MicroBatchLoss]:
         if metrics is not None and scores.uncut is not None:
             metrics.update_dropped(*self._dropped(scores.uncut), scores.positions.targets)
-        return super()._evaluate(scores, terms, metrics)
+        return super()._evaluate(scores, terms, metrics, count_ratios)
 
     def _dropped(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
         """What student and teacher give to tokens beyond the shared vocabulary, ``(N,)`` each.

@@ -172,7 +172,7 @@ def not_finite() -> dict[str, float]:
             terms = super().loss_terms(batch, scores)
             factor = float("nan") if RANK == 1 or STRATEGY == "alone" else 1.0
             ((name, term),) = terms.items()
-            return {name: LossTerm(WeightedSum((term.token_term, factor)))}
+            return {name: LossTerm(WeightedSum((term.per_token, factor)))}
 
     guard = NonFiniteGuard("skip", dirpath=str(OUT.parent / STRATEGY / "non_finite"))
     fit = run("not_finite", [guard], max_steps=1)

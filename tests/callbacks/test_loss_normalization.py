@@ -104,8 +104,15 @@ class TwoNormalizations(SFT):
         loss = CrossEntropy(scores.positions.targets)
         return {
             "cross_entropy": LossTerm(loss),
-            "of_rows": LossTerm(loss, 0.5, BatchMean(), 16 / 4),
+            "of_rows": LossTerm(loss, 0.5),
         }
+
+    @property
+    def term_normalizations(self):
+        return {"of_rows": BatchMean()}
+
+    def constant_count_ratios(self):
+        return {"of_rows": 16 / 4}
 
 
 def test_a_term_with_its_own_normalization_is_unaffected_by_the_others():

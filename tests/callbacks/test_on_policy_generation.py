@@ -261,7 +261,7 @@ def test_padding_prompts_and_tokens_after_the_eos_have_no_gradient():
     for make in (OnPolicyDistillation, MiniLLM):
         module = make(**models(), **({"gamma": 0.9} if make is OnPolicyDistillation else {}))
         _, seen = fit(module, steps=1)
-        positions = module.micro_batch.positions
+        positions = module.micro_batch_loss.positions
         labeled = seen.batches[0]["labels"] != -100
         assert torch.equal(labeled, seen.batches[0]["completion_mask"])
         assert positions.mask.sum() == labeled.sum()

@@ -22,8 +22,7 @@ from lightning_kd.fused import (
 )
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, MaterializedLogits
 from lightning_kd.models import DenseLogits
-from lightning_kd.modules.loss import EvaluatedTerm, MicroBatch, weigh
-from lightning_kd.normalization import make_normalization
+from lightning_kd.modules.loss import EvaluatedTerm
 from lightning_kd.scoring import ScoredPositions
 
 INFINITE = [1, 3]
@@ -137,10 +136,8 @@ def test_sums_leave_out_what_has_no_weight():
         "a": EvaluatedTerm(infinite, 1.0, scored, weights, torch.ones(()), 1.0, False),
         "b": EvaluatedTerm(infinite, 0.0, scored, ones, torch.ones(()), 1.0, False),
     }
-    batch = MicroBatch(scored, terms)
-    sums = weigh(batch, make_normalization("token")).terms
-    assert sums["a"].tolist() == [3.0, 3.0, 1.0]
-    assert sums["b"].tolist() == [math.inf, 0.0, 1.0]
+    assert terms["a"].sums().tolist() == [3.0, 3.0, 1.0]
+    assert terms["b"].sums().tolist() == [math.inf, 0.0, 1.0]
 
 
 def test_adaptive_kl_without_weight_on_the_infinite_side():

@@ -17,17 +17,13 @@ from lightning_kd.modules import (
     OnPolicyDistillation,
     SupervisedKD,
 )
-from lightning_kd.modules.counts import set_count_ratio
 from lightning_kd.modules.loss import (
     EvaluatedTerm,
-    Evaluation,
     LossSums,
-    MicroBatch,
+    MicroBatchLoss,
     ReducedLoss,
     Scores,
-    WeightedSums,
     evaluate,
-    weigh,
 )
 from lightning_kd.normalization import BatchMean, SequenceMean, TokenMean
 from lightning_kd.scoring import ScoredPositions
@@ -115,13 +111,12 @@ def given(batch, values, **term):
     return scored, LossTerm(Given(torch.tensor(values, dtype=torch.float64)), **term)
 
 
-def closed(pieces, normalization, names):
+def closed(pieces, normalization, names, **own):
     """The sums of several micro-batches, each the positions and its terms."""
     sums = LossSums(names)
     for scored, terms in pieces:
         scores = Scores(scored, MaterializedLogits(torch.zeros(len(scored.targets), 2)))
-        evaluation = evaluate(DenseLogits(), scores, terms, normalization)
-        sums.add(weigh(evaluation.micro_batch, normalization))
+        sums.add(evaluate(DenseLogits(), scores, terms, normalization, own=own)[1])
     return sums.close(lambda tensor: tensor)
 
 
@@ -130,14 +125,15 @@ def test_each_term_is_divided_by_its_own_count():
     pieces = []
     for lengths, values in (([(1, 2), (1, 1)], [1.0, 3.0, 5.0]), ([(1, 3)], [2.0, 4.0, 9.0])):
         scored, rows = given(ragged_batch(lengths), values, coefficient=2.0)
-        _, own = given(ragged_batch(lengths), values, coefficient=0.5, normalization=TokenMean())
+        _, own = given(ragged_batch(lengths), values, coefficient=0.5)
         pieces.append((scored, {"rows": rows, "own": own}))
-    reduced = closed(pieces, SequenceMean(), ("rows", "own"))
+    reduced = closed(pieces, SequenceMean(), ("rows", "own"), own=TokenMean())
     by_row, by_token = (2 + 5 + 5) / 3, (1 + 3 + 5 + 2 + 4 + 9) / 6
     assert reduced.means["rows"] == pytest.approx(by_row, rel=1e-15)
     assert reduced.means["own"] == pytest.approx(by_token, rel=1e-15)
     assert reduced.means["loss"] == pytest.approx(2 * by_row + 0.5 * by_token, rel=1e-15)
     assert (reduced.divisor, reduced.tokens) == (3, 6)
+    assert reduced.counts == {"rows": 3, "own": 6}
 
 
 class TwoCounts(DistillationModule):
@@ -147,11 +143,11 @@ class TwoCounts(DistillationModule):
 
     def loss_terms(self, batch, scores):
         term = CrossEntropy(scores.positions.targets)
-        ratio = batch["count_ratio"][0]
-        return {"rows": LossTerm(term), "tokens": LossTerm(term, 0.5, TokenMean(), ratio)}
+        return {"rows": LossTerm(term), "tokens": LossTerm(term, 0.5)}
 
-    def on_train_batch_start(self, batch, batch_idx):
-        set_count_ratio(self, [batch], TokenMean())
+    @property
+    def term_normalizations(self):
+        return {"tokens": TokenMean()}
 
 
 def test_the_gradient_of_a_term_with_its_own_count_is_that_of_its_mean():
@@ -186,10 +182,13 @@ def test_a_second_stream_adds_its_gradient_and_its_loss():
 
     terms = {
         "batch": LossTerm(First(2.0)),
-        "text": LossTerm(First(3.0), 1.0, TokenMean(), 2 / 4, scores(4)),
+        "text": LossTerm(First(3.0), scores=scores(4)),
     }
-    evaluation = evaluate(DenseLogits(), scores(2), terms, TokenMean())
-    evaluation.total.backward()
+    own, ratios = {"text": TokenMean()}, {"text": 2 / 4}
+    total, _, _ = evaluate(
+        DenseLogits(), scores(2), terms, TokenMean(), own=own, count_ratios=ratios
+    )
+    total.backward()
     # Undivided: 2 tokens of 2; 4 tokens of 3 as a mean, times the count of the step.
     assert weights.grad.tolist() == [2 * 2.0 + 3.0 * 2, 0, 0]
 
@@ -203,20 +202,20 @@ def test_two_values_with_one_name_are_refused(terms):
 def test_where_nothing_is_scored_the_divisor_is_1():
     batch = ragged_batch([(2, 0)])
     scored, term = given(batch, [])
-    _, own = given(batch, [], normalization=BatchMean())
-    reduced = closed([(scored, {"a": term, "b": own})], TokenMean(), ("a", "b"))
-    assert reduced == ReducedLoss(1.0, 0, {"loss": 0.0, "a": 0.0, "b": 0.0})
+    reduced = closed([(scored, {"a": term, "b": term})], TokenMean(), ("a", "b"), b=BatchMean())
+    assert reduced == ReducedLoss(1.0, 0, {"loss": 0.0, "a": 0.0, "b": 0.0}, {"a": 1.0, "b": 1.0})
 
 
 def test_a_term_over_other_data_needs_a_count_of_its_own():
     scored, term = given(BATCH, [0.0] * 8)
-    with pytest.raises(ValueError, match="give it a normalization of its own"):
-        LossTerm(term.token_term, scores=Scores(scored, MaterializedLogits(torch.zeros(8, 2))))
+    own = Scores(scored, MaterializedLogits(torch.zeros(8, 2)))
+    other = Scores(ScoredPositions.from_labels(BATCH["labels"]), own.student)
+    terms = {"a": LossTerm(term.per_token, scores=other)}
+    with pytest.raises(ValueError, match=r"the term a is .* give it a normalization of its own"):
+        evaluate(DenseLogits(), own, terms, TokenMean())
 
 
-@pytest.mark.parametrize(
-    "kind", [Scores, LossTerm, EvaluatedTerm, WeightedSums, MicroBatch, Evaluation, ReducedLoss]
-)
+@pytest.mark.parametrize("kind", [Scores, LossTerm, EvaluatedTerm, MicroBatchLoss, ReducedLoss])
 def test_what_callbacks_read_cannot_be_changed(kind):
     thing = object.__new__(kind)
     with pytest.raises(FrozenInstanceError):

@@ -162,13 +162,17 @@ def test_the_official_scale_on_ragged_rows(alpha, normalization):
     assert gradient.norm() > 1
 
 
-def test_the_official_scale_over_tokens_is_refused_with_accumulation():
+def test_the_official_scale_over_tokens_is_refused_where_the_loader_does_not_tell_the_step():
     teacher = LocalTeacher.of(tiny_llama(1))
     module = BabyLlama(student=StudentSpec.of(tiny_llama(0)), teacher=teacher, kl_scale="batchmean")
-    with pytest.raises(ValueError, match=r"Set model\.normalization: sequence") as refusal:
+    with pytest.raises(ValueError, match="BabyLlama divides its term divergence by") as refusal:
         fit_one_step(module, [BATCH, BATCH])
-    assert "kl_scale batchmean" in str(refusal.value)
-    assert "accumulate_grad_batches is 2" in str(refusal.value)
+    assert "LabeledRows() and others by that of TokenMean()" in str(refusal.value)
+    assert "accumulate_grad_batches 2" in str(refusal.value)
+    assert "a Listed does not tell what follows" in str(refusal.value)
+    assert "set accumulate_grad_batches: 1, or set model.normalization: sequence" in str(
+        refusal.value
+    )
     assert module.global_step == 0
 
 
