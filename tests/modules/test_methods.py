@@ -8,7 +8,8 @@ from lightning_kd.models import ModelSpec, StudentSpec
 from lightning_kd.modules import GKD, SFT, BabyLlama, SupervisedKD
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
-from tests.support.harness import BatchList, fit_one_step, trainer
+from tests.modules.partition_grid import build
+from tests.support.harness import BatchList, GradientProbe, Letters, fit_one_step, trainer
 from tests.support.toys import ragged_batch, tiny_llama
 
 BATCH = ragged_batch([(2, 5), (1, 3), (3, 7)])
@@ -174,6 +175,26 @@ def test_the_official_scale_over_tokens_is_refused_where_the_loader_does_not_tel
         refusal.value
     )
     assert module.global_step == 0
+
+
+@pytest.mark.usefixtures("float64_norms")
+def test_the_official_scale_over_tokens_does_not_depend_on_the_cut():
+    """With the library's own loader, which tells the micro-batches of a step."""
+    results = []
+    for accumulate, batch_size in ((1, 8), (4, 2)):
+        probe = GradientProbe()
+        fit = trainer(
+            accumulate_grad_batches=accumulate,
+            max_steps=1,
+            precision="64-true",
+            callbacks=[probe],
+        )
+        module = build("baby_llama_batchmean", "token")
+        fit.fit(module, datamodule=Letters(batch_size=batch_size))
+        results.append((fit.callback_metrics["train/loss"].item(), probe.gradient))
+    (loss, gradient), (other_loss, other) = results
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert (other - gradient).norm() < 1e-10 * gradient.norm()
 
 
 def test_the_official_scale_in_validation_has_both_counts():
