@@ -25,6 +25,7 @@ COMMANDS = re.findall(r"```bash\n(lightning-kd .*?)\n```", TEXT)
 LOGGED = {
     "chi_squared": "train/divergence",
     "confident_kd": "train/second_moment",
+    "smooth_kd": "train/roughness",
     "unigram": "train/divergence",
     "listed": "rollout/length_mean",
     "first_character": "val/first_character",
