@@ -204,8 +204,7 @@ class OnPolicyGeneration(Resumable, Callback):
         if self._rollouts:
             batch.update(self._rollouts[place])
             if place % (micro_batches := trainer.accumulate_grad_batches) == 0:
-                others = self._rollouts[place + 1 : place + micro_batches]
-                pl_module.count_step([batch, *others])
+                pl_module.count_step([batch, *self._rollouts[place + 1 : place + micro_batches]])
 
     def on_train_batch_end(
         self,
