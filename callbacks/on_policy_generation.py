@@ -186,8 +186,7 @@ class OnPolicyGeneration(Resumable, Callback):
         Raises:
             ValueError: If rows have no prompts, or groups do not fill a window.
         """
-        first = loader_of(trainer).window(0)
-        check_batches(first, trainer.world_size, self.plan.group_size)
+        check_batches(loader_of(trainer).window(0), trainer.world_size, self.plan.group_size)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -203,8 +202,7 @@ class OnPolicyGeneration(Resumable, Callback):
                 self._generate_window(trainer, pl_module, window)
         if self._rollouts:
             batch.update(self._rollouts[place])
-            if place % (micro_batches := trainer.accumulate_grad_batches) == 0:
-                pl_module.count_step([batch, *self._rollouts[place + 1 : place + micro_batches]])
+            pl_module.count_rollouts(batch, self._rollouts, place)
 
     def on_train_batch_end(
         self,

@@ -93,6 +93,18 @@ class StepCountingModule(ScaledSumModule):
             ratios |= {n: of_module / count for n, count in zip(names, of_terms, strict=True)}
         self._count_ratios = ratios
 
+    def count_rollouts(self, batch: Batch, window: Sequence[Batch], place: int) -> None:
+        """Count the optimizer step that a rollout begins; the loader does not know their lengths.
+
+        Args:
+            batch: The micro-batch to train on.
+            window: This rank's rollouts.
+            place: That of the micro-batch among them.
+        """
+        accumulate = self.trainer.accumulate_grad_batches
+        if self.term_normalizations and place % accumulate == 0:
+            self.count_step([batch, *window[place + 1 : place + accumulate]])
+
     def configure_callbacks(self) -> list[Callback]:
         """Add what counts each step as it begins."""
         return [*super().configure_callbacks(), _StepCounter()]
