@@ -75,7 +75,7 @@ class BabyLlama(SupervisedKD):
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """That of the KL, where the official scale is asked for."""
+        """The rows with a label for the KL, on the official scale."""
         return {"divergence": LabeledRows()} if self.kl_scale == "batchmean" else {}
 
 

@@ -57,7 +57,7 @@ class StepCountingModule(ScaledSumModule):
         return {}
 
     def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
-        """Return the positions that the normalization of a single term counts.
+        """Return the positions of a term with a normalization of its own, which counts them.
 
         Args:
             name: One of :attr:`term_normalizations`.
@@ -99,7 +99,7 @@ class StepCountingModule(ScaledSumModule):
         Args:
             batch: The micro-batch to train on.
             window: This rank's rollouts.
-            place: That of the micro-batch among them.
+            place: Index of the micro-batch among them.
         """
         accumulate = self.trainer.accumulate_grad_batches
         if self.term_normalizations and place % accumulate == 0:
@@ -165,7 +165,7 @@ class StepCountingModule(ScaledSumModule):
         return [name for name in self.term_normalizations if name not in constant]
 
     def _counts(self, batch: Batch, names: Sequence[str]) -> Tensor:
-        """What a micro-batch adds to the module's count, and to those of single terms."""
+        """Return what a micro-batch adds to the module's count, and to those of single terms."""
         own = [
             self.term_normalizations[name].count(self.term_positions(name, batch).tokens_per_row)
             for name in names
@@ -188,7 +188,7 @@ class StepCountingModule(ScaledSumModule):
 
 
 class _StepCounter(Callback):
-    """Counts each optimizer step as it begins, behind the callbacks that write completions."""
+    """Counts each optimizer step as it begins, after the callbacks that generate completions."""
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _counting(pl_module)

@@ -88,11 +88,11 @@ class MiniLLM(PolicyGradientModule):
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """The mean over the tokens of the second stream, for its term."""
+        """The mean over tokens for the term on the second stream."""
         return {"language_modeling": TokenMean()} if self.text_coefficient > 0 else {}
 
     def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
-        """Return those of the second stream, where there is one."""
+        """Return the positions of the second stream, where there is one."""
         return self.positions(batch.get("text", batch))
 
     def count_step(self, batches: Sequence[Batch]) -> None:

@@ -119,7 +119,7 @@ class RLDistillation(PolicyGradientModule):
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """That of the reward's term."""
+        """``reward_normalization`` for the reward's term."""
         return {"policy_gradient": self.reward_normalization}
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:

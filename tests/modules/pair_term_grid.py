@@ -66,7 +66,7 @@ class SmoothKD(TeacherModule):
 
 
 def begins_pair(scored: ScoredPositions) -> Tensor:
-    """True at a scored position whose right neighbour is scored too, ``(N,)``."""
+    """Return True at each scored position whose right neighbour is scored too, ``(N,)``."""
     return (scored.mask & F.pad(scored.mask[:, 1:], (0, 1)))[scored.mask]
 
 
