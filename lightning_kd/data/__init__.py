@@ -1,6 +1,7 @@
 """From rows to padded micro-batches, and back to the same row after a resume."""
 
 from lightning_kd.data.arithmetic import ArithmeticData, arithmetic_tokenizer
+from lightning_kd.data.chat import ChatData
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.encoding import Example, LengthLimit
@@ -10,7 +11,7 @@ from lightning_kd.data.plain_text import DocumentData, PackedTextData
 from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.data.rows import EncodedRows, PackedRows
 from lightning_kd.data.sources import load_rows
-from lightning_kd.data.text import ChatData, PromptCompletionData
+from lightning_kd.data.text import PromptCompletionData
 from lightning_kd.data.tokenizer_training import train_tokenizer, write_tokenizer
 from lightning_kd.data.workers import Rows
 

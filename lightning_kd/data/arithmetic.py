@@ -1,7 +1,5 @@
 """The offline task: addition, digit by digit."""
 
-from typing import Any
-
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
@@ -10,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import Example
-from lightning_kd.data.workers import Rows
+from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.seeding import derive_seed
 
 _SIGNS = "0123456789+="
@@ -28,6 +26,8 @@ class ArithmeticData(DistillationData):
     test, the next to validation, the rest to training. No problem is in two splits, and a smaller
     ``train_size`` takes a part of what a larger one does.
 
+    The other options are those of :class:`~lightning_kd.data.DistillationData`.
+
     Args:
         digits: Of each number, 1 to 3.
         train_size: Training problems; all that are left when not given.
@@ -36,7 +36,6 @@ class ArithmeticData(DistillationData):
         validation_size: Validation problems.
         test_size: Test problems; ``predict`` completes them too.
         tokenizer: One that has all the signs; the task's own when not given.
-        base: The options of :class:`~lightning_kd.data.DistillationData`.
 
     Raises:
         ValueError: If a size is out of range.
@@ -51,10 +50,17 @@ class ArithmeticData(DistillationData):
         validation_size: int = 1000,
         test_size: int = 1000,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        **base: Any,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__(
-            tokenizer=arithmetic_tokenizer() if tokenizer is None else tokenizer, **base
+            tokenizer=arithmetic_tokenizer() if tokenizer is None else tokenizer,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            worker_timeout=worker_timeout,
         )
         if not 1 <= digits <= 3:
             raise ValueError(f"digits is {digits}; it must be 1, 2 or 3")

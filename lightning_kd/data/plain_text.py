@@ -3,13 +3,14 @@
 from typing import Any
 
 import datasets
+from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
 from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import TextData
-from lightning_kd.data.workers import Rows
+from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.seeding import run_seed
 
 
@@ -19,18 +20,46 @@ class PlainTextData(TextData):
     A document begins with what the tokenizer puts there (BOS, or nothing). Names of special tokens
     in a text are read as those tokens.
 
+    The other options are those of :class:`TextData`.
+
     Args:
         text_column: Column of the text; a ``.txt`` file is one document.
         add_eos: Whether each document ends with an EOS, which is trained on and scored; one, also
             where the tokenizer appends it. False for pieces of text that end nowhere.
         strip: Whether white space at both ends of a document is left out.
-        base: The options of :class:`TextData`.
     """
 
     def __init__(
-        self, *, text_column: str = "text", add_eos: bool = True, strip: bool = False, **base: Any
+        self,
+        *,
+        text_column: str = "text",
+        add_eos: bool = True,
+        strip: bool = False,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        subset: str | None = None,
+        extra_columns: list[str] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            train=train,
+            validation=validation,
+            test=test,
+            predict=predict,
+            subset=subset,
+            extra_columns=extra_columns,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            worker_timeout=worker_timeout,
+        )
         self.text_column, self.add_eos, self.strip = text_column, add_eos, strip
 
     def load(self, split: Split) -> datasets.Dataset | None:
@@ -53,11 +82,12 @@ class DocumentData(PlainTextData):
     For models that read each text from its beginning, and to score texts one by one. A batch is as
     wide as its longest document.
 
+    The other options are those of :class:`PlainTextData`.
+
     Args:
         max_length: Longest document, in tokens, with what the tokenizer adds.
         truncation: What happens to longer ones: ``error``, ``drop``, or ``right`` (cut the end, and
             with it the EOS). Counted and logged.
-        base: The options of :class:`PlainTextData`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -68,9 +98,37 @@ class DocumentData(PlainTextData):
         *,
         max_length: int = 1024,
         truncation: TruncationPolicy = "error",
-        **base: Any,
+        text_column: str = "text",
+        add_eos: bool = True,
+        strip: bool = False,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        subset: str | None = None,
+        extra_columns: list[str] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            text_column=text_column,
+            add_eos=add_eos,
+            strip=strip,
+            train=train,
+            validation=validation,
+            test=test,
+            predict=predict,
+            subset=subset,
+            extra_columns=extra_columns,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            worker_timeout=worker_timeout,
+        )
         if truncation == "left":
             raise ValueError(
                 "truncation is 'left', which cuts prompts, and a document has none; choose error, "
@@ -100,17 +158,51 @@ class PackedTextData(PlainTextData):
     Blocks begin and end anywhere in a document, and a model sees the document before. To keep
     documents apart, use :class:`DocumentData`.
 
+    The other options are those of :class:`PlainTextData`; ``extra_columns`` is refused, as a block has
+    parts of several documents.
+
     Args:
         block_length: Tokens of a block.
-        base: The options of :class:`PlainTextData`, without ``extra_columns``: a block has parts of
-            several documents.
 
     Raises:
         ValueError: If there are extra columns.
     """
 
-    def __init__(self, *, block_length: int = 128, **base: Any) -> None:
-        super().__init__(**base)
+    def __init__(
+        self,
+        *,
+        block_length: int = 128,
+        text_column: str = "text",
+        add_eos: bool = True,
+        strip: bool = False,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        subset: str | None = None,
+        extra_columns: list[str] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
+    ) -> None:
+        super().__init__(
+            text_column=text_column,
+            add_eos=add_eos,
+            strip=strip,
+            train=train,
+            validation=validation,
+            test=test,
+            predict=predict,
+            subset=subset,
+            extra_columns=extra_columns,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            worker_timeout=worker_timeout,
+        )
         if self.extra_columns:
             raise ValueError(
                 f"extra_columns is {self.extra_columns}, but a block of packed text has parts of "

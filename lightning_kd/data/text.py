@@ -1,29 +1,31 @@
-"""Data modules for prompts and completions, and for chats."""
+"""Data modules for prompts and completions."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import (
     Encoded,
     LengthLimit,
     TruncationPolicy,
-    encode_chats,
     encode_completions,
     encode_prompts,
 )
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, digests, load_rows
-from lightning_kd.data.workers import Rows
+from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 
 
 class TextData(DistillationData):
     """Data modules that read text from files or a hub.
+
+    The other options are those of :class:`~lightning_kd.data.DistillationData`.
 
     Args:
         train: A ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file, a glob of files, a
@@ -34,7 +36,6 @@ class TextData(DistillationData):
         subset: Configuration of a hub data set.
         extra_columns: Further columns of text that go along with each row: for reward functions, or
             to route rows to teachers.
-        base: The options of :class:`~lightning_kd.data.DistillationData`.
     """
 
     may_change_on_resume = frozenset({"validation", "test", "predict"})
@@ -48,9 +49,19 @@ class TextData(DistillationData):
         predict: str | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        **base: Any,
+        tokenizer: str | PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            worker_timeout=worker_timeout,
+        )
         self.paths: dict[Split, str | None] = {
             "train": train,
             "validation": validation,
@@ -84,6 +95,8 @@ class PromptCompletionData(TextData):
     are: the columns ``prompt_ids`` and ``completion_ids`` instead of the texts, no template around
     the prompt again, and no EOS where the completion was cut at its longest.
 
+    The other options are those of :class:`TextData`.
+
     Args:
         prompt_column: Column of the prompt.
         completion_column: Column of the completion; ``predict`` does without. None for prompts that
@@ -99,7 +112,6 @@ class PromptCompletionData(TextData):
         max_prompt_length: Longest prompt, in tokens.
         truncation: What happens to longer rows: ``error``, ``drop`` (the row), ``left`` (cut the
             beginning of the prompt) or ``right`` (cut the end of the completion). Counted and logged.
-        base: The options of :class:`TextData`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -116,9 +128,31 @@ class PromptCompletionData(TextData):
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
-        **base: Any,
+        train: str | None = None,
+        validation: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        subset: str | None = None,
+        extra_columns: list[str] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        num_workers: int = 0,
+        worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            train=train,
+            validation=validation,
+            test=test,
+            predict=predict,
+            subset=subset,
+            extra_columns=extra_columns,
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            num_workers=num_workers,
+            worker_timeout=worker_timeout,
+        )
         if "{prompt}" not in prompt_template:
             raise ValueError(f"prompt_template {prompt_template!r} lacks the place of {{prompt}}")
         self.prompt_column, self.completion_column = prompt_column, completion_column
@@ -201,53 +235,3 @@ class PromptCompletionData(TextData):
 def _unless(texts: Sequence[str], given: Sequence[list[int] | None]) -> list[str]:
     """The texts, without those whose tokens came with them."""
     return [text if ids is None else "" for text, ids in zip(texts, given, strict=True)]
-
-
-class ChatData(TextData):
-    """Rows with a list of messages, rendered by the tokenizer's chat template.
-
-    The last message, which must be the assistant's, is the completion; all before it is the prompt.
-    Names of special tokens in a text are read as those tokens; what a completion has behind its
-    first EOS is left out, counted and logged. The template is rendered within limits on time and
-    memory (:class:`~lightning_kd.data.rendering.RenderLimits`).
-
-    Args:
-        messages_column: Column with the messages: a list of ``{role, content}``.
-        max_length: Longest prompt and completion together, in tokens.
-        max_prompt_length: Longest prompt, in tokens.
-        truncation: What happens to longer rows, as in :class:`PromptCompletionData`.
-        base: The options of :class:`TextData`.
-
-    Raises:
-        ValueError: If a value is out of its range.
-    """
-
-    def __init__(
-        self,
-        *,
-        messages_column: str = "messages",
-        max_length: int = 1024,
-        max_prompt_length: int | None = None,
-        truncation: TruncationPolicy = "error",
-        **base: Any,
-    ) -> None:
-        super().__init__(**base)
-        self.messages_column = messages_column
-        self.limit = LengthLimit(max_length, max_prompt_length, truncation)
-
-    def rows(self, split: Split) -> Rows | None:
-        """Chats of a split."""
-        path = self.paths[split]
-        if path is None:
-            return None
-        columns: dict[str, type] = {
-            self.messages_column: list,
-            **dict.fromkeys(self.extra_columns, str),
-        }
-        raw = load_rows(path, columns, split=split, subset=self.subset)
-
-        def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
-            chats = [json.loads(text) for text in columns[self.messages_column]]
-            return encode_chats(chats, self.tokenizer, columns[WHERE])
-
-        return EncodedRows(raw, encode, self.limit, self.extra_columns)

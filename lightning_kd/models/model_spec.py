@@ -85,14 +85,18 @@ class ModelSpec(Resumable):
         self._given: PreTrainedModel | None = None
 
     @classmethod
-    def of(cls, model: PreTrainedModel, **options: Any) -> Self:
+    def of(cls, model: PreTrainedModel) -> Self:
         """A source that hands out a model you have built yourself.
 
         Args:
             model: The model; it is used, not copied.
-            options: What the class takes beside the options of :class:`ModelSpec`.
         """
-        source = cls(config={"model_type": model.config.model_type}, **options)
+        return cls._handing_out(model)
+
+    @classmethod
+    def _handing_out(cls, model: PreTrainedModel, **own: Any) -> Self:
+        """What :meth:`of` does, with the options that a class has beside those of a checkpoint."""
+        source = cls(config={"model_type": model.config.model_type}, **own)
         source._given = model
         return source
 

@@ -1,12 +1,12 @@
 """The model that trains."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.models.adapters import has_adapters
-from lightning_kd.models.model_spec import ModelSpec
+from lightning_kd.models.model_spec import DTypeName, ModelSpec
 from lightning_kd.models.vocabulary import check_ids
 
 
@@ -61,12 +61,13 @@ class LoRA:
 class StudentSpec(ModelSpec):
     """The model that trains.
 
+    The other options are those of :class:`~lightning_kd.models.ModelSpec`.
+
     Args:
         name_or_path: A directory written by ``save_pretrained``, or a name on the Hugging Face hub.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a
             third more time.
         lora: Train low-rank adapters instead of the weights.
-        source: The options of :class:`~lightning_kd.models.ModelSpec`.
     """
 
     may_change_on_resume = frozenset({"gradient_checkpointing"})
@@ -77,11 +78,43 @@ class StudentSpec(ModelSpec):
         *,
         gradient_checkpointing: bool = False,
         lora: LoRA | None = None,
-        **source: Any,
+        config: dict[str, Any] | str | None = None,
+        dtype: DTypeName = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        quantization: dict[str, Any] | None = None,
+        max_positions: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(name_or_path, **source)
+        super().__init__(
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            quantization=quantization,
+            max_positions=max_positions,
+            trust_remote_code=trust_remote_code,
+        )
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = lora
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        *,
+        gradient_checkpointing: bool = False,
+        lora: LoRA | None = None,
+    ) -> Self:
+        """A student that you have built yourself.
+
+        Args:
+            model: The model; it is used, not copied.
+            gradient_checkpointing: As for the class.
+            lora: As for the class.
+        """
+        return cls._handing_out(model, gradient_checkpointing=gradient_checkpointing, lora=lora)
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         """The model in training mode, checked against the tokenizer.

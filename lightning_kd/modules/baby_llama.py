@@ -1,14 +1,19 @@
 """BabyLlama: distillation from an ensemble of teachers."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import Batch
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.supervised_kd import SupervisedKD
 from lightning_kd.normalization import BatchMean, Normalization
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 KLScale = Literal["token", "batchmean"]
 
@@ -39,11 +44,12 @@ class BabyLlama(SupervisedKD):
     known before the first backward pass of a step. The data modules of this library tell it; with a
     loader that does not, ``accumulate_grad_batches`` above 1 is refused.
 
+    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+
     Args:
         alpha: Weight of cross-entropy against the KL, in [0, 1].
         temperature: Divides the logits of student and teachers in the KL.
         kl_scale: ``token``, or ``batchmean`` for the scale of the official code.
-        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -60,9 +66,32 @@ class BabyLlama(SupervisedKD):
         alpha: float = 0.5,
         temperature: float = 2.0,
         kl_scale: KLScale = "token",
-        **base: Any,
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(divergence="forward_kl", alpha=alpha, temperature=temperature, **base)
+        super().__init__(
+            divergence="forward_kl",
+            alpha=alpha,
+            temperature=temperature,
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         if kl_scale not in get_args(KLScale):
             raise ValueError(f"unknown kl_scale {kl_scale!r}; choose one of {get_args(KLScale)}")
         self.kl_scale: KLScale = kl_scale

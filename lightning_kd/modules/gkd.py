@@ -1,15 +1,20 @@
 """Generalized knowledge distillation."""
 
 from collections.abc import Mapping
-from typing import Any
 
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused import DivergenceTerm
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.normalization import Normalization
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 
 class GKD(TeacherModule):
@@ -23,12 +28,13 @@ class GKD(TeacherModule):
     ``temperature`` the sampling temperature, and with ``off_policy: teacher`` the teacher generates
     what the student does not. Without the callback it is supervised distillation.
 
+    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+
     Args:
         divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`; the
             generalized Jensen-Shannon divergence with ``beta`` 0.5 when not given.
         teacher_temperature: Divides the teacher's logits in the divergence (the paper uses 0.1 on
             GSM8K). The student's are never divided: what it learns is what it samples from.
-        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 
     Raises:
         ValueError: If the temperature is not positive or the divergence is unknown.
@@ -46,9 +52,29 @@ class GKD(TeacherModule):
         *,
         divergence: Divergence | str = "generalized_jsd",
         teacher_temperature: float = 1.0,
-        **base: Any,
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         require_positive(teacher_temperature=teacher_temperature)
         self.divergence = make_divergence(divergence)
         self.teacher_temperature = teacher_temperature

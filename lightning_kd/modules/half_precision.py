@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_kd.checkpoints import RUN_KEY
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules.student_module import StudentModule
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
@@ -74,12 +76,23 @@ class SumScale:
 class ScaledSumModule(StudentModule):
     """A student whose :class:`SumScale` goes into its checkpoints.
 
-    Args:
-        base: The options of :class:`~lightning_kd.modules.student_module.StudentModule`.
+    The options are those of :class:`~lightning_kd.modules.student_module.StudentModule`.
     """
 
-    def __init__(self, **base: Any) -> None:
-        super().__init__(**base)
+    def __init__(
+        self,
+        *,
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(
+            student=student,
+            tokenizer=tokenizer,
+            generation=generation,
+            engine=engine,
+        )
         self._sum_scale = SumScale()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -1,9 +1,9 @@
 """MiniLLM: sequence-level reverse KL by policy gradient."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
@@ -15,14 +15,16 @@ from lightning_kd.fused import (
     WeightedSum,
     ZeroTerm,
 )
-from lightning_kd.generation import GenerationOptions
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
-from lightning_kd.modules.policy_gradient import PolicyGradientModule
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
 from lightning_kd.normalization import Normalization, TokenMean
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 
 class MiniLLM(PolicyGradientModule):
@@ -40,12 +42,13 @@ class MiniLLM(PolicyGradientModule):
     callback trains on each window several times (the paper: 4). A second stream of plain text
     (:class:`~lightning_kd.data.PromptsAndText`) adds the language-modeling term.
 
+    The other options are those of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
+
     Args:
         objective: What the advantage is made of: :class:`Paper` or :class:`OfficialCode`, each of
             whose switches can be set apart.
         text_coefficient: Weight of the term on the second stream, which is a mean over its tokens.
         surrogate: PPO's clipped surrogate with :math:`\epsilon = 0.2` when not given.
-        base: The options of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -63,9 +66,34 @@ class MiniLLM(PolicyGradientModule):
         objective: MiniLLMObjective | None = None,
         text_coefficient: float = 1.0,
         surrogate: Surrogate | None = None,
-        **base: Any,
+        temperature: float = 1.0,
+        dropout: Dropout = "none",
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(surrogate=surrogate or PPOClip(), **base)
+        super().__init__(
+            surrogate=surrogate or PPOClip(),
+            temperature=temperature,
+            dropout=dropout,
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         if text_coefficient < 0:
             raise ValueError(f"text_coefficient is {text_coefficient}; it must be 0 or more")
         self.objective = objective or Paper()

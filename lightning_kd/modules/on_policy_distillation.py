@@ -1,12 +1,18 @@
 """On-policy distillation by policy gradient."""
 
 from collections.abc import Mapping
-from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_kd.batch import Batch
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.policy_gradient import PolicyGradientModule
-from lightning_kd.policy import discounted_returns
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
+from lightning_kd.normalization import Normalization
+from lightning_kd.policy import Surrogate, discounted_returns
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 
 class OnPolicyDistillation(PolicyGradientModule):
@@ -32,10 +38,11 @@ class OnPolicyDistillation(PolicyGradientModule):
     variance, for a pass over the vocabulary: that is :class:`GKD` with ``divergence: ReverseKL`` and
     ``lmbda: 1``.
 
+    The other options are those of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
+
     Args:
         gamma: Discount of later tokens' rewards, in [0, 1].
         kl_coefficient: :math:`c`.
-        base: The options of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -48,8 +55,40 @@ class OnPolicyDistillation(PolicyGradientModule):
     terms = ("policy_gradient",)
     needs = ("token_log_probs", "full_distribution")
 
-    def __init__(self, *, gamma: float = 0.0, kl_coefficient: float = 1.0, **base: Any) -> None:
-        super().__init__(**base)
+    def __init__(
+        self,
+        *,
+        gamma: float = 0.0,
+        kl_coefficient: float = 1.0,
+        temperature: float = 1.0,
+        surrogate: Surrogate | None = None,
+        dropout: Dropout = "none",
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(
+            temperature=temperature,
+            surrogate=surrogate,
+            dropout=dropout,
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma is {gamma}; it is a discount, in [0, 1]")
         if not kl_coefficient > 0:

@@ -1,11 +1,12 @@
 """What methods share that learn from what the student itself has sampled."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX, Batch
@@ -21,17 +22,16 @@ from lightning_kd.fused import (
     TokenLoss,
     evaluate_no_grad,
 )
-from lightning_kd.generation import GenerationOptions
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, training
 from lightning_kd.modules.loss import LossSums, LossTerm, Scores
-from lightning_kd.modules.teacher_module import (
-    REVERSE_KL_NAMES,
-    TeacherModule,
-    require_positive,
-    reverse_kl_term,
-)
+from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
+from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.normalization import Normalization
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 Dropout = Literal["none", "configured"]
 
@@ -58,13 +58,14 @@ class PolicyGradientModule(TeacherModule):
     rollouts the ratio of current and sampling probability is then exactly 1. The student stays in
     training mode, for gradient checkpointing.
 
+    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+
     Args:
         temperature: Of student and teacher in the loss; completions must be sampled at the same.
         surrogate: How a ratio and an advantage become a loss.
         dropout: The student's in training steps: ``none``, or ``configured``, the probabilities of
             its config and of its LoRA. With the latter a ratio compares a student under dropout
             with the one that sampled, and the policy gradient is biased.
-        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 
     Raises:
         ValueError: If the temperature is not positive or the choice for dropout unknown; in a run,
@@ -80,9 +81,29 @@ class PolicyGradientModule(TeacherModule):
         temperature: float = 1.0,
         surrogate: Surrogate | None = None,
         dropout: Dropout = "none",
-        **base: Any,
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         require_positive(temperature=temperature)
         if dropout not in get_args(Dropout):
             raise ValueError(f"unknown dropout {dropout!r}; choose one of {get_args(Dropout)}")

@@ -5,17 +5,20 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.generation import GenerationOptions, completion_texts
+from lightning_kd.generation import Engine, GenerationOptions, completion_texts
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.policy_gradient import PolicyGradientModule
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.policy import PPOClip, Surrogate, leave_one_out
 from lightning_kd.rewards import RewardFunction
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 
 class RLDistillation(PolicyGradientModule):
@@ -49,6 +52,8 @@ class RLDistillation(PolicyGradientModule):
       groups of 2 or more; its gradient is not.
     - ``ConstantLength`` is the default divided by a constant.
 
+    The other options are those of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
+
     Args:
         rewards: Import paths of reward functions (:mod:`lightning_kd.rewards`), or the functions.
         reward_weights: One weight for each; 1 when not given.
@@ -58,7 +63,6 @@ class RLDistillation(PolicyGradientModule):
         surrogate: PPO's clipped surrogate when not given.
         normalization: What the divergence is divided by, and the loss in validation.
         reward_normalization: What the reward's term is divided by.
-        base: The options of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
 
     Raises:
         ValueError: If a value is out of its range, or a reward function does not keep its contract.
@@ -82,9 +86,33 @@ class RLDistillation(PolicyGradientModule):
         surrogate: Surrogate | None = None,
         normalization: Normalization | str = "sequence",
         reward_normalization: Normalization | str = "batch",
-        **base: Any,
+        temperature: float = 1.0,
+        dropout: Dropout = "none",
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(surrogate=surrogate or PPOClip(), normalization=normalization, **base)
+        super().__init__(
+            surrogate=surrogate or PPOClip(),
+            normalization=normalization,
+            temperature=temperature,
+            dropout=dropout,
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         self.reward_normalization = make_normalization(reward_normalization)
         if not rewards:
             raise ValueError(

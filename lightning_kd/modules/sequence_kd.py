@@ -1,10 +1,13 @@
 """Sequence-level knowledge distillation."""
 
-from typing import Any
-
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from transformers import PreTrainedModel
 
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec
 from lightning_kd.modules.sft import SFT
+from lightning_kd.normalization import Normalization
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import LocalTeacher
 
@@ -13,14 +16,15 @@ class SequenceKD(SFT):
     r"""Maximum likelihood of completions that the teacher generated.
 
     Two commands: ``predict`` lets the *teacher* complete the prompts and saves texts and tokens as
-    JSONL; ``fit`` on that file trains the student,
-    :math:`\ell_t = -\log q(\hat y_t \mid \hat y_{<t}, x)` with :math:`\hat y \sim p(\cdot \mid x)`,
-    on the tokens as the teacher generated them: an end is learned only where the teacher ended.
+    JSONL; ``fit`` on that file trains the student with the
+    loss :math:`\ell_t = -\log q(\hat y_t \mid \hat y_{<t}, x)` on the tokens as the teacher generated
+    them, :math:`\hat y \sim p(\cdot \mid x)`: an end is learned only where the teacher ended.
+
+    The other options are those of :class:`~lightning_kd.modules.DistillationModule`; ``generation``
+    says how the teacher generates (the paper: beam search of width 5).
 
     Args:
         teacher: Generates the completions; only ``predict`` loads it.
-        base: The options of :class:`~lightning_kd.modules.DistillationModule`; ``generation`` says
-            how the teacher generates (the paper: beam search of width 5).
 
     References:
         Kim and Rush, *Sequence-Level Knowledge Distillation*, EMNLP 2016, section 3.2.
@@ -29,8 +33,29 @@ class SequenceKD(SFT):
 
     may_change_on_resume = frozenset({"teacher"})
 
-    def __init__(self, *, teacher: LocalTeacher, **base: Any) -> None:
-        super().__init__(**base)
+    def __init__(
+        self,
+        *,
+        teacher: LocalTeacher,
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         self.teacher = teacher
 
     def setup(self, stage: str) -> None:

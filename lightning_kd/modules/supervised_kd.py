@@ -1,13 +1,19 @@
 """Supervised knowledge distillation."""
 
 from collections.abc import Mapping
-from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused import CrossEntropy, DivergenceTerm
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.normalization import Normalization
+from lightning_kd.teachers import LocalTeacher, Teacher
 
 
 class SupervisedKD(TeacherModule):
@@ -21,12 +27,13 @@ class SupervisedKD(TeacherModule):
     against the cross-entropy. :math:`k` is the divergence's
     :attr:`~lightning_kd.divergences.Divergence.order`: 2 for all but the total variation, whose is 1.
 
+    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+
     Args:
         divergence: A registered name (``forward_kl``, ``generalized_jsd``, ...) or a
             :class:`~lightning_kd.divergences.Divergence`.
         alpha: Weight of cross-entropy against the divergence, in [0, 1].
         temperature: Divides the logits of student and teacher in the divergence. Metrics are at 1.
-        base: The options of :class:`~lightning_kd.modules.TeacherModule`.
 
     Raises:
         ValueError: If ``alpha`` lies outside [0, 1], the temperature is not positive or the
@@ -46,9 +53,29 @@ class SupervisedKD(TeacherModule):
         divergence: Divergence | str = "forward_kl",
         alpha: float = 0.5,
         temperature: float = 1.0,
-        **base: Any,
+        teacher: LocalTeacher | Teacher,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         require_positive(temperature=temperature)
         self.temperature = temperature
         self.divergence = make_divergence(divergence)

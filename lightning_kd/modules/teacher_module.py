@@ -1,32 +1,37 @@
 """What methods with a teacher at hand share."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.batch import Batch
-from lightning_kd.divergences import ReverseKL
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
     AnswerKind,
     ChunkedPass,
-    DivergenceTerm,
     FullDistribution,
-    LogRatio,
     StudentMassBeyond,
     TeacherAnswer,
     TeacherMassBeyond,
-    TokenLogProbs,
-    TokenTerm,
     evaluate_no_grad,
 )
-from lightning_kd.models import VocabularyPolicy, shared_vocabulary, vocabulary_size
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import (
+    LogitsBackend,
+    StudentSpec,
+    VocabularyPolicy,
+    shared_vocabulary,
+    vocabulary_size,
+)
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
+from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
+from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, choose_kind
@@ -35,32 +40,10 @@ _LARGE_MASS = 0.01
 """A probability beyond the shared vocabulary that padding does not have."""
 
 
-REVERSE_KL_NAMES: dict[AnswerKind, str] = {
-    "full_distribution": "reverse_kl",
-    "top_k": "top_k_reverse_kl",
-    "token_log_probs": "label_log_ratio",
-}
-"""What loggers call :func:`reverse_kl_term` for each kind of the teacher's answers."""
-
-
-def reverse_kl_term(
-    answer: TeacherAnswer, targets: Tensor, *, temperature: float = 1.0
-) -> TokenTerm:
-    """The reverse KL, or as much of it as an answer tells.
-
-    From k tokens and a tail it is the reverse KL over these events, a lower bound; from the
-    log-probabilities of the targets their log-ratio, whose mean over the student's own samples is
-    the reverse KL.
-    """
-    if isinstance(answer, TokenLogProbs):
-        return LogRatio(targets, answer.values, temperature=temperature)
-    return DivergenceTerm(
-        ReverseKL(), student_temperature=temperature, teacher_temperature=temperature
-    )
-
-
 class TeacherModule(DistillationModule):
     """A student that is compared with a frozen teacher on the same tokens.
+
+    The other options are those of :class:`~lightning_kd.modules.DistillationModule`.
 
     Args:
         teacher: One model, or any other :class:`~lightning_kd.teachers.Teacher`.
@@ -68,7 +51,6 @@ class TeacherModule(DistillationModule):
             narrower one before the softmax, so that each is renormalized over the tokens that they
             share. What a wider side gives to its other tokens is not in the loss, and is logged as
             ``student_dropped_mass`` or ``teacher_dropped_mass``.
-        base: The options of :class:`~lightning_kd.modules.DistillationModule`.
     """
 
     learns_from_its_start: ClassVar[bool] = False
@@ -82,9 +64,25 @@ class TeacherModule(DistillationModule):
         *,
         teacher: LocalTeacher | Teacher,
         vocabulary: VocabularyPolicy = "equal",
-        **base: Any,
+        student: StudentSpec,
+        tokenizer: str | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
     ) -> None:
-        super().__init__(**base)
+        super().__init__(
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
         self.teacher = teacher
         self.vocabulary: VocabularyPolicy = vocabulary
         self._warned_of: set[str] = set()

@@ -26,12 +26,6 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
     (``accumulate_grad_batches`` 1). DeepSpeed skips steps whose gradient is not finite.
     """
 
-    def __init__(self, *options: Any, **named: Any) -> None:
-        super().__init__(*options, **named)
-        assert isinstance(self.config, dict)  # made, or read
-        # Where the optimizer is offloaded DeepSpeed would refuse all but its own.
-        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
-
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Build models unsharded and shard them later: transformers loads no weights into shards."""
@@ -39,6 +33,9 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
 
     def init_deepspeed(self) -> None:
         """Start the engine, without the warning that our hook for clipping would not clip."""
+        assert isinstance(self.config, dict)  # the constructor has made one, or read it
+        # Where the optimizer is offloaded DeepSpeed would refuse all but its own.
+        self.config.setdefault("zero_force_ds_cpu_optimizer", False)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
             super().init_deepspeed()

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import reduce
 from math import isfinite, log
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_kd.batch import Batch
 from lightning_kd.fused import AnswerKind, FullDistribution, LazyLogits, single_model_log_probs
 from lightning_kd.models.logits_backend import LogitsBackend
-from lightning_kd.models.model_spec import ModelSpec
+from lightning_kd.models.model_spec import DTypeName, ModelSpec
 from lightning_kd.models.placement import check_placement, on_compute_device, place_model
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.models.vocabulary import (
@@ -143,21 +143,51 @@ class LocalModels(Teacher):
 class LocalTeacher(ModelSpec, LocalModels):
     """One frozen model.
 
+    The other options are those of :class:`~lightning_kd.models.ModelSpec`.
+
     Args:
         name_or_path: A directory written by ``save_pretrained``, or a name on the Hugging Face hub.
         placement: ``replicated`` on every process, ``sharded`` over all of them (under a strategy
             that shards), ``offloaded`` to memory of the CPU between uses, or a device of its own,
             such as ``cuda:1``.
-        source: The options of :class:`~lightning_kd.models.ModelSpec`.
     """
 
     answers: frozenset[Ability] = frozenset({"full_distribution", "generation"})
 
     def __init__(
-        self, name_or_path: str | None = None, *, placement: str = "replicated", **source: Any
+        self,
+        name_or_path: str | None = None,
+        *,
+        placement: str = "replicated",
+        config: dict[str, Any] | str | None = None,
+        dtype: DTypeName = "float32",
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        quantization: dict[str, Any] | None = None,
+        max_positions: int | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        super().__init__(name_or_path, **source)
+        super().__init__(
+            name_or_path,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            revision=revision,
+            quantization=quantization,
+            max_positions=max_positions,
+            trust_remote_code=trust_remote_code,
+        )
         self._keep(placement)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, *, placement: str = "replicated") -> Self:
+        """A teacher that you have built yourself.
+
+        Args:
+            model: The model; it is used, not copied.
+            placement: As for the class.
+        """
+        return cls._handing_out(model, placement=placement)
 
     @property
     def sources(self) -> Mapping[str, ModelSpec]:
