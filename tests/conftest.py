@@ -1,8 +1,10 @@
 """Fixtures; everything a test writes stays under ``tmp_path``."""
 
 import os
+import shutil
 import signal
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported: without it, a wrong name waits for the network.
@@ -14,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.cli import main
 from lightning_kd.data import arithmetic_tokenizer
+from tests.support.quick import is_quick, mark_by_fixture, no_process_started
 from tests.support.toys import letter_tokenizer, tiny_llama
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -27,6 +30,21 @@ def pytest_configure() -> None:
     ):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Before ``-m`` selects."""
+    mark_by_fixture(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Around fixtures of every scope, and in a run of all tests as well."""
+    if not is_quick(item):
+        return (yield)
+    with no_process_started():
+        return (yield)
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +100,16 @@ def fails(cli, capsys):
     return run
 
 
+@pytest.fixture(scope="session")
+def saved_teacher(tmp_path_factory):
+    """A directory with a random teacher of the arithmetic task, for all tests to read."""
+    folder = tmp_path_factory.mktemp("teachers") / "teacher"
+    tiny_llama(1, vocab_size=14).save_pretrained(folder)
+    arithmetic_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def teacher(tmp_path):
-    """A directory with a random teacher of the arithmetic task."""
-    tiny_llama(1, vocab_size=14).save_pretrained(tmp_path / "teacher")
-    arithmetic_tokenizer().save_pretrained(tmp_path / "teacher")
-    return tmp_path / "teacher"
+def teacher(saved_teacher, tmp_path):
+    """The teacher as a directory of one's own, which a test may change."""
+    return shutil.copytree(saved_teacher, tmp_path / "teacher")

@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,23 @@ def saved(name, tokenizer=None, **model):
     return Path(name)
 
 
+@pytest.fixture(scope="module")
+def made(saved_teacher, tmp_path_factory):
+    """A directory with everything that the table names, made once."""
+    folder = tmp_path_factory.mktemp("made")
+    shutil.copytree(saved_teacher, folder / "teacher")
+    with chdir(folder):
+        make()
+    return folder
+
+
 @pytest.fixture
-def files(teacher):
-    """Everything that the table names."""
+def files(made, tmp_path):
+    """Everything that the table names, as files of one's own."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+
+
+def make():
     write("good.jsonl", GOOD)
     write("question.jsonl", {"question": "1+1=", "completion": "2"})
     write("empty.jsonl")

@@ -281,6 +281,7 @@ def test_epochs_are_passes_over_the_data(cli):
     assert len(seen.Scalars("train/loss")) == 8
 
 
+@pytest.mark.processes
 def test_the_console_script_and_the_module_are_the_same_command():
     script = run(Path(sys.executable).with_name("lightning-kd"), "--help")
     module = run(sys.executable, "-m", "lightning_kd", "--help")
@@ -291,6 +292,7 @@ def test_the_console_script_and_the_module_are_the_same_command():
         assert command in script.stdout
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_give_the_losses_of_one(teacher, cli, strategy):
     """From the overlays, with an odd number of rows; the exported students are the same too."""
@@ -429,6 +431,7 @@ def test_engines_by_flags(cli, teacher):
         assert options[name]["engine"]["class_path"].endswith(engine)
 
 
+@pytest.mark.processes
 def test_adapters_of_a_student_in_shards_are_merged_into_the_export(teacher):
     tiny_llama(2, vocab_size=14).save_pretrained("before")
     student = {"config": None, "name_or_path": "./before", "lora": {"r": 4}}

@@ -3,6 +3,7 @@ import pytest
 from lightning_kd.demo import demo
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_the_demo_trains_tests_prints_and_draws(tmp_path, capsys):

@@ -111,6 +111,7 @@ def alive(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for processes in /proc")
+@pytest.mark.processes
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
 def test_no_process_is_left_behind_while_ddp_is_set_up(number):
     command = [*fit("sft", "--trainer.strategy", "ddp", "--trainer.devices", 2)]

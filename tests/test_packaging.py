@@ -83,6 +83,7 @@ def test_the_wheel_works_from_an_empty_directory(wheel, tmp_path):
     )
 
 
+@pytest.mark.processes
 def test_the_editable_install_works_from_an_empty_directory(tmp_path):
     program = (
         "import lightning_kd.callbacks as c, importlib.util;"

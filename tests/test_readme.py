@@ -16,7 +16,7 @@ from lightning_kd.cli import main
 from tests.support.command_line import EXPECTED_WARNINGS, QUIET, SMALL, run
 from tests.support.toys import tiny_llama
 
-pytestmark = EXPECTED_WARNINGS
+pytestmark = [*EXPECTED_WARNINGS, pytest.mark.command_line]
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

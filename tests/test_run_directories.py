@@ -21,6 +21,7 @@ def _claim(kind, start, numbers):
     numbers.put(trainer.logger.version)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", LOGGERS)
 def test_many_at_once_claim_one_each(kind):
     context, count = multiprocessing.get_context("fork"), 12

@@ -252,6 +252,7 @@ def _export_for_ever(one, other, start):
         hf_export._write(model, model.student.state_dict(), Path("student").resolve(), "run")
 
 
+@pytest.mark.processes
 def test_a_kill_at_any_time_leaves_one_of_the_two_models(monkeypatch):
     modules = []
     for seed in (0, 1):

@@ -5,6 +5,8 @@ import pytest
 from tests.support.cpu_strategies import written_under
 from tests.support.scripts import needs_deepspeed, written_by
 
+pytestmark = pytest.mark.processes
+
 OF_THE_PARTITIONING = ("padding_share", "count_min", "mean_of_means_error")
 """Diagnostics that depend on the partitioning into micro-batches."""
 

@@ -84,6 +84,7 @@ def records(path):
 # Which model generates.
 
 
+@pytest.mark.processes
 def test_all_ranks_choose_the_same_windows(tmp_path):
     """Two ranks, 200 steps; one rank also draws from global random generators."""
     run_script("callbacks/two_rank_rollouts.py", tmp_path)

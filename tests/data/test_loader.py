@@ -84,7 +84,7 @@ def test_the_rows_of_a_window_do_not_depend_on_accumulation():
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.processes)])
 @pytest.mark.parametrize("consumed", [0, 1, 3, 4, 7, 8])
 def test_resuming_anywhere_gives_the_rest(consumed, num_workers):
     whole = stream(training())

@@ -9,7 +9,10 @@ import pytest
 from lightning_kd.data import Collator, EvaluationLoader, Example, TrainingLoader
 from tests.support.scripts import ROOT
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+pytestmark = [
+    pytest.mark.processes,
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
+]
 
 
 class Stuck:

@@ -1,5 +1,9 @@
+import pytest
+
 from tests.fused.sharded_heads import CASES
 from tests.support.scripts import written_by
+
+pytestmark = pytest.mark.processes
 
 
 def test_two_sharded_processes_equal_one(tmp_path):

@@ -6,6 +6,8 @@ import torch
 from tests.modules.fsdp1_and_zero_grid import CASES, CUTS, run
 from tests.support.cpu_strategies import NAMES, written_under
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module", params=NAMES)
 def two_processes(request, tmp_path_factory):

@@ -21,6 +21,8 @@ from tests.resume.kill_runs import (
     start,
 )
 
+pytestmark = pytest.mark.processes
+
 DIRECTORY = {"class_path": "FSDP2Strategy"}
 DIRECTORY |= {"init_args": {"save_distributed_checkpoint": True}}
 

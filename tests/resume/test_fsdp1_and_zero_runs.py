@@ -14,6 +14,8 @@ from tests.support.cpu_strategies import NAMES, written_under
 from tests.support.harness import Letters, trainer
 from tests.support.toys import tiny_llama
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module", params=NAMES)
 def runs(request, tmp_path_factory):

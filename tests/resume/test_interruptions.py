@@ -24,6 +24,8 @@ from tests.resume.kill_runs import (
     uninterrupted,
 )
 
+pytestmark = pytest.mark.processes
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):

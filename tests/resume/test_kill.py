@@ -16,6 +16,8 @@ from tests.resume.kill_runs import (
     world_size,
 )
 
+pytestmark = pytest.mark.processes
+
 SEQUENCES = (
     [
         Kill("checkpoint just in place", 2),

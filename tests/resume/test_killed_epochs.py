@@ -11,6 +11,8 @@ import yaml
 
 from tests.resume.kill_runs import Recorder, arguments, finish, models, records, start
 
+pytestmark = pytest.mark.processes
+
 
 def command(folder, world, resume=None):
     argv = arguments("supervised_kd", "one" if world == 1 else "ddp", folder)

@@ -1,0 +1,35 @@
+"""What ``make test-quick`` leaves out is marked, and nothing that it runs starts a process."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.quick import is_quick
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        lambda: subprocess.run([sys.executable, "--version"]),
+        lambda: multiprocessing.get_context("fork").Process().start(),
+        lambda: multiprocessing.get_context("spawn").Process().start(),
+        lambda: os.fork() or os._exit(0),
+    ],
+    ids=["subprocess", "fork", "spawn", "os.fork"],
+)
+def test_a_process_of_a_test_without_a_mark_is_refused(start):
+    with pytest.raises(pytest.fail.Exception, match=r"mark it with pytest\.mark\.processes"):
+        start()
+
+
+@pytest.mark.processes
+def test_a_marked_test_may_start_one():
+    assert subprocess.run([sys.executable, "--version"]).returncode == 0
+
+
+def test_who_uses_the_command_line_or_two_processes_need_not_remember_it(cli, request):
+    assert request.node.get_closest_marker("command_line") is not None
+    assert not is_quick(request.node)
