@@ -18,7 +18,7 @@ $(VENV)-deepspeed/installed: $(VENV)/installed
 	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet -c constraints.txt deepspeed==0.19.8
 	touch $@
 
-.PHONY: install deepspeed demo test check tensorboard constraints clean help
+.PHONY: install deepspeed demo test test-quick check tensorboard constraints clean help
 install: $(VENV)/installed  ## Make the virtual environment with the tested set
 
 deepspeed: $(VENV)-deepspeed/installed  ## Add an environment with DeepSpeed, for its tests
@@ -28,6 +28,10 @@ demo: install  ## Train teachers on arithmetic, distill them, print a table and 
 
 test: check  ## Check style and types, then run all tests
 	$(BIN)/python -m pytest
+
+# One thread: the models are so small that a second one only waits.
+test-quick: install  ## Run the tests that start no process, in less than three minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (processes or command_line or slow)"
 
 check: install  ## Style and types only
 	$(BIN)/ruff check .
@@ -45,4 +49,4 @@ clean:  ## Remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 help:  ## This list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16

@@ -1,7 +1,6 @@
 """Which tests are quick: what marks the others, and what keeps processes out of those left."""
 
 import multiprocessing.process
-import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,9 +23,10 @@ BY_FIXTURE = {
 STARTS = (
     (subprocess.Popen, "__init__"),
     (multiprocessing.process.BaseProcess, "start"),
-    (os, "fork"),
 )
-"""What every way of starting a process from Python goes through."""
+"""What starts a process that imports something or works for long.
+
+A bare fork is none of these: every chat template is rendered in one, and it costs nothing."""
 
 
 def mark_by_fixture(items: list[pytest.Item]) -> None:
