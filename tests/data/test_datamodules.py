@@ -185,6 +185,7 @@ def test_packed_blocks_start_elsewhere_in_each_pass_and_eos_ends_documents():
         PackedTextData(tokenizer=letter_tokenizer(), train=path, block_length=12).rows("train")
 
 
+@pytest.mark.slow
 def test_real_text_packs(shared_data):
     path = str(shared_data / "tinyshakespeare" / "input.txt")
     text = Path(path).read_text()
@@ -318,6 +319,7 @@ def test_impossible_sums_are_refused(arguments, message):
         ArithmeticData(**arguments)
 
 
+@pytest.mark.slow
 def test_gsm8k_loads_at_its_real_lengths(shared_data):
     path = shared_data / "gsm8k" / "train.jsonl"
     lines = path.read_text().splitlines()[:500]

@@ -216,6 +216,7 @@ def mean_token_kls(longest):
     return flat_gradient(total, student)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "longest"), [(1, 3), (2, 3), (4, 2)])
 @pytest.mark.parametrize("alpha", [0.0, 0.3])
 @pytest.mark.filterwarnings("ignore:every prompt has one completion")

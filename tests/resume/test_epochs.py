@@ -249,6 +249,7 @@ def steps_of(seen, what):
     return [event[1 if what == "validation" else 2] for event in seen if event[0] == what]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "callbacks", "validations", "ends"),
     [
@@ -291,6 +292,7 @@ def test_every_checkpoint_goes_on_exactly(tmp_path, settings, callbacks, validat
 WINDOWS = {"steps_per_window": 2, "passes": 2, "group_size": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [GKD, MiniLLM])
 def test_windows_of_rollouts_go_on_exactly_over_epochs(tmp_path, method):
     """Ten prompts, twice each; a window has eight completions and is passed over two times."""
@@ -329,6 +331,7 @@ def test_a_second_stream_of_text_goes_on_exactly_over_epochs(tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("later", [1, 2])
 def test_checkpoints_that_a_kill_has_left_behind_are_written_again(tmp_path, later):
     """Under their own names, not beside themselves with a version."""
@@ -380,6 +383,7 @@ class Plateau(SFT):
         return {"optimizer": optimizer, "lr_scheduler": config}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("interval", ["epoch", "step"])
 def test_a_plateau_is_met_at_the_same_validations(tmp_path, interval):
     def module():
@@ -468,6 +472,7 @@ def test_callbacks_that_could_not_do_what_they_say_are_refused(callback, match):
     refused(match, callbacks=[callback], enable_checkpointing=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_an_average_of_weights_goes_on_exactly(tmp_path):
     """What is to be used in place of StochasticWeightAveraging."""
@@ -630,6 +635,7 @@ def as_before(path, position, step):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_a_checkpoint_of_an_earlier_version_goes_on_in_its_epoch(tmp_path, step):
     path = as_before(saved_at(tmp_path, step), 2 * step, step)
@@ -658,6 +664,7 @@ def listed():
     return BatchList(ragged, ragged[:1])
 
 
+@pytest.mark.slow
 def test_a_loader_of_ones_own_goes_on_exactly_too(tmp_path):
     """With a last step of one micro-batch in each epoch, as Lightning has it."""
     _, seen, *_ = goes_on_from_every_checkpoint(

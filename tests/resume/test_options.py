@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import shutil
+from contextlib import chdir
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,11 +119,36 @@ def saved(folder="saved"):
     return Path(folder) / f"step={SAVED_AT}.ckpt"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Two teachers, and the run of all defaults, made once: its folder, and what it recorded."""
+    folder = tmp_path_factory.mktemp("made")
+    with chdir(folder):
+        for seed, name in ((1, "teacher"), (2, "other")):
+            tiny_llama(seed, vocab_size=14).save_pretrained(name)
+            arithmetic_tokenizer().save_pretrained(name)
+        recorder, _ = run()
+    return folder, recorder
+
+
 @pytest.fixture
-def teachers(tmp_path):
-    for seed, name in ((1, "teacher"), (2, "other")):
-        tiny_llama(seed, vocab_size=14).save_pretrained(name)
-        arithmetic_tokenizer().save_pretrained(name)
+def teachers(made, tmp_path):
+    """Of one's own, which a test may change."""
+    for name in ("teacher", "other"):
+        shutil.copytree(made[0] / name, tmp_path / name)
+
+
+@pytest.fixture
+def first_run(made, teachers, tmp_path):
+    """A run to go on from; that of all defaults is only copied."""
+
+    def start(**settings):
+        if settings:
+            return run(**settings)[0]
+        shutil.copytree(made[0] / "saved", tmp_path / "saved")
+        return made[1]
+
+    return start
 
 
 def retrain_the_teacher():
@@ -300,11 +327,10 @@ def prepared(settings):
     return settings
 
 
-@pytest.mark.usefixtures("teachers")
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_changes_loss_data_or_teacher_is_refused_by_name(case):
+def test_what_changes_loss_data_or_teacher_is_refused_by_name(case, first_run):
     before, after, expected = REFUSED[case]
-    run(**prepared(before), folder="saved")
+    first_run(**prepared(before))
     settings = prepared(before | after)
     if settings.get("alpha", 0) is None:
         del settings["alpha"]
@@ -332,11 +358,10 @@ RATES = {
 }
 
 
-@pytest.mark.usefixtures("teachers")
 @pytest.mark.parametrize("case", RATES)
-def test_rates_and_steps_take_effect_from_the_first_resumed_step(case):
+def test_rates_and_steps_take_effect_from_the_first_resumed_step(case, first_run):
     changes, shape = RATES[case]
-    run()
+    first_run()
     seen, trainer = run(resume=saved(), **changes)
     last = trainer.max_steps
     expected = {step: rate(step, **shape) for step in range(SAVED_AT, last)}
@@ -404,11 +429,10 @@ CHANGED = {
 }
 
 
-@pytest.mark.usefixtures("teachers")
 @pytest.mark.parametrize("case", CHANGED)
-def test_what_leaves_the_loss_alone_may_change(case):
-    method = {"method": CHANGED[case].get("method", SupervisedKD)}
-    uninterrupted, _ = run(**method)
+def test_what_leaves_the_loss_alone_may_change(case, first_run):
+    method = {"method": CHANGED[case]["method"]} if "method" in CHANGED[case] else {}
+    uninterrupted = first_run(**method)
     seen, trainer = run(resume=saved(), **CHANGED[case])
     exact = case in {"nothing", "logging", "callbacks", "defaults that are said"}
     accumulated = trainer.accumulate_grad_batches
@@ -421,9 +445,8 @@ def test_what_leaves_the_loss_alone_may_change(case):
         assert seen.validations[-2:] == [5, 6]
 
 
-@pytest.mark.usefixtures("teachers")
-def test_a_teacher_may_be_moved(tmp_path):
-    run()
+def test_a_teacher_may_be_moved(first_run):
+    first_run()
     Path("teacher").rename("moved")
     run(resume=saved(), teacher={"name_or_path": "moved"})
 
