@@ -53,6 +53,7 @@ def test_every_example_is_short_and_imports_no_private_name():
         assert not any(re.search(r"\b_\w", line) for line in imports)
 
 
+@pytest.mark.processes
 def test_the_examples_type_check(my_lab):
     cache = ROOT / ".mypy_cache"
     options = ["--strict", "--config-file", str(ROOT / "pyproject.toml"), "--cache-dir", str(cache)]
