@@ -141,8 +141,11 @@ def test_help_describes_inherited_options_too(cls):
 
 CALLS = """
 from lightning_kd import GKD, ArithmeticData, DistillationData, LocalTeacher, StudentSpec, SupervisedKD
-from lightning_kd import DeepSpeedStrategy, FusedLogits, PackedTextData
+from lightning_kd import DeepSpeedStrategy, FusedLogits, LoRA, PackedTextData
 from lightning_kd.data import Rows
+from transformers import PreTrainedModel
+
+model: PreTrainedModel
 
 
 class Listed(DistillationData):
@@ -157,6 +160,8 @@ Listed(tokenizer="one", batch_size=4)
 ArithmeticData(digits=2, eval_batch_size=4)
 PackedTextData(tokenizer="one", train="texts.txt", add_eos=False)
 DeepSpeedStrategy(stage=2)
+StudentSpec.of(model, lora=LoRA(r=2))
+LocalTeacher.of(model, placement="sharded")
 GKD(student=student, teacher=teacher, normalisation="token")  # call-arg
 GKD(student=student, teacher=teacher, normalization=3)  # arg-type
 GKD(student=student)  # call-arg
@@ -169,9 +174,12 @@ PackedTextData(tokenizer="one", trian="texts.txt")  # call-arg
 StudentSpec("student", dtype="bf16")  # arg-type
 LocalTeacher("teacher", max_position=8)  # call-arg
 DeepSpeedStrategy(stages=2)  # call-arg
+StudentSpec.of(model, gradient_checkpoints=True)  # call-arg
+LocalTeacher.of(model, placement=0)  # arg-type
 """
 
 
+@pytest.mark.processes
 def test_a_wrong_option_is_an_error_of_the_type_checker(tmp_path):
     (tmp_path / "calls.py").write_text(CALLS)
     cache = ROOT / ".mypy_cache"
