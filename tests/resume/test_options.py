@@ -1,11 +1,8 @@
 """What a resumed run is told anew: it takes effect, or it is refused by name."""
 
-import json
 import math
 import re
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -33,7 +30,7 @@ from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.divergences import ForwardKL, GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.named_checkpoints import find_checkpoint
-from lightning_kd.resuming import describe, differences, digest
+from lightning_kd.resuming import digest
 from lightning_kd.schedules import Linear
 from tests.command_line import EXPECTED_WARNINGS
 from tests.toys import tiny_llama
@@ -680,62 +677,6 @@ class Bonus(Resumable, Callback):
 
     def __init__(self, function=None):
         self.function = function
-
-
-def of_a_factor(factor, power=1):
-    def reward(completions):
-        return [factor * len(c) ** power for c in completions]
-
-    return reward
-
-
-GAIN = 1.0
-
-
-@pytest.mark.parametrize(
-    ("saved", "now", "named"),
-    [
-        (lambda c: [1.0], lambda c: [2.0], ".code"),
-        (lambda c: [len(c)], lambda c: [-len(c)], ".code"),
-        (lambda c: [x in {1, 2} for x in c], lambda c: [x in {1, 3} for x in c], ".code"),
-        (lambda c: [sum(x for x in c)], lambda c: [sum(-x for x in c)], ".code"),
-        (lambda c: [min(c)], lambda c: [max(c)], ".code"),
-        (lambda c, k=1: [k], lambda c, k=2: [k], ".defaults[0]: 1 -> 2"),
-        (of_a_factor(1.0), of_a_factor(0.5), ".values.factor: 1.0 -> 0.5"),
-        (of_a_factor([1]), of_a_factor([2]), ".values.factor[0]: 1 -> 2"),
-        (of_a_factor(of_a_factor), of_a_factor(len), ".values.factor"),
-        (partial(lambda c, k: [1.0], k=1), partial(lambda c, k: [2.0], k=1), ".code"),
-    ],
-)
-def test_functions_without_a_name_are_compared_by_what_they_do(saved, now, named):
-    saved, now = describe([saved]), describe([now])
-    assert json.loads(json.dumps(saved)) == saved
-    found = list(differences(saved, now, "rewards"))
-    assert len(found) == 1
-    assert f"rewards[0]{named}" in found[0]
-
-
-def test_the_same_function_without_a_name_is_itself_and_reads_what_it_reads(monkeypatch):
-    def made():
-        def of_itself(c):
-            return of_itself(c[1:]) + GAIN if c else 0.0
-
-        return of_itself, of_a_factor(SimpleNamespace(more=0)), lambda c: {1, 2, 3} | {*c}
-
-    assert describe(made()) == describe(made())
-    before = describe(made())
-    monkeypatch.setitem(globals(), "GAIN", 2.0)
-    assert list(differences(before, describe(made()))) == ["[0].values.GAIN: 1.0 -> 2.0"]
-
-
-@pytest.mark.parametrize(
-    "reward",
-    [lambda c: [GAIN * len(x) for x in c], lambda c: sorted(c, key=lambda x: GAIN)],
-)
-def test_what_a_comprehension_or_an_inner_function_reads_is_compared_too(reward, monkeypatch):
-    before = describe(reward)
-    monkeypatch.setitem(globals(), "GAIN", 2.0)
-    assert list(differences(before, describe(reward))) == ["values.GAIN: 1.0 -> 2.0"]
 
 
 @pytest.mark.usefixtures("teachers")
