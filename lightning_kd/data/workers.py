@@ -67,16 +67,16 @@ def prepared_batches(
 
     Raises:
         TimeoutError: If none came in this time.
+        RuntimeError: If a process ended.
     """
-    examples: Any = Examples(rows)  # the collator turns its items into a Batch
-    loader: DataLoader[Batch] = DataLoader(
-        examples,
+    # Tensors come from a worker by a file that is asked of it, for ever where it does not answer.
+    loader: DataLoader[Any] = DataLoader(
+        Examples(rows),
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=list,
         num_workers=num_workers,
         timeout=worker_timeout if num_workers else 0,
         worker_init_fn=partial(start_worker, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
         # Without one of its own it draws from the global generator each time it starts, and
         # training would depend on how often there was validation.
         generator=torch.Generator(),
@@ -85,7 +85,7 @@ def prepared_batches(
     batches = iter(loader)
     workers = [p for p in multiprocessing.active_children() if p.pid not in before]
     try:
-        yield from batches
+        yield from map(collate, batches)
     except RuntimeError as error:
         if "DataLoader timed out" not in str(error):
             raise

@@ -70,7 +70,38 @@ def test_a_worker_that_hears_nothing_is_killed(monkeypatch):
     loader = EvaluationLoader(Deaf(), Collator(0), batch_size=1, num_workers=1, worker_timeout=0.5)
     with pytest.raises(TimeoutError):
         list(loader)
-    assert set(multiprocessing.active_children()) <= before
+    for _ in range(100):  # until the system has killed it
+        if set(multiprocessing.active_children()) <= before:
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker goes on")
+
+
+class Named(Stuck):
+    """Rows that name the process that reads them."""
+
+    def example(self, row, pass_):
+        return Example([os.getpid()])
+
+
+@pytest.mark.parametrize(
+    ("sent", "error", "said"),
+    [
+        (signal.SIGSTOP, TimeoutError, r"data\.num_workers"),
+        (signal.SIGKILL, RuntimeError, "DataLoader worker .* is killed by signal"),
+    ],
+)
+def test_a_worker_that_is_stopped_or_killed_ends_the_run(sent, error, said, monkeypatch):
+    """Batches of it are in the queue already."""
+    monkeypatch.setattr("lightning_kd.data.workers._LAST_WAIT", 0.5)
+    monkeypatch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+    loader = EvaluationLoader(Named(), Collator(0), batch_size=1, num_workers=1, worker_timeout=2)
+    batches = iter(loader)
+    worker = int(next(batches)["input_ids"])
+    with pytest.raises(error, match=said):
+        [os.kill(worker, sent) for batch in batches if not time.sleep(0.5)]
+    batches.close()
+    assert gone(worker)
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
