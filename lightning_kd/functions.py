@@ -54,13 +54,15 @@ class FunctionDescription:
         self._alive: list[Any] = []  # an object that is gone may leave its id to another
 
     def of(self, value: Any) -> dict[str, Any]:
-        """Return the description of a nameless function, a method or an object that is called."""
+        """Return what is known of a nameless function or class, of a method or a callable object."""
         match value:
             case FunctionType():
                 found: dict[str, Any] = self.known(value)
                 return found
             case MethodType():
                 return {"class": import_name(value), "code": _digest(self.known(value))}
+            case type():
+                return {"class": value.__qualname__, "code": _digest(self.known(value))}
             case _:
                 own = [self.known(type(value)), self.known(getattr(value, "__dict__", {}))]
                 return {"code": _digest(own)}

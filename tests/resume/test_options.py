@@ -2,6 +2,7 @@
 
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -9,6 +10,15 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CyclicLR,
+    LambdaLR,
+    LRScheduler,
+    MultiplicativeLR,
+    SequentialLR,
+)
 
 from lightning_kd import (
     GKD,
@@ -360,6 +370,98 @@ def test_another_schedule_takes_the_place_of_the_saved_one():
     run(folder="plain", lr_scheduler=None)
     seen, _ = run(resume=saved("plain"), lr_scheduler=halving)
     assert seen.rates() == pytest.approx({4: 0.0025, 5: 0.0025})
+
+
+class Decay:
+    """A curve that is called."""
+
+    def __init__(self, gain):
+        self._gain = gain
+
+    def __call__(self, step):
+        return self._gain**step
+
+    def of_step(self, step):
+        return self._gain**step
+
+
+def constant(gain):
+    return lambda step: gain
+
+
+def of(kind, make):
+    return lambda optimizer, gain: kind(optimizer, make(gain))
+
+
+def in_turn(optimizer, gain):
+    parts = [ConstantLR(optimizer, 0.5, 2), MultiplicativeLR(optimizer, constant(gain))]
+    return SequentialLR(optimizer, parts, milestones=[2])
+
+
+def chained(optimizer, gain):
+    parts = [LambdaLR(optimizer, Decay(gain)), ConstantLR(optimizer, 0.5, 99)]
+    return ChainedScheduler(parts, optimizer)
+
+
+def cyclic(optimizer, gain):
+    scale = lambda cycle: gain ** (cycle - 1)  # noqa: E731
+    return CyclicLR(optimizer, 0.01, 0.02, 1, scale_fn=scale, cycle_momentum=False)
+
+
+# Each begins with the same rate whatever the gain, and goes on in another way.
+CURVES = {
+    "lambda": lambda optimizer, gain: LambdaLR(optimizer, lambda step: gain**step),
+    "object": of(LambdaLR, Decay),
+    "method": of(LambdaLR, lambda gain: Decay(gain).of_step),
+    "partial": of(LambdaLR, lambda gain: partial(math.pow, gain)),
+    "product": of(MultiplicativeLR, constant),
+    "in turn": in_turn,
+    "chained": chained,
+    "cyclic": cyclic,
+}
+
+
+def rates_of(schedule):
+    """The rates under a schedule from the first step on, in torch alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    scheduler, rates = schedule(optimizer), []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("case", CURVES)
+def test_a_schedule_of_other_functions_takes_effect_from_the_first_resumed_step(case):
+    schedules = [partial(CURVES[case], gain=gain) for gain in (0.5, 0.9)]
+    before, after = (rates_of(schedule) for schedule in schedules)
+    assert before[0] == after[0]
+    assert before[5] != after[5]
+    run(lr_scheduler=schedules[0])
+    for schedule, rates in zip(schedules, (before, after), strict=True):
+        seen, _ = run(resume=saved(), lr_scheduler=schedule, folder="x")
+        assert seen.rates() == pytest.approx({step: rates[step] for step in (4, 5)}, rel=1e-12)
+
+
+def scripted(sign):
+    """A schedule of a script."""
+
+    class Curve(LRScheduler):
+        def get_lr(self):
+            if self.last_epoch == 0:
+                return self.base_lrs
+            return [group["lr"] + sign() * 0.001 for group in self.optimizer.param_groups]
+
+    return Curve
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_schedule_of_a_script_is_known_by_its_code():
+    run(lr_scheduler=scripted(lambda: 1))
+    seen, _ = run(resume=saved(), lr_scheduler=scripted(lambda: -1), folder="x")
+    assert seen.rates() == pytest.approx({4: 0.006, 5: 0.005})
 
 
 @pytest.mark.usefixtures("teachers")
