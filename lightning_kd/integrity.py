@@ -13,7 +13,12 @@ ABOUT = "about.json"
 _CHECKSUM = "checksum"
 """In that file: of all else in it."""
 
-_RECORD = {"compress_type": zipfile.ZIP_STORED, "create_system": 0, "reserved": 0, "volume": 0}
+_RECORD: dict[str, int | bytes] = {
+    "compress_type": zipfile.ZIP_STORED,
+    "create_system": 0,
+    "reserved": 0,
+    "volume": 0,
+}
 _RECORD |= {"internal_attr": 0, "external_attr": 0, "comment": b""}
 """What torch writes of each record into the central directory, which has no checksum."""
 
