@@ -85,7 +85,7 @@ class HFExport(Callback):
         directory = self._directory(trainer)
         _on_first_rank(trainer, lambda: self._check_writable(pl_module, directory))
         if trainer.ckpt_path is None:
-            _on_first_rank(trainer, lambda: self._check_replaceable(trainer, directory))
+            _on_first_rank(trainer, lambda: self._check_replaceable(directory))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate the directory again, after the strategy has restored the callback's state.
@@ -95,7 +95,7 @@ class HFExport(Callback):
         """
         if self._exports(pl_module, trainer):
             directory = self._directory(trainer)
-            _on_first_rank(trainer, lambda: self._check_replaceable(trainer, directory))
+            _on_first_rank(trainer, lambda: self._check_replaceable(directory))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Export the student: all ranks gather weights, and the first one writes.
@@ -110,7 +110,7 @@ class HFExport(Callback):
         directory = self._directory(trainer)
 
         def export() -> None:
-            self._check_replaceable(trainer, directory)  # it may have appeared during training
+            self._check_replaceable(directory)  # it may have appeared during training
             try:
                 best = weights or self._best_weights(trainer)
                 _write(pl_module, best, directory, self._run)
@@ -152,7 +152,7 @@ class HFExport(Callback):
                 "with export.dirpath"
             ) from error
 
-    def _check_replaceable(self, trainer: L.Trainer, directory: Path) -> None:
+    def _check_replaceable(self, directory: Path) -> None:
         if not directory.exists() or not any(directory.iterdir()):
             return
         others = sorted(p.name for p in directory.iterdir() if p.is_dir())
@@ -161,9 +161,7 @@ class HFExport(Callback):
                 f"export.dirpath is {directory}, which does not hold only a model: it also has "
                 f"{', '.join(others[:3]) or 'files without a config.json'}. Choose another directory"
             )
-        of_this_run = self.dirpath is None and bool(trainer.loggers)
-        own = of_this_run or _exporting_run(directory) == self._run
-        if not own and not self.overwrite:
+        if _exporting_run(directory) != self._run and not self.overwrite:
             raise ValueError(
                 f"there is a model in {directory} already. Choose another export.dirpath, or replace "
                 "it with export.overwrite: true"

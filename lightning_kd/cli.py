@@ -41,6 +41,9 @@ from lightning_kd.run_directories import claim_version
 
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
+RUNS = "runs"
+"""Where runs are written unless they are told otherwise."""
+
 TRACEBACK = "LIGHTNING_KD_TRACEBACK"
 """Environment variable; where it is set, errors come with all that led to them."""
 
@@ -108,6 +111,19 @@ class DistillationCLI(LightningCLI):
                 self.parser.error(str(error))
         elif self._checkpoint not in {None, "hpc", "registry"} and not _exists(self._checkpoint):
             self.parser.error(f"the checkpoint {self._checkpoint!r} does not exist")
+
+    def before_instantiate_classes(self) -> None:
+        """Have the command's own logger write where the trainer is told that its runs belong."""
+        trainer = self._get(self.config, "trainer")
+        root, options = trainer["default_root_dir"], _own_logger(trainer["logger"])
+        if root is None or options is None or str(options["save_dir"]) == str(root):
+            return
+        if options["save_dir"] != RUNS:
+            self.parser.error(
+                f"trainer.default_root_dir is {str(root)!r}, but runs are written to "
+                f"trainer.logger.save_dir, which is {str(options['save_dir'])!r}; give both the same"
+            )
+        options["save_dir"] = str(root)
 
     def instantiate_trainer(self, **kwargs: Any) -> lightning.Trainer:
         """The trainer, with what every run has: rollouts where asked for, safe checkpoints."""
@@ -211,7 +227,7 @@ def main() -> None:
         trainer_defaults={
             "logger": {
                 "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": "runs", "name": "", "default_hp_metric": False},
+                "init_args": {"save_dir": RUNS, "name": "", "default_hp_metric": False},
             },
             "callbacks": [
                 TensorBoardLayout(),
@@ -235,6 +251,13 @@ def _checkpoint_places(options: Any) -> list[Path]:
 def _exists(checkpoint: str) -> bool:
     found = "://" in checkpoint or readable_checkpoint(Path(checkpoint)).exists()
     return found and checkpoint != ""  # which Path takes for the working directory
+
+
+def _own_logger(logger: Any) -> Any:
+    """Return the options of the logger that runs have by themselves; None where another is given."""
+    if not getattr(logger, "class_path", "").endswith(".TensorBoardLogger"):
+        return None
+    return logger.init_args if logger.init_args["name"] == "" else None
 
 
 def _makes_directories(logger: Any) -> bool:

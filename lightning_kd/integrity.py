@@ -3,7 +3,7 @@
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,21 @@ ABOUT = "about.json"
 
 _CHECKSUM = "checksum"
 """In that file: of all else in it."""
+
+_RECORD: dict[str, int | bytes] = {
+    "compress_type": zipfile.ZIP_STORED,
+    "create_system": 0,
+    "reserved": 0,
+    "volume": 0,
+}
+_RECORD |= {"internal_attr": 0, "external_attr": 0, "comment": b""}
+"""What torch writes of each record into the central directory, which has no checksum."""
+
+_FLAGS = 0x08 | 0x800
+"""Flags of a record that torch writes: sizes behind the data, names in UTF-8."""
+
+_LARGE = b"\x01\x00"
+"""How the extra field of a record of more than 4 GB begins."""
 
 _ABOUT_HAS = {"writer", "weights", "run", "step", "best", "weights_only", "checksums"}
 
@@ -26,11 +41,25 @@ def check_file(path: Path) -> None:
         raise FileNotFoundError(f"the checkpoint {path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            # First, for torch leaves a tensor as it is in memory whose record is called a directory.
+            damaged = _not_of_torch(archive.infolist()) or archive.testzip()
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, zlib.error) as error:
         raise ValueError(f"it is cut short, or no checkpoint at all ({error})") from error
     if damaged is not None:
         raise ValueError(f"its bytes are not those that were written ({damaged})")
+
+
+def _not_of_torch(records: Sequence[zipfile.ZipInfo]) -> str | None:
+    """Return the name of a record that torch would not have written so."""
+    names: set[str] = set()
+    for record in records:
+        known = all(getattr(record, name) == value for name, value in _RECORD.items())
+        known &= record.compress_size == record.file_size and not record.flag_bits & ~_FLAGS
+        known &= record.extra[:2] in {b"", _LARGE} and not record.is_dir()
+        if not known or record.filename in names:
+            return record.filename
+        names.add(record.filename)
+    return None
 
 
 def checksums(directory: Path, share: slice = slice(None)) -> dict[str, int]:

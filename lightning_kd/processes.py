@@ -50,17 +50,19 @@ def start_worker(main: int, worker: int) -> None:
 
     A signal to all processes of a run (Ctrl-C, ``timeout``, a scheduler) asks the main process to
     save after its step, and for that step it needs the workers' batches. So they are a process group
-    of their own, and ignore what a terminal sends. Their SIGTERM stays torch's, which ends a worker
-    where its main process says so.
+    of their own, ignore what a terminal or a scheduler sends, and end on a SIGTERM of the main process
+    alone; the handlers that they inherit would save and requeue.
 
     Args:
         main: Id of the main process.
         worker: Number of the worker.
     """
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_follow, args=(main,), daemon=True).start()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    # The parent may be a fork server, which ends with the main process too.
+    threading.Thread(target=_serve, args=(main, os.getppid()), daemon=True).start()
 
 
 def _follow_unless_a_grandparent(launcher: int) -> None:
@@ -72,9 +74,7 @@ def _follow_unless_a_grandparent(launcher: int) -> None:
     if os.getppid() == launcher:
         threading.Thread(target=_follow, args=(launcher,), daemon=True).start()
         return
-    try:
-        os.kill(launcher, 0)
-    except ProcessLookupError:
+    if not _exists(launcher):
         os._exit(128 + signal.SIGTERM)
 
 
@@ -82,3 +82,20 @@ def _follow(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(_EVERY)
     os._exit(128 + signal.SIGTERM)
+
+
+def _serve(main: int, parent: int) -> None:
+    """End on a SIGTERM of the main process, and with it; every thread has SIGTERM blocked."""
+    while os.getppid() == parent and _exists(main):
+        received = signal.sigtimedwait({signal.SIGTERM}, _EVERY)
+        if received is not None and received.si_pid == main:
+            os._exit(0)  # anything else is an error to torch
+    os._exit(128 + signal.SIGTERM)
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -3,18 +3,19 @@
 import hashlib
 import inspect
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
-from types import CodeType, FunctionType
+from types import FunctionType, MethodType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from lightning_kd.functions import FunctionDescription, import_name, is_nameless
 
 Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
 """What a checkpoint holds of settings: nothing that would have to be unpickled."""
@@ -86,8 +87,8 @@ class Resumable:
 def describe(value: Any) -> Plain:
     """Return plain data that is equal for two values exactly where they mean the same.
 
-    Functions are known by their names, and by their code where no import finds them by these (lambdas,
-    functions within others, functions of a script or notebook); tensors and models by a digest, other
+    Functions are known by their names, and by what they do where no import finds them by these
+    (:class:`~lightning_kd.functions.FunctionDescription`); tensors and models by a digest, other
     objects by their class and attributes.
 
     Example:
@@ -125,15 +126,20 @@ def describe(value: Any) -> Plain:
         case _ if is_dataclass(value):
             own = {field.name: getattr(value, field.name) for field in fields(value)}
             return {_CLASS: type(value).__qualname__} | _described(own)
-        case FunctionType() if "<" in value.__qualname__ or value.__module__ == "__main__":
-            return _nameless(value)
+        case FunctionType() | MethodType() if is_nameless(value):
+            return FunctionDescription(describe).of(value)
+        case MethodType():
+            return _described({_CLASS: import_name(value), "self": value.__self__})
+        case _ if hasattr(value, "__wrapped__"):  # a cache
+            return describe(value.__wrapped__)
         case _ if callable(value) and hasattr(value, "__qualname__"):
-            return _name(value)
+            return import_name(value)
         case _ if type(value).__module__ in {"pathlib", "torch"}:
             return str(value)
         case _:
             own = {k: v for k, v in getattr(value, "__dict__", {}).items() if k[0] != "_"}
-            return {_CLASS: type(value).__qualname__} | _described(own)
+            code = FunctionDescription(describe).of(value) if callable(value) else {}
+            return {_CLASS: type(value).__qualname__} | code | _described(own)
 
 
 def differences(saved: Plain, now: Plain, path: str = "") -> Iterator[str]:
@@ -218,66 +224,6 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 def _described(values: Mapping[Any, Any]) -> dict[str, Any]:
     return {str(name): describe(value) for name, value in values.items()}
-
-
-def _nameless(function: FunctionType, closures: bool = True) -> dict[str, Any]:
-    """A function that no import finds by its name: what it does, as far as plain values tell.
-
-    The bytecode is that of one version of Python, which is therefore told with it.
-    """
-    code = function.__code__
-    values = {n: function.__globals__[n] for n in _reads(code) if n in function.__globals__}
-    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-        try:
-            values[name] = cell.cell_contents
-        except ValueError:  # not assigned yet
-            continue
-    values = {name: value for name, value in values.items() if value is not function}
-    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    return {
-        _CLASS: function.__qualname__,
-        "code": hashlib.blake2b(repr(_steps(code)).encode(), digest_size=8).hexdigest(),
-        "python": f"{sys.version_info.major}.{sys.version_info.minor}",
-        "defaults": [_told(value, closures) for value in defaults],
-        "values": {name: _told(value, closures) for name, value in values.items()},
-    }
-
-
-def _reads(code: CodeType) -> list[str]:
-    """Names that code looks up, and the code within it: comprehensions and functions of its own."""
-    within = (name for c in code.co_consts if isinstance(c, CodeType) for name in _reads(c))
-    return sorted({*code.co_names, *within})
-
-
-def _steps(code: CodeType) -> list[Any]:
-    """What code does, without where it is written; sets have no order of their own."""
-    constants: list[Any] = []
-    for value in code.co_consts:
-        if isinstance(value, CodeType):
-            constants.append(_steps(value))
-        else:
-            known = sorted(map(repr, value)) if isinstance(value, frozenset) else repr(value)
-            constants.append(known)
-    return [code.co_code.hex(), code.co_names, constants]
-
-
-def _told(value: Any, closures: bool) -> Plain:
-    """What a function reads from elsewhere; of other objects their class: they may hold anything."""
-    match value:
-        case None | bool() | int() | float() | str() | Enum() | Tensor() | nn.Module():
-            return describe(value)
-        case FunctionType() if closures:
-            return _nameless(value, closures=False) if "<" in value.__qualname__ else _name(value)
-        case list() | tuple():
-            return [_told(item, closures) for item in value]
-        case dict():
-            return {str(name): _told(item, closures) for name, item in value.items()}
-        case _:
-            return _name(value)
-
-
-def _name(function: Any) -> str:
-    return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
 def _short(value: Plain) -> str:

@@ -1,5 +1,7 @@
 import os
 import re
+import zipfile
+from itertools import product
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ import torch
 from lightning_kd.checkpoints import (
     AtomicCheckpointIO,
     fresh_name,
+    newest_complete,
     put_in_place,
     readable_checkpoint,
 )
@@ -70,6 +73,46 @@ def test_a_flipped_bit_is_found_and_the_newest_complete_checkpoint_named(tmp_pat
     with pytest.raises(ValueError, match="no checkpoint that can be read safely") as error:
         AtomicCheckpointIO().load_checkpoint(path)
     assert f"newest complete one beside it is {tmp_path / 'step=1.ckpt'}" in str(error.value)
+
+
+def entry_of_a_tensor(content):
+    """Where the entry of a tensor is in the central directory of an archive."""
+    end = content.index(b"data/0", content.index(b"PK\x01\x02")) + len("data/0")
+    return range(content.rindex(b"PK\x01\x02", 0, end), end)
+
+
+def test_a_flipped_bit_of_the_central_directory_is_found(tmp_path):
+    path, near = tmp_path / "damaged.ckpt", tmp_path / "last.ckpt"
+    weights = torch.arange(1.0, 4.0)
+    AtomicCheckpointIO().save_checkpoint({"w": weights}, path)
+    written = path.read_bytes()
+    accepted = []
+    for place, bit in product(entry_of_a_tensor(written), range(8)):
+        content = bytearray(written)
+        content[place] ^= 1 << bit
+        path.write_bytes(content)
+        found = newest_complete(near)
+        assert found in {path, None}
+        if found:
+            assert torch.equal(AtomicCheckpointIO().load_checkpoint(path)["w"], weights)
+            accepted.append(place - entry_of_a_tensor(written).start)
+    assert set(accepted) <= {4, 6, 8, 9, *range(12, 16)}  # versions, flags, time, date
+
+
+@pytest.mark.parametrize(
+    "change", [{"external_attr": 0x10}, {"flag_bits": 0x809}, {"extra": b"UT\0\0"}]
+)
+def test_records_that_torch_does_not_write_are_refused(tmp_path, change):
+    path = checkpoint(tmp_path / "last.ckpt")
+    other = checkpoint(tmp_path / "step=3.ckpt")
+    for damaged in (path, checkpoint(tmp_path / "step=4.ckpt")):
+        with zipfile.ZipFile(damaged, "a") as archive:
+            (record,) = (r for r in archive.infolist() if r.filename.endswith("data/0"))
+            for name, value in change.items():
+                setattr(record, name, value)
+            archive._didModify = True  # the directory is written again
+    with pytest.raises(ValueError, match=re.escape(f"newest complete one beside it is {other}")):
+        AtomicCheckpointIO().load_checkpoint(path)
 
 
 @pytest.mark.parametrize("size", [0, 100, 40_000])

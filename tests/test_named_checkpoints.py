@@ -99,8 +99,16 @@ def test_a_seed_out_of_range_is_a_short_error(fails, seed):
     assert f"seed_everything is {seed}" in fails(*fit("sft", f"--seed_everything={seed}"))
 
 
-def children(pid):
-    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+def rank_started_by(process):
+    """The process of a second rank, among all that a process has started; None where it is not yet."""
+    for task in Path(f"/proc/{process}/task/{process}/children").read_text().split():
+        try:
+            variables = Path(f"/proc/{task}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if b"LOCAL_RANK=1" in variables:
+            return int(task)
+    return None
 
 
 def alive(pid):
@@ -123,20 +131,24 @@ def test_no_process_is_left_behind_while_ddp_is_set_up(number):
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
+    deadline = time.monotonic() + 240  # for its imports, on a busy machine
+    second = None
     try:
-        while not (found := children(first.pid)):
+        while (second := rank_started_by(first.pid)) is None:
             assert first.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.02)
-        (second,) = found
         # The second is still importing: there is no group of processes yet.
         os.kill(first.pid, number)
-        assert first.wait(timeout=10) != 0
-        deadline = time.monotonic() + 60  # for its imports, on a busy machine
+        assert first.wait(timeout=30) != 0
+        deadline = time.monotonic() + 240
         while alive(second) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not alive(second)
     finally:
-        os.killpg(first.pid, signal.SIGKILL) if alive(second) or first.poll() is None else None
+        if first.poll() is None or (second and alive(second)):
+            os.killpg(first.pid, signal.SIGKILL)
+            first.wait()
 
 
 def test_last_is_looked_for_in_every_place_of_the_run(cli, monkeypatch):

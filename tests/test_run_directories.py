@@ -1,6 +1,7 @@
 """Runs that are started together have a directory each."""
 
 import multiprocessing
+import re
 from pathlib import Path
 
 import lightning as L
@@ -61,3 +62,31 @@ def test_a_run_that_is_overtaken_takes_the_next_directory(cli, monkeypatch):
     assert not list(Path("runs/version_0").iterdir())
     assert Path("runs/version_1/student/model.safetensors").exists()
     assert len(list(Path("runs/version_1").glob("events.*"))) == 1
+
+
+def test_runs_are_written_where_the_trainer_is_told(cli):
+    cli(*fit("sft", "--trainer.default_root_dir", "scratch"))
+    assert not Path("runs").exists()
+    again = ["--config", "scratch/version_0/config.yaml", "--trainer.max_steps", 2]
+    cli("fit", *again)
+    assert Path("scratch/version_1/config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--trainer.logger.save_dir", "other"], "trainer.default_root_dir is 'scratch'.*'other'"),
+        (["--trainer.logger", "false"], None),
+        (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "other"], None),
+    ],
+)
+def test_two_places_for_runs_are_refused_where_one_has_no_effect(cli, capsys, options, said):
+    command = fit("sft", "--trainer.default_root_dir", "scratch", *options)
+    if said is None:
+        cli(*command)
+        return
+    with pytest.raises(SystemExit) as ended:
+        cli(*command)
+    assert ended.value.code == 2
+    assert re.search(said, " ".join(capsys.readouterr().err.split()))
+    assert not Path("scratch").exists()

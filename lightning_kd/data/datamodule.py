@@ -1,6 +1,5 @@
 """What every data module shares: the tokenizer and the loaders."""
 
-import math
 from abc import abstractmethod
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -25,7 +24,7 @@ _SPLITS_OF: dict[str, tuple[Split, ...]] = {
     "predict": ("predict",),
 }
 
-_MOST_ROWS, _MOST_WORKERS = 2**16, 1024
+_MOST_ROWS, _MOST_WORKERS, _LONGEST_TIMEOUT = 2**16, 1024, 1_000_000
 
 
 @runtime_checkable
@@ -78,9 +77,10 @@ class DistillationData(Resumable, L.LightningDataModule):
             raise ValueError(
                 f"num_workers is {num_workers}; it must be 0 or more, and at most {_MOST_WORKERS:,}"
             )
-        if not (worker_timeout > 0 and math.isfinite(worker_timeout)):
+        if not 0 < worker_timeout <= _LONGEST_TIMEOUT:
             raise ValueError(
-                f"worker_timeout is {worker_timeout}; it must be a number of seconds above 0"
+                f"worker_timeout is {worker_timeout}; it must be a number of seconds above 0, and at "
+                f"most {_LONGEST_TIMEOUT:,}"
             )
         self.batch_size = batch_size
         self.num_workers, self.worker_timeout = num_workers, worker_timeout

@@ -1,7 +1,9 @@
 """Batches of rows, prepared in this process or ahead of it in others."""
 
+import multiprocessing
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +17,9 @@ from lightning_kd.processes import start_worker
 
 Key = tuple[int, int, int, int]
 """Sample number and row number as the batch shows them, row that is read, pass over the data."""
+
+_LAST_WAIT = 10.0
+"""Seconds in which a worker process ends that is told to."""
 
 WORKER_TIMEOUT = 600.0
 """Longest wait for a batch of a worker process, in seconds; longer than any that works takes."""
@@ -62,22 +67,25 @@ def prepared_batches(
 
     Raises:
         TimeoutError: If none came in this time.
+        RuntimeError: If a process ended.
     """
-    examples: Any = Examples(rows)  # the collator turns its items into a Batch
-    loader: DataLoader[Batch] = DataLoader(
-        examples,
+    # Tensors come from a worker by a file that is asked of it, for ever where it does not answer.
+    loader: DataLoader[Any] = DataLoader(
+        Examples(rows),
         batch_sampler=keys,
-        collate_fn=collate,
+        collate_fn=list,
         num_workers=num_workers,
         timeout=worker_timeout if num_workers else 0,
         worker_init_fn=partial(start_worker, os.getpid()),
-        pin_memory=torch.cuda.is_available(),
         # Without one of its own it draws from the global generator each time it starts, and
         # training would depend on how often there was validation.
         generator=torch.Generator(),
     )
+    before = {process.pid for process in multiprocessing.active_children()}
+    batches = iter(loader)
+    workers = [p for p in multiprocessing.active_children() if p.pid not in before]
     try:
-        yield from loader
+        yield from map(collate, batches)
     except RuntimeError as error:
         if "DataLoader timed out" not in str(error):
             raise
@@ -87,3 +95,11 @@ def prepared_batches(
             "Set data.num_workers: 0 to prepare batches in the main process, or raise "
             "data.worker_timeout"
         ) from error
+    finally:
+        del batches  # which asks the workers to end
+        for process in workers:  # an error may keep them; Python waits for them when it ends
+            process.terminate()
+            process.join(_LAST_WAIT)
+            with suppress(RuntimeError):  # torch's, of every worker that is killed
+                process.kill()
+                process.join(_LAST_WAIT)

@@ -6,11 +6,13 @@ import lightning as L
 from lightning.pytorch.callbacks import (
     EarlyStopping,
     GradientAccumulationScheduler,
+    ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
     Timer,
 )
 
+from lightning_kd.loops.after_validation import ranks_by_validation
 from lightning_kd.loops.fit import (
     EpochLoader,
     batches_between_validations,
@@ -96,6 +98,17 @@ def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:
     for name, monitor in monitors:
         if monitor.startswith("val/"):
             check_validates(trainer, loader, name, monitor)
+    if trainer.enable_validation and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+        for saving in checkpoint_callbacks(trainer):
+            if ranks_by_validation(saving):
+                _check_ranking(trainer, loader, saving)
+        for stopping in early_stoppings(trainer):
+            if stopping.monitor.startswith("val/") and stopping._check_on_train_epoch_end:
+                _check_epochs_are_validated(
+                    trainer,
+                    f"EarlyStopping compares {stopping.monitor}",
+                    "check_on_train_epoch_end",
+                )
 
 
 def check_validates(trainer: L.Trainer, loader: EpochLoader, what: str, monitor: str) -> None:
@@ -112,17 +125,32 @@ def check_validates(trainer: L.Trainer, loader: EpochLoader, what: str, monitor:
     """
     if not trainer.enable_validation or trainer.fast_dev_run:  # type: ignore[attr-defined]
         return
-    first = _first_validation(trainer, loader)
-    whole = trainer.max_steps * trainer.accumulate_grad_batches
+    first, run = _first_validation(trainer, loader), _micro_batches(trainer, loader)
     epochs, every = trainer.max_epochs, trainer.check_val_every_n_epoch
     too_few_epochs = epochs not in {None, -1} and every is not None and every > (epochs or 0)
-    if too_few_epochs or 0 < whole < first:
-        ends = f"max_epochs {epochs}" if too_few_epochs else f"max_steps {trainer.max_steps}"
+    if too_few_epochs or 0 < run < first:
+        by_steps = run == trainer.max_steps * trainer.accumulate_grad_batches
+        steps = by_steps and not too_few_epochs
+        ends = f"max_steps {trainer.max_steps}" if steps else f"max_epochs {epochs}"
         raise ValueError(
             f"{what} depends on {monitor}, and the run ends, by trainer.{ends}, before its first "
             f"validation, after {first} micro-batches. Lower trainer.val_check_interval or "
             "trainer.check_val_every_n_epoch, or let the run be longer"
         )
+
+
+def _micro_batches(trainer: L.Trainer, loader: EpochLoader) -> float:
+    """Of the run, as its steps and epochs end it; infinite where they do not."""
+    steps, epochs = trainer.max_steps, trainer.max_epochs
+    most = math.inf if steps == -1 else steps * trainer.accumulate_grad_batches
+    if epochs in {None, -1}:
+        return most
+    behind = 0
+    for epoch in range(epochs or 0):
+        behind += limited(loader.length_of(epoch), trainer.limit_train_batches)
+        if behind >= most or epoch == _EPOCHS_LOOKED_AT:
+            return most
+    return behind
 
 
 def _first_validation(trainer: L.Trainer, loader: EpochLoader) -> int:
@@ -169,12 +197,75 @@ def _check_lengths(trainer: L.Trainer, loader: EpochLoader) -> None:
             f"{min(cut)}. For every {interval} micro-batches of the run, set "
             "trainer.check_val_every_n_epoch: null"
         )
-    whole = trainer.max_steps * trainer.accumulate_grad_batches
-    if not by_epoch and interval > whole > 0:
+    run = _micro_batches(trainer, loader)
+    if not by_epoch and interval > run > 0:
         raise ValueError(
-            f"trainer.val_check_interval is {interval} micro-batches, and the run has {whole}: there "
-            f"would be no validation. Use {whole} or less, or trainer.limit_val_batches: 0"
+            f"trainer.val_check_interval is {interval} micro-batches, and the run has {run}: there "
+            f"would be no validation. Use {run} or less, or trainer.limit_val_batches: 0"
         )
+
+
+def _check_ranking(trainer: L.Trainer, loader: EpochLoader, saving: ModelCheckpoint) -> None:
+    """Refuse to rank weights by a metric of validation that was measured on other ones."""
+    does = f"ModelCheckpoint ranks by {saving.monitor}"
+    beside = "For checkpoints between validations add a ModelCheckpoint without a monitor"
+    every, epochs = saving._every_n_train_steps, saving.every_n_epochs or 0
+    if saving._save_on_train_epoch_end:
+        _check_epochs_are_validated(trainer, does, "save_on_train_epoch_end")
+    if every and (step := _save_without_validation(trainer, loader, every)) is not None:
+        interval, cut_into = validation_interval(trainer), trainer.accumulate_grad_batches
+        multiple = ""
+        if isinstance(interval, int) and trainer.check_val_every_n_epoch is None:
+            multiple = f", or make it a multiple of {interval // cut_into}, the steps between them"
+        raise ValueError(
+            f"{does} and has every_n_train_steps {every}, but step {step} is not validated: its "
+            "weights would be ranked by a measurement of others. Drop every_n_train_steps, so that it "
+            f"saves after each validation{multiple}. {beside}"
+        )
+    validated = trainer.check_val_every_n_epoch or 1
+    if epochs > 1 and epochs % validated:
+        raise ValueError(
+            f"{does} and has every_n_epochs {epochs}, but epochs are validated by "
+            f"trainer.check_val_every_n_epoch {validated}: use a multiple of it. {beside}"
+        )
+
+
+def _check_epochs_are_validated(trainer: L.Trainer, does: str, option: str) -> None:
+    """Refuse to decide at the ends of epochs, where validation is at other places."""
+    if validation_interval(trainer) != 1.0 or trainer.check_val_every_n_epoch != 1:
+        raise ValueError(
+            f"{does} and has {option}, but not every epoch ends with a validation "
+            f"(trainer.val_check_interval, trainer.check_val_every_n_epoch): the weights there would "
+            f"be judged by a measurement of others. Drop {option}: it decides after each validation"
+        )
+
+
+def _save_without_validation(trainer: L.Trainer, loader: EpochLoader, every: int) -> int | None:
+    """The first of every so many optimizer steps that no validation follows; None where each has one.
+
+    Where validation goes by time that is the first one.
+    """
+    interval, by_epoch = validation_interval(trainer), trainer.check_val_every_n_epoch
+    if interval is None:
+        return every
+    cut_into, begun = trainer.accumulate_grad_batches, 0
+    between, run = every * cut_into, _micro_batches(trainer, loader)
+    epochs = _EPOCHS_LOOKED_AT if trainer.max_epochs in {None, -1} else trainer.max_epochs or 0
+    for epoch in range(min(epochs, _EPOCHS_LOOKED_AT)):
+        length = limited(loader.length_of(epoch), trainer.limit_train_batches)
+        apart = interval
+        if isinstance(apart, float):
+            apart = batches_between_validations(apart, length, trainer)
+        first = between - begun % between
+        # If the first two of an epoch are validated, all of them are.
+        for at in (first, first + between):
+            if at > min(length, run - begun):
+                break
+            place = at if by_epoch else begun + at
+            if place % apart or (epoch + 1) % (by_epoch or 1):
+                return (begun + at) // cut_into
+        begun += length
+    return None
 
 
 def _multiples(value: int, unit: int) -> str:

@@ -153,7 +153,7 @@ class FitLoop(_FitLoop):
                 "ignore", message="The number of training batches .* is smaller"
             )
             super().setup_data()
-        if self._combined_loader is None or self._data_fetcher is None:
+        if self._data_fetcher is None:
             return
         if self.restarting and self._combined_loader_states_to_load:
             # Set up before there was a state: configure_optimizers had asked for the steps of the run.
@@ -164,7 +164,7 @@ class FitLoop(_FitLoop):
             epoch = processed(self.epoch_progress.current)
             loader.set_epoch(epoch)
             self.max_batches = limited(loader.length_of(epoch), trainer.limit_train_batches)
-            self._combined_loader.limits = [self.max_batches]
+            self._data_fetcher.combined_loader.limits = [self.max_batches]
             self._data_fetcher.length = self.max_batches
         interval = validation_interval(trainer)
         if isinstance(interval, float) and isinstance(self.max_batches, int):

@@ -11,6 +11,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_kd.loops.after_validation import decide_after_validation
 from lightning_kd.loops.callback_states import stopping_settings, under_new_settings
 from lightning_kd.loops.checks import check_limits
 from lightning_kd.loops.fit import (
@@ -23,6 +24,7 @@ from lightning_kd.loops.fit import (
     checkpoint_callbacks,
     early_stoppings,
     epoch_loader,
+    validation_interval,
 )
 from lightning_kd.loops.logs import EarlierRows, forget_steps
 from lightning_kd.loops.place import place_of
@@ -47,6 +49,7 @@ def prepare_trainer(trainer: L.Trainer) -> None:
     if requeues(trainer) and not any(isinstance(c, RequeueAfterStep) for c in trainer.callbacks):  # type: ignore[attr-defined]
         trainer.callbacks.append(RequeueAfterStep())  # type: ignore[attr-defined]
     trainer.callbacks.sort(key=_turn)  # type: ignore[attr-defined]
+    decide_after_validation(trainer)
     if not isinstance(trainer.fit_loop, FitLoop):
         trainer.fit_loop.__class__ = FitLoop
         trainer.fit_loop.epoch_loop.__class__ = EpochLoop
@@ -55,6 +58,8 @@ def prepare_trainer(trainer: L.Trainer) -> None:
     elif not isinstance(trainer, FitTrainer):
         own = type(trainer)
         trainer.__class__ = type(own.__name__, (FitTrainer, own), {})
+    if validation_interval(trainer) is None:
+        trainer.val_check_interval = None  # type: ignore[assignment]  # EarlyStopping reads it
 
 
 def _turn(callback: Callback) -> int:

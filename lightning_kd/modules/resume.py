@@ -9,9 +9,10 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_kd.checkpoints import weights_alone
+from lightning_kd.functions import FunctionDescription, is_nameless
 from lightning_kd.resuming import SHOWN, Plain, Resumable, describe, differences
 from lightning_kd.seeding import run_seed
 
@@ -125,7 +126,7 @@ class Resumption:
             for number, config in enumerate(trainer.lr_scheduler_configs):
                 done = trainer.global_step if config.interval == "step" else trainer.current_epoch
                 if number < len(states) and _counts_as(saved[_SCHEDULES][number], fresh[number]):
-                    done = states[number]["last_epoch"]
+                    done = _steps_of(states[number])
                 _advance(config.scheduler, done)
 
 
@@ -196,11 +197,40 @@ def _made(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _constants(config: LRSchedulerConfig) -> dict[str, Plain]:
-    """A fresh schedule's numbers and names."""
-    scheduler = config.scheduler
-    state = {name: describe(value) for name, value in sorted(scheduler.state_dict().items())}
+    """A fresh schedule's numbers, names and functions."""
     stepped = {name: getattr(config, name) for name in (*_STEPPED, "monitor")}
-    return {"class": type(scheduler).__qualname__, "stepped": stepped, **state}
+    return {"stepped": stepped, **_of_schedule(config.scheduler)}
+
+
+def _of_schedule(scheduler: Any) -> dict[str, Plain]:
+    """Describe a schedule; its state has neither its functions nor the classes of inner schedules."""
+    cls = type(scheduler)
+    found: dict[str, Plain] = {"class": cls.__qualname__}
+    if is_nameless(cls):
+        found |= FunctionDescription(describe).of(cls)
+    found |= {name: describe(value) for name, value in sorted(scheduler.state_dict().items())}
+    functions: dict[str, Plain] = {}
+    for name, value in sorted(vars(scheduler).items()):
+        parts = value if isinstance(value, list | tuple) else [value]
+        if any(isinstance(part, LRScheduler) for part in parts):
+            found[name] = [_of_schedule(part) for part in parts]
+        elif any(callable(part) for part in parts):
+            functions[name] = [describe(_without_owner(part)) for part in parts]
+    return found | {"functions": functions}
+
+
+def _without_owner(function: Any) -> Any:
+    """A method of the schedule itself, or of the module, which would be all that these hold."""
+    owner = getattr(function, "__self__", None)
+    own = isinstance(owner, LRScheduler | L.LightningModule)
+    return function.__func__ if own else function
+
+
+def _steps_of(state: dict[str, Any]) -> int:
+    """How often a saved schedule was stepped; one that chains others counts nothing itself."""
+    inner = state.get("_schedulers", [])
+    steps: int = state["last_epoch"] if "last_epoch" in state else _steps_of(inner[0])
+    return steps
 
 
 def _counts_as(saved: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -117,14 +117,17 @@ def test_an_unwritable_directory_is_rejected_before_the_first_step():
     refused(sft(), HFExport("model", overwrite=True), "it also has checkpoint-1")
 
 
-def test_a_model_in_the_directory_of_the_logger_is_replaced():
-    for lr in (0.1, 0.2):
-        module = sft(lr=lr)
-        logger = TensorBoardLogger("runs", name="", version=0, default_hp_metric=False)
+def test_a_directory_that_runs_share_keeps_the_first_ones_model():
+    for logger in (TensorBoardLogger("runs", name="", version=0, default_hp_metric=False), False):
+        module = sft()
         fit(module, HFExport(), logger=logger)
-        assert torch.equal(logits("runs/version_0/student"), module.student.eval()(IDS).logits)
-    fit(sft(), HFExport())  # no logger: the working directory does not belong to the run
-    refused(sft(), HFExport(), "there is a model in .*student already")
+        student = "runs/version_0/student" if logger else "student"
+        before = logits(student)
+        assert torch.equal(before, module.student.eval()(IDS).logits)
+        refused(sft(lr=0.2), HFExport(), "there is a model in .*student already", logger=logger)
+        assert torch.equal(logits(student), before)
+        fit(sft(lr=0.2), HFExport(overwrite=True), logger=logger)
+        assert not torch.equal(logits(student), before)
 
 
 def test_a_resumed_run_replaces_its_own_export():

@@ -136,6 +136,13 @@ def test_windows_come_again_before_the_next():
     assert ends == ([False] * 5 + [True]) * 2
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_batch_of_one_sample_is_known_by_its_window(rank):
+    loader = training(batch_size=1, rank=rank, world_size=2, plan=PLAN)
+    places = [loader.window_of(batch) for batch in islice(endless(loader), 12)]
+    assert places == [(0, 0), (0, 1)] * 3 + [(1, 0), (1, 1)] * 3
+
+
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (2, 3), (1, 3), (3, 1), (2, 1)])
 def test_no_cut_changes_the_samples_of_a_repeated_window(world_size, batch_size):
     """Windows of 12 samples in 2 passes, whoever shares them."""

@@ -82,6 +82,7 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/modules/half_precision.py": _STEPS,
     "lightning_kd/modules/resume.py": _LOOPS,
     "lightning_kd/loops/*.py": [*_LOOPS, "tests/callbacks/test_callbacks.py"],
+    "lightning_kd/loops/requeue.py": ["tests/resume/test_saves_after_steps.py"],
     "lightning_kd/models/logits_backend.py": [*_STEPS, "tests/modules/test_dropped_mass.py"],
     "lightning_kd/modules/baby_llama.py": _STEPS,
     "lightning_kd/modules/gkd.py": [

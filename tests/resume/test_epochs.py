@@ -440,6 +440,10 @@ def refused(match, module=plain, **settings):
             {"val_check_interval": 9, "check_val_every_n_epoch": None, "max_steps": 4},
             "val_check_interval is 9 micro-batches, and the run has 4.*limit_val_batches",
         ),
+        (
+            {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 1},
+            "val_check_interval is 2 micro-batches, and the run has 1: .*limit_val_batches",
+        ),
         ({"max_epochs": -1}, "the run has no end.*one pass is 5 optimizer steps.*EarlyStopping"),
     ],
 )
@@ -636,13 +640,15 @@ def as_before(path, position, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3, 4])
-def test_a_checkpoint_of_an_earlier_version_goes_on_in_its_epoch(tmp_path, step):
+@pytest.mark.parametrize(("step", "cut_into"), [(1, 2), (3, 2), (4, 2), (1, 1), (4, 1)])
+def test_a_checkpoint_of_an_earlier_version_goes_on_in_its_epoch(tmp_path, step, cut_into):
+    """It was saved by steps of two micro-batches."""
     path = as_before(saved_at(tmp_path, step), 2 * step, step)
-    settings = {"data": Letters(10, batch_size=2), "accumulate_grad_batches": 2}
+    data = Letters(10, batch_size=4 // cut_into)
+    settings = {"data": data, "accumulate_grad_batches": cut_into}
     _, whole, *_ = run(SFT(student=StudentSpec.of(tiny_llama(0))), **settings)
     _, seen, *_ = run(SFT(student=StudentSpec.of(tiny_llama(0))), ckpt_path=path, **settings)
-    assert batches(seen) == batches(whole)[2 * step :]
+    assert batches(seen) == batches(whole)[cut_into * step :]
     assert steps_of(seen, "validation") == [s for s in (3, 5, 8) if s >= step]
 
 

@@ -1,19 +1,26 @@
 """What a resumed run is told anew: it takes effect, or it is refused by name."""
 
-import json
 import math
 import re
 import shutil
 from contextlib import chdir
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
+from torch.optim.lr_scheduler import (
+    ChainedScheduler,
+    ConstantLR,
+    CyclicLR,
+    LambdaLR,
+    LRScheduler,
+    MultiplicativeLR,
+    SequentialLR,
+)
 
 from lightning_kd import (
     GKD,
@@ -35,7 +42,7 @@ from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.divergences import ForwardKL, GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.named_checkpoints import find_checkpoint
-from lightning_kd.resuming import describe, differences, digest
+from lightning_kd.resuming import digest
 from lightning_kd.schedules import Linear
 from tests.support.command_line import EXPECTED_WARNINGS
 from tests.support.toys import tiny_llama
@@ -390,6 +397,98 @@ def test_another_schedule_takes_the_place_of_the_saved_one():
     assert seen.rates() == pytest.approx({4: 0.0025, 5: 0.0025})
 
 
+class Decay:
+    """A curve that is called."""
+
+    def __init__(self, gain):
+        self._gain = gain
+
+    def __call__(self, step):
+        return self._gain**step
+
+    def of_step(self, step):
+        return self._gain**step
+
+
+def constant(gain):
+    return lambda step: gain
+
+
+def of(kind, make):
+    return lambda optimizer, gain: kind(optimizer, make(gain))
+
+
+def in_turn(optimizer, gain):
+    parts = [ConstantLR(optimizer, 0.5, 2), MultiplicativeLR(optimizer, constant(gain))]
+    return SequentialLR(optimizer, parts, milestones=[2])
+
+
+def chained(optimizer, gain):
+    parts = [LambdaLR(optimizer, Decay(gain)), ConstantLR(optimizer, 0.5, 99)]
+    return ChainedScheduler(parts, optimizer)
+
+
+def cyclic(optimizer, gain):
+    scale = lambda cycle: gain ** (cycle - 1)  # noqa: E731
+    return CyclicLR(optimizer, 0.01, 0.02, 1, scale_fn=scale, cycle_momentum=False)
+
+
+# Each begins with the same rate whatever the gain, and goes on in another way.
+CURVES = {
+    "lambda": lambda optimizer, gain: LambdaLR(optimizer, lambda step: gain**step),
+    "object": of(LambdaLR, Decay),
+    "method": of(LambdaLR, lambda gain: Decay(gain).of_step),
+    "partial": of(LambdaLR, lambda gain: partial(math.pow, gain)),
+    "product": of(MultiplicativeLR, constant),
+    "in turn": in_turn,
+    "chained": chained,
+    "cyclic": cyclic,
+}
+
+
+def rates_of(schedule):
+    """The rates under a schedule from the first step on, in torch alone."""
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.01)
+    scheduler, rates = schedule(optimizer), []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.usefixtures("teachers")
+@pytest.mark.parametrize("case", CURVES)
+def test_a_schedule_of_other_functions_takes_effect_from_the_first_resumed_step(case):
+    schedules = [partial(CURVES[case], gain=gain) for gain in (0.5, 0.9)]
+    before, after = (rates_of(schedule) for schedule in schedules)
+    assert before[0] == after[0]
+    assert before[5] != after[5]
+    run(lr_scheduler=schedules[0])
+    for schedule, rates in zip(schedules, (before, after), strict=True):
+        seen, _ = run(resume=saved(), lr_scheduler=schedule, folder="x")
+        assert seen.rates() == pytest.approx({step: rates[step] for step in (4, 5)}, rel=1e-12)
+
+
+def scripted(sign):
+    """A schedule of a script."""
+
+    class Curve(LRScheduler):
+        def get_lr(self):
+            if self.last_epoch == 0:
+                return self.base_lrs
+            return [group["lr"] + sign() * 0.001 for group in self.optimizer.param_groups]
+
+    return Curve
+
+
+@pytest.mark.usefixtures("teachers")
+def test_a_schedule_of_a_script_is_known_by_its_code():
+    run(lr_scheduler=scripted(lambda: 1))
+    seen, _ = run(resume=saved(), lr_scheduler=scripted(lambda: -1), folder="x")
+    assert seen.rates() == pytest.approx({4: 0.006, 5: 0.005})
+
+
 @pytest.mark.usefixtures("teachers")
 def test_hyperparameters_take_effect_and_what_was_not_said_stays():
     run(optimizer=adamw(weight_decay=0.1, betas=(0.9, 0.95)))
@@ -703,62 +802,6 @@ class Bonus(Resumable, Callback):
 
     def __init__(self, function=None):
         self.function = function
-
-
-def of_a_factor(factor, power=1):
-    def reward(completions):
-        return [factor * len(c) ** power for c in completions]
-
-    return reward
-
-
-GAIN = 1.0
-
-
-@pytest.mark.parametrize(
-    ("saved", "now", "named"),
-    [
-        (lambda c: [1.0], lambda c: [2.0], ".code"),
-        (lambda c: [len(c)], lambda c: [-len(c)], ".code"),
-        (lambda c: [x in {1, 2} for x in c], lambda c: [x in {1, 3} for x in c], ".code"),
-        (lambda c: [sum(x for x in c)], lambda c: [sum(-x for x in c)], ".code"),
-        (lambda c: [min(c)], lambda c: [max(c)], ".code"),
-        (lambda c, k=1: [k], lambda c, k=2: [k], ".defaults[0]: 1 -> 2"),
-        (of_a_factor(1.0), of_a_factor(0.5), ".values.factor: 1.0 -> 0.5"),
-        (of_a_factor([1]), of_a_factor([2]), ".values.factor[0]: 1 -> 2"),
-        (of_a_factor(of_a_factor), of_a_factor(len), ".values.factor"),
-        (partial(lambda c, k: [1.0], k=1), partial(lambda c, k: [2.0], k=1), ".code"),
-    ],
-)
-def test_functions_without_a_name_are_compared_by_what_they_do(saved, now, named):
-    saved, now = describe([saved]), describe([now])
-    assert json.loads(json.dumps(saved)) == saved
-    found = list(differences(saved, now, "rewards"))
-    assert len(found) == 1
-    assert f"rewards[0]{named}" in found[0]
-
-
-def test_the_same_function_without_a_name_is_itself_and_reads_what_it_reads(monkeypatch):
-    def made():
-        def of_itself(c):
-            return of_itself(c[1:]) + GAIN if c else 0.0
-
-        return of_itself, of_a_factor(SimpleNamespace(more=0)), lambda c: {1, 2, 3} | {*c}
-
-    assert describe(made()) == describe(made())
-    before = describe(made())
-    monkeypatch.setitem(globals(), "GAIN", 2.0)
-    assert list(differences(before, describe(made()))) == ["[0].values.GAIN: 1.0 -> 2.0"]
-
-
-@pytest.mark.parametrize(
-    "reward",
-    [lambda c: [GAIN * len(x) for x in c], lambda c: sorted(c, key=lambda x: GAIN)],
-)
-def test_what_a_comprehension_or_an_inner_function_reads_is_compared_too(reward, monkeypatch):
-    before = describe(reward)
-    monkeypatch.setitem(globals(), "GAIN", 2.0)
-    assert list(differences(before, describe(reward))) == ["values.GAIN: 1.0 -> 2.0"]
 
 
 @pytest.mark.usefixtures("teachers")

@@ -227,6 +227,31 @@ def test_no_unscored_tokens_are_reported_if_all_have_labels():
     assert [cause.split(":")[0] for cause in outcome.causes] == ["mean of micro-batch means"]
 
 
+def test_sparse_gradients_are_compared_like_others():
+    class Sparse(TokenMean):
+        def __init__(self):
+            super().__init__()
+            self.embedding.sparse = True
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+    dense = audit_case(Case("", TokenMean)).differences
+    assert dense["as_trained"] > 0.01
+    assert audit_case(Case("", Sparse)).differences == pytest.approx(dense, rel=1e-3, abs=1e-6)
+
+
+def test_the_gradient_is_that_of_the_step_where_it_is_cleared_behind_it():
+    class ClearsGradients(TokenMean):
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            optimizer.zero_grad(set_to_none=False)
+
+    kept, cleared = (audit_case(Case("", module)) for module in (TokenMean, ClearsGradients))
+    assert cleared.differences == kept.differences
+    assert cleared.causes == kept.causes != []
+
+
 def test_all_processes_raise_the_same_error(two_processes):
     first, second = two_processes["raised"]
     assert "1/world_size" in first

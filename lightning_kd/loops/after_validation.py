@@ -1,0 +1,66 @@
+"""Callbacks that decide by a metric of validation: once for each, by the weights it is of."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+
+from lightning_kd.loops.fit import EpochLoop, checkpoint_callbacks, early_stoppings
+
+
+class SavesAfterValidation(ModelCheckpoint):
+    """A checkpoint callback that ranks by a metric of validation, and saves after validations only.
+
+    Lightning saves before the validation of the same step, and at the end of an epoch that
+    ``max_steps`` has cut short: the weights there would be ranked by the metric of earlier ones.
+    """
+
+    _trained = False
+    """Has this step been trained, and not been validated?"""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
+    ) -> None:
+        """Let a save that is due wait for the validation of this step."""
+        loop = trainer.fit_loop.epoch_loop
+        if isinstance(loop, EpochLoop) and loop.in_step:
+            return
+        self._trained = True
+        try:
+            super().on_train_batch_end(trainer, pl_module, *args, **kwargs)
+        finally:
+            self._trained = False
+
+    def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
+        """The metrics; before a validation Lightning waits for one that is not there."""
+        found = super()._monitor_candidates(trainer)
+        if self._trained:
+            found.pop(str(self.monitor), None)
+        return found
+
+    def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
+        if trainer.enable_validation:
+            return False
+        return super()._should_save_on_train_epoch_end(trainer)
+
+
+def ranks_by_validation(callback: ModelCheckpoint) -> bool:
+    """Does it keep the best by a metric of validation?"""
+    return (callback.monitor or "").startswith("val/") and callback.save_top_k != 0
+
+
+def decide_after_validation(trainer: L.Trainer) -> None:
+    """Let callbacks that decide by a metric of validation do it after each validation, and then only.
+
+    They become callbacks of this package where they stand, under the names of their classes, which
+    are those of their states in checkpoints.
+    """
+    for callback in checkpoint_callbacks(trainer):
+        if ranks_by_validation(callback) and not isinstance(callback, SavesAfterValidation):
+            own = type(callback)
+            names = {"__qualname__": own.__qualname__, "__module__": own.__module__}
+            callback.__class__ = type(own.__name__, (SavesAfterValidation, own), names)
+    for stopping in early_stoppings(trainer):
+        if stopping.monitor.startswith("val/") and stopping._check_on_train_epoch_end is None:
+            stopping._check_on_train_epoch_end = False
