@@ -7,10 +7,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
-from lightning_kd.models import Student
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT
-from tests.modules.harness import Letters, trainer
-from tests.toys import tiny_llama
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
@@ -21,7 +21,7 @@ pytestmark = [
 def module(turns=3):
     """Its loss falls for so many steps, and then rises."""
     return SFT(
-        student=Student.of(tiny_llama(0)),
+        student=StudentSpec.of(tiny_llama(0)),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.5),
         lr_scheduler=lambda o: torch.optim.lr_scheduler.LambdaLR(
             o, lambda step: 1.0 if step < turns else -1.0
