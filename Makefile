@@ -30,7 +30,7 @@ test: check  ## Check style and types, then run all tests
 	$(BIN)/python -m pytest
 
 # One thread: the models are so small that a second one only waits.
-test-quick: install  ## Run the tests that start no process, in less than three minutes
+test-quick: install  ## Run the tests that start no process and take no seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (processes or command_line or slow)"
 
 check: install  ## Style and types only

@@ -72,6 +72,7 @@ def test_an_evaluation_divides_each_term_by_its_own_count_however_it_is_cut():
         assert [result[name] for name in names] == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.processes
 @pytest.mark.usefixtures("float64_norms")
 def test_no_cut_changes_loss_or_gradient(tmp_path):
     """Over micro-batches and two processes, on a loader that tells the micro-batches of a step."""
