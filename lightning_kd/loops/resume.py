@@ -27,6 +27,7 @@ from lightning_kd.loops.fit import (
     validation_interval,
 )
 from lightning_kd.loops.logs import EarlierRows, forget_steps
+from lightning_kd.loops.module_hooks import ModuleHooks
 from lightning_kd.loops.place import place_of
 from lightning_kd.loops.requeue import RequeueAfterStep, SavesAfterStep, requeues
 
@@ -48,6 +49,8 @@ def prepare_trainer(trainer: L.Trainer) -> None:
         trainer.callbacks.insert(0, ResumeState(EarlierRows(trainer)))  # type: ignore[attr-defined]
     if requeues(trainer) and not any(isinstance(c, RequeueAfterStep) for c in trainer.callbacks):  # type: ignore[attr-defined]
         trainer.callbacks.append(RequeueAfterStep())  # type: ignore[attr-defined]
+    if not any(isinstance(callback, ModuleHooks) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        trainer.callbacks.append(ModuleHooks())  # type: ignore[attr-defined]
     trainer.callbacks.sort(key=_turn)  # type: ignore[attr-defined]
     decide_after_validation(trainer)
     if not isinstance(trainer.fit_loop, FitLoop):
@@ -64,7 +67,8 @@ def prepare_trainer(trainer: L.Trainer) -> None:
 
 def _turn(callback: Callback) -> int:
     """The place of a callback among others: those that save are behind all that has to be saved."""
-    return 2 if isinstance(callback, Checkpoint) else int(isinstance(callback, SavesAfterStep))
+    behind = (ModuleHooks, SavesAfterStep, Checkpoint)
+    return next((turn for turn, kind in enumerate(behind, 1) if isinstance(callback, kind)), 0)
 
 
 class ResumeState(Callback):

@@ -217,3 +217,63 @@ def test_a_validation_that_comes_in_a_later_epoch_is_one(interval):
         check_val_every_n_epoch=None,
     )
     assert "val/loss" in run.callback_metrics
+
+
+class Shrinks(SFT):
+    """One that changes its weights in hooks of its own."""
+
+    at = "on_train_batch_end"
+
+    def shrink(self, hook):
+        if hook == self.at:
+            self.calls = getattr(self, "calls", 0) + 1
+            with torch.no_grad():
+                for weight in self.student.parameters():
+                    weight.mul_(0.9)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        assert outputs["loss"].isfinite()
+        assert len(batch["row"]) == 2
+        super().on_train_batch_end(outputs, batch, batch_idx)
+        self.shrink("on_train_batch_end")
+
+    def on_validation_end(self):
+        self.shrink("on_validation_end")
+
+    def on_train_epoch_end(self):
+        self.shrink("on_train_epoch_end")
+
+
+@pytest.mark.parametrize(
+    ("hook", "times", "saves"),
+    [
+        ("on_train_batch_end", 6, {"every_n_train_steps": 5}),
+        ("on_validation_end", 6, {"monitor": "val/loss", "save_top_k": -1}),
+        ("on_train_epoch_end", 2, {"save_on_train_epoch_end": True, "save_top_k": -1}),
+    ],
+)
+def test_what_a_module_does_in_hooks_of_its_own_is_in_the_checkpoint(tmp_path, hook, times, saves):
+    def end(folder, resume=None):
+        torch.manual_seed(0)
+        made = Shrinks(student=Student.of(tiny_llama(0)))
+        made.at = hook
+        keep = ModelCheckpoint(tmp_path / folder, "{step}", **saves)
+        run = trainer(
+            limit_val_batches=1.0,
+            enable_checkpointing=True,
+            callbacks=[keep],
+            val_check_interval=1,
+            max_epochs=-1,
+            max_steps=6,
+        )
+        data = Letters(rows=10, batch_size=2)
+        run.fit(made, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
+        assert hook not in vars(made)
+        return made
+
+    whole = end("whole")
+    assert whole.calls == times
+    again = end("again", tmp_path / "whole/step=5.ckpt")
+    assert again.calls == 1
+    for expected, found in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(found, expected)

@@ -1,0 +1,63 @@
+"""The module's own hooks, called before the callbacks that save."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.states import TrainerFn
+
+_HOOKS = ("on_train_batch_end", "on_validation_end")
+
+
+class ModuleHooks(Callback):
+    """Call what the module does after a micro-batch and a validation before those that save.
+
+    Lightning calls it behind all callbacks: a checkpoint would not hold what it has changed, and the
+    run that goes on from there would not do it again. The call that Lightning makes later is left out.
+    """
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
+        """Call the hooks again, also where an exception came between the two calls."""
+        _forget(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
+    ) -> None:
+        """After a micro-batch."""
+        _call_now(trainer, pl_module, "on_train_batch_end", *args)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After a validation of a run that trains."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            _call_now(trainer, pl_module, "on_validation_end")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the module as it was."""
+        _forget(pl_module)
+
+
+class _Called:
+    """Stands for a hook that has been called, until Lightning comes to it."""
+
+    def __init__(self, module: L.LightningModule, name: str) -> None:
+        self.module, self.name = module, name
+
+    def __call__(self, *_: Any, **__: Any) -> None:
+        del self.module.__dict__[self.name]
+
+
+def _call_now(trainer: L.Trainer, module: L.LightningModule, name: str, *args: Any) -> None:
+    _forget(module)
+    if getattr(type(module), name) is getattr(L.LightningModule, name) or name in vars(module):
+        return
+    call._call_lightning_module_hook(trainer, name, *args)
+    module.__dict__[name] = _Called(module, name)
+
+
+def _forget(module: L.LightningModule) -> None:
+    for name in _HOOKS:
+        if isinstance(vars(module).get(name), _Called):
+            del module.__dict__[name]
