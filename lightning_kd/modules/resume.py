@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_warn
@@ -16,6 +16,7 @@ from lightning_kd.functions import FunctionDescription, is_nameless
 from lightning_kd.resuming import SHOWN, Plain, Resumable, describe, differences
 from lightning_kd.seeding import run_seed
 
+_T = TypeVar("_T")
 _SETTINGS, _OPTIMIZERS, _SCHEDULES = "settings", "optimizers", "schedules"
 _STEPPED = ("interval", "frequency", "reduce_on_plateau")
 
@@ -45,13 +46,14 @@ class Resumption:
         """
         trainer = self.module.trainer
         self._groups = [_made(optimizer) for optimizer in trainer.optimizers]
-        self.record = {
+        record = {
             _SETTINGS: settings_of(trainer, self.module),
             _OPTIMIZERS: [
                 {"class": type(_inner(optimizer)).__qualname__, "groups": describe(groups)}
                 for optimizer, groups in zip(trainer.optimizers, self._groups, strict=True)
             ],
         }
+        self.record = self._of_the_first_process(record)
         self.compare()
 
     def load(self, checkpoint: dict[str, Any] | None, saved: dict[str, Any]) -> None:
@@ -79,11 +81,18 @@ class Resumption:
             else:
                 # A loader refuses other data when its place is restored, and knows fewer names. The
                 # model is still to be converted.
-                now = settings_of(self.module.trainer, self.module)
+                now = self._of_the_first_process(settings_of(self.module.trainer, self.module))
                 before = saved[_SETTINGS] | {"model": now["model"]}
                 _refuse(list(differences(before, now)))
         if checkpoint is not None:
             self.schedules, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
+
+    def _of_the_first_process(self, description: _T) -> _T:
+        """Return what the first process says of a run, which is what checkpoints hold.
+
+        A function may read what differs between processes (a device); all of them decide alike.
+        """
+        return self.module.trainer.strategy.broadcast(description)
 
     def compare(self) -> None:
         """Refuse what differs from the saved run and must not.
@@ -108,7 +117,9 @@ class Resumption:
         """
         trainer = self.module.trainer
         schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-        fresh = [_constants(config) for config in trainer.lr_scheduler_configs]
+        fresh = self._of_the_first_process(
+            [_constants(config) for config in trainer.lr_scheduler_configs]
+        )
         self.record[_SCHEDULES] = fresh
         saved, states, self.schedules = self.saved, self.schedules, []
         self.saved = None

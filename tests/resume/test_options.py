@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import ReduceLROnPlateau as MonitoredPlateau
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.optim.lr_scheduler import (
     ChainedScheduler,
     ConstantLR,
@@ -810,3 +811,29 @@ def test_another_lambda_is_refused_on_a_resume_and_the_same_one_is_not():
     run(callbacks=[Bonus(lambda c: [1.0])], resume=saved(), folder="x")
     with pytest.raises(ValueError, match=r"Bonus\.function\.code: "):
         run(callbacks=[Bonus(lambda c: [2.0])], resume=saved(), folder="y")
+
+
+@pytest.mark.usefixtures("teachers")
+def test_what_differs_between_processes_is_compared_as_the_first_one_says(monkeypatch):
+    def bonus(rank):
+        names = {"__name__": "__main__", "device": f"cuda:{rank}"}
+        exec("def reward(c): return [device]", names)
+        return [Bonus(names["reward"])]
+
+    said = []
+
+    def by_the_first_process(self, value, src=0):
+        if isinstance(value, dict) and "settings" in value:
+            said.append(value)
+            return said[0]
+        if isinstance(value, dict) and "seed_everything" in value and said:
+            return said[0]["settings"]
+        return value
+
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", by_the_first_process)
+    run(callbacks=bonus(0))
+    run(callbacks=bonus(1), resume=saved(), folder="x")
+    # Where the first process is told something else, all refuse, with what it says.
+    said[0] = said[0] | {"settings": said[0]["settings"] | {"seed_everything": 7}}
+    with pytest.raises(ValueError, match="seed_everything: 0 -> 7"):
+        run(callbacks=bonus(1), resume=saved(), folder="y")
