@@ -255,7 +255,7 @@ class Shrinks(SFT):
 def test_what_a_module_does_in_hooks_of_its_own_is_in_the_checkpoint(tmp_path, hook, times, saves):
     def end(folder, resume=None):
         torch.manual_seed(0)
-        made = Shrinks(student=Student.of(tiny_llama(0)))
+        made = Shrinks(student=StudentSpec.of(tiny_llama(0)))
         made.at = hook
         keep = ModelCheckpoint(tmp_path / folder, "{step}", **saves)
         run = trainer(
