@@ -1,5 +1,6 @@
 """Lightning's loops over epochs of unequal length, and what makes a resumed run go on exactly."""
 
+from lightning_kd.loops.callback_states import for_evaluation
 from lightning_kd.loops.checks import check_epochs, check_validates
 from lightning_kd.loops.fit import EpochLoader, FitTrainer, estimated_steps
 from lightning_kd.loops.requeue import SavesAfterStep, handler_before, requeues
@@ -12,6 +13,7 @@ __all__ = [
     "check_epochs",
     "check_validates",
     "estimated_steps",
+    "for_evaluation",
     "handler_before",
     "prepare_trainer",
     "requeues",

@@ -50,6 +50,16 @@ def under_new_settings(
             _rank(saving, state)
 
 
+def for_evaluation(trainer: L.Trainer, states: dict[str, Any]) -> None:
+    """Change the saved states of callbacks in place, before an evaluation restores them.
+
+    An evaluation has no directory of its own, and Lightning warns of every other than the saved one.
+    """
+    for saving in checkpoint_callbacks(trainer):
+        if saving.state_key in states:
+            states[saving.state_key]["dirpath"] = saving.dirpath
+
+
 def _settings(stopping: EarlyStopping) -> dict[str, Any]:
     return {name: getattr(stopping, name) for name in _DECIDES}
 

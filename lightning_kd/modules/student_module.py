@@ -16,7 +16,7 @@ from lightning_kd.generation import (
     engine_for,
     generate,
 )
-from lightning_kd.loops import prepare_trainer
+from lightning_kd.loops import for_evaluation, prepare_trainer
 from lightning_kd.models import StudentSpec
 from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.positions import check_length
@@ -262,8 +262,12 @@ class StudentModule(Resumable, L.LightningModule):
         if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
             compare_weights(checkpoint["state_dict"], self.state_dict())
         self._has_weights = True
-        if self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+        if self._trainer is None:
+            return
+        if self.trainer.state.fn is TrainerFn.FITTING:
             self.resumption.load(checkpoint, checkpoint[RUN_KEY])
+        else:
+            for_evaluation(self.trainer, checkpoint.get("callbacks", {}))
 
 
 def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:

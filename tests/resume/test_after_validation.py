@@ -277,3 +277,19 @@ def test_what_a_module_does_in_hooks_of_its_own_is_in_the_checkpoint(tmp_path, h
     assert again.calls == 1
     for expected, found in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_an_evaluation_has_no_directory_of_checkpoints_to_warn_of(tmp_path):
+    fit(
+        [ModelCheckpoint(tmp_path, "{step}", monitor="val/loss", save_top_k=-1)],
+        val_check_interval=2,
+    )
+    run = trainer(
+        limit_val_batches=1.0,
+        enable_checkpointing=True,
+        callbacks=[ModelCheckpoint(monitor="val/loss", save_top_k=-1)],
+    )
+    path = next(tmp_path.glob("*.ckpt"))
+    data = Letters(rows=10, batch_size=2)
+    run.validate(module(), datamodule=data, ckpt_path=path, weights_only=True)
+    assert run.checkpoint_callback.best_model_path.startswith(str(tmp_path))
