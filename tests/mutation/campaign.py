@@ -82,6 +82,8 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/modules/half_precision.py": _STEPS,
     "lightning_kd/modules/resume.py": _LOOPS,
     "lightning_kd/loops/*.py": [*_LOOPS, "tests/callbacks/test_callbacks.py"],
+    "lightning_kd/loops/after_validation.py": ["tests/resume/test_after_validation.py"],
+    "lightning_kd/loops/module_hooks.py": ["tests/resume/test_after_validation.py"],
     "lightning_kd/loops/requeue.py": ["tests/resume/test_saves_after_steps.py"],
     "lightning_kd/models/logits_backend.py": [*_STEPS, "tests/modules/test_dropped_mass.py"],
     "lightning_kd/modules/baby_llama.py": _STEPS,
@@ -104,6 +106,8 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/data/rows.py": _DATA,
     "lightning_kd/data/collate.py": [*_DATA, "tests/data/test_loader.py"],
     "lightning_kd/data/encoding.py": _DATA,
+    "lightning_kd/functions.py": ["tests/resume/test_functions.py"],
+    "lightning_kd/integrity.py": ["tests/test_checkpoints.py"],
     "lightning_kd/policy.py": ["tests/test_policy.py", "tests/modules/test_minillm.py"],
     "lightning_kd/normalization.py": [
         "tests/test_normalization.py",
