@@ -58,6 +58,7 @@ GAIN = 1.0
         (lambda c, answer: [answer], lambda c, rationale: [rationale], ".code"),
         (lambda prompt, c: [prompt], lambda c, prompt: [c], ".code"),
         (lambda c, *, a, b: a, lambda c, *, b, a: b, ".code"),
+        (lambda c, *, a: [a], lambda c, *, b: [b], ".code"),
         (lambda *c: c, lambda **c: c, ".code"),
         (partial(lambda c, k: [1.0], k=1), partial(lambda c, k: [2.0], k=1), ".code"),
     ],
