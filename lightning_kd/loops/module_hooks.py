@@ -50,7 +50,6 @@ class _Called:
 
 
 def _call_now(trainer: L.Trainer, module: L.LightningModule, name: str, *args: Any) -> None:
-    _forget(module)
     if getattr(type(module), name) is getattr(L.LightningModule, name) or name in vars(module):
         return
     call._call_lightning_module_hook(trainer, name, *args)
