@@ -107,7 +107,7 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/data/collate.py": [*_DATA, "tests/data/test_loader.py"],
     "lightning_kd/data/encoding.py": _DATA,
     "lightning_kd/functions.py": ["tests/resume/test_functions.py"],
-    "lightning_kd/integrity.py": ["tests/test_checkpoints.py"],
+    "lightning_kd/integrity.py": ["tests/test_checkpoints.py", "tests/test_strategies.py"],
     "lightning_kd/policy.py": ["tests/test_policy.py", "tests/modules/test_minillm.py"],
     "lightning_kd/normalization.py": [
         "tests/test_normalization.py",
