@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning as L
@@ -29,31 +30,26 @@ class RolloutStatistics:
     def begin(self) -> None:
         """Start a window, and its time."""
         self._started = time.perf_counter()
-        self._generated: dict[str, Tensor] = {}
+        self._generated: Completions | None = None
         self._seconds = 0.0
 
     def add(self, generated: Completions, seconds: float) -> None:
         """Add completions, and the time that generating them took."""
-        rows = [
-            ids[mask] for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
-        ]
+        self._generated = replace(generated, log_probs=None, sampling_log_probs=None)
         self._seconds = seconds
-        self._generated = {
-            "lengths": generated.mask.sum(-1).double(),
-            "ended": generated.ended.double(),
-            "distinct_1": torch.tensor(distinct(rows, 1)),
-            "distinct_2": torch.tensor(distinct(rows, 2)),
-        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics so far, for a checkpoint in the middle of a window."""
+        generated = None if self._generated is None else asdict(self._generated)
         elapsed = time.perf_counter() - self._started
-        return {"generated": self._generated, "seconds": self._seconds, "elapsed": elapsed}
+        return {"generated": generated, "seconds": self._seconds, "elapsed": elapsed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue a window, without the time between saving and loading."""
         self._started = time.perf_counter() - state["elapsed"]
-        self._generated, self._seconds = state["generated"], state["seconds"]
+        generated = state["generated"]
+        self._generated = None if generated is None else Completions(**generated)
+        self._seconds = state["seconds"]
 
     def end(self, trainer: L.Trainer, on_policy: bool, steps: int) -> None:
         """Log the window that ends with this optimizer step, if any of its steps is logged."""
@@ -61,14 +57,17 @@ class RolloutStatistics:
         if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
         values = {"on_policy": torch.tensor(float(on_policy))}
-        if self._generated:
-            values |= self._metrics(trainer)
+        if self._generated is not None:
+            values |= self._metrics(trainer, self._generated)
         log_metrics(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
 
-    def _metrics(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        own = torch.stack([self._generated["lengths"], self._generated["ended"]])
+    def _metrics(self, trainer: L.Trainer, generated: Completions) -> dict[str, Tensor]:
+        own = torch.stack([generated.mask.sum(-1).double(), generated.ended.double()])
         everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
         all_lengths, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
+        rows = [
+            ids[mask] for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
+        ]
         elapsed = time.perf_counter() - self._started
         last = trainer.global_step
         for logger in trainer.loggers:
@@ -81,8 +80,8 @@ class RolloutStatistics:
             "length_max": all_lengths.max(),
             "eos_rate": ended.mean(),
             "truncation_rate": 1 - ended.mean(),
-            "distinct_1": self._generated["distinct_1"],
-            "distinct_2": self._generated["distinct_2"],
+            "distinct_1": torch.tensor(distinct(rows, 1)),
+            "distinct_2": torch.tensor(distinct(rows, 2)),
             "tokens_per_second": all_lengths.sum() / self._seconds,
             "time_share": torch.tensor(self._seconds / elapsed),
         }
