@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_kd.batch import FILLER_ROW, Batch
+from lightning_kd.batch import FILLER_ROW, Batch, has_prompts
 from lightning_kd.collectives import any_process
 from lightning_kd.evaluation import ExactMatch
 from lightning_kd.generation import GenerationOptions
@@ -106,7 +106,7 @@ class CompletionSamples(Callback):
 
     def _complete(self, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         beyond = self.batches != -1 and batch_idx >= self.batches
-        if beyond or "prompt_ids" not in batch or not isinstance(module, DistillationModule):
+        if beyond or not has_prompts(batch) or not isinstance(module, DistillationModule):
             return
         with adapter_of(module.trainer).outside_of_steps():
             completions = module.complete(batch, purpose="samples", options=self.options)

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_kd.batch import FILLER_ROW, Batch
+from lightning_kd.batch import FILLER_ROW, PromptBatch
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
@@ -60,7 +60,7 @@ class JsonlPredictions(Callback):
         trainer: L.Trainer,
         pl_module: L.LightningModule,
         outputs: Completions,
-        batch: Batch,
+        batch: PromptBatch,
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:

@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, Rollout, require_prompts
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import (
@@ -138,7 +138,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
         self._window: int | None = None
         self._on_policy = False
-        self._rollouts: list[Batch] = []
+        self._rollouts: list[Rollout] = []
 
     def resume_settings(self) -> dict[str, Any]:
         """Return options that must not change, with ``rows_at_once`` if rows share random numbers."""
@@ -263,7 +263,8 @@ class OnPolicyGeneration(Resumable, Callback):
     def _generate_window(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
         """Generate a window's completions, and let the module prepare them."""
         loader = loader_of(trainer)
-        batches = [trainer.strategy.batch_to_device(batch) for batch in loader.window(window)]
+        of_data = [require_prompts(batch) for batch in loader.window(window)]
+        batches = [trainer.strategy.batch_to_device(batch) for batch in of_data]
         models = list(module.models.values())
         context = trainer.precision_plugin.train_step_context()
         sharded = [model for model in models if self.unshard and is_fsdp2_sharded(model)]
@@ -288,9 +289,9 @@ class OnPolicyGeneration(Resumable, Callback):
                     batch,
                     generated.rows(slice(start, end)),
                     pad_id=pad_id,
+                    group_size=self.plan.group_size,
                     truncation=self.truncated,
                 )
-                rollout["group"] = rollout["sample"] // self.plan.group_size
                 self._rollouts.append(rollout)
                 start = end
             if self._on_policy:

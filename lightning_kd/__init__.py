@@ -6,7 +6,7 @@ modules, data modules, divergences, normalizations, students and teachers.
 
 from importlib.metadata import version
 
-from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.batch import IGNORE_INDEX, Batch, PairedBatch, PromptBatch, Rollout
 from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import (
     ArithmeticData,
@@ -103,12 +103,15 @@ __all__ = [
     "OnPolicyDistillation",
     "PPOClip",
     "PackedTextData",
+    "PairedBatch",
     "Paper",
+    "PromptBatch",
     "PromptCompletionData",
     "Prompts",
     "PromptsAndText",
     "RLDistillation",
     "Resumable",
+    "Rollout",
     "RoutedTeacher",
     "SamplingOptions",
     "SequenceKD",

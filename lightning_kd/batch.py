@@ -14,7 +14,7 @@ A *scored position* is one whose logits enter the loss. ``labels`` are unshifted
 ``t`` are scored when ``labels[:, t + 1]`` is a token and not :data:`IGNORE_INDEX`.
 """
 
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeGuard, cast
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ FILLER_ROW = -1
 
 
 class Batch(TypedDict):
-    """A padded micro-batch, as the loaders yield it and every module reads it."""
+    """A padded micro-batch of rows, as the loaders yield it and every module reads it."""
 
     input_ids: Tensor
     """Prompt and completion, padded on the right, ``(B, T)``."""
@@ -38,26 +38,65 @@ class Batch(TypedDict):
     """Number of the row in its data set, ``(B,)``; :data:`FILLER_ROW` for filler."""
     sample: NotRequired[Tensor]
     """In training, number of the row's sample in the run's stream, ``(B,)``."""
-    prompt_ids: NotRequired[Tensor]
-    """The prompt alone, padded on the left for generation, ``(B, P)``."""
-    prompt_mask: NotRequired[Tensor]
-    """1 on the prompt's tokens, ``(B, P)``."""
-    prompt: NotRequired[list[str]]
-    """The prompt's text, one per row."""
-    completion: NotRequired[list[str]]
-    """The reference completion's text, one per row."""
     extra: NotRequired[dict[str, list[Any]]]
     """Further columns of the data, one value per row each."""
-    completion_mask: NotRequired[Tensor]
-    """In a rollout, True on the tokens that a model wrote, ``(B, T)``."""
-    group: NotRequired[Tensor]
-    """In a rollout, a number that completions of one prompt share, ``(B,)``."""
+
+
+class PromptBatch(Batch):
+    """A micro-batch whose rows are prompts and completions; those of packed text are not."""
+
+    prompt_ids: Tensor
+    """The prompt alone, padded on the left for generation, ``(B, P)``."""
+    prompt_mask: Tensor
+    """1 on the prompt's tokens, ``(B, P)``."""
+    prompt: list[str]
+    """The prompt's text, one per row."""
+    completion: list[str]
+    """The reference completion's text, one per row."""
+
+
+class Rollout(PromptBatch):
+    """A micro-batch whose completions a model generated; ``completion`` remains the reference."""
+
+    completion_mask: Tensor
+    """True on the generated tokens, ``(B, T)``."""
+    group: Tensor
+    """A number that completions of one prompt share, ``(B,)``."""
     log_probs: NotRequired[Tensor]
-    """In a rollout, log-probability of each labeled token under the student that wrote it, at the
-    sampling temperature, ``(B, T)``, at the token's own place."""
+    """If the engine tells, log-probability of each labeled token under the model that generated it, at
+    the sampling temperature, ``(B, T)``, at the token's own position."""
     sampling_log_probs: NotRequired[Tensor]
-    """The same under the distribution it was drawn from, where a teacher was mixed in."""
+    """The same under the distribution it was sampled from, where a teacher was mixed in."""
     advantages: NotRequired[Tensor]
-    """In a rollout, what a method gives its tokens for an advantage, ``(B, T)``."""
-    text: NotRequired["Batch"]
-    """A micro-batch of a second stream, for methods that also learn from plain text."""
+    """The advantage of each token, if the method computes it for whole windows, ``(B, T)``."""
+
+
+class PairedBatch(Batch):
+    """A micro-batch with one of a second stream, for methods that also learn from plain text."""
+
+    text: Batch
+    """The micro-batch of plain text, with as many rows."""
+
+
+def has_prompts(batch: Batch) -> TypeGuard[PromptBatch]:
+    """Return whether the rows of a batch are prompts and completions."""
+    return "prompt_ids" in batch
+
+
+def require_prompts(batch: Batch) -> PromptBatch:
+    """Return a batch as one with prompts.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    if not has_prompts(batch):
+        raise ValueError(
+            "the data has no prompts to complete (packed text has none); use a data module with "
+            "prompts and completions"
+        )
+    return batch
+
+
+def text_of(batch: Batch) -> Batch | None:
+    """Return the micro-batch of plain text that comes with a batch, if one does."""
+    return cast(PairedBatch, batch)["text"] if "text" in batch else None

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Rollout
 from lightning_kd.generation import Truncation
 from lightning_kd.modules import DistillationModule
 from lightning_kd.scoring import ScoredPositions
@@ -25,7 +25,7 @@ class EmptyWindows:
         self.truncation = truncation
         self._consecutive = 0
 
-    def add(self, module: DistillationModule, rollouts: Sequence[Batch], longest: int) -> None:
+    def add(self, module: DistillationModule, rollouts: Sequence[Rollout], longest: int) -> None:
         """Count a window; all ranks call this together.
 
         Args:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, PromptBatch, require_prompts
 from lightning_kd.data import PairedLoader, TrainingLoader
 from lightning_kd.generation import (
     Completions,
@@ -29,7 +29,7 @@ from lightning_kd.tokenization import padding_id
 
 def complete(
     module: DistillationModule,
-    batches: Sequence[Batch],
+    batches: Sequence[PromptBatch],
     options: GenerationOptions,
     *,
     engine: Engine,
@@ -190,11 +190,8 @@ def check_batches(batches: Sequence[Batch], world_size: int, group_size: int) ->
     Raises:
         ValueError: If rows have no prompts, or groups do not fill a window.
     """
-    if any("prompt_ids" not in batch for batch in batches):
-        raise ValueError(
-            "the data has no prompts to complete (packed text has none); use a data module with "
-            "prompts and completions"
-        )
+    for batch in batches:
+        require_prompts(batch)
     rows = world_size * sum(len(batch["row"]) for batch in batches)
     if rows % group_size:
         raise ValueError(

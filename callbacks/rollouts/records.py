@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Rollout
 from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.callbacks.rollouts.statistics import passes_multiple
 from lightning_kd.collectives import gather_objects
@@ -44,7 +44,7 @@ class RolloutRecords:
         self,
         trainer: L.Trainer,
         module: DistillationModule,
-        rollouts: Sequence[Batch],
+        rollouts: Sequence[Rollout],
         ended: list[bool],
         window: int,
     ) -> None:
@@ -74,13 +74,13 @@ class RolloutRecords:
         kept = [line for line in lines if json.loads(line)["window"] < window]
         self.path.write_text("".join(kept), encoding="utf-8")
 
-    def log_table(self, trainer: L.Trainer, module: TeacherModule, batch: Batch) -> None:
+    def log_table(self, trainer: L.Trainer, module: TeacherModule, batch: Rollout) -> None:
         """Log a table of the first rows with the reverse KL of every token, if it is due."""
         step = trainer.global_step
         loggers = [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)]
         if not loggers or not passes_multiple(step - 1, step, self.table_every):
             return
-        first: Batch = {**batch}
+        first: Rollout = {**batch}
         for name in ("input_ids", "attention_mask", "labels", "completion_mask", "row"):
             first[name] = batch[name][: self.table_rows]
         first["extra"] = {k: v[: self.table_rows] for k, v in batch.get("extra", {}).items()}
@@ -102,7 +102,7 @@ class RolloutRecords:
             logger.experiment.add_text("rollout/samples", table, step - 1)
 
 
-def _records(batch: Batch, module: DistillationModule, window: int) -> list[dict[str, Any]]:
+def _records(batch: Rollout, module: DistillationModule, window: int) -> list[dict[str, Any]]:
     generated = batch["completion_mask"]
     # Neither padding nor completion.
     prompts = real_tokens(batch["input_ids"], batch["attention_mask"].bool() & ~generated)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
 from lightning_kd.data.encoding import Example
 
 
@@ -28,7 +28,7 @@ class Collator:
         self.pad_id = pad_id
 
     def __call__(self, rows: Sequence[tuple[int, int, Example]]) -> Batch:
-        """One batch of (sample number, row number, example)."""
+        """Return one batch of (sample number, row number, example)."""
         samples, numbers, examples = zip(*rows, strict=True)
         ids = [example.input_ids for example in examples]
         batch: Batch = {
@@ -38,17 +38,22 @@ class Collator:
             "row": torch.tensor(numbers),
             "sample": torch.tensor(samples),
         }
-        if all(example.prompt is not None for example in examples):
-            prompts = [example.input_ids[: example.prompt_length] for example in examples]
-            batch["prompt_ids"] = _pad(prompts, self.pad_id, left=True)
-            batch["prompt_mask"] = _pad([[1] * len(row) for row in prompts], 0, left=True)
-            batch["prompt"] = [example.prompt or "" for example in examples]
-            batch["completion"] = [example.completion for example in examples]
-        if "prompt" in batch or examples[0].extra:
+        has_prompts = all(example.prompt is not None for example in examples)
+        if has_prompts or examples[0].extra:
             batch["extra"] = {
                 name: [example.extra[name] for example in examples] for name in examples[0].extra
             }
-        return batch
+        return self._with_prompts(batch, examples) if has_prompts else batch
+
+    def _with_prompts(self, batch: Batch, examples: Sequence[Example]) -> PromptBatch:
+        prompts = [example.input_ids[: example.prompt_length] for example in examples]
+        return {
+            **batch,
+            "prompt_ids": _pad(prompts, self.pad_id, left=True),
+            "prompt_mask": _pad([[1] * len(row) for row in prompts], 0, left=True),
+            "prompt": [example.prompt or "" for example in examples],
+            "completion": [example.completion for example in examples],
+        }
 
 
 def _labels(number: int, example: Example) -> list[int]:

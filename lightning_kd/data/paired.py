@@ -7,7 +7,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, PairedBatch
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plain_text import PackedTextData
@@ -16,7 +16,7 @@ from lightning_kd.resuming import Resumable
 
 
 class PairedLoader:
-    """The batches of one loader, each with one of the other's as ``batch["text"]``.
+    """The batches of one loader, each with one of the other's: :class:`~lightning_kd.PairedBatch`.
 
     Epochs are the main loader's; text is taken at the same positions of the run.
 
@@ -33,12 +33,11 @@ class PairedLoader:
         """Micro-batches of the epoch."""
         return len(self.main)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[PairedBatch]:
         """Go on behind the last batch that was handed out, to the end of the epoch."""
         self._follow()
         for batch, text in zip(self.main, self.text, strict=True):
-            batch["text"] = text
-            yield batch
+            yield {**batch, "text": text}
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the start of an epoch, unless the position is in it."""

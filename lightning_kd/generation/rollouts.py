@@ -1,12 +1,12 @@
 """From completions to a batch that is trained on."""
 
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, PromptBatch, Rollout
 from lightning_kd.generation.completions import Completions
 
 Truncation = Literal["keep", "mask", "drop"]
@@ -17,14 +17,20 @@ there."""
 
 
 def rollout_batch(
-    batch: Batch, completions: Completions, *, pad_id: int, truncation: Truncation = "keep"
-) -> Batch:
+    batch: PromptBatch,
+    completions: Completions,
+    *,
+    pad_id: int,
+    group_size: int = 1,
+    truncation: Truncation = "keep",
+) -> Rollout:
     """The batch with other completions, scored on these alone.
 
     Args:
-        batch: Has prompts.
+        batch: Has prompts, and numbers of samples.
         completions: One for each of its rows.
         pad_id: Fills up the rows.
+        group_size: Samples of each prompt, one after the other.
         truncation: What happens to completions without an end.
 
     Returns:
@@ -49,13 +55,14 @@ def rollout_batch(
         return values.masked_fill(~where, fill)
 
     ids = scattered(batch["prompt_ids"], completions.ids, pad_id, real)
-    rewritten: Batch = {
-        **batch,
+    written = {
         "input_ids": ids,
         "attention_mask": real.long(),
         "labels": ids.masked_fill(~labeled, IGNORE_INDEX),
         "completion_mask": generated,
+        "group": batch["sample"] // group_size,
     }
+    rewritten = cast(Rollout, {**batch, **written})
     if completions.log_probs is not None and completions.sampling_log_probs is not None:
         zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)
         rewritten["log_probs"] = scattered(zeros, completions.log_probs, 0, labeled)
@@ -67,7 +74,7 @@ def rollout_batch(
     return rewritten
 
 
-def completion_texts(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def completion_texts(batch: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The completion of each row as text, without special tokens."""
     return [
         tokenizer.decode(ids[mask], skip_special_tokens=True)

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, Rollout
 from lightning_kd.modules.half_precision import ScaledSumModule
 from lightning_kd.modules.loss import ReducedLoss
 from lightning_kd.normalization import BatchMean, Normalization, constant_ratio, divisor
@@ -93,7 +93,7 @@ class StepCountingModule(ScaledSumModule):
             ratios |= {n: of_module / count for n, count in zip(names, of_terms, strict=True)}
         self._count_ratios = ratios
 
-    def count_rollouts(self, batch: Batch, window: Sequence[Batch], place: int) -> None:
+    def count_rollouts(self, batch: Batch, window: Sequence[Rollout], place: int) -> None:
         """Count the optimizer step that a rollout begins; the loader does not know their lengths.
 
         Args:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, Rollout
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
@@ -100,7 +100,7 @@ class DistillationModule(StepCountingModule):
         """The loss on validation and test data; the same, unless a method says otherwise."""
         return self.loss_terms(batch, scores)
 
-    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+    def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
         """Give rollouts what needs all of them at once: rewards, baselines, whitened advantages.
 
         Called once for each window of rollouts, without gradients and with models in evaluation

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch, PairedBatch, Rollout, text_of
 from lightning_kd.divergences import ReverseKL
 from lightning_kd.fused import (
     CrossEntropy,
@@ -20,7 +20,7 @@ from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
-from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
 from lightning_kd.normalization import Normalization, TokenMean
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
@@ -99,7 +99,7 @@ class MiniLLM(PolicyGradientModule):
         self.objective = objective or Paper()
         self.text_coefficient = text_coefficient
 
-    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+    def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
         """Compute advantages from the rewards of the whole window."""
         super().prepare_rollouts(rollouts, options)
         statistics = torch.zeros(3, dtype=torch.float64, device=self.device)
@@ -121,29 +121,33 @@ class MiniLLM(PolicyGradientModule):
 
     def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
         """Return the positions of the second stream, where there is one."""
-        return self.positions(batch.get("text", batch))
+        text = text_of(batch)
+        return self.positions(batch if text is None else text)
 
     def count_step(self, batches: Sequence[Batch]) -> None:
         """Count the step; blocks of text are equally long, so the first stands for all."""
-        if (text := batches[0].get("text")) is not None:
-            batches = [{**batch, "text": text} for batch in batches]
-        super().count_step(batches)
+        text = text_of(batches[0])
+        if text is None:
+            super().count_step(batches)
+        else:
+            paired: list[PairedBatch] = [{**batch, "text": text} for batch in batches]
+            super().count_step(paired)
 
-    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+    def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
         """The clipped policy gradient, the exact single step and, where there is text, its loss."""
-        advantages = self.sampled(batch, scores, "advantages")
+        advantages = of_tokens(scores, rollout["advantages"])
         single_step: TokenTerm = self.divergence_term(ReverseKL())
         if self.objective.weigh_single_step:
-            written_by = self.sampled(batch, scores, "sampling_log_probs")
-            log_weight = self.sampled(batch, scores, "log_probs") - written_by
+            written_by = of_tokens(scores, rollout["sampling_log_probs"])
+            log_weight = of_tokens(scores, rollout["log_probs"]) - written_by
             single_step = WeightedSum((single_step, log_weight.exp()))
         return {
-            "policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages)),
+            "policy_gradient": LossTerm(self.policy_gradient(rollout, scores, advantages)),
             "single_step": LossTerm(single_step),
-            "language_modeling": self._language_modeling(batch),
+            "language_modeling": self._language_modeling(rollout),
         }
 
-    def _rewards(self, batch: Batch) -> Tensor:
+    def _rewards(self, batch: Rollout) -> Tensor:
         """Scaled and clipped log-ratios of teacher and student at the sampled tokens, ``(B, T)``."""
         positions = ScoredPositions.from_labels(batch["labels"])
         logits = self.ask(batch, positions).narrowed(self.width)
@@ -153,7 +157,7 @@ class MiniLLM(PolicyGradientModule):
         return positions.at_tokens(self.objective.reward(teacher - own))
 
     def _whitened(
-        self, batch: Batch, statistics: Tensor, rows: float, options: GenerationOptions
+        self, batch: Rollout, statistics: Tensor, rows: float, options: GenerationOptions
     ) -> Tensor:
         labeled = batch["labels"] != IGNORE_INDEX
         if self.objective.whitening == "none":
@@ -163,7 +167,7 @@ class MiniLLM(PolicyGradientModule):
 
     def _language_modeling(self, batch: Batch) -> LossTerm:
         """The mean over the tokens of the second stream's micro-batches in the step."""
-        text = batch.get("text")
+        text = text_of(batch)
         if text is None or self.text_coefficient == 0:
             return LossTerm(ZeroTerm(), 0.0)
         ratio = self.objective.text_kd_ratio

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Rollout
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import Surrogate, discounted_returns
 from lightning_kd.teachers import LocalTeacher, Teacher
@@ -95,12 +95,12 @@ class OnPolicyDistillation(PolicyGradientModule):
             raise ValueError(f"kl_coefficient is {kl_coefficient}; it must be positive")
         self.gamma, self.kl_coefficient = gamma, kl_coefficient
 
-    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+    def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
         """The surrogate loss of each sampled token."""
-        student = self.sampled(batch, scores, "log_probs")
+        student = of_tokens(scores, rollout["log_probs"])
         assert scores.teacher is not None  # score() put it there
         teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)
         rewards = -self.kl_coefficient * (student - teacher)
         returns = discounted_returns(scores.positions.scattered(rewards), self.gamma)
         advantages = returns[scores.positions.mask]
-        return {"policy_gradient": LossTerm(self.policy_gradient(batch, scores, advantages))}
+        return {"policy_gradient": LossTerm(self.policy_gradient(rollout, scores, advantages))}

@@ -1,7 +1,8 @@
 """What methods share that learn from what the student itself has sampled."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import lightning as L
 import torch
@@ -9,7 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.batch import IGNORE_INDEX, Batch, Rollout
 from lightning_kd.collectives import any_process
 from lightning_kd.divergences import Divergence
 from lightning_kd.fused import (
@@ -145,7 +146,7 @@ class PolicyGradientModule(TeacherModule):
         restore(self._switched_off)
         self._switched_off = []
 
-    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+    def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
         """Check, with the first completions that are scored, that steps compute what was sampled from.
 
         Raises:
@@ -183,6 +184,28 @@ class PolicyGradientModule(TeacherModule):
                 "config, or set model.dropout: configured to train with it on purpose"
             )
 
+    @abstractmethod
+    def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
+        """The loss of a rollout: one :class:`LossTerm` for each name in ``terms``, by its name.
+
+        Args:
+            rollout: Sampled by the student, with log-probabilities.
+            scores: Of the models on it.
+        """
+
+    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """The loss of a batch, which must be a rollout.
+
+        Raises:
+            ValueError: If it is not.
+        """
+        if "sampling_log_probs" not in batch:
+            raise ValueError(
+                f"{type(self).__name__} learns from what the student generates, and this batch is the "
+                "data's: add the callback OnPolicyGeneration with lmbda: 1"
+            )
+        return self.rollout_terms(cast(Rollout, batch), scores)
+
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """The reverse KL of student and teacher at each label, as far as it is known."""
         assert scores.teacher is not None  # score() has put it there
@@ -199,9 +222,9 @@ class PolicyGradientModule(TeacherModule):
             teacher_temperature=self.temperature,
         )
 
-    def policy_gradient(self, batch: Batch, scores: Scores, advantages: Tensor) -> TokenLoss:
+    def policy_gradient(self, rollout: Rollout, scores: Scores, advantages: Tensor) -> TokenLoss:
         """The surrogate loss of each sampled token with its advantage, ``(N,)``."""
-        written_by = self.sampled(batch, scores, "sampling_log_probs")
+        written_by = of_tokens(scores, rollout["sampling_log_probs"])
 
         def loss(log_probs: Tensor, rows: slice) -> Tensor:
             return self.surrogate(log_probs, written_by[rows], advantages[rows])
@@ -217,16 +240,7 @@ class PolicyGradientModule(TeacherModule):
         at_tokens = TeacherTokenLogProb(positions.targets, temperature=temperature)
         return evaluate_no_grad(ChunkedPass(None, teacher, [at_tokens]))[0]
 
-    def sampled(self, batch: Batch, scores: Scores, key: str) -> Tensor:
-        """What a rollout knows of its tokens, ``(N,)``.
 
-        Raises:
-            ValueError: If the batch is no rollout.
-        """
-        if key not in batch:
-            raise ValueError(
-                f"{type(self).__name__} learns from what the student generates, and this batch is the "
-                "data's: add the callback OnPolicyGeneration with lmbda: 1"
-            )
-        values: Tensor = batch[key]  # type: ignore[literal-required]
-        return scores.positions.of_tokens(values).to(scores.student.dtype)
+def of_tokens(scores: Scores, values: Tensor) -> Tensor:
+    """Pick what a rollout knows of its tokens, ``(B, T)``, at the scored positions, ``(N,)``."""
+    return scores.positions.of_tokens(values).to(scores.student.dtype)

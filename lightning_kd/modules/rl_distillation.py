@@ -9,12 +9,12 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Rollout
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import Engine, GenerationOptions, completion_texts
 from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.policy import PPOClip, Surrogate, leave_one_out
 from lightning_kd.rewards import RewardFunction
@@ -126,7 +126,7 @@ class RLDistillation(PolicyGradientModule):
         self.rewards, self.reward_weights = rewards, weights
         self.alpha, self.divergence = alpha, make_divergence(divergence)
 
-    def prepare_rollouts(self, rollouts: Sequence[Batch], options: GenerationOptions) -> None:
+    def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
         """Advantages of the window's completions in their groups, over all ranks."""
         super().prepare_rollouts(rollouts, options)
         real = torch.cat([batch["row"] != FILLER_ROW for batch in rollouts])
@@ -150,15 +150,16 @@ class RLDistillation(PolicyGradientModule):
         """``reward_normalization`` for the reward's term."""
         return {"policy_gradient": self.reward_normalization}
 
-    def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+    def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
         """The policy gradient of the reward and the divergence, at each sampled token."""
-        reinforced = self.policy_gradient(batch, scores, self.sampled(batch, scores, "advantages"))
+        advantages = of_tokens(scores, rollout["advantages"])
+        reinforced = self.policy_gradient(rollout, scores, advantages)
         return {
             "policy_gradient": LossTerm(reinforced, 1 - self.alpha),
             "divergence": LossTerm(self.divergence_term(self.divergence), self.alpha),
         }
 
-    def _reward(self, batch: Batch) -> Tensor:
+    def _reward(self, batch: Rollout) -> Tensor:
         """The weighted sum of the rewards of each completion, ``(B,)``."""
         columns: dict[str, Any] = {
             "prompts": batch["prompt"],

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, require_prompts
 from lightning_kd.checkpoints import RUN_KEY, compare_weights
 from lightning_kd.generation import (
     Completions,
@@ -171,17 +171,13 @@ class StudentModule(Resumable, L.LightningModule):
         Raises:
             ValueError: If the batch has no prompts.
         """
-        if "prompt_ids" not in batch:
-            raise ValueError(
-                "the data has no prompts to complete (packed text has none); use a data module "
-                "with prompts and completions"
-            )
+        prompts = require_prompts(batch)
         self._update_engine()
         return generate(
             self.generating_model,
             self.tokenizer,
-            batch["prompt_ids"],
-            batch["prompt_mask"],
+            prompts["prompt_ids"],
+            prompts["prompt_mask"],
             options or self.generation,
             seeds=[derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()],
             engine=self.engine,

@@ -14,6 +14,7 @@ BATCH = {
     "prompt": ["de", "f"],
     "completion": ["", ""],
     "row": torch.tensor([3, 9]),
+    "sample": torch.tensor([12, 13]),
     "labels": torch.tensor([[1, 2, 3, 4, 5, 6]] * 2),
 }
 WRITTEN = Completions(
@@ -36,7 +37,15 @@ def test_prompt_and_completion_stand_together_and_only_the_completion_is_scored(
     )
     assert positions.of_tokens(batch["sampling_log_probs"]).tolist() == [-1, -2, -3, -4, -5]
     assert completion_texts(batch, letter_tokenizer()) == ["g", "h i j"]
+    assert batch["group"].tolist() == [12, 13]
     assert BATCH["labels"].shape == (2, 6)
+    assert "group" not in BATCH
+
+
+@pytest.mark.parametrize(("size", "groups"), [(2, [6, 6]), (13, [0, 1])])
+def test_consecutive_samples_share_a_group(size, groups):
+    batch = rollout_batch(BATCH, WRITTEN, pad_id=0, group_size=size)
+    assert batch["group"].tolist() == groups
 
 
 def test_what_was_cut_off_is_masked():

@@ -82,12 +82,11 @@ def everything_written(student: Table, teacher: Table, longest: int = 3, alpha: 
         "prompt_mask": torch.ones_like(prompts),
         "row": torch.arange(rows),
         "sample": torch.arange(rows),
-        "group": torch.zeros(rows, dtype=torch.long),
         "prompt": ["a"] * rows,
         "completion": [""] * rows,
     }
     written = Completions(ids, mask, own, mixture, torch.ones(rows, dtype=torch.bool))
-    return rollout_batch(batch, written, pad_id=0), mixture.sum(-1).exp()
+    return rollout_batch(batch, written, pad_id=0, group_size=rows), mixture.sum(-1).exp()
 
 
 class Expectation(Normalization):
