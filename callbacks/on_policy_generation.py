@@ -17,8 +17,8 @@ from lightning_kd.callbacks.rollouts.generation import (
     check_lengths,
     check_method,
     check_sampling,
+    check_teacher,
     complete,
-    generating_teacher,
     loader_of,
 )
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
@@ -175,8 +175,7 @@ class OnPolicyGeneration(Resumable, Callback):
             )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         check_sampling(pl_module, self.generation, always=always)
-        if self.mixture_alpha > 0 or (self.off_policy == "teacher" and not always):
-            generating_teacher(pl_module)
+        check_teacher(pl_module, self.mixture_alpha, self.off_policy == "teacher" and not always)
         from_data = not always and self.off_policy == "dataset"
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 

@@ -26,7 +26,7 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.data import ArithmeticData
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -108,7 +108,7 @@ def demo(
 
 def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModule]:
     """All from the same random start, but for the one that goes on from ``SFT``."""
-    first, ensemble = LocalTeacher(teachers[0]), TeacherEnsemble(list(map(ModelSpec, teachers)))
+    first, ensemble = LocalTeacher(teachers[0]), TeacherEnsemble([*map(LocalTeacher, teachers)])
     from_scratch: dict[str, Any] = {"student": _llama(STUDENT), **_optimization(2e-3)}
     return {
         "SFT": SFT(**from_scratch),

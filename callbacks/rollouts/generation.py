@@ -1,13 +1,14 @@
 """Generation of the completions of a window."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lightning_kd.batch import Batch, PromptBatch, require_prompts
 from lightning_kd.data import PairedLoader, TrainingLoader
@@ -18,12 +19,11 @@ from lightning_kd.generation import (
     check_log_probs,
     generate,
 )
-from lightning_kd.models.placement import KINDS, on_compute_device
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.teachers import LocalTeacher
+from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability
 from lightning_kd.tokenization import padding_id
 
 
@@ -52,58 +52,63 @@ def complete(
     prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
     masks = _joined([batch["prompt_mask"] for batch in batches], 0)
     samples = torch.cat([batch["sample"] for batch in batches]).tolist()
-    size = rows_at_once or len(samples)
-    with _generating(module, prompts.device, on_policy, mixture_alpha) as (model, mixed_with):
+    seeds = [derive_seed(run_seed(), "rollout", sample) for sample in samples]
+    shared: dict[str, Any] = {
+        "engine": engine,
+        "width": module.width if isinstance(module, TeacherModule) else None,
+    }
+    with ExitStack() as stack:
+        source: Callable[..., Completions]
+        if on_policy:
+            source = partial(generate, module.student, **shared)
+            if mixture_alpha > 0:
+                teacher = teacher_with("mixture", module)
+                model = stack.enter_context(teacher.model_on(prompts.device))
+                source = partial(source, mixed_with=(model, mixture_alpha))
+        else:
+            source = partial(teacher_with("generation", module).generate, **shared)
+        size = rows_at_once or len(samples)
+        slices = [slice(start, start + size) for start in range(0, len(samples), size)]
         parts = [
-            generate(
-                model,
-                module.tokenizer,
-                prompts[part],
-                masks[part],
-                options,
-                seeds=[derive_seed(run_seed(), "rollout", sample) for sample in samples[part]],
-                engine=engine,
-                mixed_with=mixed_with,
-                width=module.width if isinstance(module, TeacherModule) else None,
-            )
-            for part in (slice(start, start + size) for start in range(0, len(samples), size))
+            source(module.tokenizer, prompts[part], masks[part], options, seeds=seeds[part])
+            for part in slices
         ]
-    return Completions.join(parts, pad_id)
+    generated = Completions.join(parts, pad_id)
+    if len(generated.ids) != len(samples):
+        raise ValueError(
+            f"{len(generated.ids)} completions came for {len(samples)} prompts; the teacher's generate "
+            "must return one for each, in their order"
+        )
+    return generated
 
 
-@contextmanager
-def _generating(
-    module: DistillationModule, device: torch.device, on_policy: bool, mixture_alpha: float
-) -> Iterator[tuple[PreTrainedModel, tuple[PreTrainedModel, float] | None]]:
-    """Yield the generating model and what is mixed in; a teacher is on the device meanwhile."""
-    if on_policy and mixture_alpha == 0:
-        yield module.student, None
-        return
-    teacher = generating_teacher(module)
-    (model,) = teacher.models
-    with on_compute_device(model, teacher.placement, device):
-        yield (module.student, (model, mixture_alpha)) if on_policy else (model, None)
-
-
-def generating_teacher(module: L.LightningModule) -> LocalTeacher:
-    """Return the teacher of a module, which must be a single model that can generate.
+def teacher_with(ability: Ability, module: L.LightningModule) -> Teacher:
+    """Return the teacher of a module, which must be able to generate or to be mixed in.
 
     Raises:
         ValueError: If there is no such teacher.
     """
-    teacher = getattr(module, "teacher", None)
-    if not isinstance(teacher, LocalTeacher):
-        raise ValueError(
-            f"the teacher is to generate, but {type(module).__name__} has "
-            f"{'none' if teacher is None else type(teacher).__name__}; give it a LocalTeacher, or "
-            "set mixture_alpha: 0 and off_policy: dataset"
-        )
-    if teacher.placement not in KINDS:
-        raise ValueError(
-            f"the teacher is to generate, but placement is {teacher.placement!r}; a generating "
-            f"model must work on the student's device: choose {', '.join(KINDS)}"
-        )
+    option = "mixture_alpha above 0" if ability == "mixture" else "off_policy: teacher"
+    teacher = check_ability(
+        getattr(module, "teacher", None),
+        ability,
+        f"{type(module).__name__} with {option}",
+        TEACHERS,
+    )
+    teacher.check_generation(mixture=ability == "mixture")
     return teacher
+
+
+def check_teacher(module: L.LightningModule, mixture_alpha: float, generates: bool) -> None:
+    """Validate that the teacher can do what it is needed for.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if mixture_alpha > 0:
+        teacher_with("mixture", module)
+    if generates:
+        teacher_with("generation", module)
 
 
 def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:

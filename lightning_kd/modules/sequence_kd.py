@@ -1,15 +1,18 @@
 """Sequence-level knowledge distillation."""
 
+from collections.abc import Mapping
+
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.generation import Completions, Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentSpec
 from lightning_kd.modules.sft import SFT
 from lightning_kd.normalization import Normalization
 from lightning_kd.strategies import adapter_of
-from lightning_kd.teachers import LocalTeacher
+from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, check_ability
 
 
 class SequenceKD(SFT):
@@ -36,7 +39,7 @@ class SequenceKD(SFT):
     def __init__(
         self,
         *,
-        teacher: LocalTeacher,
+        teacher: LocalTeacher | Teacher,
         student: StudentSpec,
         tokenizer: str | None = None,
         normalization: Normalization | str = "token",
@@ -59,20 +62,31 @@ class SequenceKD(SFT):
         self.teacher = teacher
 
     def setup(self, stage: str) -> None:
-        """Load the teacher where it generates."""
+        """Load the teacher where it generates.
+
+        Raises:
+            ValueError: If it cannot generate.
+        """
         super().setup(stage)
         if stage == "predict":
-            if self.teacher.placement not in {"replicated", "sharded"}:
-                raise ValueError(
-                    f"placement is {self.teacher.placement!r}, but in predict nothing but the "
-                    "teacher works; use replicated or sharded"
-                )
+            check_ability(self.teacher, "generation", "SequenceKD's predict", TEACHERS)
+            self.teacher.check_generation(mixture=False)
             device = self.trainer.strategy.root_device
             self.teacher.prepare(
                 self.tokenizer, device, "equal", adapter_of(self.trainer).shard_mesh()
             )
 
     @property
-    def generating_model(self) -> PreTrainedModel:
-        """The teacher in ``predict``, the student everywhere else."""
-        return self.teacher.models[0] if self.trainer.predicting else self.student
+    def generating_models(self) -> Mapping[str, PreTrainedModel]:
+        """The teacher's in ``predict``, the student everywhere else."""
+        return self.teacher.local_models if self.trainer.predicting else super().generating_models
+
+    def generate(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, options: GenerationOptions, seeds: list[int]
+    ) -> Completions:
+        """Complete prompts with the teacher in ``predict``."""
+        if not self.trainer.predicting:
+            return super().generate(prompt_ids, prompt_mask, options, seeds)
+        return self.teacher.generate(
+            self.tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=self.engine
+        )

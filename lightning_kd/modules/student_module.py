@@ -1,10 +1,12 @@
 """What every method has before it has a loss: a student, its tokenizer, and what it generates."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch, require_prompts
@@ -121,11 +123,9 @@ class StudentModule(Resumable, L.LightningModule):
         rewritten = any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         for split, (row, prompt) in longest_rows(self.trainer).items():
             if split == "predict":
-                length, models = (
-                    prompt + self.generation.max_new_tokens,
-                    {"model": self.generating_model},
-                )
-                check_length(models, length, "prompts and max_new_tokens of predict")
+                length = prompt + self.generation.max_new_tokens
+                what = "prompts and max_new_tokens of predict"
+                check_length(self.generating_models, length, what)
             elif split != "train" or not rewritten:
                 check_length(self.models, row, f"{split} rows")
 
@@ -150,9 +150,9 @@ class StudentModule(Resumable, L.LightningModule):
         return self._tokenizer
 
     @property
-    def generating_model(self) -> PreTrainedModel:
-        """The model that generates completions."""
-        return self.student
+    def generating_models(self) -> Mapping[str, PreTrainedModel]:
+        """The models of this process that generate completions, by role."""
+        return {"student": self.student}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Completions:
         """Complete the prompts of a batch."""
@@ -161,7 +161,7 @@ class StudentModule(Resumable, L.LightningModule):
     def complete(
         self, batch: Batch, *, purpose: str, options: GenerationOptions | None = None
     ) -> Completions:
-        """Complete the prompts of a batch with :attr:`generating_model`.
+        """Complete the prompts of a batch with :meth:`generate`.
 
         Args:
             batch: Has prompts.
@@ -172,14 +172,22 @@ class StudentModule(Resumable, L.LightningModule):
             ValueError: If the batch has no prompts.
         """
         prompts = require_prompts(batch)
+        seeds = [derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()]
+        ids, mask = prompts["prompt_ids"], prompts["prompt_mask"]
+        return self.generate(ids, mask, options or self.generation, seeds)
+
+    def generate(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, options: GenerationOptions, seeds: list[int]
+    ) -> Completions:
+        """Complete prompts, ``(B, P)``, with the student."""
         self._update_engine()
         return generate(
-            self.generating_model,
+            self.student,
             self.tokenizer,
-            prompts["prompt_ids"],
-            prompts["prompt_mask"],
-            options or self.generation,
-            seeds=[derive_seed(run_seed(), purpose, row) for row in batch["row"].tolist()],
+            prompt_ids,
+            prompt_mask,
+            options,
+            seeds=seeds,
             engine=self.engine,
         )
 
@@ -188,8 +196,7 @@ class StudentModule(Resumable, L.LightningModule):
         step = self.global_step
         if self.engine is None or self._engine_updated_at == step:
             return
-        if self.generating_model is self.student:
-            self.engine.update(self.student)
+        self.engine.update(self.student)
         self._engine_updated_at = step
 
     def resume_settings(self) -> dict[str, Any]:
@@ -236,7 +243,7 @@ class StudentModule(Resumable, L.LightningModule):
 
     @property
     def _uses_student(self) -> bool:
-        return not self.trainer.predicting or self.generating_model is self.student
+        return not self.trainer.predicting or "student" in self.generating_models
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Write down which method this is, and what the run was told."""

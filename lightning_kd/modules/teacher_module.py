@@ -34,7 +34,7 @@ from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
-from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, choose_kind
+from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, checked_answer, choose_kind
 
 _LARGE_MASS = 0.01
 """A probability beyond the shared vocabulary that padding does not have."""
@@ -130,7 +130,7 @@ class TeacherModule(DistillationModule):
         Raises:
             ValueError: If it is the same model object, or comes from where the student does.
         """
-        student, teachers = self.student_spec, list(self.teacher.sources.values())
+        student, teachers = self.student_spec, self.teacher.model_specs
         if any(student.is_same_object(teacher) for teacher in teachers):
             raise ValueError(
                 "student and teacher are one model object, which cannot also be frozen"
@@ -182,16 +182,13 @@ class TeacherModule(DistillationModule):
         Raises:
             ValueError: If what it answers is not about these positions.
         """
-        kind = self.answer_kind
-        answer = self.teacher.answer(
-            batch, positions, kind=kind, logits_backend=self.logits_backend
+        return checked_answer(
+            self.teacher,
+            batch,
+            positions,
+            kind=self.answer_kind,
+            logits_backend=self.logits_backend,
         )
-        if answer.kind != kind:
-            raise ValueError(
-                f"{type(self.teacher).__name__} was asked for {kind} and has answered {answer.kind}"
-            )
-        answer.check(len(positions.targets), self.teacher.vocabulary_size)
-        return answer
 
     def score(self, batch: Batch) -> Scores:
         """Run student and teacher on the same ids."""

@@ -1,7 +1,14 @@
-"""Teachers: one model, several of them averaged, one for each row, or anything that answers."""
+"""Teachers: one model, several teachers averaged, one for each row, or anything that answers."""
 
-from lightning_kd.teachers.contract import Ability, Teacher, choose_kind
-from lightning_kd.teachers.local import LocalModels, LocalTeacher, TeacherEnsemble
+from lightning_kd.teachers.contract import (
+    Ability,
+    Teacher,
+    check_ability,
+    checked_answer,
+    choose_kind,
+)
+from lightning_kd.teachers.ensemble import TeacherEnsemble
+from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
 
 TEACHERS: tuple[type[Teacher], ...] = (LocalTeacher, TeacherEnsemble, RoutedTeacher)
@@ -10,10 +17,11 @@ TEACHERS: tuple[type[Teacher], ...] = (LocalTeacher, TeacherEnsemble, RoutedTeac
 __all__ = [
     "TEACHERS",
     "Ability",
-    "LocalModels",
     "LocalTeacher",
     "RoutedTeacher",
     "Teacher",
     "TeacherEnsemble",
+    "check_ability",
+    "checked_answer",
     "choose_kind",
 ]

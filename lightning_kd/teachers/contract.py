@@ -1,31 +1,34 @@
-"""What a method may ask of a teacher."""
+"""The contract between methods and teachers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
 from lightning_kd.fused import AnswerKind, TeacherAnswer
+from lightning_kd.generation import Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
 
-Ability = AnswerKind | Literal["generation"]
-"""What a teacher can do: one of the kinds of answers, or write completions."""
+Ability = AnswerKind | Literal["generation", "mixture"]
+"""A kind of answer; ``generation`` of completions; sampling from a ``mixture`` with the student."""
 
 
 class Teacher(Resumable, ABC):
-    """Says how likely next tokens are, and never trains.
+    """Gives probabilities of next tokens, and never trains.
 
-    A subclass says in :attr:`answers` what it can tell and writes :attr:`vocabulary_size` and
-    :meth:`answer`; it may be a table in memory, a file or a server. One that runs models in this
-    process derives from :class:`~lightning_kd.teachers.LocalModels`.
+    A subclass lists in :attr:`answers` what it can do and writes :attr:`vocabulary_size` and
+    :meth:`answer`; it may be a table in memory, a file or a server. One that generates completions
+    lists ``generation`` and writes :meth:`generate`.
 
     A teacher is no ``nn.Module``: a module that holds one does not register its weights, so they are
     in no checkpoint, optimizer or gradient bucket.
@@ -45,12 +48,12 @@ class Teacher(Resumable, ABC):
     """
 
     answers: frozenset[Ability]
-    """What it can tell."""
+    """Kinds of answers that it can give, and ``generation`` and ``mixture`` if it can do these."""
 
     @property
     @abstractmethod
     def vocabulary_size(self) -> int:
-        """How many tokens it gives probabilities to, from id 0 on; asked after :meth:`prepare`."""
+        """Number of tokens that have probabilities, from id 0 on; read after :meth:`prepare`."""
 
     @abstractmethod
     def answer(
@@ -61,12 +64,12 @@ class Teacher(Resumable, ABC):
         kind: AnswerKind,
         logits_backend: LogitsBackend,
     ) -> TeacherAnswer:
-        """Tell what is known of the next token at the scored positions of a micro-batch.
+        """Return what is known of the next token at the scored positions of a micro-batch.
 
         Args:
             batch: The rows.
-            positions: Where; ``positions.targets`` are the tokens that stand there.
-            kind: Which of :attr:`answers` is wanted; the same in a whole run.
+            positions: The scored positions; ``positions.targets`` are the tokens that follow them.
+            kind: One of :attr:`answers`; the same in a whole run.
             logits_backend: The method's, for teachers that run models.
 
         Returns:
@@ -82,6 +85,7 @@ class Teacher(Resumable, ABC):
         device: torch.device,
         policy: VocabularyPolicy,
         mesh: DeviceMesh | None = None,
+        role: str = "teacher",
     ) -> None:
         """Make ready to answer, before the first step; called again for each run of a trainer.
 
@@ -89,21 +93,79 @@ class Teacher(Resumable, ABC):
             tokenizer: The data's.
             device: Of the student, on this process.
             policy: What happens to a wider vocabulary.
-            mesh: The processes that share weights; None where none do.
+            mesh: The processes that share weights; None if none do.
+            role: Name in messages, and of the seed of weights that start at random.
 
         Raises:
             ValueError: If it cannot answer for this tokenizer or from this process.
         """
 
     @property
-    def sources(self) -> Mapping[str, ModelSpec]:
-        """Where each model that runs in this process comes from, by its role."""
-        return {}
+    def model_specs(self) -> Sequence[ModelSpec]:
+        """Specs of the models that run in this process."""
+        return ()
 
     @property
     def local_models(self) -> Mapping[str, PreTrainedModel]:
         """The models that run in this process, by role; empty until :meth:`prepare`."""
         return {}
+
+    @property
+    def answers_collectively(self) -> bool:
+        """Whether :meth:`answer` must be called on all processes at once, as with sharded weights."""
+        return False
+
+    def check_generation(self, *, mixture: bool) -> None:
+        """Validate, before the first step, that completions can be generated from here.
+
+        Args:
+            mixture: Whether a mixture with the student is sampled from.
+
+        Raises:
+            ValueError: If an option rules it out. That :attr:`answers` lists the ability is known.
+        """
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        engine: Engine | None = None,
+        width: int | None = None,
+    ) -> Completions:
+        """Complete prompts; written by teachers that list ``generation``.
+
+        Args:
+            tokenizer: The data's; gives the EOS.
+            prompt_ids: Prompts padded on the left, ``(B, P)``.
+            prompt_mask: 1 on real tokens, ``(B, P)``.
+            options: Length and sampling.
+            seeds: One for each row.
+            engine: Engine of the run, for teachers that run models. Defaults to that of
+                :func:`~lightning_kd.generation.engine_for`.
+            width: Tokens from here on are never generated: those that the student does not know.
+
+        Returns:
+            One completion for each prompt, in their order, on their device.
+        """
+        raise self._lacks("generation")
+
+    def model_on(self, device: torch.device) -> AbstractContextManager[PreTrainedModel]:
+        r"""Return a context that yields the model to mix into the student's distribution.
+
+        Written by teachers that list ``mixture``: next tokens are then sampled from
+        :math:`(1 - \alpha)\, q + \alpha\, p`.
+
+        Args:
+            device: Of the student; the model is there while the context is open.
+        """
+        raise self._lacks("mixture")
+
+    def _lacks(self, ability: Ability) -> NotImplementedError:
+        return NotImplementedError(f"{type(self).__name__} does not have the ability {ability!r}")
 
 
 def choose_kind(
@@ -112,10 +174,10 @@ def choose_kind(
     """Return the first kind of answer that a method can use and a teacher can give.
 
     Args:
-        teacher: Asked what it answers.
-        needs: What the method can use, the best first.
-        method: For the message.
-        others: Classes of teachers, of which the message names those that would do.
+        teacher: The teacher.
+        needs: Kinds that the method can use, the best first.
+        method: Name of the method, for the message.
+        others: Classes of teachers; the message names those that would do.
 
     Raises:
         ValueError: If there is none.
@@ -127,5 +189,51 @@ def choose_kind(
     raise ValueError(
         f"{method} needs a teacher that answers {' or '.join(needs)}; {type(teacher).__name__} answers "
         f"{', '.join(sorted(teacher.answers)) or 'nothing'}. Of this library's teachers, "
-        f"{', '.join(able)} can; or take a method that is content with less"
+        f"{', '.join(able)} can; or choose a method that needs less"
+    )
+
+
+def checked_answer(
+    teacher: Teacher,
+    batch: Batch,
+    positions: ScoredPositions,
+    *,
+    kind: AnswerKind,
+    logits_backend: LogitsBackend,
+) -> TeacherAnswer:
+    """Return a teacher's answer, over all tokens that it knows.
+
+    Raises:
+        ValueError: If it is of another kind, or not about these positions.
+    """
+    answer = teacher.answer(batch, positions, kind=kind, logits_backend=logits_backend)
+    if answer.kind != kind:
+        raise ValueError(
+            f"{type(teacher).__name__} was asked for {kind} and has answered {answer.kind}"
+        )
+    answer.check(len(positions.targets), teacher.vocabulary_size)
+    return answer
+
+
+def check_ability(
+    teacher: object, ability: Ability, user: str, others: Sequence[type[Teacher]] = ()
+) -> Teacher:
+    """Return a teacher that has an ability.
+
+    Args:
+        teacher: A teacher, or None.
+        ability: ``generation`` or ``mixture``.
+        user: What needs it, for the message.
+        others: Classes of teachers; the message names those that have it.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if isinstance(teacher, Teacher) and ability in teacher.answers:
+        return teacher
+    came = "none" if teacher is None else type(teacher).__name__
+    able = " or ".join(other.__name__ for other in others if ability in other.answers)
+    raise ValueError(
+        f"{user} needs a teacher with the ability {ability!r}, got {came}; give one that has it, "
+        f"such as {able}"
     )

@@ -1,10 +1,8 @@
-"""Frozen models that say how likely each next token is."""
+"""A frozen model in this process."""
 
-from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from functools import reduce
-from math import isfinite, log
-from typing import Any, Literal, Self, get_args
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -12,10 +10,16 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
-from lightning_kd.fused import AnswerKind, FullDistribution, LazyLogits, single_model_log_probs
+from lightning_kd.fused import AnswerKind, FullDistribution
+from lightning_kd.generation import Completions, Engine, GenerationOptions, generate
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.model_spec import DTypeName, ModelSpec
-from lightning_kd.models.placement import check_placement, on_compute_device, place_model
+from lightning_kd.models.placement import (
+    KINDS,
+    check_placement,
+    on_compute_device,
+    place_model,
+)
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.models.vocabulary import (
     VocabularyPolicy,
@@ -27,120 +31,8 @@ from lightning_kd.resuming import digest
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.contract import Ability, Teacher
 
-Averaging = Literal["logits", "probabilities", "log_probs"]
 
-
-class LocalModels(Teacher):
-    """A teacher that runs frozen models in this process, all placed alike.
-
-    Args:
-        placement: Of every model, as :class:`LocalTeacher` has it.
-    """
-
-    answers: frozenset[Ability] = frozenset({"full_distribution"})
-
-    may_change_on_resume = frozenset({"placement"})
-
-    models: list[PreTrainedModel]
-    """The frozen models, empty until :meth:`prepare`."""
-
-    def __init__(self, *, placement: str = "replicated") -> None:
-        self._keep(placement)
-
-    def _keep(self, placement: str) -> None:
-        check_placement(placement)
-        self.placement = placement
-        self.models = []
-        self._weights: list[str] = []
-
-    @property
-    @abstractmethod
-    def sources(self) -> Mapping[str, ModelSpec]:
-        """Where each model comes from, by its role."""
-
-    @property
-    def local_models(self) -> Mapping[str, PreTrainedModel]:
-        """The models, by role."""
-        return dict(zip(self.sources, self.models, strict=False))
-
-    def prepare(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        device: torch.device,
-        policy: VocabularyPolicy,
-        mesh: DeviceMesh | None = None,
-    ) -> None:
-        """Load, check, freeze and place the models; a second call only places them.
-
-        Args:
-            tokenizer: The data's.
-            device: Of the student, on this process.
-            policy: What happens to a wider vocabulary.
-            mesh: The processes that share weights; None where none do.
-
-        Raises:
-            ValueError: If a model cannot be had, does not fit the tokenizer, or cannot be placed.
-        """
-        if not self.models:
-            self.models = [
-                frozen(source, tokenizer, role, policy) for role, source in self.sources.items()
-            ]
-            # Before a process has no more than its share of them.
-            self._weights = [digest(model.named_parameters()) for model in self.models]
-        for model in self.models:
-            if not is_sharded(model):
-                place_model(model, self.placement, device, mesh)
-
-    def resume_settings(self) -> dict[str, Any]:
-        """Return the arguments and, of the models that are loaded, what they compute."""
-        models = [
-            {"config": model.config, "weights": weights}
-            for model, weights in zip(self.models, self._weights, strict=True)
-        ]
-        return super().resume_settings() | {"models": models}
-
-    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """Log-probabilities of the next token, from each model's logits: ``(N, V)``."""
-        return single_model_log_probs(logits, temperature)
-
-    @property
-    def vocabulary_size(self) -> int:
-        """Width of the narrowest model's logits."""
-        return min(vocabulary_size(model) for model in self.models)
-
-    @torch.no_grad()
-    def answer(
-        self,
-        batch: Batch,
-        positions: ScoredPositions,
-        *,
-        kind: AnswerKind = "full_distribution",
-        logits_backend: LogitsBackend,
-    ) -> FullDistribution:
-        """Run the models on a batch and return their logits at the scored positions."""
-        logits = tuple(self._read(model, batch, positions, logits_backend) for model in self.models)
-        return FullDistribution(logits, self.log_probs)
-
-    def _read(
-        self,
-        model: PreTrainedModel,
-        batch: Batch,
-        scored: ScoredPositions,
-        logits_backend: LogitsBackend,
-    ) -> LazyLogits:
-        """Run a model where it works; what it says comes back to where the batch is."""
-        here = batch["input_ids"].device
-        with on_compute_device(model, self.placement, here) as there:
-            moved: Batch = {
-                **batch,
-                "input_ids": batch["input_ids"].to(there),
-                "attention_mask": batch["attention_mask"].to(there),
-            }
-            positions = ScoredPositions(scored.mask.to(there), scored.targets)
-            return logits_backend.read(model, moved, positions).detached_to(here)
-
-
-class LocalTeacher(ModelSpec, LocalModels):
+class LocalTeacher(ModelSpec, Teacher):
     """One frozen model.
 
     The other options are those of :class:`~lightning_kd.models.ModelSpec`.
@@ -152,7 +44,9 @@ class LocalTeacher(ModelSpec, LocalModels):
             such as ``cuda:1``.
     """
 
-    answers: frozenset[Ability] = frozenset({"full_distribution", "generation"})
+    answers: frozenset[Ability] = frozenset({"full_distribution", "generation", "mixture"})
+
+    may_change_on_resume = frozenset({"placement"})
 
     def __init__(
         self,
@@ -177,7 +71,10 @@ class LocalTeacher(ModelSpec, LocalModels):
             max_positions=max_positions,
             trust_remote_code=trust_remote_code,
         )
-        self._keep(placement)
+        check_placement(placement)
+        self.placement = placement
+        self._model: PreTrainedModel | None = None
+        self._role, self._weights = "teacher", ""
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, placement: str = "replicated") -> Self:
@@ -190,92 +87,136 @@ class LocalTeacher(ModelSpec, LocalModels):
         return cls._handing_out(model, placement=placement)
 
     @property
-    def sources(self) -> Mapping[str, ModelSpec]:
-        """Itself."""
-        return {"teacher": self}
-
-
-class TeacherEnsemble(LocalModels):
-    r"""Several frozen models whose predictions are averaged with weights :math:`w_k`.
-
-    ===============  ====================================================================
-    ``combine``      teacher distribution at temperature :math:`\tau`
-    ===============  ====================================================================
-    `logits`         :math:`\mathrm{softmax}(\sum_k w_k u_k / \tau)` (BabyLlama)
-    `probabilities`  :math:`\sum_k w_k\, \mathrm{softmax}(u_k / \tau)`
-    `log_probs`      :math:`\propto \exp \sum_k w_k \log \mathrm{softmax}(u_k / \tau)`
-    ===============  ====================================================================
-
-    The first and the last are the same distribution: a log-softmax only shifts the logits, and a
-    shift does not survive the softmax. Both names are in use. The three agree where all models do.
-
-    Args:
-        members: Two or more models.
-        combine: What is averaged.
-        weights: One weight for each member, divided by their sum; equal when not given.
-        placement: Of every member, as :class:`LocalTeacher` has it.
-
-    Raises:
-        ValueError: If there are no members, or the weights do not fit them.
-
-    References:
-        Timiryasov and Tastet, *Baby Llama*, 2023, section 3. https://arxiv.org/abs/2308.02019
-    """
-
-    def __init__(
-        self,
-        members: list[ModelSpec],
-        *,
-        combine: Averaging = "logits",
-        weights: list[float] | None = None,
-        placement: str = "replicated",
-    ) -> None:
-        super().__init__(placement=placement)
-        if not members:
-            raise ValueError("an ensemble needs at least one member; got an empty list")
-        if combine not in get_args(Averaging):
-            raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
-        weights = [1.0] * len(members) if weights is None else weights
-        if len(weights) != len(members):
-            raise ValueError(
-                f"{len(weights)} weights came for {len(members)} members; give one each"
-            )
-        if not all(isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
-            raise ValueError(f"weights must be 0 or more and not all 0; got {weights}")
-        self.members = members
-        self.combine: Averaging = combine
-        self.weights = [w / sum(weights) for w in weights]
+    def model(self) -> PreTrainedModel:
+        """The frozen model, from :meth:`prepare` on."""
+        assert self._model is not None, "prepare() comes first"
+        return self._model
 
     @property
-    def sources(self) -> Mapping[str, ModelSpec]:
-        """The members."""
-        return {f"teacher {k}": member for k, member in enumerate(self.members)}
+    def model_specs(self) -> Sequence[ModelSpec]:
+        """Itself."""
+        return (self,)
 
-    def log_probs(self, logits: Sequence[Tensor], temperature: float = 1.0) -> Tensor:
-        """The combined log-probabilities at ``temperature``."""
-        weighted = [(u, w) for u, w in zip(logits, self.weights, strict=True) if w > 0]
-        if self.combine == "probabilities":
-            shares = ((u / temperature).log_softmax(-1).add_(log(w)) for u, w in weighted)
-            return reduce(torch.logaddexp, shares)
-        (first, weight), *others = weighted
-        total = first * (weight / temperature)
-        for u, w in others:
-            total.add_(u, alpha=w / temperature)
-        return total.log_softmax(-1)
+    @property
+    def local_models(self) -> Mapping[str, PreTrainedModel]:
+        """The model."""
+        return {} if self._model is None else {self._role: self._model}
 
+    @property
+    def answers_collectively(self) -> bool:
+        """Whether its weights are sharded."""
+        return self.placement == "sharded"
 
-def frozen(
-    source: ModelSpec, tokenizer: PreTrainedTokenizerBase, role: str, policy: VocabularyPolicy
-) -> PreTrainedModel:
-    """Load a model that never trains, checked against the data's tokenizer.
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        policy: VocabularyPolicy,
+        mesh: DeviceMesh | None = None,
+        role: str = "teacher",
+    ) -> None:
+        """Load, check, freeze and place the model; a second call only places it.
 
-    Raises:
-        ValueError: If the model cannot be had or does not fit the tokenizer.
-    """
-    model = source.load(tokenizer, role)
-    if source.name_or_path is not None:
-        check_tokenizers(tokenizer, source.name_or_path, role, policy)
-    check_ids(tokenizer, model, role)
-    model.requires_grad_(False)
-    model.eval()
-    return model
+        Args:
+            tokenizer: The data's.
+            device: Of the student, on this process.
+            policy: What happens to a wider vocabulary.
+            mesh: The processes that share weights; None if none do.
+            role: Name in messages, and of the seed of weights that start at random.
+
+        Raises:
+            ValueError: If the model cannot be loaded, does not fit the tokenizer, or cannot be placed.
+        """
+        if self._model is None:
+            self._role, self._model = role, self._frozen(tokenizer, role, policy)
+            # Before a process has no more than its share of them.
+            self._weights = digest(self._model.named_parameters())
+        if not is_sharded(self._model):
+            place_model(self._model, self.placement, device, mesh)
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments and, once the model is loaded, its configuration and weights."""
+        settings = super().resume_settings()
+        if self._model is None:
+            return settings
+        return settings | {"model": {"config": self._model.config, "weights": self._weights}}
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Width of the model's logits."""
+        return vocabulary_size(self.model)
+
+    @torch.no_grad()
+    def answer(
+        self,
+        batch: Batch,
+        positions: ScoredPositions,
+        *,
+        kind: AnswerKind = "full_distribution",
+        logits_backend: LogitsBackend,
+    ) -> FullDistribution:
+        """Run the model on a batch and return its logits at the scored positions."""
+        here = batch["input_ids"].device
+        # It runs where it is kept; its logits come back to the batch.
+        with on_compute_device(self.model, self.placement, here) as there:
+            moved: Batch = {
+                **batch,
+                "input_ids": batch["input_ids"].to(there),
+                "attention_mask": batch["attention_mask"].to(there),
+            }
+            scored = ScoredPositions(positions.mask.to(there), positions.targets)
+            logits = logits_backend.read(self.model, moved, scored).detached_to(here)
+        return FullDistribution((logits,))
+
+    def check_generation(self, *, mixture: bool) -> None:
+        """Refuse a device of its own.
+
+        Raises:
+            ValueError: If the model does not run on the student's device.
+        """
+        if self.placement not in KINDS:
+            raise ValueError(
+                f"the teacher is to generate, but placement is {self.placement!r}; a generating "
+                f"model must run on the student's device: choose {', '.join(KINDS)}"
+            )
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        engine: Engine | None = None,
+        width: int | None = None,
+    ) -> Completions:
+        """Complete prompts with the model; see :func:`~lightning_kd.generation.generate`."""
+        with self.model_on(prompt_ids.device) as model:
+            return generate(
+                model,
+                tokenizer,
+                prompt_ids,
+                prompt_mask,
+                options,
+                seeds=seeds,
+                engine=engine,
+                width=width,
+            )
+
+    @contextmanager
+    def model_on(self, device: torch.device) -> Iterator[PreTrainedModel]:
+        """Yield the model; if it is offloaded, a copy is on the device meanwhile."""
+        with on_compute_device(self.model, self.placement, device):
+            yield self.model
+
+    def _frozen(
+        self, tokenizer: PreTrainedTokenizerBase, role: str, policy: VocabularyPolicy
+    ) -> PreTrainedModel:
+        model = self.load(tokenizer, role)
+        if self.name_or_path is not None:
+            check_tokenizers(tokenizer, self.name_or_path, role, policy)
+        check_ids(tokenizer, model, role)
+        model.requires_grad_(False)
+        model.eval()
+        return model

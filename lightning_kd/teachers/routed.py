@@ -1,57 +1,65 @@
 """Several teachers, each for its own rows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from lightning_kd.batch import FILLER_ROW, Batch
-from lightning_kd.fused import AnswerKind, FullDistribution, RoutedLogits
+from lightning_kd.fused import (
+    AnswerKind,
+    DistributionRows,
+    FullDistribution,
+    RoutedLogits,
+    TeacherAnswer,
+    TokenLogProbs,
+    TopK,
+    single_model_log_probs,
+)
 from lightning_kd.models.logits_backend import LogitsBackend
-from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers.local import LocalModels
+from lightning_kd.teachers.composite import CompositeTeacher
+from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
+from lightning_kd.teachers.local import LocalTeacher
 
 
-class RoutedTeacher(LocalModels):
-    """Several frozen models; a column of the data says which of them teaches a row.
+class RoutedTeacher(CompositeTeacher):
+    """Several teachers; a column of the data selects one of them for each row.
+
+    It answers what all members can. Members that answer ``top_k`` need one k.
 
     Args:
-        members: A model for each value of the column.
+        members: A teacher for each value of the column.
         column: A column of the data module's ``extra_columns``.
-        placement: Of every member, as :class:`~lightning_kd.teachers.LocalTeacher` has it; not
-            ``sharded``.
 
     Raises:
-        ValueError: If there are no members, or the placement is not one; in a run, if a row names
-            none of them.
+        ValueError: If there are no members, one is sharded, or they have no answer in common; in a
+            run, if a row names none of them.
 
     References:
         Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025 (several teachers, one for each
         data set). https://thinkingmachines.ai/blog/on-policy-distillation/
     """
 
+    answers: frozenset[Ability] = frozenset({"full_distribution", "top_k", "token_log_probs"})
+
     def __init__(
-        self,
-        members: dict[str, ModelSpec],
-        *,
-        column: str = "teacher",
-        placement: str = "replicated",
+        self, members: dict[str, LocalTeacher | Teacher], *, column: str = "teacher"
     ) -> None:
-        super().__init__(placement=placement)
-        if not members:
-            raise ValueError("a routed teacher needs at least one member; got an empty mapping")
-        if placement == "sharded":
+        super().__init__({repr(name): member for name, member in members.items()})
+        self.answers = self.shared_answers & RoutedTeacher.answers
+        if not self.answers:
+            raise ValueError(
+                f"the members of a routed teacher need an answer in common; {self.described_answers}"
+            )
+        if self.answers_collectively:
             raise ValueError(
                 "placement: sharded needs all processes for every member, but each process asks the "
                 "teachers of its own rows; use replicated or offloaded"
             )
         self.members, self.column = members, column
-
-    @property
-    def sources(self) -> Mapping[str, ModelSpec]:
-        """The members."""
-        return {f"teacher {name!r}": member for name, member in self.members.items()}
 
     @torch.no_grad()
     def answer(
@@ -61,22 +69,68 @@ class RoutedTeacher(LocalModels):
         *,
         kind: AnswerKind = "full_distribution",
         logits_backend: LogitsBackend,
-    ) -> FullDistribution:
-        """Run each model on its own rows."""
+    ) -> TeacherAnswer:
+        """Let each member answer for its own rows, and put the answers in order."""
+        members = list(self.members.values())
         present, routes = torch.unique(self._routes(batch), return_inverse=True)
-        sources = []
+        answers = []
         for number, member in enumerate(present.tolist()):
-            rows = (routes == number).nonzero()[:, 0]
-            picked: Batch = {
-                **batch,
-                "input_ids": batch["input_ids"][rows],
-                "attention_mask": batch["attention_mask"][rows],
-            }
-            own = ScoredPositions(positions.mask[rows], positions.targets)
-            sources.append(self._read(self.models[member], picked, own, logits_backend))
-        narrow = tuple(source.narrowed(self.vocabulary_size) for source in sources)
-        routed = RoutedLogits(narrow, routes[positions.rows])
-        return FullDistribution((routed,), self.log_probs)
+            chosen = routes == number
+            own = ScoredPositions(positions.mask[chosen], positions.targets[chosen[positions.rows]])
+            answers.append(
+                checked_answer(
+                    members[member],
+                    rows_of(batch, chosen),
+                    own,
+                    kind=kind,
+                    logits_backend=logits_backend,
+                )
+            )
+        routes = routes[positions.rows]
+        if kind == "full_distribution":
+            return self._distribution(
+                [a for a in answers if isinstance(a, FullDistribution)], routes
+            )
+        self._check_vocabularies(kind)
+        if kind == "token_log_probs":
+            values = [a.values for a in answers if isinstance(a, TokenLogProbs)]
+            return TokenLogProbs(_in_order(values, routes))
+        top = [a for a in answers if isinstance(a, TopK)]
+        sizes = sorted({a.token_ids.shape[1] for a in top})
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the members of the routed teacher answer k = {', '.join(map(str, sizes))} tokens; "
+                "rows of one batch need one k"
+            )
+        ids, log_probs = [a.token_ids for a in top], [a.log_probs for a in top]
+        return TopK(_in_order(ids, routes), _in_order(log_probs, routes))
+
+    def _distribution(
+        self, answers: Sequence[FullDistribution], routes: Tensor
+    ) -> FullDistribution:
+        width = self.vocabulary_size
+        narrow = [answer.narrowed(width) for answer in answers]
+        most = max(len(answer.logits) for answer in narrow)
+        # A member with fewer models than another has its last logits again, which it does not read.
+        logits = tuple(
+            RoutedLogits(
+                tuple(answer.logits[min(number, len(answer.logits) - 1)] for answer in narrow),
+                routes,
+            )
+            for number in range(most)
+        )
+        if all(answer.combine is single_model_log_probs for answer in narrow):
+            return FullDistribution(logits)
+        return RoutedDistribution(logits, members=tuple(narrow), routes=routes)
+
+    def _check_vocabularies(self, kind: AnswerKind) -> None:
+        sizes = {name: member.vocabulary_size for name, member in self.members.items()}
+        if len(set(sizes.values())) > 1:
+            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(
+                f"the members of the routed teacher know {told} tokens; with {kind} they need as "
+                "many as each other, for the probability of a subset is not known"
+            )
 
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""
@@ -94,3 +148,55 @@ class RoutedTeacher(LocalModels):
                 )
         routes = [numbers.get(name, 0) for name in names]
         return torch.tensor(routes, device=batch["input_ids"].device)
+
+
+@dataclass(frozen=True)
+class RoutedDistribution(FullDistribution):
+    """Full distributions of which some combine several models, each for its own positions."""
+
+    members: tuple[FullDistribution, ...] = field(kw_only=True)
+    """How many logits each has, and how they become its distribution."""
+    routes: Tensor = field(kw_only=True)
+    """The number of each position's member, ``(N,)``."""
+
+    def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
+        """All tokens, each row combined as its member does."""
+        routes = self.routes[rows]
+
+        def combine(given: Sequence[Tensor], temperature: float) -> Tensor:
+            log_probs = torch.empty_like(given[0])
+            for number, member in enumerate(self.members):
+                own = routes == number
+                parts = [part[own] for part in given[: len(member.logits)]]
+                log_probs[own] = member.combine(parts, temperature).to(log_probs.dtype)
+            return log_probs
+
+        return DistributionRows(logits, combine)
+
+
+def rows_of(batch: Batch, chosen: Tensor) -> Batch:
+    """Return some rows of a batch, with everything that belongs to them.
+
+    Args:
+        batch: The batch; its second stream, if any, stays behind.
+        chosen: True at the rows, ``(B,)``.
+    """
+    kept = chosen.tolist()
+
+    def select(value: Tensor | list[object] | Mapping[str, list[object]]) -> object:
+        if isinstance(value, Tensor):
+            return value[chosen]
+        if isinstance(value, Mapping):
+            return {name: select(column) for name, column in value.items()}
+        return [item for item, keep in zip(value, kept, strict=True) if keep]
+
+    parts = {name: value for name, value in batch.items() if name != "text"}
+    return cast(Batch, {name: select(value) for name, value in parts.items()})  # type: ignore[arg-type]
+
+
+def _in_order(parts: Sequence[Tensor], routes: Tensor) -> Tensor:
+    """Put values of each member's positions where these are among all positions."""
+    merged = parts[0].new_empty(len(routes), *parts[0].shape[1:])
+    for number, part in enumerate(parts):
+        merged[routes == number] = part.to(merged.dtype)
+    return merged

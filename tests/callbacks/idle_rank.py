@@ -30,7 +30,7 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.fused import WeightedSum
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -143,10 +143,10 @@ def nothing_scored() -> dict[str, float]:
 
 def baby_llama() -> dict[str, float]:
     """Take a step whose second count is summed in advance, and validate on fillers."""
-    sources = [ModelSpec.of(tiny_llama(seed)) for seed in (1, 2)]
+    sources = [LocalTeacher.of(tiny_llama(seed), placement=in_shards()) for seed in (1, 2)]
     module = BabyLlama(
         student=StudentSpec.of(tiny_llama(0)),
-        teacher=TeacherEnsemble(sources, placement=in_shards()),
+        teacher=TeacherEnsemble(sources),
         kl_scale="batchmean",
     )
     fit = run("baby_llama", max_steps=1)

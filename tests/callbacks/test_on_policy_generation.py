@@ -13,7 +13,7 @@ from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGenerat
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
 from lightning_kd.data import PromptCompletionData
 from lightning_kd.generation import Completions, SamplingOptions
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -365,7 +365,7 @@ def test_each_row_has_its_own_teacher():
     """A routed teacher's logits are those of the row's member, in any order of rows."""
     batch = ragged_batch([(2, 5), (3, 2), (1, 4)])
     members = {"a": tiny_llama(1), "b": tiny_llama(2)}
-    sources = {name: ModelSpec.of(model) for name, model in members.items()}
+    sources = {name: LocalTeacher.of(model) for name, model in members.items()}
     module = GKD(
         student=StudentSpec.of(tiny_llama(0)),
         teacher=RoutedTeacher(sources),
@@ -461,7 +461,7 @@ def test_generation_does_not_change_the_mode_of_models():
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
             assert "completion_mask" in batch
             assert all(part.training for part in pl_module.student.modules())
-            assert not any(part.training for part in pl_module.teacher.models[0].modules())
+            assert not any(part.training for part in pl_module.teacher.model.modules())
 
     fit(GKD(**models(attention_dropout=0.5)), more=[Modes()])
 
@@ -476,7 +476,7 @@ class Unprompted(Letters):
 
 
 def two_teachers():
-    members = [ModelSpec.of(tiny_llama(k)) for k in (1, 2)]
+    members = [LocalTeacher.of(tiny_llama(k)) for k in (1, 2)]
     return TeacherEnsemble(members)
 
 
@@ -502,7 +502,7 @@ def two_teachers():
         (
             lambda: GKD(student=StudentSpec.of(tiny_llama(0)), teacher=two_teachers()),
             {"mixture_alpha": 0.2},
-            "has TeacherEnsemble; give it a LocalTeacher",
+            "needs a teacher with the ability .mixture., got TeacherEnsemble; .* LocalTeacher",
         ),
         (lambda: GKD(**models()), {"group_size": 3}, "4 rows .* group_size 3 does not divide"),
         (
@@ -532,7 +532,7 @@ def two_teachers():
         (
             lambda: GKD(
                 student=StudentSpec.of(tiny_llama(0)),
-                teacher=RoutedTeacher({"a": ModelSpec.of(tiny_llama(1))}, column="who"),
+                teacher=RoutedTeacher({"a": LocalTeacher.of(tiny_llama(1))}, column="who"),
             ),
             {},
             "no column 'who' that says which teacher",

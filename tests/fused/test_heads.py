@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_kd.models import DenseLogits, FusedLogits, LoRA, ModelSpec, StudentSpec
+from lightning_kd.models import DenseLogits, FusedLogits, LoRA, StudentSpec
 from lightning_kd.models.output_head import find_head
 from lightning_kd.modules import SFT, BabyLlama, SupervisedKD
 from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
@@ -127,7 +127,7 @@ def test_lora_on_the_body_and_on_the_head(targets):
 def test_an_ensemble(combine):
     results = []
     for logits in (FusedLogits(), DenseLogits()):
-        members = [ModelSpec.of(tiny_llama(seed)) for seed in (1, 2, 3)]
+        members = [LocalTeacher.of(tiny_llama(seed)) for seed in (1, 2, 3)]
         teacher = TeacherEnsemble(members, combine=combine, weights=[1.0, 2.0, 0.0])
         results.append(step(StudentSpec.of(tiny_llama(0)), logits, teacher, method=BabyLlama))
     assert_same(*results, tolerance=1e-5)
@@ -137,7 +137,7 @@ def test_routed_teachers():
     batch = {**BATCH, "extra": {"teacher": ["a", "b", "a", "a"]}}
     results = []
     for logits in (FusedLogits(), DenseLogits()):
-        members = {name: ModelSpec.of(tiny_llama(seed)) for name, seed in (("a", 1), ("b", 2))}
+        members = {name: LocalTeacher.of(tiny_llama(seed)) for name, seed in (("a", 1), ("b", 2))}
         teacher = RoutedTeacher(members)
         results.append(step(StudentSpec.of(tiny_llama(0)), logits, teacher, batch=batch))
     assert_same(*results, tolerance=1e-5)

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_with_both_lists(tokenizer, ki
 
 def test_members_of_an_ensemble_and_of_a_routed_teacher_are_checked(tokenizer):
     good, bad = saved("good"), saved("bad", num_hidden_layers=3)
-    members = [ModelSpec(good), ModelSpec(bad)]
+    members = [LocalTeacher(good), LocalTeacher(bad)]
     for teacher in (TeacherEnsemble(members), RoutedTeacher(dict(zip("ab", members, strict=True)))):
         with pytest.raises(ValueError, match="9 missing"):
             teacher.prepare(tokenizer, torch.device("cpu"), "equal")

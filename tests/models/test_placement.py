@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.models.placement import on_compute_device, place_model
 from lightning_kd.modules import SupervisedKD
 from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
@@ -18,7 +18,7 @@ def test_where_a_teacher_is_kept_changes_nothing(placement):
         module = SupervisedKD(
             student=StudentSpec.of(tiny_llama(0)),
             teacher=TeacherEnsemble(
-                [ModelSpec.of(tiny_llama(1)), ModelSpec.of(tiny_llama(2))], placement=placement
+                [LocalTeacher.of(tiny_llama(seed), placement=placement) for seed in (1, 2)]
             ),
         )
         return fit_one_step(module, [BATCH])
@@ -55,7 +55,7 @@ def test_an_unknown_placement_lists_the_choices(placement):
 
 def test_rows_with_teachers_of_their_own_cannot_have_them_in_shards():
     with pytest.raises(ValueError, match="each process asks the teachers of its own rows"):
-        RoutedTeacher({"a": ModelSpec.of(tiny_llama(0))}, placement="sharded")
+        RoutedTeacher({"a": LocalTeacher.of(tiny_llama(0), placement="sharded")})
 
 
 QUANTIZED = [
@@ -73,7 +73,7 @@ def test_a_quantized_teacher_teaches_nearly_the_same(quantization, layer, off, t
     teacher = LocalTeacher(str(tmp_path), quantization=quantization)
     module = SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
     loss, gradient = fit_one_step(module, [BATCH])
-    (small,) = teacher.models
+    small = teacher.model
     assert type(small.model.layers[0].mlp.up_proj).__name__ == layer
     assert small.get_memory_footprint() < 0.5 * tiny_llama(1, **size).get_memory_footprint()
 

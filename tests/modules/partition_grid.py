@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -98,7 +98,7 @@ def build(
         "normalization": ConstantLength(16) if normalization == "constant" else normalization,
         "optimizer": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9),
     }
-    two = TeacherEnsemble([ModelSpec.of(llama(1)), ModelSpec.of(llama(2))], placement=placement)
+    two = TeacherEnsemble([LocalTeacher.of(llama(seed), placement=placement) for seed in (1, 2)])
     one = LocalTeacher.of(llama(1), placement=placement)
     if method == "sft":
         return SFT(**common)

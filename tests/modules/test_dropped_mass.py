@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
-from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.modules import SupervisedKD
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
 from tests.support.harness import BatchList, trainer
@@ -48,7 +47,7 @@ def test_of_several_teachers_the_one_that_gives_most():
     members = [tiny_llama(seed, vocab_size=size) for seed, size in ((1, 21), (2, 24), (3, 18))]
     module = SupervisedKD(
         student=StudentSpec.of(tiny_llama(0)),
-        teacher=TeacherEnsemble([ModelSpec.of(member) for member in members]),
+        teacher=TeacherEnsemble([LocalTeacher.of(member) for member in members]),
         vocabulary="shared",
     )
     expected = torch.stack([beyond(member, 18) for member in members]).amax(0).mean().item()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD, SFT, BabyLlama, SupervisedKD
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
@@ -110,7 +110,7 @@ def test_baby_llama_reproduces_the_official_scale_on_unpadded_blocks(alpha, norm
     loss = official_baby_llama(student, teachers, BLOCKS, alpha, 2.0)
     module = BabyLlama(
         student=StudentSpec.of(student),
-        teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
+        teacher=TeacherEnsemble([LocalTeacher.of(t) for t in teachers]),
         alpha=alpha,
         kl_scale="batchmean",
         normalization=normalization,
@@ -152,7 +152,7 @@ def test_the_official_scale_on_ragged_rows(alpha, normalization):
     expected = expected_gradient(student, loss)
     module = BabyLlama(
         student=StudentSpec.of(student),
-        teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
+        teacher=TeacherEnsemble([LocalTeacher.of(t) for t in teachers]),
         alpha=alpha,
         kl_scale="batchmean",
         normalization=ConstantLength(16) if normalization == "constant" else normalization,
@@ -203,7 +203,7 @@ def test_the_official_scale_in_validation_has_both_counts():
     loss = ragged_baby_llama(student, teachers, "token", 0.5, 2.0)
     module = BabyLlama(
         student=StudentSpec.of(student),
-        teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
+        teacher=TeacherEnsemble([LocalTeacher.of(t) for t in teachers]),
         kl_scale="batchmean",
     )
     pieces = [{k: v[rows] for k, v in BATCH.items()} for rows in (slice(0, 1), slice(1, 3))]
@@ -220,7 +220,7 @@ def test_the_official_scale_is_the_token_scale_times_the_tokens_of_a_block():
     for scale in ("token", "batchmean"):
         module = BabyLlama(
             student=StudentSpec.of(tiny_llama(0)),
-            teacher=TeacherEnsemble([ModelSpec.of(t) for t in teachers]),
+            teacher=TeacherEnsemble([LocalTeacher.of(t) for t in teachers]),
             alpha=0.0,
             kl_scale=scale,
         )
@@ -236,7 +236,7 @@ def test_the_official_scale_is_the_token_scale_times_the_tokens_of_a_block():
 
 def test_identical_teachers_are_one_and_a_perfect_student_has_no_gradient():
     student, teacher, _ = student_and_teachers()
-    ensemble = TeacherEnsemble([ModelSpec.of(tiny_llama(1)), ModelSpec.of(tiny_llama(1))])
+    ensemble = TeacherEnsemble([LocalTeacher.of(tiny_llama(1)), LocalTeacher.of(tiny_llama(1))])
     both = BabyLlama(student=StudentSpec.of(student), teacher=ensemble)
     one = BabyLlama(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(teacher))
     loss_both, gradient_both = fit_one_step(both, [BATCH])

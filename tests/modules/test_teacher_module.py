@@ -2,7 +2,7 @@
 
 import pytest
 
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD, RLDistillation, SupervisedKD
 from lightning_kd.rewards import exact_match
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
@@ -34,14 +34,16 @@ def test_a_teacher_from_where_the_student_starts_is_refused(start, tmp_path, met
 
 def test_one_object_cannot_be_both(start):
     model = tiny_llama(1)
-    for teacher in (LocalTeacher.of(model), TeacherEnsemble([ModelSpec.of(model)] * 2)):
+    for teacher in (LocalTeacher.of(model), TeacherEnsemble([LocalTeacher.of(model)] * 2)):
         with pytest.raises(ValueError, match="student and teacher are one model object"):
             fit(SupervisedKD(student=StudentSpec.of(model), teacher=teacher))
     assert all(weight.requires_grad for weight in model.parameters())
 
 
 def test_where_there_is_more_to_learn_it_is_a_reference(start):
-    fit(SupervisedKD(student=StudentSpec(start), teacher=TeacherEnsemble([ModelSpec(start)] * 2)))
+    fit(
+        SupervisedKD(student=StudentSpec(start), teacher=TeacherEnsemble([LocalTeacher(start)] * 2))
+    )
     other = LocalTeacher(start, quantization={"quant_method": "bitsandbytes", "load_in_8bit": True})
     assert not StudentSpec(start).is_same_checkpoint(other)
     assert RLDistillation.learns_from_its_start

@@ -223,9 +223,9 @@ REFUSED = {
         ["model.normalization: TokenMean -> SequenceMean"],
     ),
     "vocabulary": ({}, {"vocabulary": "shared"}, ["model.vocabulary: equal -> shared"]),
-    "teacher": ({}, {"teacher": {"name_or_path": "other"}}, ["model.teacher.models[0].weights"]),
+    "teacher": ({}, {"teacher": {"name_or_path": "other"}}, ["model.teacher.model.weights"]),
     "teacher's type": ({}, {"teacher": {"dtype": "bfloat16"}}, ["model.teacher.dtype"]),
-    "teacher, trained anew": ({}, {"before": retrain_the_teacher}, ["model.teacher.models"]),
+    "teacher, trained anew": ({}, {"before": retrain_the_teacher}, ["model.teacher.model"]),
     "ensemble": (
         {},
         {"teacher_object": lambda: TeacherEnsemble([LocalTeacher("teacher")])},

@@ -1,21 +1,23 @@
 """Teachers of third parties: k tokens and a tail from memory, and single tokens' probabilities."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import JsonlPredictions, OnPolicyGeneration
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
-from lightning_kd.fused import TokenLogProbs, TopK
-from lightning_kd.generation import SamplingOptions
+from lightning_kd.fused import FullDistribution, MaterializedLogits, TokenLogProbs, TopK
+from lightning_kd.generation import Completions, SamplingOptions
 from lightning_kd.models import DenseLogits, StudentSpec
 from lightning_kd.modules import (
     GKD,
     MiniLLM,
     OnPolicyDistillation,
     RLDistillation,
+    SequenceKD,
     SupervisedKD,
 )
 from lightning_kd.rewards import exact_match
@@ -200,6 +202,66 @@ def test_rl_distillation_over_k_tokens_validates_under_its_own_name():
     assert "val/reverse_kl" not in shown
 
 
+class Recites(TellsOneToken):
+    """A teacher somewhere else that also completes prompts."""
+
+    answers = frozenset({"full_distribution", "generation"})
+
+    def __init__(self, network, completions):
+        super().__init__(network)
+        self.completions, self.seen = completions, []
+
+    @torch.no_grad()
+    def answer(self, batch, positions, *, kind, logits_backend):
+        logits = self.network(batch["input_ids"], batch["attention_mask"]).logits
+        return FullDistribution((MaterializedLogits(logits[positions.mask]),))
+
+    def generate(
+        self, tokenizer, prompt_ids, prompt_mask, options, *, seeds, engine=None, width=None
+    ):
+        self.seen.append((len(prompt_ids), len(set(seeds)), width))
+        return Completions.of_tokens(
+            [self.completions[seed % len(self.completions)] for seed in seeds],
+            eos_ids={tokenizer.eos_token_id},
+            pad_id=tokenizer.pad_token_id,
+        )
+
+
+def test_completions_of_a_teacher_elsewhere_are_trained_on(tmp_path):
+    recited = [[4, 5, 1], [6, 1]]
+    teacher = Recites(tiny_llama(1), recited)
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    path = tmp_path / "rollouts.jsonl"
+    callback = writing(lmbda=0.0, off_policy="teacher", path=str(path), rows_at_once=3)
+    fit = trainer(max_steps=2, max_epochs=-1, callbacks=[callback])
+    fit.fit(module, datamodule=Letters(batch_size=4))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 8
+    assert {tuple(row["completion_ids"]) for row in rows} <= set(map(tuple, recited))
+    assert teacher.seen == [(3, 3, V), (1, 1, V)] * 2
+
+
+def test_predict_of_sequence_kd_writes_what_a_teacher_elsewhere_completes(tmp_path):
+    teacher = Recites(tiny_llama(1), [[4, 5, 1]])
+    module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    path = tmp_path / "completed.jsonl"
+    predict = trainer(callbacks=[JsonlPredictions(str(path))])
+    predict.predict(module, datamodule=Letters(batch_size=4), return_predictions=False)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) > 1
+    assert {tuple(row["completion_ids"]) for row in rows} == {(4, 5, 1)}
+
+
+def test_a_teacher_that_returns_too_few_completions_is_named():
+    class Lazy(Recites):
+        def generate(self, tokenizer, prompt_ids, *rest, seeds, **options):
+            return super().generate(tokenizer, prompt_ids, *rest, seeds=seeds[1:], **options)
+
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Lazy(tiny_llama(1), [[4, 1]]))
+    callback = writing(lmbda=0.0, off_policy="teacher")
+    refused(module, "3 completions came for 4 prompts; the teacher's generate", [callback])
+
+
 # Refusals, all before the first step.
 
 
@@ -287,3 +349,23 @@ def test_an_answer_of_another_kind():
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
     with pytest.raises(ValueError, match="asked for full_distribution and has answered top_k"):
         fit_one_step(module, [BATCH])
+
+
+@pytest.mark.parametrize(
+    ("options", "ability"),
+    [({"lmbda": 0.0, "off_policy": "teacher"}, "generation"), ({"mixture_alpha": 0.2}, "mixture")],
+)
+def test_a_teacher_that_cannot_generate(options, ability):
+    teacher = Remembers.of(tiny_llama(1), BATCH, 3)
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    message = (
+        f"GKD with .* needs a teacher with the ability '{ability}', got Remembers; .*LocalTeacher"
+    )
+    refused(module, message, [writing(**options)])
+
+
+def test_sequence_kd_needs_a_teacher_that_generates():
+    teacher = TellsOneToken(tiny_llama(1))
+    module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    with pytest.raises(ValueError, match=r"SequenceKD's predict needs .*'generation', got Tells"):
+        trainer().predict(module, datamodule=Letters(batch_size=4))

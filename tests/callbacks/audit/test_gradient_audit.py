@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics
-from lightning_kd.models import ModelSpec, StudentSpec
+from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT, BabyLlama, SequenceKD, SupervisedKD
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
@@ -142,7 +142,7 @@ def methods():
         return tiny_llama(seed).double()
 
     teacher = LocalTeacher.of(llama(1))
-    two = TeacherEnsemble([ModelSpec.of(llama(1)), ModelSpec.of(llama(2))])
+    two = TeacherEnsemble([LocalTeacher.of(llama(1)), LocalTeacher.of(llama(2))])
     for normalization in ("token", "sequence", "batch", ConstantLength(12)):
 
         def build(method, n=normalization, **settings):

@@ -1,0 +1,81 @@
+"""What teachers that are made of teachers share."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lightning_kd.models.model_spec import ModelSpec
+from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.teachers.contract import Ability, Teacher
+
+
+class CompositeTeacher(Teacher):
+    """A teacher made of others.
+
+    Args:
+        named: Its members, each with the name that messages and random weights know it by.
+
+    Raises:
+        ValueError: If there are none, or one is no teacher.
+    """
+
+    def __init__(self, named: Mapping[str, Teacher]) -> None:
+        if not named:
+            raise ValueError(f"{type(self).__name__} needs at least one member; got none")
+        for name, member in named.items():
+            if not isinstance(member, Teacher):
+                raise ValueError(
+                    f"member {name} of {type(self).__name__} is a {type(member).__name__}; give a "
+                    "teacher, such as LocalTeacher"
+                )
+        self._named = dict(named)
+
+    @property
+    def shared_answers(self) -> frozenset[Ability]:
+        """What all members can answer."""
+        return frozenset.intersection(*(member.answers for member in self._named.values()))
+
+    @property
+    def described_answers(self) -> str:
+        """What each member answers, for messages."""
+        return ", ".join(
+            f"{name} ({type(member).__name__}) answers {' and '.join(sorted(member.answers))}"
+            for name, member in self._named.items()
+        )
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The smallest of the members'."""
+        return min(member.vocabulary_size for member in self._named.values())
+
+    @property
+    def model_specs(self) -> Sequence[ModelSpec]:
+        """Those of all members."""
+        return [spec for member in self._named.values() for spec in member.model_specs]
+
+    @property
+    def local_models(self) -> Mapping[str, PreTrainedModel]:
+        """Those of all members, by their roles."""
+        models: dict[str, PreTrainedModel] = {}
+        for member in self._named.values():
+            models |= member.local_models
+        return models
+
+    @property
+    def answers_collectively(self) -> bool:
+        """Whether a member does."""
+        return any(member.answers_collectively for member in self._named.values())
+
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        policy: VocabularyPolicy,
+        mesh: DeviceMesh | None = None,
+        role: str = "teacher",
+    ) -> None:
+        """Prepare every member, under a role of its own."""
+        for name, member in self._named.items():
+            member.prepare(tokenizer, device, policy, mesh, f"{role} {name}")
