@@ -12,16 +12,17 @@ from lightning_kd.teachers.contract import Ability, Teacher
 
 
 class CompositeTeacher(Teacher):
-    """A teacher made of others.
+    """A teacher made of others; a subclass calls :meth:`name_members` in its constructor."""
 
-    Args:
-        named: Its members, each with the name that messages and random weights know it by.
+    def name_members(self, named: Mapping[str, Teacher]) -> None:
+        """Take the members.
 
-    Raises:
-        ValueError: If there are none, or one is no teacher.
-    """
+        Args:
+            named: Each with the name that messages and the seeds of random weights have for it.
 
-    def __init__(self, named: Mapping[str, Teacher]) -> None:
+        Raises:
+            ValueError: If there are none, or one is no teacher.
+        """
         if not named:
             raise ValueError(f"{type(self).__name__} needs at least one member; got none")
         for name, member in named.items():

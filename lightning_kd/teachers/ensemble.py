@@ -68,7 +68,7 @@ class TeacherEnsemble(CompositeTeacher):
     ) -> None:
         if combine not in get_args(Averaging):
             raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
-        super().__init__({str(number): member for number, member in enumerate(members)})
+        self.name_members({str(number): member for number, member in enumerate(members)})
         averaged: set[Ability] = {"full_distribution"}
         if combine == "probabilities":
             averaged.add("token_log_probs")

@@ -48,7 +48,7 @@ class RoutedTeacher(CompositeTeacher):
     def __init__(
         self, members: dict[str, LocalTeacher | Teacher], *, column: str = "teacher"
     ) -> None:
-        super().__init__({repr(name): member for name, member in members.items()})
+        self.name_members({repr(name): member for name, member in members.items()})
         self.answers = self.shared_answers & RoutedTeacher.answers
         if not self.answers:
             raise ValueError(
