@@ -6,25 +6,23 @@ from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.batch import Batch, Rollout, require_prompts
 from lightning_kd.callbacks.output_paths import check_output
-from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
-from lightning_kd.callbacks.rollouts.generation import (
-    check_batches,
+from lightning_kd.callbacks.rollouts.checkpoints import gather_ranks, select_rank
+from lightning_kd.callbacks.rollouts.checks import (
+    check_groups,
     check_lengths,
     check_method,
     check_sampling,
-    check_teacher,
-    complete,
     loader_of,
 )
+from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
+from lightning_kd.callbacks.rollouts.generation import check_teacher, complete
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
-from lightning_kd.collectives import gather_objects
-from lightning_kd.data import RolloutPlan
+from lightning_kd.data import RolloutPlan, Window
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batch
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
@@ -180,22 +178,27 @@ class OnPolicyGeneration(Resumable, Callback):
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate that completions can be generated for the prompts of the data.
+        """Validate that groups fill a window.
 
         Raises:
-            ValueError: If rows have no prompts, or groups do not fill a window.
+            ValueError: If they do not, or the loader has no windows.
         """
-        check_batches(loader_of(trainer).window(0), trainer.world_size, self.plan.group_size)
+        check_groups(loader_of(trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Replace the batch's completions; at the start of a window, generate them."""
+        """Replace the batch's completions; at the start of a window, generate them.
+
+        Raises:
+            ValueError: If rows have no prompts.
+        """
         assert isinstance(pl_module, DistillationModule)  # checked in on_fit_start
         window, place = loader_of(trainer).window_of(batch)
-        if window != self._window:
-            self._window, self._rollouts = window, []
-            self._on_policy = self.is_on_policy(window, trainer.global_step)
+        if window.number != self._window:
+            require_prompts(batch)
+            self._window, self._rollouts = window.number, []
+            self._on_policy = self.is_on_policy(window.number, trainer.global_step)
             self.statistics.begin()
             if self._on_policy or self.off_policy == "teacher":
                 self._generate_window(trainer, pl_module, window)
@@ -224,15 +227,13 @@ class OnPolicyGeneration(Resumable, Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save an unfinished window: later weights would generate another one."""
-        if self._window is None:
-            return
-        of_rank = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
-        ranks = gather_objects(move_data_to_device(of_rank, torch.device("cpu")))
-        checkpoint[_CHECKPOINT_KEY] = {
-            "window": self._window,
-            "on_policy": self._on_policy,
-            "ranks": ranks,
-        }
+        if self._window is not None:
+            own = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
+            checkpoint[_CHECKPOINT_KEY] = {
+                "window": self._window,
+                "on_policy": self._on_policy,
+                "ranks": gather_ranks(own),
+            }
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -243,26 +244,17 @@ class OnPolicyGeneration(Resumable, Callback):
             ValueError: If it was generated for another number of processes.
         """
         saved = checkpoint.get(_CHECKPOINT_KEY)
-        if saved is None:
-            return
-        if len(saved["ranks"]) != trainer.world_size:
-            raise ValueError(
-                f"the checkpoint is from the middle of a window of rollouts on "
-                f"{len(saved['ranks'])} processes, this run has {trainer.world_size}: resume with "
-                "that many, or from a checkpoint at the end of a window (every_n_train_steps a "
-                f"multiple of {self.steps_per_window * self.plan.passes})"
-            )
-        of_rank = move_data_to_device(
-            saved["ranks"][trainer.global_rank], trainer.strategy.root_device
-        )
-        self._window, self._on_policy = saved["window"], saved["on_policy"]
-        self._rollouts = of_rank["rollouts"]
-        self.statistics.load_state_dict(of_rank["statistics"])
+        if saved is not None:
+            own = select_rank(trainer, saved["ranks"], self.steps_per_window * self.plan.passes)
+            self._window, self._on_policy = saved["window"], saved["on_policy"]
+            self._rollouts = own["rollouts"]
+            self.statistics.load_state_dict(own["statistics"])
 
-    def _generate_window(self, trainer: L.Trainer, module: DistillationModule, window: int) -> None:
+    def _generate_window(
+        self, trainer: L.Trainer, module: DistillationModule, window: Window
+    ) -> None:
         """Generate a window's completions, and let the module prepare them."""
-        loader = loader_of(trainer)
-        of_data = [require_prompts(batch) for batch in loader.window(window)]
+        of_data = [require_prompts(batch) for batch in window]
         batches = [trainer.strategy.batch_to_device(batch) for batch in of_data]
         models = list(module.models.values())
         context = trainer.precision_plugin.train_step_context()
@@ -296,4 +288,4 @@ class OnPolicyGeneration(Resumable, Callback):
             if self._on_policy:
                 module.prepare_rollouts(self._rollouts, self.generation)
         self._empty.add(module, self._rollouts, self.generation.max_new_tokens)
-        self.records.write(trainer, module, self._rollouts, generated.ended.tolist(), window)
+        self.records.write(trainer, module, self._rollouts, generated.ended.tolist(), window.number)

@@ -13,6 +13,7 @@ from lightning_kd.data.rows import EncodedRows, PackedRows
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import PromptCompletionData
 from lightning_kd.data.tokenizer_training import train_tokenizer, write_tokenizer
+from lightning_kd.data.window import Window
 from lightning_kd.data.workers import Rows
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "RolloutPlan",
     "Rows",
     "TrainingLoader",
+    "Window",
     "arithmetic_tokenizer",
     "load_rows",
     "train_tokenizer",

@@ -1,6 +1,7 @@
 """Loaders that count what was consumed, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ import torch
 from lightning_kd.batch import FILLER_ROW, Batch
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.plan import Epochs, RolloutPlan
-from lightning_kd.data.workers import WORKER_TIMEOUT, Examples, Key, Rows, prepared_batches
+from lightning_kd.data.window import Window
+from lightning_kd.data.workers import WORKER_TIMEOUT, Key, Rows, prepared_batches
 from lightning_kd.seeding import derive_seed
 
 
@@ -82,6 +84,7 @@ class TrainingLoader:
         self.epochs = Epochs(
             len(rows) * self.plan.group_size, self.plan.micro_batches * self.samples_per_micro_batch
         )
+        self._window: Window | None = None
         self.position = 0
         self.set_epoch(0)
 
@@ -111,21 +114,32 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Go on behind the last batch that was handed out, to the end of the epoch."""
         workers = (self.num_workers, self.worker_timeout)
-        for batch in prepared_batches(self.rows, self._keys(), self.collate, *workers):
-            # Counted before it is handed out: whoever has the batch sees it as consumed.
-            self.position += 1
-            yield batch
+        self._window = None
+        with closing(prepared_batches(self.rows, self._keys(), self.collate, *workers)) as prepared:
+            for position in range(self.position, self.end):
+                number, place = self.plan.place(position)
+                if self._window is None or self._window.number != number:
+                    self._window = Window(number, self.plan.micro_batches, prepared)
+                batch = self._window[place]
+                # Counted before it is handed out: whoever has the batch sees it as consumed.
+                self.position += 1
+                yield batch
 
-    def window(self, index: int) -> list[Batch]:
-        """The micro-batches of a window on this rank, before anything is written in them."""
-        numbers = range(index * self.plan.micro_batches, (index + 1) * self.plan.micro_batches)
-        examples = Examples(self.rows)
-        return [self.collate([examples[key] for key in self._samples(n, {})]) for n in numbers]
+    def window_of(self, batch: Batch) -> tuple[Window, int]:
+        """Return the window of the batch that was handed out last, and its place there.
 
-    def window_of(self, batch: Batch) -> tuple[int, int]:
-        """The window a batch of this loader is in, and its place there."""
-        number = int(batch["sample"][0]) // self.samples_per_micro_batch
-        return divmod(number, self.plan.micro_batches)
+        Raises:
+            ValueError: If the batch is of another window.
+        """
+        micro_batch = int(batch["sample"][0]) // self.samples_per_micro_batch
+        number, place = divmod(micro_batch, self.plan.micro_batches)
+        if self._window is None or self._window.number != number:
+            at = "none" if self._window is None else f"window {self._window.number}"
+            raise ValueError(
+                f"the batch is of window {number} and the loader is at {at}: it knows the window of "
+                "the batch that it has handed out last"
+            )
+        return self._window, place
 
     @property
     def ends_window(self) -> bool:
@@ -193,9 +207,11 @@ class TrainingLoader:
         )
 
     def _keys(self) -> Iterator[list[Key]]:
+        """What each micro-batch reads, from the start of the window at the position, each once."""
         orders: dict[int, list[int]] = {}
-        for position in range(self.position, self.end):
-            yield self._samples(self.plan.fresh(position), orders)
+        first, end = self.position // self.plan.window, -(-self.end // self.plan.window)
+        for number in range(first * self.plan.micro_batches, end * self.plan.micro_batches):
+            yield self._samples(number, orders)
 
     def _samples(self, micro_batch: int, orders: dict[int, list[int]]) -> list[Key]:
         """What a micro-batch reads; ``orders`` keeps the permutations that are in use."""

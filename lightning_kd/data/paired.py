@@ -12,6 +12,7 @@ from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plain_text import PackedTextData
 from lightning_kd.data.plan import RolloutPlan
+from lightning_kd.data.window import Window
 from lightning_kd.resuming import Resumable
 
 
@@ -79,12 +80,8 @@ class PairedLoader:
         """Micro-batches of a window, in all of its passes."""
         return self.main.window_length
 
-    def window(self, index: int) -> list[Batch]:
-        """The main loader's window; text is no part of it."""
-        return self.main.window(index)
-
-    def window_of(self, batch: Batch) -> tuple[int, int]:
-        """The window a batch is in, and its place there."""
+    def window_of(self, batch: Batch) -> tuple[Window, int]:
+        """Return the main loader's window of a batch, without text, and the batch's place there."""
         return self.main.window_of(batch)
 
     @property

@@ -40,16 +40,16 @@ class RolloutPlan:
         """Micro-batches that a rank trains on from the start of a window to its end."""
         return self.micro_batches * self.passes
 
-    def fresh(self, position: int) -> int:
-        """Which of the micro-batches that differ stands at a position of the run.
+    def place(self, position: int) -> tuple[int, int]:
+        """Return the window at a position of the run, and the place of its micro-batch there.
 
         Example:
             >>> plan = RolloutPlan(micro_batches=2, passes=2)
-            >>> [plan.fresh(position) for position in range(8)]
-            [0, 1, 0, 1, 2, 3, 2, 3]
+            >>> [plan.place(position) for position in range(6)]
+            [(0, 0), (0, 1), (0, 0), (0, 1), (1, 0), (1, 1)]
         """
         window, within = divmod(position, self.window)
-        return window * self.micro_batches + within % self.micro_batches
+        return window, within % self.micro_batches
 
 
 @dataclass(frozen=True)

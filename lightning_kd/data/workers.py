@@ -2,7 +2,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
@@ -55,7 +55,7 @@ def prepared_batches(
     collate: Collator,
     num_workers: int,
     worker_timeout: float,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
     """Batches of the rows that the keys name, in their order.
 
     Args:

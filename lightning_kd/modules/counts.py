@@ -20,12 +20,8 @@ from lightning_kd.scoring import ScoredPositions
 class WindowLoader(Protocol):
     """A loader that can tell which micro-batches will follow."""
 
-    def window(self, index: int) -> list[Batch]:
-        """Return the micro-batches of a window on this rank."""
-        ...
-
-    def window_of(self, batch: Batch) -> tuple[int, int]:
-        """Return the window of a batch, and its place there."""
+    def window_of(self, batch: Batch) -> tuple[Sequence[Batch], int]:
+        """Return this rank's micro-batches of a batch's window, and the batch's place among them."""
         ...
 
 
@@ -126,7 +122,7 @@ class StepCountingModule(ScaledSumModule):
         if not isinstance(loader, WindowLoader):
             raise ValueError(self._refusal(loader, accumulate))
         window, place = loader.window_of(batch)
-        return [batch, *loader.window(window)[place + 1 : place + accumulate]]
+        return [batch, *window[place + 1 : place + accumulate]]
 
     def check_counts(self) -> None:
         """Compare what was counted ahead with what was scored.

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
-from lightning_kd.data import PromptCompletionData
+from lightning_kd.data import Collator, PromptCompletionData
 from lightning_kd.generation import Completions, SamplingOptions
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
@@ -52,8 +52,9 @@ class Saves(Callback):
     def __init__(self, folder) -> None:
         self.folder = folder
 
-    def on_train_batch_end(self, trainer, *_) -> None:
-        trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt")
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self.folder / f"step{trainer.global_step}.ckpt")
 
 
 def models(student=0, teacher=1, **settings):
@@ -553,6 +554,31 @@ def test_completions_without_a_group_are_trained_on_with_a_warning():
         _, seen = fit(module, steps=1)
     advantages = seen.batches[0]["advantages"]
     assert torch.equal(advantages, 2.0 * (seen.batches[0]["labels"] != -100))
+
+
+def test_a_window_is_collated_once_and_again_by_a_run_that_resumes_inside_it(tmp_path, monkeypatch):
+    collate, samples = Collator.__call__, []
+
+    def noted(self, rows):
+        samples.append([sample for sample, *_ in rows])
+        return collate(self, rows)
+
+    monkeypatch.setattr(Collator, "__call__", noted)
+    settings = {
+        "steps": 8,
+        "batch_size": 2,
+        "options": {"steps_per_window": 2, "passes": 2},
+        "accumulate_grad_batches": 2,
+    }
+    _, whole = fit(MiniLLM(**models()), more=[Saves(tmp_path)], **settings)
+    micro_batches = [[2 * k, 2 * k + 1] for k in range(8)]
+    assert samples == micro_batches
+    samples.clear()
+    _, rest = fit(MiniLLM(**models()), ckpt=tmp_path / "step5.ckpt", **settings)
+    assert samples == micro_batches[4:]
+    for got, expected in zip(rest.batches, whole.batches[10:], strict=True):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
 def test_data_without_prompts_or_windows_is_rejected():

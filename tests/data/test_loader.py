@@ -1,3 +1,4 @@
+import weakref
 from itertools import islice
 
 import pytest
@@ -125,22 +126,100 @@ def test_windows_come_again_before_the_next():
     fresh = stream(training(), 4)
     repeated = stream(training(plan=PLAN), 12)
     assert repeated == fresh[:2] * 3 + fresh[2:] * 3
-    loader = training(plan=PLAN)
-    windows = [[batch["input_ids"].tolist() for batch in loader.window(k)] for k in range(2)]
-    assert windows == [fresh[:2], fresh[2:]]
-    places, ends = [], []
+    loader, seen = training(plan=PLAN), []
     for batch in islice(endless(loader), 12):
-        places.append(loader.window_of(batch))
-        ends.append(loader.ends_window)
-    assert places == [(0, 0), (0, 1)] * 3 + [(1, 0), (1, 1)] * 3
-    assert ends == ([False] * 5 + [True]) * 2
+        window, place = loader.window_of(batch)
+        tokens = [each["input_ids"].tolist() for each in window]
+        assert tokens == fresh[2 * window.number :][:2]
+        seen.append((window.number, place, loader.ends_window))
+    once = [(0, False), (1, False)] * 2 + [(0, False), (1, True)]
+    assert seen == [(window, *rest) for window in range(2) for rest in once]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_batch_of_one_sample_is_known_by_its_window(rank):
     loader = training(batch_size=1, rank=rank, world_size=2, plan=PLAN)
-    places = [loader.window_of(batch) for batch in islice(endless(loader), 12)]
+    found = [loader.window_of(batch) for batch in islice(endless(loader), 12)]
+    places = [(window.number, place) for window, place in found]
     assert places == [(0, 0), (0, 1)] * 3 + [(1, 0), (1, 1)] * 3
+
+
+class Counting(Collator):
+    """Notes the samples of each micro-batch that it makes, and whether they are still there."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.samples, self.made = [], []
+
+    def __call__(self, rows):
+        batch = super().__call__(rows)
+        self.samples.append(batch["sample"].tolist())
+        self.made.append(weakref.ref(batch["input_ids"]))
+        return batch
+
+
+def counted(**settings):
+    return TrainingLoader(Numbers(10), Counting(), batch_size=3, seed=0, plan=PLAN, **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.processes)])
+@pytest.mark.parametrize("consumed", [0, 1, 4, 6, 9])
+@pytest.mark.parametrize("asks", [True, False])
+def test_a_window_is_collated_once(consumed, num_workers, asks):
+    """Whoever asks for it, in all of its passes, and again only in a run that resumes inside it."""
+    whole = stream(training(plan=PLAN), 12)
+    first, second = (counted(num_workers=num_workers) for _ in range(2))
+
+    def read(loader, count):
+        seen = []
+        for batch in islice(endless(loader), count):
+            if asks:
+                window, place = loader.window_of(batch)
+                assert window[place]["input_ids"] is batch["input_ids"]
+                assert len(list(window)) == 2
+            seen.append(batch["input_ids"].tolist())
+        return seen
+
+    begun = read(first, consumed)
+    second.load_state_dict(first.state_dict())
+    assert begun + read(second, 12 - consumed) == whole
+    micro_batches = [[3 * k, 3 * k + 1, 3 * k + 2] for k in range(4)]
+    windows = -(-consumed // 6)
+    assert second.collate.samples == micro_batches[2 * (consumed // 6) :]
+    if asks:
+        assert first.collate.samples == micro_batches[: 2 * windows]
+    else:
+        assert first.collate.samples == micro_batches[: len(first.collate.samples)]
+
+
+def test_one_window_at_a_time_is_kept():
+    loader = counted()
+    for number, batch in enumerate(islice(endless(loader), 12)):
+        loader.window_of(batch)
+        kept = [made() is not None for made in loader.collate.made]
+        assert sum(kept) <= 2 + (number == 6), number  # the batch of before is still named here
+
+
+def test_what_is_written_into_a_batch_is_in_no_other_pass():
+    loader, seen = training(plan=PLAN), []
+    for batch in islice(endless(loader), 6):
+        window, place = loader.window_of(batch)
+        assert window[place].keys() == batch.keys()
+        seen.append(batch["labels"].tolist())
+        batch.update(labels=batch["labels"] * 0, advantages=torch.zeros(3, 2))
+        batch.pop("sample")
+    assert seen == seen[:2] * 3
+
+
+def test_a_batch_of_another_window_is_refused():
+    loader = training(plan=PLAN)
+    with pytest.raises(ValueError, match="of window 0 and the loader is at none"):
+        loader.window_of({"sample": torch.tensor([0])})
+    batch = head(loader, 1)[0]
+    head(loader, 7)
+    with pytest.raises(ValueError, match="of window 0 and the loader is at window 1"):
+        loader.window_of(batch)
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (2, 3), (1, 3), (3, 1), (2, 1)])

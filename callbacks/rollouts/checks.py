@@ -1,0 +1,101 @@
+"""Validation that module, data and options are compatible with generated completions."""
+
+import lightning as L
+
+from lightning_kd.data import PairedLoader, TrainingLoader
+from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
+from lightning_kd.models.positions import check_length
+from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
+from lightning_kd.modules.student_module import longest_rows
+
+
+def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
+    """Return the training loader.
+
+    Raises:
+        ValueError: If it is not of a data module of this library.
+    """
+    loader = trainer.train_dataloader
+    if not isinstance(loader, TrainingLoader | PairedLoader):
+        raise ValueError(
+            f"OnPolicyGeneration needs the loader of a data module of this library, not a "
+            f"{type(loader).__name__}; derive yours from DistillationData"
+        )
+    return loader
+
+
+def check_method(module: DistillationModule, engine: Engine) -> None:
+    """Validate that a method uses completions, and that the engine gives what the method needs.
+
+    Raises:
+        ValueError: If the method learns from the data's completions alone, or needs log-probabilities
+            that the engine does not give.
+    """
+    if not (isinstance(module, TeacherModule) or module.needs_own_samples):
+        raise ValueError(
+            f"{type(module).__name__} learns the completions of the data, and on_policy would have it "
+            "learn its own; leave on_policy out, or use a method with a teacher, such as GKD"
+        )
+    if module.needs_own_samples:
+        check_log_probs(engine, type(module).__name__)
+
+
+def check_sampling(module: DistillationModule, options: GenerationOptions, *, always: bool) -> None:
+    """Validate that a policy gradient gets samples of the student from its whole distribution.
+
+    Args:
+        module: The method.
+        options: How completions are sampled.
+        always: Whether the student generates every window.
+
+    Raises:
+        ValueError: If other samples than these are trained on.
+    """
+    name = type(module).__name__
+    if module.needs_own_samples and not always:
+        raise ValueError(f"{name} learns only from what the student has sampled; set lmbda: 1")
+    if module.needs_own_samples and options.truncates:
+        raise ValueError(
+            f"{name} weighs tokens by how likely they were to be sampled, "
+            "which top_k, top_p and greedy decoding distort; sample with a temperature above "
+            f"0, top_k: 0, top_p: 1 and num_beams: 1 (got {options})"
+        )
+    sampling = options.temperature
+    if isinstance(module, PolicyGradientModule) and module.temperature != sampling:
+        raise ValueError(
+            f"completions are sampled at temperature {sampling}, but {name} "
+            f"trains the student at {module.temperature}, which is another distribution; "
+            "set model.temperature and on_policy.generation.temperature to the same value"
+        )
+
+
+def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data: bool) -> None:
+    """Validate that prompts and completions fit into the models' positions.
+
+    Args:
+        module: Module with the models, attached to a trainer.
+        max_new_tokens: Largest number of tokens of a completion.
+        from_data: Whether some windows are trained on with the completions of the data.
+
+    Raises:
+        ValueError: If rows are longer than the positions.
+    """
+    row, prompt = longest_rows(module.trainer).get("train", (0, 0))
+    what = "prompts and on_policy.generation.max_new_tokens"
+    check_length(module.models, prompt + max_new_tokens, what)
+    if from_data:
+        check_length(module.models, row, "train rows")
+
+
+def check_groups(loader: TrainingLoader | PairedLoader) -> None:
+    """Validate that groups of completions fill a window.
+
+    Raises:
+        ValueError: If they do not.
+    """
+    rows = loader.samples_per_micro_batch * loader.plan.micro_batches
+    if rows % loader.plan.group_size:
+        raise ValueError(
+            f"a window has {rows} rows over all processes and micro-batches, which group_size "
+            f"{loader.plan.group_size} does not divide; change batch_size or steps_per_window"
+        )
