@@ -87,7 +87,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def fresh_name(place: Path) -> Path:
-    """What a checkpoint is called while it is written."""
+    """Return the name of a checkpoint while it is written."""
     return place.with_name(f"{place.name}.fresh")
 
 
@@ -142,7 +142,7 @@ def summarize(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights_alone() -> ValueError:
-    """What to say where training is to go on from weights."""
+    """Return the error for training that would continue from weights alone."""
     return ValueError(
         "the checkpoint holds weights alone (save_weights_only): without the state of the "
         "optimizer, schedule and loops training cannot go on. Resume from another checkpoint "
@@ -151,7 +151,7 @@ def weights_alone() -> ValueError:
 
 
 def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """See whether weights are those of the same model.
+    """Validate that weights are those of the same model.
 
     Raises:
         ValueError: If one is missing, or has another shape.
@@ -160,7 +160,7 @@ def compare_weights(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> N
 
 
 def compare_shapes(saved: Mapping[str, Sequence[int]], own: Mapping[str, Sequence[int]]) -> None:
-    """The same, where nothing but shapes is known of them.
+    """Validate shapes alone, if no weights are at hand.
 
     Raises:
         ValueError: If a weight is missing, or has another shape.
@@ -193,7 +193,7 @@ def explained(path: _PATH) -> Iterator[None]:
 
 
 def unsafe(path: _PATH, error: BaseException) -> ValueError:
-    """What to say of a file or directory that is not read."""
+    """Return the error for a file or directory that is not loaded."""
     (reason, *_) = str(error).splitlines() or [type(error).__name__]
     other = newest_complete(Path(path))
     way_out = (

@@ -42,7 +42,7 @@ from lightning_kd.run_directories import claim_version
 EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
 
 RUNS = "runs"
-"""Where runs are written unless they are told otherwise."""
+"""Default directory of runs."""
 
 TRACEBACK = "LIGHTNING_KD_TRACEBACK"
 """Environment variable; where it is set, errors come with all that led to them."""
@@ -113,7 +113,7 @@ class DistillationCLI(LightningCLI):
             self.parser.error(f"the checkpoint {self._checkpoint!r} does not exist")
 
     def before_instantiate_classes(self) -> None:
-        """Have the command's own logger write where the trainer is told that its runs belong."""
+        """Set the default logger's directory to the trainer's ``default_root_dir``."""
         trainer = self._get(self.config, "trainer")
         root, options = trainer["default_root_dir"], _own_logger(trainer["logger"])
         if root is None or options is None or str(options["save_dir"]) == str(root):
@@ -240,7 +240,7 @@ def main() -> None:
 
 
 def _checkpoint_places(options: Any) -> list[Path]:
-    """Where a run may have checkpoints: beside its configuration, and where callbacks were told."""
+    """Return where a run's checkpoints may be: beside its configuration, and where callbacks save."""
     callbacks = _listed(options["trainer"]["callbacks"])
     given = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
     files = [Path(str(file)) for file in options.get("config") or []]

@@ -1,4 +1,4 @@
-"""What the command line says of an error: a few lines that help."""
+"""Errors of the command line, in a few lines that help."""
 
 import inspect
 import re
@@ -21,7 +21,7 @@ class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 
 class ShortErrors(ArgumentParser):
-    """Says what is wrong in a few lines and exits with 2; options are written in full."""
+    """Parser whose errors take a few lines and exit with 2; options cannot be abbreviated."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -176,7 +176,7 @@ def shorten(message: str) -> str:
 
 
 def is_for_the_user(error: BaseException) -> bool:
-    """Is it a message from this library or Lightning, or a defect somewhere below them?"""
+    """Return whether an error is a message of this library or Lightning, not a defect below them."""
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     home = Path(__file__).resolve().parent
     homes = (home, (home / "callbacks").resolve(), Path(lightning.__file__).resolve().parent)

@@ -46,7 +46,7 @@ AFTER_SFT = "MiniLLM"
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """Result of a run."""
 
     name: str
     metrics: dict[str, float]
@@ -66,10 +66,10 @@ def demo(
     """Train two teachers on sums of three-digit numbers and distil them into small students.
 
     The teachers see as many problems as they like. The students, all alike and from the same start,
-    see only a few, a share of them with a wrong answer, as in data that people wrote: with nothing
+    see only a few, a share of them with a wrong answer, as in human-written data: with nothing
     else to go by, they learn the mistakes too; a teacher tells them better. Two learn on what they
     write themselves; one of them, MiniLLM, goes on from what SFT has learned. Ends with a table
-    (exact match on problems that nobody has seen, KL to the teacher, wall time), a picture of the
+    (exact match on held-out problems, KL to the teacher, wall time), a picture of the
     curves and TensorBoard logs.
 
     Args:
@@ -107,7 +107,7 @@ def demo(
 
 
 def _students(root: Path, teachers: Sequence[str]) -> dict[str, DistillationModule]:
-    """All from the same random start, but for the one that goes on from ``SFT``."""
+    """Make the students, from one random start but for the one that continues from ``SFT``."""
     first, ensemble = LocalTeacher(teachers[0]), TeacherEnsemble([*map(LocalTeacher, teachers)])
     from_scratch: dict[str, Any] = {"student": _llama(STUDENT), **_optimization(2e-3)}
     return {

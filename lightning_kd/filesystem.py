@@ -41,14 +41,14 @@ def replace_directory(fresh: Path, place: Path) -> None:
 
 
 def flush(directory: Path) -> None:
-    """Have all files of a directory on the disk, not in memory alone."""
+    """Flush all files of a directory to the disk."""
     for path in directory.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
 
 
 def check_writable(place: Path) -> None:
-    """See whether a directory could be made at a place, and leave everything as it is.
+    """Validate that a directory could be made at a path, without making it.
 
     Raises:
         OSError: If it could not.

@@ -1,4 +1,4 @@
-"""What a function does, as plain data, where no import finds it by its name."""
+"""Descriptions of functions as plain data, if no import finds them by name."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Are the bytes of a checkpoint those that were written?"""
+"""Integrity of checkpoints: their bytes are those that were written."""
 
 import json
 import zipfile
@@ -79,7 +79,7 @@ def read_about(directory: Path) -> dict[str, Any]:
     """Read what a directory says of itself.
 
     Raises:
-        ValueError: If it does not, so that it is not complete, or not in the words that were written.
+        ValueError: If it does not, so that it is not complete, or its text differs from the saved one.
     """
     try:
         about = json.loads((directory / ABOUT).read_text())

@@ -52,7 +52,7 @@ def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
 
 
 def _is_one(path: Path) -> bool:
-    """Is it a checkpoint, or what a process left that was killed while it was replaced?"""
+    """Return whether a path is a checkpoint, or one whose replacement was interrupted."""
     return path.suffix == ".ckpt" or (path.suffix == ".old" and not path.with_suffix("").exists())
 
 

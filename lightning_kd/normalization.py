@@ -1,4 +1,4 @@
-r"""What a loss is divided by.
+r"""Normalization: what a loss is divided by.
 
 A loss is :math:`L = \sum_b w_b \sum_{t \in b} \ell_{b,t} \,/\, C`: every row :math:`b` of the optimizer
 step has a weight that depends only on its number of scored tokens :math:`n_b`, and one count
@@ -39,7 +39,7 @@ class Normalization(Resumable, ABC):
 
     @abstractmethod
     def count(self, tokens_per_row: Tensor) -> Tensor:
-        """What the rows add to the divisor of the optimizer step: ``(B,) -> ()``, float64."""
+        """Compute the rows' part of the divisor of the optimizer step: ``(B,) -> ()``, float64."""
 
     def __repr__(self) -> str:
         """The class name; parameters only where there are any."""
@@ -134,7 +134,7 @@ _BY_NAME: dict[str, type[Normalization]] = {
 
 
 def divisor(count: Tensor) -> Tensor:
-    """What sums are divided by: the count, or 1 where nothing was scored, so that 0/0 is 0.
+    """Return the divisor of sums: the count, or 1 if nothing was scored, so that 0/0 is 0.
 
     Example:
         >>> divisor(torch.tensor([3.0, 0.0]))

@@ -1,4 +1,4 @@
-"""What a run was told, as plain data: a resumed run is compared with it."""
+"""Settings of a run as plain data, which a resumed run is compared with."""
 
 import hashlib
 import inspect

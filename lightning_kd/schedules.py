@@ -54,7 +54,7 @@ class Linear(Schedule):
         return self.start + (self.end - self.start) * self.progress(min(1.0, step / self.steps))
 
     def progress(self, share: float) -> float:
-        """How far the value is when ``share`` of the steps is done."""
+        """Return how far the value is, in [0, 1], after a ``share`` of the steps."""
         return share
 
 

@@ -75,7 +75,7 @@ class ScoredPositions:
         return ScoredPositions(self.scattered(chosen), self.targets[chosen])
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """What stands at the predicted tokens: ``(B, T) -> (N,)``.
+        """Return the values at the predicted tokens: ``(B, T) -> (N,)``.
 
         Example:
             >>> scored = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8]]))

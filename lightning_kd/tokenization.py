@@ -19,13 +19,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills up a row: the tokenizer's padding, or else its EOS."""
+    """Return the padding token of a tokenizer, or else its EOS."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """All ids that end a completion: the tokenizer's and those of the model's generation config."""
+    """Return the ids that end a completion: the tokenizer's and the generation config's."""
     of_model = model.generation_config.eos_token_id if model.generation_config else None
     ids = of_model if isinstance(of_model, list) else [of_model]
     return {int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None}

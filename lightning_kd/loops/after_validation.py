@@ -22,7 +22,7 @@ class SavesAfterValidation(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any
     ) -> None:
-        """Let a save that is due wait for the validation of this step."""
+        """Delay a save that is due until after the validation of this step."""
         loop = trainer.fit_loop.epoch_loop
         if isinstance(loop, EpochLoop) and loop.in_step:
             return
@@ -33,7 +33,7 @@ class SavesAfterValidation(ModelCheckpoint):
             self._trained = False
 
     def _monitor_candidates(self, trainer: L.Trainer) -> dict[str, Tensor]:
-        """The metrics; before a validation Lightning waits for one that is not there."""
+        """Return the metrics; before a validation Lightning waits for one that is missing."""
         found = super()._monitor_candidates(trainer)
         if self._trained:
             found.pop(str(self.monitor), None)
@@ -46,12 +46,12 @@ class SavesAfterValidation(ModelCheckpoint):
 
 
 def ranks_by_validation(callback: ModelCheckpoint) -> bool:
-    """Does it keep the best by a metric of validation?"""
+    """Return whether a callback keeps the best checkpoints by a metric of validation."""
     return (callback.monitor or "").startswith("val/") and callback.save_top_k != 0
 
 
 def decide_after_validation(trainer: L.Trainer) -> None:
-    """Let callbacks that decide by a metric of validation do it after each validation, and then only.
+    """Make callbacks that decide by a metric of validation do so after each validation, and only then.
 
     They become callbacks of this package where they stand, under the names of their classes, which
     are those of their states in checkpoints.

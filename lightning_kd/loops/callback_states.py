@@ -1,4 +1,4 @@
-"""What Lightning's callbacks are restored to: what they have seen, under the settings of this run."""
+"""States that Lightning's callbacks are restored to, under the settings of this run."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ _DECIDES = ("min_delta", "check_finite", "stopping_threshold", "divergence_thres
 
 
 def stopping_settings(trainer: L.Trainer) -> dict[str, dict[str, Any]]:
-    """What each of them was told, which Lightning does not write into checkpoints."""
+    """Return the settings of each ``EarlyStopping``, which Lightning does not save."""
     return {c.state_key: _settings(c) for c in early_stoppings(trainer)}
 
 
@@ -67,7 +67,7 @@ def _settings(stopping: EarlyStopping) -> dict[str, Any]:
 def _still_stopped(
     stopping: EarlyStopping, state: Mapping[str, Any], before: Mapping[str, Any]
 ) -> bool:
-    """Does a decision to stop hold under the settings of this run?"""
+    """Return whether a decision to stop holds under the settings of this run."""
     if before != _settings(stopping):
         return False
     exhausted = state.get("stopping_reason") == EarlyStoppingReason.PATIENCE_EXHAUSTED.value
@@ -97,7 +97,7 @@ def _take_along(trainer: L.Trainer, state: dict[str, Any]) -> None:
 
 
 def _found(path: str, beside: Path) -> str | None:
-    """Where a checkpoint is; the run may have been moved."""
+    """Return the path of a checkpoint; the run may have been moved."""
     if "://" in path:
         return path
     places = [Path(path), beside / Path(path).name]
@@ -105,7 +105,7 @@ def _found(path: str, beside: Path) -> str | None:
 
 
 def _rank(saving: ModelCheckpoint, state: dict[str, Any]) -> None:
-    """Keep the ``save_top_k`` best, and know the best and the worst of them, as Lightning does."""
+    """Keep the ``save_top_k`` best, and set the best and the worst of them, as Lightning does."""
     best = state["best_k_models"]
     if not best or saving.monitor is None:
         return

@@ -65,7 +65,7 @@ def check_limits(trainer: L.Trainer) -> None:
 
 
 def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:
-    """Refuse what epochs of this library's loaders do not do.
+    """Refuse options that epochs of this library's loaders do not support.
 
     Raises:
         ValueError: If the trainer is asked for it.
@@ -112,7 +112,7 @@ def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:
 
 
 def check_validates(trainer: L.Trainer, loader: EpochLoader, what: str, monitor: str) -> None:
-    """Refuse what depends on a metric of validation where the run ends before the first one.
+    """Refuse an option that depends on validation if the run ends before the first one.
 
     Args:
         trainer: It validates, if it comes so far.
@@ -140,7 +140,7 @@ def check_validates(trainer: L.Trainer, loader: EpochLoader, what: str, monitor:
 
 
 def _micro_batches(trainer: L.Trainer, loader: EpochLoader) -> float:
-    """Of the run, as its steps and epochs end it; infinite where they do not."""
+    """Count the micro-batches of the run, as its steps and epochs end it; infinite if they do not."""
     steps, epochs = trainer.max_steps, trainer.max_epochs
     most = math.inf if steps == -1 else steps * trainer.accumulate_grad_batches
     if epochs in {None, -1}:
@@ -154,7 +154,7 @@ def _micro_batches(trainer: L.Trainer, loader: EpochLoader) -> float:
 
 
 def _first_validation(trainer: L.Trainer, loader: EpochLoader) -> int:
-    """Micro-batches up to the first validation; 0 where it comes by time."""
+    """Return the micro-batches up to the first validation; 0 if it comes by time."""
     interval, limit = validation_interval(trainer), trainer.limit_train_batches
     if interval is None:
         return 0
@@ -231,7 +231,7 @@ def _check_ranking(trainer: L.Trainer, loader: EpochLoader, saving: ModelCheckpo
 
 
 def _check_epochs_are_validated(trainer: L.Trainer, does: str, option: str) -> None:
-    """Refuse to decide at the ends of epochs, where validation is at other places."""
+    """Refuse decisions at the ends of epochs if validations come at other steps."""
     if validation_interval(trainer) != 1.0 or trainer.check_val_every_n_epoch != 1:
         raise ValueError(
             f"{does} and has {option}, but not every epoch ends with a validation "
@@ -241,7 +241,7 @@ def _check_epochs_are_validated(trainer: L.Trainer, does: str, option: str) -> N
 
 
 def _save_without_validation(trainer: L.Trainer, loader: EpochLoader, every: int) -> int | None:
-    """The first of every so many optimizer steps that no validation follows; None where each has one.
+    """Return the first save, every so many steps, that no validation follows; None if each has one.
 
     Where validation goes by time that is the first one.
     """
@@ -269,7 +269,7 @@ def _save_without_validation(trainer: L.Trainer, loader: EpochLoader, every: int
 
 
 def _multiples(value: int, unit: int) -> str:
-    """The multiples around a value, in words.
+    """Return the multiples around a value, in words.
 
     Example:
         >>> _multiples(5, 2), _multiples(1, 4)

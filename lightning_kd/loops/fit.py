@@ -31,7 +31,7 @@ class EpochLoader(Protocol):
     """Micro-batches that belong together: an epoch has a multiple of them."""
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of an epoch, unless the position is in it."""
+        """Go to the start of an epoch, unless the position is in it already."""
         ...
 
     def start_of(self, epoch: int) -> int:
@@ -47,7 +47,7 @@ class EpochLoader(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped."""
+        """Continue where a checkpoint stopped."""
         ...
 
 
@@ -63,13 +63,13 @@ class EpochLoop(_TrainingEpochLoop):
 
     @property
     def in_step(self) -> bool:
-        """Would a checkpoint lose a gradient, or a micro-batch that is being trained on?"""
+        """Whether a checkpoint would lose a gradient, or a micro-batch that is being trained on."""
         now = self.batch_progress.current
         return now.ready != processed(now) or self._should_accumulate()
 
     @property
     def done(self) -> bool:
-        """A request to stop waits for the optimizer step."""
+        """Whether the epoch is over; a request to stop waits for the optimizer step."""
         return super().done and not self._should_accumulate()
 
     def _should_check_val_fx(self, data_fetcher: _DataFetcher) -> bool:
@@ -82,7 +82,7 @@ class EpochLoop(_TrainingEpochLoop):
         return bool(self.trainer.strategy.broadcast(decision))
 
     def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
-        """Step schedules; one that depends on validation has nothing to look at but after one."""
+        """Step schedules; one that depends on validation, only after one."""
         strategy = self.trainer.strategy
         configs = strategy.lr_scheduler_configs
         if interval == "step" and self.moment != VALIDATED:
@@ -97,7 +97,7 @@ class EpochLoop(_TrainingEpochLoop):
             strategy.lr_scheduler_configs = configs
 
     def on_run_start(self, data_fetcher: _DataFetcher) -> None:
-        """Begin an epoch; where a run goes on, do first what was due when it was saved."""
+        """Begin an epoch; in a resumed run, do first what was due when it was saved."""
         super().on_run_start(data_fetcher)
         if not self.restarting:
             return
@@ -111,12 +111,12 @@ class EpochLoop(_TrainingEpochLoop):
             self.on_advance_end(data_fetcher)
 
     def on_advance_end(self, data_fetcher: _DataFetcher) -> None:
-        """Validate where it is time."""
+        """Validate if it is time."""
         super().on_advance_end(data_fetcher)
         self.moment = ""
 
     def do_what_was_due(self, moment: str) -> None:
-        """Call the checkpoint callbacks that had not had their turn when another one saved; log."""
+        """Call the checkpoint callbacks that were still to be called when another one saved; log."""
         self.moment = moment
         trainer = self.trainer
         for callback in checkpoint_callbacks(trainer):
@@ -142,7 +142,7 @@ class FitLoop(_FitLoop):
 
     @property
     def done(self) -> bool:
-        """What was due when the run was saved comes before its end."""
+        """Whether the run is over, with nothing left that was due when it was saved."""
         return not self.epoch_loop.pending and super().done
 
     def setup_data(self) -> None:
@@ -173,7 +173,7 @@ class FitLoop(_FitLoop):
             )
 
     def on_run_start(self) -> None:
-        """Begin; where the run goes on from the end of an epoch, let that end first."""
+        """Begin; a run that was saved at the end of an epoch ends that epoch first."""
         super().on_run_start()
         if self.epoch_loop.pending == ENDED:
             self.epoch_loop.pending = ""
@@ -185,7 +185,7 @@ class FitLoop(_FitLoop):
             self.epoch_loop.moment = ""
 
     def on_advance_start(self) -> None:
-        """Begin an epoch; the progress bar learns its length also in the middle of one."""
+        """Begin an epoch, and tell the progress bar its length, in the middle of one too."""
         super().on_advance_start()
         bar = self.trainer.progress_bar_callback
         if self.restarted_mid_epoch and bar is not None:
@@ -202,7 +202,7 @@ class FitLoop(_FitLoop):
         if self._without_batches > 1:
             raise ValueError(
                 f"the training loader has given no batch in epoch {self.trainer.current_epoch}, though "
-                f"its length is {self.max_batches}: training would go on without end. See whether the "
+                f"its length is {self.max_batches}: training would not end. Check whether the "
                 "loader can be iterated over more than once"
             )
         super().on_advance_end()
@@ -248,46 +248,46 @@ class FitTrainer(L.Trainer):
 
 
 def processed(tracker: _ReadyCompletedTracker) -> int:
-    """How many have been processed; their hooks may not have been."""
+    """Return how many have been processed; their hooks may not have been called."""
     assert isinstance(tracker, _ProcessedTracker)  # of batches and epochs
     return tracker.processed
 
 
 def epoch_loader(trainer: L.Trainer) -> EpochLoader | None:
-    """The training loader, where it is one that knows its epochs."""
+    """Return the training loader, if it knows its epochs."""
     loader = trainer.train_dataloader
     return loader if isinstance(loader, EpochLoader) else None
 
 
 def checkpoint_callbacks(trainer: L.Trainer) -> list[ModelCheckpoint]:
-    """Lightning's checkpoint callbacks of a trainer."""
+    """Return Lightning's checkpoint callbacks of a trainer."""
     found: list[Checkpoint] = trainer.checkpoint_callbacks
     return [callback for callback in found if isinstance(callback, ModelCheckpoint)]
 
 
 def early_stoppings(trainer: L.Trainer) -> list[EarlyStopping]:
-    """The callbacks of a trainer that may end it early."""
+    """Return the ``EarlyStopping`` callbacks of a trainer."""
     return [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
 
 
 def validation_interval(trainer: L.Trainer) -> int | float | None:
-    """``val_check_interval`` in micro-batches or as a share of an epoch; None where it is a time."""
+    """Return ``val_check_interval``, in micro-batches or a share of an epoch; None if it is a time."""
     return getattr(trainer, "val_check_interval", None)
 
 
 def batches_between_validations(share: float, length: int, trainer: L.Trainer) -> int:
-    """A share of an epoch's micro-batches, in optimizer steps that are complete."""
+    """Return a share of an epoch's micro-batches, rounded down to complete optimizer steps."""
     steps = int(length * share) // trainer.accumulate_grad_batches
     return length if share == 1.0 else max(1, steps) * trainer.accumulate_grad_batches
 
 
 def limited(length: int, limit: int | float) -> int:
-    """How many of an epoch's micro-batches ``limit_train_batches`` leaves."""
+    """Return how many of an epoch's micro-batches ``limit_train_batches`` leaves."""
     return min(length, limit) if isinstance(limit, int) else int(length * limit)
 
 
 def estimated_steps(trainer: L.Trainer) -> int | float | None:
-    """Optimizer steps of a run, infinite where nothing ends it; None with a foreign loader."""
+    """Count the optimizer steps of a run; infinite if nothing ends it, None with another loader."""
     if trainer.train_dataloader is None:
         trainer.fit_loop.setup_data()
     loader, epochs = epoch_loader(trainer), trainer.max_epochs

@@ -11,7 +11,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
 
 class EarlierRows:
-    """Rows that ``CSVLogger`` would delete from a directory that it goes on in.
+    """Rows that ``CSVLogger`` would delete from a directory that it continues in.
 
     Args:
         trainer: Its loggers are asked before they open their files.
@@ -28,7 +28,7 @@ class EarlierRows:
                         self._rows.append((logger, list(csv.DictReader(file))))
 
     def give_back(self, before: int) -> None:
-        """Write those of steps before ``before`` again."""
+        """Write the rows of steps before ``before`` again."""
         for logger, rows in self._rows:
             experiment = logger.experiment
             # A process that is killed may leave half a line.
@@ -43,7 +43,7 @@ class EarlierRows:
 
 
 def forget_steps(trainer: L.Trainer, first: int) -> None:
-    """Let TensorBoard drop what was written in the same directory from step ``first`` on."""
+    """Make TensorBoard drop what was logged in the same directory from step ``first`` on."""
     for logger in trainer.loggers if trainer.is_global_zero else ():
         if isinstance(logger, TensorBoardLogger):
             writer: Any = logger.experiment._get_file_writer()

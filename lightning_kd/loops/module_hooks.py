@@ -11,7 +11,7 @@ _HOOKS = ("on_train_batch_end", "on_validation_end")
 
 
 class ModuleHooks(Callback):
-    """Call what the module does after a micro-batch and a validation before those that save.
+    """Callback that calls the module's own hooks before those of callbacks that save.
 
     Lightning calls it behind all callbacks: a checkpoint would not hold what it has changed, and the
     run that goes on from there would not do it again. The call that Lightning makes later is left out.
@@ -20,27 +20,27 @@ class ModuleHooks(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
     ) -> None:
-        """Call the hooks again, also where an exception came between the two calls."""
+        """Restore the hooks, also if an exception came between the two calls."""
         _forget(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
     ) -> None:
-        """After a micro-batch."""
+        """Call the module's hook after a micro-batch."""
         _call_now(trainer, pl_module, "on_train_batch_end", *args)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a validation of a run that trains."""
+        """Call the module's hook after a validation while training."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             _call_now(trainer, pl_module, "on_validation_end")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the module as it was."""
+        """Restore the module's hooks."""
         _forget(pl_module)
 
 
 class _Called:
-    """Stands for a hook that has been called, until Lightning comes to it."""
+    """Placeholder of a hook that has been called, until Lightning would call it."""
 
     def __init__(self, module: L.LightningModule, name: str) -> None:
         self.module, self.name = module, name

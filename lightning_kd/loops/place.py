@@ -1,4 +1,4 @@
-"""Where a run is in its epochs, in the counters of Lightning's loops."""
+"""Position of a run in its epochs, and Lightning's counters for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,15 +10,15 @@ from lightning_kd.loops.fit import TRAINED, VALIDATED, EpochLoader
 
 @dataclass(frozen=True)
 class Place:
-    """Where in its epochs a run goes on.
+    """Position in its epochs at which a run continues.
 
     Attributes:
         epoch: The epoch, from 0.
-        done: Micro-batches of it that are behind.
-        of_run: Micro-batches of the run that are behind.
-        under_way: Has the epoch begun?
-        complete: Was the last one its last?
-        pending: The moment that is to be gone on from.
+        done: Micro-batches of the epoch that were processed.
+        of_run: Micro-batches of the run that were processed.
+        under_way: Whether the epoch has begun.
+        complete: Whether the last micro-batch was the epoch's last.
+        pending: The moment to continue from.
     """
 
     epoch: int
@@ -29,7 +29,7 @@ class Place:
     pending: str
 
     def counters(self, loops: dict[str, Any]) -> dict[str, Any]:
-        """Lightning's counters for it; ``loops`` holds those of the checkpoint."""
+        """Return Lightning's counters at this position; ``loops`` holds those of the checkpoint."""
         begun = self.epoch + self.under_way
         epochs = _tracker(self.epoch) | {"ready": self.epoch + 1, "started": begun}
         validated = loops["epoch_loop.val_loop.batch_progress"]["total"]["completed"]
@@ -51,7 +51,7 @@ class Place:
 def place_of(
     trainer: L.Trainer, record: dict[str, Any] | None, loops: dict[str, Any], global_step: int
 ) -> Place:
-    """Where a checkpoint was saved, in micro-batches of this run."""
+    """Return where a checkpoint was saved, in micro-batches of this run."""
     epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]
     now, finished = batches["current"], epochs["processed"]
     states = loops["state_dict"].get("combined_loader", [])
@@ -82,7 +82,7 @@ def place_of(
 def _without_record(
     trainer: L.Trainer, loader: EpochLoader | None, loops: dict[str, Any], global_step: int
 ) -> Place:
-    """The same for a checkpoint of a version that wrote no record.
+    """Return the position of a checkpoint without a record, as an older version wrote it.
 
     Raises:
         ValueError: If it is from the inside of an optimizer step.
@@ -108,7 +108,7 @@ def _without_record(
 
 
 def _loader_at(trainer: L.Trainer, state: dict[str, Any]) -> EpochLoader | None:
-    """A loader of this run at the place of a checkpoint, where both are this library's.
+    """Return this run's loader at the position of a checkpoint, if both are of this library.
 
     Raises:
         ValueError: If it cannot go on there.

@@ -21,7 +21,7 @@ class SavesAfterStep(Callback):
 
 
 class RequeueAfterStep(SavesAfterStep):
-    """Put off Lightning's requeueing of a SLURM job to the end of the optimizer step.
+    """Delay Lightning's requeueing of a SLURM job until the end of the optimizer step.
 
     Lightning saves within the signal handler, wherever training is: inside a step a gradient would be
     lost, and processes may be at different places. One that gets the signal is enough.
@@ -34,7 +34,7 @@ class RequeueAfterStep(SavesAfterStep):
         self._before: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take the signal, unless a handler of the user's own has it."""
+        """Handle the signal, unless the user has a handler for it."""
         self._asked, self._steps, self._requeue = False, trainer.global_step, None
         if threading.current_thread() is threading.main_thread():
             handler = signal.getsignal(_requeue_signal(trainer))
@@ -46,7 +46,7 @@ class RequeueAfterStep(SavesAfterStep):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
     ) -> None:
-        """Save and requeue, where an optimizer step has ended and the signal has come to any process.
+        """Save and requeue, if an optimizer step has ended and any process has got the signal.
 
         The run goes on until SLURM ends it.
         """
@@ -59,7 +59,7 @@ class RequeueAfterStep(SavesAfterStep):
                 self._requeue(_requeue_signal(trainer), None)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give the signal back."""
+        """Restore the signal's handler."""
         if self._requeue is not None:
             signal.signal(_requeue_signal(trainer), self._before)
             self._requeue = None
@@ -69,13 +69,13 @@ class RequeueAfterStep(SavesAfterStep):
 
 
 def handler_before(trainer: L.Trainer, number: signal.Signals) -> Any:
-    """What a signal did before the trainer, which takes its handlers back before callbacks do."""
+    """Return a signal's handler from before the trainer, which resets its own before callbacks do."""
     before = trainer._signal_connector._original_handlers.get(number)
     return signal.getsignal(number) if before is None else before
 
 
 def requeues(trainer: L.Trainer) -> bool:
-    """Does Lightning requeue this job of SLURM when it is told that its time is over?"""
+    """Return whether Lightning requeues this SLURM job at the end of its time."""
     environment = trainer._accelerator_connector.cluster_environment
     return isinstance(environment, SLURMEnvironment) and environment.auto_requeue
 

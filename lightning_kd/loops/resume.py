@@ -35,7 +35,7 @@ CHECKPOINT_KEY = "lightning_kd_run"
 
 
 def prepare_trainer(trainer: L.Trainer) -> None:
-    """Give a trainer the loops and the callback of this package, once, before it fits.
+    """Add the loops and the callback of this package to a trainer, once, before it fits.
 
     Its loops and the trainer itself become those of this package where they stand, with all that was
     set up in them: Lightning has no way to hand it other ones after it was built.
@@ -66,13 +66,13 @@ def prepare_trainer(trainer: L.Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """The place of a callback among others: those that save are behind all that has to be saved."""
+    """Return the place of a callback among others: callbacks that save come after all that is saved."""
     behind = (ModuleHooks, SavesAfterStep, Checkpoint)
     return next((turn for turn, kind in enumerate(behind, 1) if isinstance(callback, kind)), 0)
 
 
 class ResumeState(Callback):
-    """Write into checkpoints where training is, and go on from there.
+    """Callback that saves the exact position of training, and restores it.
 
     Lightning writes its counters, but not which hooks have been called after a micro-batch, what
     metrics callbacks see, and which step was saved last. Here is what it needs besides; the counters
@@ -93,7 +93,7 @@ class ResumeState(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
     ) -> None:
-        """After a micro-batch: none but the last one of an optimizer step may be saved behind."""
+        """Note the moment after a micro-batch, if it is the last one of an optimizer step."""
         loop = _epoch_loop(trainer)
         loop.moment = TRAINED
         for callback in checkpoint_callbacks(trainer):
@@ -106,12 +106,12 @@ class ResumeState(Callback):
                 callback._last_time_checked = self._clocks.pop(callback.state_key)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a validation."""
+        """Note the moment after a validation."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             _epoch_loop(trainer).moment = VALIDATED
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After an epoch."""
+        """Note the moment after an epoch."""
         _epoch_loop(trainer).moment = ENDED
 
     # The checkpoint.
@@ -119,7 +119,7 @@ class ResumeState(Callback):
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add what Lightning leaves out."""
+        """Save what Lightning leaves out."""
         loop, loader = _epoch_loop(trainer), epoch_loader(trainer)
         now = loop.batch_progress.current
         checkpoint[CHECKPOINT_KEY] = {
@@ -141,7 +141,7 @@ class ResumeState(Callback):
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Bring the counters into the form from which training goes on.
+        """Convert the counters into the form that training continues from.
 
         Raises:
             ValueError: If the checkpoint is from the inside of an optimizer step.
@@ -157,7 +157,7 @@ class ResumeState(Callback):
         under_new_settings(trainer, checkpoint.get("callbacks", {}), stopped_by)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give callbacks back what they saw and did before the checkpoint."""
+        """Restore what callbacks saw and did before the checkpoint."""
         restored, self._restored = self._restored, None
         if restored is None:
             return
@@ -182,7 +182,7 @@ class ResumeState(Callback):
 
 
 def _row_to_come(trainer: L.Trainer, loop: EpochLoop) -> dict[str, Any]:
-    """What Lightning will send to the loggers after the hooks in which it saves."""
+    """Return what Lightning will log after the hooks in which it saves."""
     connector = trainer._logger_connector
     if loop.moment == ENDED or (loop.moment == TRAINED and connector.should_update_logs):
         return {
@@ -193,7 +193,7 @@ def _row_to_come(trainer: L.Trainer, loop: EpochLoop) -> dict[str, Any]:
 
 
 def _saved(trainer: L.Trainer, callback: ModelCheckpoint, moment: str) -> dict[str, Any]:
-    """What a checkpoint callback will know of its last save, when this one is written."""
+    """Return what a checkpoint callback will know of its last save, once this one is written."""
     path = trainer.saving if isinstance(trainer, FitTrainer) else ""
     names = {callback.last_model_path, callback.best_model_path, *callback.best_k_models}
     own = path in {os.path.realpath(name) for name in names if name}
@@ -219,13 +219,13 @@ def _restore_saved(trainer: L.Trainer, callback: ModelCheckpoint, saved: dict[st
 
 
 def _names(callback: ModelCheckpoint) -> set[str]:
-    """The files in a callback's directory; none where it is not a local one."""
+    """Return the files in a callback's directory; none if it is not local."""
     folder = Path(str(callback.dirpath))
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 class _ExistsForRun:
-    """Does a checkpoint exist? One from behind the point where a run goes on is written again.
+    """Test of whether a checkpoint exists; one from after the point of a resume is written again.
 
     Otherwise it would get another name, with a version, and the old one would be left over.
     """

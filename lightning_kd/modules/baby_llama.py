@@ -97,20 +97,20 @@ class BabyLlama(SupervisedKD):
         self.kl_scale: KLScale = kl_scale
 
     def positions(self, batch: Batch) -> ScoredPositions:
-        """The labeled positions; every real token where the official scale is asked for."""
+        """Return the labeled positions; with the official scale, every real token."""
         if self.kl_scale == "token":
             return super().positions(batch)
         return ScoredPositions.everywhere(batch["labels"], batch["attention_mask"])
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """The rows with a label for the KL, on the official scale."""
+        """Normalization of the KL by rows with a label, on the official scale."""
         return {"divergence": LabeledRows()} if self.kl_scale == "batchmean" else {}
 
 
 class LabeledRows(BatchMean):
-    """Sum over the scored tokens of each row that has a label, mean over these rows."""
+    """Normalization that averages the sums of the rows that have a label."""
 
     def row_weights(self, tokens_per_row: Tensor) -> Tensor:
-        """1 for a row with a label, 0 for any other."""
+        """Return 1 for a row with a label, 0 for any other."""
         return (tokens_per_row > 0).double()

@@ -18,7 +18,7 @@ from lightning_kd.scoring import ScoredPositions
 
 @runtime_checkable
 class WindowLoader(Protocol):
-    """A loader that can tell which micro-batches will follow."""
+    """Loader that knows which micro-batches follow."""
 
     def window_of(self, batch: Batch) -> tuple[Sequence[Batch], int]:
         """Return this rank's micro-batches of a batch's window, and the batch's place among them."""
@@ -49,7 +49,7 @@ class StepCountingModule(ScaledSumModule):
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """Normalizations of single terms, by name, where a method divides its terms differently."""
+        """Normalizations of terms that the method divides differently from the others, by name."""
         return {}
 
     def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
@@ -102,7 +102,7 @@ class StepCountingModule(ScaledSumModule):
             self.count_step([batch, *window[place + 1 : place + accumulate]])
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add what counts each step as it begins."""
+        """Add the callback that counts each step as it begins."""
         return [*super().configure_callbacks(), _StepCounter()]
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ class StepCountingModule(ScaledSumModule):
 
     @property
     def count_ratios(self) -> Mapping[str, Tensor | float]:
-        """The ratio :math:`C / C'` of the present step, for each term with a count of its own.
+        """Return the ratio :math:`C / C'` of this step, for each term with a count of its own.
 
         Raises:
             RuntimeError: If nothing has counted the step.

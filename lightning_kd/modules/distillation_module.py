@@ -1,4 +1,4 @@
-"""What every method shares: the steps, the division, the optimizer, the logs."""
+"""Base of every method: steps, division of the loss, optimizer and logs."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class DistillationModule(StepCountingModule):
 
     Args:
         student: The model that trains.
-        tokenizer: Directory or hub name; the data module's when not given.
+        tokenizer: Directory or hub name. Defaults to the data module's.
         normalization: What the loss is divided by: ``token``, ``sequence``, ``batch``, or an
             instance of a :class:`~lightning_kd.normalization.Normalization`.
         optimizer: Built from the student's trainable weights; biases and norms get no weight decay.
@@ -90,25 +90,25 @@ class DistillationModule(StepCountingModule):
         self.train_distribution = DistributionMetrics()
         self.eval_distribution = DistributionMetrics()
 
-    # What a method writes.
+    # What a method defines.
 
     @abstractmethod
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``, by its name."""
+        """Return the loss of a micro-batch: one :class:`LossTerm` for each name in ``terms``."""
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The loss on validation and test data; the same, unless a method says otherwise."""
+        """Return the loss on validation and test data. Defaults to that of training."""
         return self.loss_terms(batch, scores)
 
     def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
-        """Give rollouts what needs all of them at once: rewards, baselines, whitened advantages.
+        """Add to rollouts what needs all of a window: rewards, baselines, whitened advantages.
 
         Called once for each window of rollouts, without gradients and with models in evaluation
         mode, on all ranks together.
 
         Args:
             rollouts: This rank's micro-batches of the window; they are changed in place.
-            options: How they were written.
+            options: How they were sampled.
         """
 
     def score(self, batch: Batch) -> Scores:
@@ -119,7 +119,7 @@ class DistillationModule(StepCountingModule):
     # Steps.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The weighted sum of the micro-batch, scaled as the strategy's order of division asks."""
+        """Return the weighted sum of the micro-batch, scaled as the strategy divides."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
             self._window.clear()  # a step that was broken off has left its sums
@@ -156,13 +156,13 @@ class DistillationModule(StepCountingModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer says, and log the norm of the divided gradient before clipping."""
+        """Clip with the trainer's options, and log the norm of the divided gradient before clipping."""
         if self._logs_this_step():
             self._log_gradient_norm(self._adapter.gradient_norm(self._gradients()))
         self._adapter.clip(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, *_: object) -> None:
-        """Log the norm of the gradient where it is known only after the optimizer step."""
+        """Log the norm of the gradient if it is known only after the optimizer step."""
         if self._logs_this_step(taken=1):
             self._log_gradient_norm(self._adapter.gradient_norm_after_step())
 
@@ -176,7 +176,7 @@ class DistillationModule(StepCountingModule):
         self._evaluation.add(loss)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """The same on test data."""
+        """Evaluate a batch of test data."""
         self.validation_step(batch, batch_idx)
 
     def on_validation_epoch_end(self) -> None:
@@ -190,7 +190,7 @@ class DistillationModule(StepCountingModule):
     # Optimizer.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and the schedule that is stepped with it.
+        """Return the optimizer, and the schedule that is stepped with it.
 
         Raises:
             ValueError: If the optimizer does not take its options, or a schedule that depends on a
@@ -205,7 +205,7 @@ class DistillationModule(StepCountingModule):
         return with_schedule(optimizer, self._lr_scheduler(optimizer))
 
     def on_train_start(self) -> None:
-        """Give a cosine without an end the trainer's.
+        """Set the end of a cosine without one to the trainer's.
 
         Not in :meth:`configure_optimizers`: asking the trainer there makes it set up the loader
         before its state is restored.
@@ -226,7 +226,7 @@ class DistillationModule(StepCountingModule):
         return adapter_of(self.trainer)
 
     def _close_step(self) -> float:
-        """What the sums of this step are multiplied by, to be its loss.
+        """Return the factor that makes the sums of this step its loss.
 
         Lightning divides a sum by the number of micro-batches, and the strategy by the number of
         ranks; both are taken back here.

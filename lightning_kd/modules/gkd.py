@@ -18,7 +18,7 @@ from lightning_kd.teachers import LocalTeacher, Teacher
 
 
 class GKD(TeacherModule):
-    r"""Match the teacher at every token of completions that the student may have written itself.
+    r"""Match the teacher at every token of completions, a share of which the student generates.
 
     .. math:: L = (1 - \lambda)\, E_{(x, y) \sim data}\bigl[D(p \| q)(y | x)\bigr]
         + \lambda\, E_{x}\, E_{y \sim q(\cdot | x)}\bigl[D(p \| q)(y | x)\bigr]
@@ -32,7 +32,7 @@ class GKD(TeacherModule):
 
     Args:
         divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`; the
-            generalized Jensen-Shannon divergence with ``beta`` 0.5 when not given.
+            generalized Jensen-Shannon divergence with ``beta`` 0.5.
         teacher_temperature: Divides the teacher's logits in the divergence (the paper uses 0.1 on
             GSM8K). The student's are never divided: what it learns is what it samples from.
 
@@ -81,11 +81,11 @@ class GKD(TeacherModule):
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
-        """The one in the divergence."""
+        """Temperature of the teacher in the divergence."""
         return {"teacher_temperature": self.teacher_temperature}
 
     def on_fit_start(self) -> None:
-        """Say so where the student generates nothing."""
+        """Warn if the student generates nothing."""
         super().on_fit_start()
         if not any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks):  # type: ignore[attr-defined]
             rank_zero_info(
@@ -94,7 +94,7 @@ class GKD(TeacherModule):
             )
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The divergence at each token of the completion."""
+        """Return the divergence at each token of the completion."""
         divergence_term = DivergenceTerm(
             self.divergence, teacher_temperature=self.teacher_temperature
         )

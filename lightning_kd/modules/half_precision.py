@@ -41,7 +41,7 @@ class SumScale:
     def before(
         self, trainer: L.Trainer, scored: ScoredPositions, normalization: Normalization
     ) -> float:
-        """What the sum of a micro-batch is multiplied by; all ranks ask together."""
+        """Return the factor of a micro-batch's sum; called on all ranks together."""
         if not _in_fp16(trainer):
             return 1.0
         own = _weight(scored.tokens_per_row, normalization)
@@ -65,7 +65,7 @@ class SumScale:
         self._exponent = max(0, math.ceil(math.log2(max(1.0, self.largest, first))))
 
     def after(self, trainer: L.Trainer, micro_batches: int) -> float:
-        """What the gradients of a step are multiplied by, which is cut into so many micro-batches."""
+        """Return the factor of the gradients of a step of so many micro-batches."""
         if self._weight is None:
             return 1.0
         weight = trainer.strategy.reduce(self._weight, reduce_op="sum").item() / micro_batches
@@ -96,12 +96,12 @@ class ScaledSumModule(StudentModule):
         self._sum_scale = SumScale()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down how large the sums have been."""
+        """Save how large the sums have been."""
         super().on_save_checkpoint(checkpoint)
         checkpoint[RUN_KEY]["largest_weight"] = self._sum_scale.largest
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from there; in a checkpoint of before there is nothing of it."""
+        """Restore how large the sums have been; older checkpoints do not have it."""
         super().on_load_checkpoint(checkpoint)
         self._sum_scale.largest = checkpoint[RUN_KEY].get("largest_weight", 0.0)
 

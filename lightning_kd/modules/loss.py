@@ -16,7 +16,7 @@ from lightning_kd.scoring import ScoredPositions
 
 @dataclass(frozen=True)
 class Scores:
-    """What student and teacher say at the scored positions of a micro-batch."""
+    """Logits of the student and answer of the teacher at the scored positions of a micro-batch."""
 
     positions: ScoredPositions
     student: LazyLogits
@@ -288,7 +288,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class ReducedLoss:
-    """What one optimizer step, or one evaluation, comes to over all ranks."""
+    """Loss and terms of one optimizer step, or one evaluation, over all ranks."""
 
     divisor: float
     """The count; 1 where nothing was scored, so that the loss is 0 and not 0/0."""

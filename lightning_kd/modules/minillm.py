@@ -30,15 +30,15 @@ from lightning_kd.teachers import LocalTeacher, Teacher
 class MiniLLM(PolicyGradientModule):
     r"""Minimize the reverse KL between whole sequences, split into one step and all that follow.
 
-    With rewards :math:`r_t = \log p(y_t) - \log q(y_t)` of what the student (or, with
-    ``mixture_alpha`` of the callback, a mixture :math:`\tilde p` with the teacher) has written:
+    With rewards :math:`r_t = \log p(y_t) - \log q(y_t)` of tokens that the student (or, with
+    ``mixture_alpha`` of the callback, a mixture :math:`\tilde p` with the teacher) has sampled:
 
     .. math:: \ell_t = w_t\, KL(q_t \| p_t)
         - \min(\rho_t A_t,\, \mathrm{clip}(\rho_t, 1 \pm \epsilon) A_t)
 
     where :math:`\rho_t = q_\theta(y_t) / \tilde p(y_t)`, :math:`w_t = q(y_t) / \tilde p(y_t)`, and the
     advantage :math:`A_t` is made of the rewards from the next token on. Rewards, advantages and
-    weights are computed once, when a window of completions has been written; ``passes`` of the
+    weights are computed once, when a window of completions has been generated; ``passes`` of the
     callback trains on each window several times (the paper: 4). A second stream of plain text
     (:class:`~lightning_kd.data.PromptsAndText`) adds the language-modeling term.
 
@@ -48,7 +48,8 @@ class MiniLLM(PolicyGradientModule):
         objective: What the advantage is made of: :class:`Paper` or :class:`OfficialCode`, each of
             whose switches can be set apart.
         text_coefficient: Weight of the term on the second stream, which is a mean over its tokens.
-        surrogate: PPO's clipped surrogate with :math:`\epsilon = 0.2` when not given.
+        surrogate: Surrogate of the policy gradient. Defaults to PPO's clipped one with
+            :math:`\epsilon = 0.2`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -116,7 +117,7 @@ class MiniLLM(PolicyGradientModule):
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """The mean over tokens for the term on the second stream."""
+        """Normalization of the term on the second stream: the mean over its tokens."""
         return {"language_modeling": TokenMean()} if self.text_coefficient > 0 else {}
 
     def term_positions(self, name: str, batch: Batch) -> ScoredPositions:
@@ -134,7 +135,7 @@ class MiniLLM(PolicyGradientModule):
             super().count_step(paired)
 
     def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
-        """The clipped policy gradient, the exact single step and, where there is text, its loss."""
+        """Return the clipped policy gradient, the exact single step and the second stream's loss."""
         advantages = of_tokens(scores, rollout["advantages"])
         single_step: TokenTerm = self.divergence_term(ReverseKL())
         if self.objective.weigh_single_step:
@@ -148,9 +149,9 @@ class MiniLLM(PolicyGradientModule):
         }
 
     def _rewards(self, batch: Rollout) -> Tensor:
-        """Scaled and clipped log-ratios of teacher and student at the sampled tokens, ``(B, T)``."""
+        """Compute scaled and clipped log-ratios of teacher and student at tokens, ``(B, T)``."""
         positions = ScoredPositions.from_labels(batch["labels"])
-        logits = self.ask(batch, positions).narrowed(self.width)
+        logits = self.teacher_answer(batch, positions).narrowed(self.width)
         temperature = self.objective.reward_temperature or self.temperature
         teacher = self.teacher_at_tokens(logits, positions, temperature)
         own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)
@@ -166,7 +167,7 @@ class MiniLLM(PolicyGradientModule):
         return whiten(batch["advantages"], labeled, statistics, count=count)
 
     def _language_modeling(self, batch: Batch) -> LossTerm:
-        """The mean over the tokens of the second stream's micro-batches in the step."""
+        """Return the loss on the second stream, a mean over its tokens in the step."""
         text = text_of(batch)
         if text is None or self.text_coefficient == 0:
             return LossTerm(ZeroTerm(), 0.0)

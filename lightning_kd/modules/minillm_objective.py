@@ -1,4 +1,4 @@
-"""Where MiniLLM's paper and its official code differ: every difference is a switch."""
+"""Differences between MiniLLM's paper and its official code, each of them a switch."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -15,7 +15,7 @@ Whitening = Literal["none", "tokens", "padded"]
 
 @dataclass(frozen=True)
 class MiniLLMObjective:
-    r"""What the advantage is made of, and what else differs.
+    r"""How the advantage is computed, and what else differs.
 
     Attributes:
         return_from: ``next``: :math:`R_{t+1} = \sum_{k > t} \gamma^{k-t-1} r_k`, so that the single
@@ -29,7 +29,7 @@ class MiniLLMObjective:
         weigh_single_step: Weigh the single-step term by :math:`w_t`.
         reward_scale: Divides the rewards.
         reward_clip: Bounds the scaled rewards on both sides.
-        reward_temperature: Of the teacher in the rewards; the method's own when not given.
+        reward_temperature: Temperature of the teacher in the rewards. Defaults to the method's.
         text_kd_ratio: Share of the teacher's cross-entropy in the term on plain text.
 
     Raises:
@@ -64,13 +64,13 @@ class MiniLLMObjective:
                 raise ValueError(f"{name} is {value}; it must be positive")
 
     def reward(self, log_ratios: Tensor) -> Tensor:
-        """Scaled and clipped rewards, of any shape."""
+        """Return scaled and clipped rewards, of any shape."""
         rewards = log_ratios / self.reward_scale
         clip = self.reward_clip
         return rewards if clip is None else rewards.clamp(-clip, clip)
 
     def advantages(self, rewards: Tensor, mask: Tensor) -> Tensor:
-        """Returns, normalized by length: ``(B, T), (B, T) -> (B, T)``, 0 outside the mask."""
+        """Compute returns, normalized by length: ``(B, T), (B, T) -> (B, T)``, 0 outside the mask."""
         returns = discounted_returns(rewards * mask, self.gamma)
         number = tokens_left(mask)
         if self.return_from == "next":
@@ -101,7 +101,7 @@ class Paper(MiniLLMObjective):
 
 @dataclass(frozen=True)
 class OfficialCode(MiniLLMObjective):
-    """The objective of the code that the authors have published, with the values of its scripts.
+    """The objective of the authors' code, with the values of its scripts.
 
     https://github.com/microsoft/LMOps/tree/main/minillm
     """

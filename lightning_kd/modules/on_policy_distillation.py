@@ -96,7 +96,7 @@ class OnPolicyDistillation(PolicyGradientModule):
         self.gamma, self.kl_coefficient = gamma, kl_coefficient
 
     def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
-        """The surrogate loss of each sampled token."""
+        """Return the surrogate loss of each sampled token."""
         student = of_tokens(scores, rollout["log_probs"])
         assert scores.teacher is not None  # score() put it there
         teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)

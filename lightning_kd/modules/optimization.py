@@ -1,4 +1,4 @@
-"""What the optimizer gets, and a schedule that a configuration file can name."""
+"""Parameter groups of the optimizer, and a schedule that a configuration file can name."""
 
 import math
 from collections.abc import Iterable
@@ -16,7 +16,7 @@ from lightning_kd.strategies import shape_of
 
 
 def parameter_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
-    """Trainable weights in two groups: matrices, and vectors (biases, norms) without decay."""
+    """Return trainable weights in two groups: matrices, and vectors (biases, norms) without decay."""
     trainable = [p for p in parameters if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trainable if len(shape_of(p)) > 1]},
@@ -37,7 +37,7 @@ class WarmupCosine(LambdaLR):
     Args:
         optimizer: What is scheduled.
         warmup_steps: Optimizer steps until the full rate.
-        total_steps: Steps in all; the trainer's when not given.
+        total_steps: Steps of the schedule. Defaults to the trainer's.
         min_ratio: Last rate over full rate.
 
     Raises:
@@ -72,7 +72,7 @@ class WarmupCosine(LambdaLR):
         super().__init__(optimizer, self.factor)
 
     def end_with_run(self, steps: int | float) -> None:
-        """Take the length of the run for ``total_steps``; warn where all of it is warm-up.
+        """Set ``total_steps`` to the length of the run; warn if all of it is warm-up.
 
         Raises:
             ValueError: If the run has no end.
@@ -91,7 +91,7 @@ class WarmupCosine(LambdaLR):
         self.total_steps = int(steps)
 
     def factor(self, step: int) -> float:
-        """What the rate is multiplied by after ``step`` steps."""
+        """Return the factor of the learning rate after ``step`` steps."""
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
         if self.total_steps is None:
@@ -101,16 +101,16 @@ class WarmupCosine(LambdaLR):
         return self.min_ratio + (1 - self.min_ratio) * cosine
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Resume the step count; the shape of the schedule stays as it was asked for this time."""
+        """Resume the step count; the shape of the schedule is that of this run."""
         shape = {"warmup_steps", "total_steps", "min_ratio"}
         super().load_state_dict({k: v for k, v in state_dict.items() if k not in shape})
 
 
 def with_schedule(optimizer: Optimizer, scheduler: Any) -> OptimizerLRScheduler:
-    """An optimizer with a schedule that is stepped with it, or by the metric that it depends on.
+    """Return an optimizer with a schedule that is stepped with it, or by the metric that it depends on.
 
     Raises:
-        ValueError: If it depends on one and does not say on which.
+        ValueError: If the metric is not named.
     """
     monitor = getattr(scheduler, "monitor", None)
     if isinstance(scheduler, ReduceLROnPlateau) and not monitor:
@@ -126,16 +126,16 @@ def with_schedule(optimizer: Optimizer, scheduler: Any) -> OptimizerLRScheduler:
 
 
 def check_schedule(config: LRSchedulerConfig, trainer: L.Trainer) -> None:
-    """See whether there will be a metric to depend on.
+    """Validate that the metric that a schedule depends on will exist.
 
     Raises:
-        ValueError: If it is one of validation, and there is none.
+        ValueError: If it is a metric of validation, and the run does not validate.
     """
     validated = config.reduce_on_plateau and str(config.monitor).startswith("val/")
     if validated and not trainer.enable_validation:
         raise ValueError(
             f"model.lr_scheduler depends on {config.monitor}, and this run does not validate "
-            "(limit_val_batches, data); let it, or choose another monitor or schedule"
+            "(limit_val_batches, data); enable validation, or choose another monitor or schedule"
         )
     loader = trainer.train_dataloader
     if validated and isinstance(loader, EpochLoader):

@@ -1,4 +1,4 @@
-"""What methods share that learn from what the student itself has sampled."""
+"""Base of methods that learn from the student's own samples."""
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -116,38 +116,38 @@ class PolicyGradientModule(TeacherModule):
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
-        """The one that student and teacher share."""
+        """Temperature that student and teacher share."""
         return {"temperature": self.temperature}
 
     def setup(self, stage: str) -> None:
-        """Name what validation measures after what the teacher answers."""
+        """Name validation's metric by the kind of the teacher's answers."""
         super().setup(stage)
         if stage != "predict":
             self.evaluation_terms = (REVERSE_KL_NAMES[self.answer_kind],)
             self._evaluation = LossSums(self.evaluation_terms)
 
     def on_fit_start(self) -> None:
-        """Switch the student's dropout off, unless it is wanted."""
+        """Switch the student's dropout off, unless it is configured."""
         super().on_fit_start()
         if self.dropout == "none":
             self._switched_off += switch_off_dropout(self.student)
 
     def on_fit_end(self) -> None:
-        """Give the student its dropout back."""
+        """Restore the student's dropout."""
         super().on_fit_end()
         self.restore_dropout()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add what gives the student its dropout back where a run is broken off."""
+        """Add the callback that restores the student's dropout if a run is interrupted."""
         return [*super().configure_callbacks(), _RestoreDropout()]
 
     def restore_dropout(self) -> None:
-        """Give the student the dropout that was switched off."""
+        """Restore the dropout that was switched off."""
         restore(self._switched_off)
         self._switched_off = []
 
     def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
-        """Check, with the first completions that are scored, that steps compute what was sampled from.
+        """Validate, once, that steps compute the distribution that completions were sampled from.
 
         Raises:
             ValueError: If they do not.
@@ -186,7 +186,7 @@ class PolicyGradientModule(TeacherModule):
 
     @abstractmethod
     def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
-        """The loss of a rollout: one :class:`LossTerm` for each name in ``terms``, by its name.
+        """Return the loss of a rollout: one :class:`LossTerm` for each name in ``terms``.
 
         Args:
             rollout: Sampled by the student, with log-probabilities.
@@ -194,7 +194,7 @@ class PolicyGradientModule(TeacherModule):
         """
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The loss of a batch, which must be a rollout.
+        """Return the loss of a batch, which must be a rollout.
 
         Raises:
             ValueError: If it is not.
@@ -207,7 +207,7 @@ class PolicyGradientModule(TeacherModule):
         return self.rollout_terms(cast(Rollout, batch), scores)
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The reverse KL of student and teacher at each label, as far as it is known."""
+        """Return the reverse KL at each label, or the part of it that the teacher's answer gives."""
         assert scores.teacher is not None  # score() has put it there
         (name,) = self.evaluation_terms
         targets = scores.positions.targets
@@ -215,7 +215,7 @@ class PolicyGradientModule(TeacherModule):
         return {name: LossTerm(term)}
 
     def divergence_term(self, divergence: Divergence) -> DivergenceTerm:
-        """A divergence from the teacher at the method's temperature."""
+        """Return the term of a divergence from the teacher at the method's temperature."""
         return DivergenceTerm(
             divergence,
             student_temperature=self.temperature,
@@ -223,7 +223,7 @@ class PolicyGradientModule(TeacherModule):
         )
 
     def policy_gradient(self, rollout: Rollout, scores: Scores, advantages: Tensor) -> TokenLoss:
-        """The surrogate loss of each sampled token with its advantage, ``(N,)``."""
+        """Return the term of the surrogate loss of each sampled token, given advantages ``(N,)``."""
         written_by = of_tokens(scores, rollout["sampling_log_probs"])
 
         def loss(log_probs: Tensor, rows: slice) -> Tensor:
@@ -234,7 +234,7 @@ class PolicyGradientModule(TeacherModule):
     def teacher_at_tokens(
         self, teacher: TeacherAnswer, positions: ScoredPositions, temperature: float
     ) -> Tensor:
-        """The teacher's log-probabilities of the sampled tokens, ``(N,)``."""
+        """Return the teacher's log-probabilities of the sampled tokens, ``(N,)``."""
         if isinstance(teacher, TokenLogProbs):
             return teacher.values.masked_fill(positions.targets == IGNORE_INDEX, 0.0)
         at_tokens = TeacherTokenLogProb(positions.targets, temperature=temperature)
@@ -242,5 +242,5 @@ class PolicyGradientModule(TeacherModule):
 
 
 def of_tokens(scores: Scores, values: Tensor) -> Tensor:
-    """Pick what a rollout knows of its tokens, ``(B, T)``, at the scored positions, ``(N,)``."""
+    """Pick values of a rollout's tokens, ``(B, T)``, at the scored positions, ``(N,)``."""
     return scores.positions.of_tokens(values).to(scores.student.dtype)

@@ -1,4 +1,4 @@
-"""What a resumed run is told: it takes effect, or it is refused by name."""
+"""Options of a resumed run: each takes effect, or is refused by name."""
 
 import warnings
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ _STEPPED = ("interval", "frequency", "reduce_on_plateau")
 
 
 class Resumption:
-    """Compares a resumed run with the run that saved, and applies what it is told anew.
+    """Comparison of a resumed run with the saved one, and application of new options.
 
     Args:
         module: What trains; with its trainer's data module and callbacks it says what a run is.
@@ -39,7 +39,7 @@ class Resumption:
         self._groups: list[list[dict[str, Any]]] = []
 
     def begin(self) -> None:
-        """Record the run, whose optimizers are as they were made; compare it where it is resumed.
+        """Record the settings of a run before its first step; if it is resumed, compare them.
 
         Raises:
             ValueError: If it differs in what must not change.
@@ -57,7 +57,7 @@ class Resumption:
         self.compare()
 
     def load(self, checkpoint: dict[str, Any] | None, saved: dict[str, Any]) -> None:
-        """Take what a checkpoint remembers of its run, and keep back the states of its schedules.
+        """Read the saved run's settings, and hold back the states of its schedules.
 
         Args:
             checkpoint: Its contents, as the trainer will restore them; None where they come later.
@@ -88,7 +88,7 @@ class Resumption:
             self.schedules, checkpoint["lr_schedulers"] = checkpoint["lr_schedulers"], []
 
     def _of_the_first_process(self, description: _T) -> _T:
-        """Return what the first process says of a run, which is what checkpoints hold.
+        """Return the first process's description of a run, which is the one in checkpoints.
 
         A function may read what differs between processes (a device); all of them decide alike.
         """
@@ -110,7 +110,7 @@ class Resumption:
         _refuse([*found, *differences(before, after, "model.optimizer")])
 
     def apply(self) -> None:
-        """Restore the schedules, and give optimizers and schedules what this run was told anew.
+        """Restore the schedules, and apply this run's new options to optimizers and schedules.
 
         Raises:
             ValueError: If a schedule was changed that depends on more than the step.
@@ -186,20 +186,20 @@ def _refuse(found: Sequence[str]) -> None:
 
 
 def _of_foreign(data: L.LightningDataModule | None) -> Any:
-    """A data module that is not of this library is known by the hyperparameters that it has saved."""
+    """Describe a data module of another library by the hyperparameters that it has saved."""
     if data is None or isinstance(data, Resumable):
         return data
     return {"class": type(data).__qualname__, **data.hparams}
 
 
 def _inner(optimizer: Any) -> Optimizer:
-    """What a strategy has wrapped."""
+    """Return the optimizer that a strategy has wrapped."""
     inner: Optimizer = getattr(optimizer, "optimizer", optimizer)
     return inner
 
 
 def _made(optimizer: Any) -> list[dict[str, Any]]:
-    """The hyperparameters of each group, as the constructor was given them."""
+    """Return the hyperparameters of each group, as given to the constructor."""
     return [
         # A rate may be a tensor, which its schedule changes in place.
         {name: deepcopy(value) for name, value in group.items() if name != "params"}
@@ -208,7 +208,7 @@ def _made(optimizer: Any) -> list[dict[str, Any]]:
 
 
 def _constants(config: LRSchedulerConfig) -> dict[str, Plain]:
-    """A fresh schedule's numbers, names and functions."""
+    """Describe a fresh schedule: its numbers, names and functions."""
     stepped = {name: getattr(config, name) for name in (*_STEPPED, "monitor")}
     return {"stepped": stepped, **_of_schedule(config.scheduler)}
 
@@ -231,21 +231,21 @@ def _of_schedule(scheduler: Any) -> dict[str, Plain]:
 
 
 def _without_owner(function: Any) -> Any:
-    """A method of the schedule itself, or of the module, which would be all that these hold."""
+    """Return a bound method without its owner, if that is the schedule or the module."""
     owner = getattr(function, "__self__", None)
     own = isinstance(owner, LRScheduler | L.LightningModule)
     return function.__func__ if own else function
 
 
 def _steps_of(state: dict[str, Any]) -> int:
-    """How often a saved schedule was stepped; one that chains others counts nothing itself."""
+    """Return the number of steps of a saved schedule; one that chains others counts none itself."""
     inner = state.get("_schedulers", [])
     steps: int = state["last_epoch"] if "last_epoch" in state else _steps_of(inner[0])
     return steps
 
 
 def _counts_as(saved: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Has a saved schedule been stepped as often as this one would have been?"""
+    """Return whether a saved schedule was stepped as often as this one would have been."""
     return all(saved["stepped"][name] == now["stepped"][name] for name in _STEPPED)
 
 
@@ -256,7 +256,7 @@ def _update(
     *,
     follow_schedule: bool,
 ) -> None:
-    """Give each group of a restored optimizer what was made otherwise than in the saved run."""
+    """Update each group of a restored optimizer with options that differ from the saved run's."""
     for group, new, old in zip(optimizer.param_groups, made, before, strict=True):
         changed = {name for name in new if describe(new[name]) != old.get(name)}
         if follow_schedule:  # which begins at its first step, and is then advanced
@@ -271,7 +271,7 @@ def _update(
 
 
 def _advance(scheduler: Any, steps: int) -> None:
-    """Take a fresh schedule to a step."""
+    """Advance a fresh schedule to a step."""
     if isinstance(scheduler, ReduceLROnPlateau):
         raise ValueError(
             "ReduceLROnPlateau depends on what has been measured, so its options, and the learning "

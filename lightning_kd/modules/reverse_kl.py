@@ -23,7 +23,7 @@ REVERSE_KL_NAMES: dict[AnswerKind, str] = {
 def reverse_kl_term(
     answer: TeacherAnswer, targets: Tensor, *, temperature: float = 1.0
 ) -> TokenTerm:
-    """The reverse KL, or as much of it as an answer tells.
+    """Return the term of the reverse KL, or of the part of it that an answer gives.
 
     From k tokens and a tail it is the reverse KL over these events, a lower bound; from the
     log-probabilities of the targets their log-ratio, whose mean over the student's own samples is

@@ -56,11 +56,11 @@ class RLDistillation(PolicyGradientModule):
 
     Args:
         rewards: Import paths of reward functions (:mod:`lightning_kd.rewards`), or the functions.
-        reward_weights: One weight for each; 1 when not given.
+        reward_weights: One weight for each. Defaults to 1.
         alpha: Weight of the divergence against the reward, in [0, 1].
         divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`. With a
             reward, the paper advises the reverse KL or the generalized JSD with ``beta`` 0.9.
-        surrogate: PPO's clipped surrogate when not given.
+        surrogate: Surrogate of the policy gradient. Defaults to PPO's clipped one.
         normalization: What the divergence is divided by, and the loss in validation.
         reward_normalization: What the reward's term is divided by.
 
@@ -127,7 +127,7 @@ class RLDistillation(PolicyGradientModule):
         self.alpha, self.divergence = alpha, make_divergence(divergence)
 
     def prepare_rollouts(self, rollouts: Sequence[Rollout], options: GenerationOptions) -> None:
-        """Advantages of the window's completions in their groups, over all ranks."""
+        """Compute advantages of the window's completions in their groups, over all ranks."""
         super().prepare_rollouts(rollouts, options)
         real = torch.cat([batch["row"] != FILLER_ROW for batch in rollouts])
         groups = torch.cat([batch["group"] for batch in rollouts])
@@ -147,11 +147,11 @@ class RLDistillation(PolicyGradientModule):
 
     @property
     def term_normalizations(self) -> Mapping[str, Normalization]:
-        """``reward_normalization`` for the reward's term."""
+        """Normalization of the reward's term."""
         return {"policy_gradient": self.reward_normalization}
 
     def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
-        """The policy gradient of the reward and the divergence, at each sampled token."""
+        """Return the policy gradient of the reward and the divergence, at each sampled token."""
         advantages = of_tokens(scores, rollout["advantages"])
         reinforced = self.policy_gradient(rollout, scores, advantages)
         return {
@@ -160,7 +160,7 @@ class RLDistillation(PolicyGradientModule):
         }
 
     def _reward(self, batch: Rollout) -> Tensor:
-        """The weighted sum of the rewards of each completion, ``(B,)``."""
+        """Compute the weighted sum of the rewards of each completion, ``(B,)``."""
         columns: dict[str, Any] = {
             "prompts": batch["prompt"],
             "completions": completion_texts(batch, self.tokenizer),

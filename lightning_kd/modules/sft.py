@@ -17,5 +17,5 @@ class SFT(DistillationModule):
     terms = ("cross_entropy",)
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """The negative log-likelihood of each label."""
+        """Return the negative log-likelihood of each label."""
         return {"cross_entropy": LossTerm(CrossEntropy(scores.positions.targets))}

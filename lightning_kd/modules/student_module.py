@@ -1,4 +1,4 @@
-"""What every method has before it has a loss: a student, its tokenizer, and what it generates."""
+"""Base of every method, without a loss: a student, its tokenizer and its completions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -31,11 +31,11 @@ from lightning_kd.tokenization import load_tokenizer
 
 
 class StudentModule(Resumable, L.LightningModule):
-    """A student that completes prompts and knows which method trains it.
+    """A student that completes prompts, and whose checkpoints name their method.
 
     Args:
         student: The model that trains.
-        tokenizer: Directory or hub name; the data module's when not given.
+        tokenizer: Directory or hub name. Defaults to the data module's.
         generation: How completions are generated in ``predict``.
         engine: What generates in ``predict`` and for samples. Defaults to ``CachedSampler``, to
             ``TransformersEngine`` for beam search.
@@ -65,7 +65,7 @@ class StudentModule(Resumable, L.LightningModule):
         self._has_weights = False
 
     def configure_callbacks(self) -> list[Callback]:
-        """Prepare a trainer that fits, before its loggers open their files; no callback is added.
+        """Prepare a trainer for fitting, before its loggers open their files; adds no callback.
 
         Raises:
             ValueError: If the trainer's limits cannot be kept.
@@ -75,7 +75,7 @@ class StudentModule(Resumable, L.LightningModule):
         return []
 
     def setup(self, stage: str) -> None:
-        """See whether the trainer will do.
+        """Validate the trainer.
 
         Raises:
             ValueError: If the loss would be divided wrongly under it.
@@ -87,7 +87,7 @@ class StudentModule(Resumable, L.LightningModule):
             self.resumption = Resumption(self)  # an earlier fit is none of this one's business
 
     def configure_model(self) -> None:
-        """Build the student, once; in shards, where the strategy shares weights.
+        """Build the student, once; in shards if the strategy shards weights.
 
         Raises:
             ValueError: If it could not be exported in the end, or the data has longer rows than a
@@ -111,14 +111,14 @@ class StudentModule(Resumable, L.LightningModule):
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
-        """All models that read the rows, by role."""
+        """The models that read the rows, by role."""
         return {"student": self.student}
 
     def check_lengths(self) -> None:
-        """Compare the rows that were read with the positions of the models that read them.
+        """Validate that rows are not longer than the positions of the models that read them.
 
         Raises:
-            ValueError: If rows, or prompts with what is to follow them, are longer.
+            ValueError: If rows, or prompts with their completions, are longer.
         """
         rewritten = any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         for split, (row, prompt) in longest_rows(self.trainer).items():
@@ -192,7 +192,7 @@ class StudentModule(Resumable, L.LightningModule):
         )
 
     def _update_engine(self) -> None:
-        """Give the engine the student's weights, where they have changed since it last had them."""
+        """Update the engine's weights, if the student's have changed since the last time."""
         step = self.global_step
         if self.engine is None or self._engine_updated_at == step:
             return
@@ -206,20 +206,20 @@ class StudentModule(Resumable, L.LightningModule):
         return settings | {"student": spec | built}
 
     def on_fit_start(self) -> None:
-        """Record what this run is told, and refuse what a resumed one must not be told.
+        """Record the settings of this run, and refuse those that a resumed one must not change.
 
         Raises:
-            ValueError: If there is something to refuse.
+            ValueError: If a setting differs from the saved run's.
         """
         self.resumption.begin()
 
     def on_train_start(self) -> None:
-        """Give a resumed run's optimizer and schedule what is new."""
+        """Apply new options to a resumed run's optimizer and schedule."""
         self.resumption.apply()
         self._has_weights = True
 
     def on_validation_start(self) -> None:
-        """Refuse to evaluate weights that nobody has trained.
+        """Refuse to evaluate random weights.
 
         Raises:
             ValueError: If the student starts at random, and no checkpoint was given.
@@ -234,11 +234,11 @@ class StudentModule(Resumable, L.LightningModule):
             )
 
     def on_test_start(self) -> None:
-        """The same before a test."""
+        """Refuse to test random weights; see :meth:`on_validation_start`."""
         self.on_validation_start()
 
     def on_predict_start(self) -> None:
-        """The same before completions are generated."""
+        """Refuse to generate with random weights; see :meth:`on_validation_start`."""
         self.on_validation_start()
 
     @property
@@ -246,14 +246,14 @@ class StudentModule(Resumable, L.LightningModule):
         return not self.trainer.predicting or "student" in self.generating_models
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Write down which method this is, and what the run was told."""
+        """Save the name of the method and the settings of the run."""
         checkpoint[RUN_KEY] = {"method": type(self).__name__, **self.resumption.record}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, or of another model.
 
         Raises:
-            ValueError: If it is one.
+            ValueError: If method or weights are another's.
         """
         method = checkpoint.get(RUN_KEY, {}).get("method", "something else")
         if method != type(self).__name__:
@@ -274,6 +274,6 @@ class StudentModule(Resumable, L.LightningModule):
 
 
 def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:
-    """Tokens of the longest row and prompt of each split; empty where the data does not say."""
+    """Return the tokens of the longest row and prompt of each split; empty if they are unknown."""
     longest = getattr(getattr(trainer, "datamodule", None), "longest", None)
     return {} if longest is None else longest()

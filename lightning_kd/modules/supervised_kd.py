@@ -87,11 +87,11 @@ class SupervisedKD(TeacherModule):
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
-        """The one in the divergence."""
+        """Temperature of the teacher in the divergence."""
         return {"temperature": self.temperature}
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """Cross-entropy with the label and divergence from the teacher, at each label."""
+        """Return cross-entropy with the label and divergence from the teacher, at each label."""
         softened = DivergenceTerm(
             self.divergence,
             student_temperature=self.temperature,

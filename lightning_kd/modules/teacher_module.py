@@ -1,4 +1,4 @@
-"""What methods with a teacher at hand share."""
+"""Base of methods with a teacher."""
 
 from collections.abc import Mapping
 from typing import ClassVar
@@ -54,7 +54,7 @@ class TeacherModule(DistillationModule):
     """
 
     learns_from_its_start: ClassVar[bool] = False
-    """Is there something to learn beside a teacher that is the student as it starts?"""
+    """Whether the method learns anything if the teacher is the student as it starts."""
 
     needs: ClassVar[tuple[AnswerKind, ...]] = ("full_distribution",)
     """Kinds of the teacher's answers that the method can learn from, the best first."""
@@ -93,23 +93,23 @@ class TeacherModule(DistillationModule):
 
     @property
     def answer_kind(self) -> AnswerKind:
-        """What the teacher is asked for.
+        """Kind of the teacher's answers in this run.
 
         Raises:
-            ValueError: If it can answer nothing that the method can use.
+            ValueError: If the method can use none of its answers.
         """
         return choose_kind(self.teacher, self.needs, type(self).__name__, TEACHERS)
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
-        """The temperatures at which the teacher is read, by the name of their option."""
+        """Temperatures of the teacher, by the name of their option."""
         return {}
 
     def setup(self, stage: str) -> None:
-        """Load the teacher where it is needed, beside the student.
+        """Load the teacher, if it is needed.
 
         Raises:
-            ValueError: If the method cannot use what it answers.
+            ValueError: If the method can use none of its answers.
         """
         super().setup(stage)
         if stage == "fit":
@@ -145,7 +145,7 @@ class TeacherModule(DistillationModule):
             )
 
     def _check_temperatures(self) -> None:
-        """Refuse a temperature that takes more than the teacher answers."""
+        """Refuse a temperature that the teacher's answers do not allow."""
         if self.answer_kind == "full_distribution":
             return
         for name, value in self.teacher_temperatures.items():
@@ -176,8 +176,8 @@ class TeacherModule(DistillationModule):
         """The student and the models of the teacher, by role."""
         return super().models | dict(self.teacher.local_models)
 
-    def ask(self, batch: Batch, positions: ScoredPositions) -> TeacherAnswer:
-        """Ask the teacher, over all tokens that it knows.
+    def teacher_answer(self, batch: Batch, positions: ScoredPositions) -> TeacherAnswer:
+        """Return the teacher's answer at these positions, over all tokens that it knows.
 
         Raises:
             ValueError: If what it answers is not about these positions.
@@ -193,14 +193,14 @@ class TeacherModule(DistillationModule):
     def score(self, batch: Batch) -> Scores:
         """Run student and teacher on the same ids."""
         positions = self.positions(batch)
-        teacher = self.ask(batch, positions)
+        teacher = self.teacher_answer(batch, positions)
         uncut = Scores(positions, self.logits_backend.read(self.student, batch, positions), teacher)
         return Scores(
             positions, uncut.student.narrowed(self.width), teacher.narrowed(self.width), uncut
         )
 
     def token_reverse_kl(self, batch: Batch) -> tuple[str, Tensor]:
-        """Reverse KL at each scored position of a batch at temperature 1, as far as it is known.
+        """Return the reverse KL at each scored position, as far as the teacher's answer gives it.
 
         Returns:
             The name of what the teacher's answer lets one compute, and its values, ``(N,)``.
@@ -225,7 +225,7 @@ class TeacherModule(DistillationModule):
         return super()._evaluate(scores, terms, metrics, count_ratios)
 
     def _dropped(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
-        """What student and teacher give to tokens beyond the shared vocabulary, ``(N,)`` each.
+        """Compute the probability of tokens beyond the shared vocabulary, ``(N,)`` for each side.
 
         Of several teachers, the one that gives most to them.
         """
