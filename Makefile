@@ -29,9 +29,9 @@ demo: install  ## Train teachers on arithmetic, distill them, print a table and 
 test: check  ## Check style and types, then run all tests
 	$(BIN)/python -m pytest
 
-# One thread: the models are so small that a second one only waits.
+# Two processes of one thread each: the models are so small that a second thread only waits.
 test-quick: install  ## Run the tests that start no process and take no seconds
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not (processes or command_line or slow)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not (processes or command_line or slow)"
 
 check: install  ## Style and types only
 	$(BIN)/ruff check .

@@ -70,7 +70,7 @@ def chosen(logits, temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("surrogate", [ImportanceSampling(), PPOClip()], ids=str)
+@pytest.mark.parametrize("surrogate", [ImportanceSampling(), PPOClip()], ids=["is", "ppo"])
 def test_a_policy_gradient_at_a_sampling_temperature(surrogate, temperature):
     """The formulas of both surrogates, written out on all logits."""
     before = chosen(STATES @ HEAD.T, temperature) + 0.3 * draw(N, seed=4)
