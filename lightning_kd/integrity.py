@@ -28,7 +28,7 @@ _FLAGS = 0x08 | 0x800
 _LARGE = b"\x01\x00"
 """How the extra field of a record of more than 4 GB begins."""
 
-_ABOUT_HAS = {"writer", "weights", "run", "step", "best", "weights_only", "checksums"}
+_ABOUT_HAS = {"saved_by", "weights", "run", "step", "best", "weights_only", "checksums"}
 
 
 def check_file(path: Path) -> None:

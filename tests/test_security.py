@@ -47,7 +47,7 @@ def shards(folder, state):
 
 def describe_as_the_library_does(folder):
     """Whoever writes a hostile directory writes its checksums, too."""
-    about = {"writer": {"strategy": "fsdp2"}, "weights": {}, "run": {}, "step": 1, "best": None}
+    about = {"saved_by": {"strategy": "fsdp2"}, "weights": {}, "run": {}, "step": 1, "best": None}
     write_about(folder, about | {"weights_only": False, "checksums": checksums(folder)})
 
 

@@ -130,9 +130,9 @@ def write_directory(path, steps=1, **checkpoint):
     return strategy
 
 
-def read_directory(strategy, path, writer=WRITTEN):
+def read_directory(strategy, path, saved_strategy=WRITTEN):
     """What every strategy does around the reading of them."""
-    with read_safely(strategy, path, writer, True):
+    with read_safely(strategy, path, saved_strategy, True):
         return True
 
 

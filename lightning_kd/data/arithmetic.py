@@ -18,7 +18,7 @@ _TASK_SEED = 0
 
 
 class ArithmeticData(DistillationData):
-    """Sums of two numbers, generated: the data to try things on, offline.
+    """Sums of two numbers, generated: data for trials, offline.
 
     Numbers are written with their last digit first and filled up with zeros, so that each digit of
     the sum needs only digits that stand before it: ``123 + 989`` is the prompt ``321+989=`` with the
@@ -30,12 +30,12 @@ class ArithmeticData(DistillationData):
 
     Args:
         digits: Of each number, 1 to 3.
-        train_size: Training problems; all that are left when not given.
+        train_size: Training problems. Defaults to all that are left.
         label_noise: Share of the training problems whose answer has one wrong digit, always the same
             problems and digits: data as people write it. Validation and test have none.
         validation_size: Validation problems.
         test_size: Test problems; ``predict`` completes them too.
-        tokenizer: One that has all the signs; the task's own when not given.
+        tokenizer: One that has all the signs. Defaults to the task's own.
 
     Raises:
         ValueError: If a size is out of range.
@@ -132,7 +132,7 @@ class ArithmeticRows:
 
 
 def problem_text(problem: int, digits: int) -> tuple[str, str]:
-    """Prompt and completion of a problem.
+    """Return prompt and completion of a problem.
 
     Example:
         >>> problem_text(123989, 3)
@@ -144,7 +144,7 @@ def problem_text(problem: int, digits: int) -> tuple[str, str]:
 
 
 def with_a_wrong_digit(completion: str, draw: int) -> str:
-    """The completion with one digit replaced by another; ``draw`` decides which.
+    """Return the completion with one digit replaced by another, chosen by ``draw``.
 
     Example:
         >>> with_a_wrong_digit("2111", 6)
@@ -156,7 +156,7 @@ def with_a_wrong_digit(completion: str, draw: int) -> str:
 
 
 def arithmetic_tokenizer() -> PreTrainedTokenizerFast:
-    """One token for each sign, and padding and EOS; an ordinary Hugging Face tokenizer.
+    """Return a Hugging Face tokenizer with one token for each sign, padding and EOS.
 
     Example:
         >>> tokenizer = arithmetic_tokenizer()

@@ -27,11 +27,11 @@ class Example:
 
 @dataclass(frozen=True)
 class LengthLimit:
-    """What happens to a row that is too long.
+    """Limit on the length of rows, and what happens to longer ones.
 
     Args:
         max_length: Longest prompt and completion together, in tokens.
-        max_prompt_length: Longest prompt, in tokens; no limit of its own when not given.
+        max_prompt_length: Longest prompt, in tokens. Defaults to no limit of its own.
         truncation: ``error`` refuses the data, ``drop`` leaves the row out, ``left`` cuts the
             beginning of the prompt, ``right`` cuts the end of the completion (which then has no EOS)
             and of the prompt. What was dropped or cut is counted and logged.
@@ -58,7 +58,7 @@ class LengthLimit:
     def apply(
         self, prompt: list[int], completion: list[int], where: str
     ) -> tuple[list[int], list[int]] | None:
-        """Prompt and completion within the limits, or None for a dropped row.
+        """Return prompt and completion within the limits, or None for a dropped row.
 
         Raises:
             ValueError: If the row is too long and the policy is ``error``.
@@ -104,17 +104,17 @@ class Encoded:
 
     prompt: list[int]
     completion: list[int]
-    """What is trained on; of a document, all of it."""
+    """Tokens that are trained on; of a document, all."""
     prompt_text: str | None = None
     """None for a document, which has no prompt."""
     completion_text: str = ""
     after_eos: str = ""
-    """Text behind the first EOS of the completion, which is left out."""
+    """Text after the first EOS of the completion, which is left out."""
 
 
 @dataclass(frozen=True)
 class EncodedCompletion:
-    """The tokens of a completion up to its first EOS, and the text behind that."""
+    """The tokens of a completion up to its first EOS, and the text after it."""
 
     ids: list[int]
     after_eos: str = ""
@@ -149,7 +149,7 @@ def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], 
 
 
 def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of texts, nothing added; names of special tokens in the text are those tokens."""
+    """Return tokens of texts, nothing added; names of special tokens in the text are those tokens."""
     # Not verbose: a tokenizer warns of texts that are longer than its model, before they are cut. Rows
     # beyond the models' positions are refused where the models are known.
     batch: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -157,7 +157,7 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
 
 
 def _bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of texts, nothing added, none of them unknown to a tokenizer that gives padding then.
+    """Return tokens of texts, nothing added; refuses those that the tokenizer turns into padding.
 
     Raises:
         ValueError: If the tokenizer gives padding for characters that it does not know.
@@ -176,14 +176,14 @@ def _bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int
 
 
 def _begun(ids: list[int], before: list[int]) -> list[int]:
-    """The tokens with those that begin a text before them, once."""
+    """Return the tokens after those that begin a text, once."""
     return ids if before and ids[: len(before)] == before else [*before, *ids]
 
 
 def encode_documents(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_eos: bool
 ) -> list[list[int]]:
-    """Tokens of documents, each framed as the tokenizer frames a text.
+    """Return tokens of documents, each framed as the tokenizer frames a text.
 
     Args:
         texts: One document each.
@@ -202,7 +202,7 @@ def encode_documents(
 
 
 def encode_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Tokens of prompts: begun as the tokenizer begins a text, without what it ends one with."""
+    """Return tokens of prompts, with the tokens that begin a text, without those that end one."""
     before, _ = special_token_frame(tokenizer)
     return [_begun(ids, before) for ids in _bare(texts, tokenizer)]
 
@@ -210,12 +210,12 @@ def encode_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list
 def encode_completions(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, ended: Sequence[bool] | None = None
 ) -> list[EncodedCompletion]:
-    """Tokens of completions, each ending with the EOS, which is trained on.
+    """Return tokens of completions, each ending with the EOS, which is trained on.
 
     Args:
         texts: One completion each.
         tokenizer: Gives the EOS.
-        ended: Whether each was written to its end; the others get no EOS. All, when not given.
+        ended: Whether each completion ended; the others get no EOS. Defaults to all.
     """
     return [
         end_with_eos(ids, tokenizer, ended=ended is None or ended[number])
@@ -226,7 +226,7 @@ def encode_completions(
 def end_with_eos(
     ids: list[int], tokenizer: PreTrainedTokenizerBase, *, ended: bool = True
 ) -> EncodedCompletion:
-    """Cut after the first EOS; where there is none and the text has ended, append one."""
+    """Cut after the first EOS; if there is none and the text has ended, append one."""
     eos = tokenizer.eos_token_id
     if eos not in ids:
         return EncodedCompletion([*ids, eos] if ended else ids)
@@ -239,7 +239,7 @@ def end_with_eos(
 def encode_chats(
     chats: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, where: list[str]
 ) -> list[Encoded]:
-    """Tokens and texts of prompts and completions, by the tokenizer's chat template.
+    """Return tokens and texts of prompts and completions, by the tokenizer's chat template.
 
     The completion is the last message, the assistant's; the prompt is everything before it.
 
@@ -265,7 +265,7 @@ def encode_chats(
 
 
 def _split(prompt: str, chat: str, where: str) -> tuple[str, str]:
-    """Texts of prompt and completion, with the template's own marks."""
+    """Return texts of prompt and completion, with the template's own marks."""
     if not chat.startswith(prompt):
         raise ValueError(
             f"{where}: the chat template does not render the prompt as the beginning of the whole "

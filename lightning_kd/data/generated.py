@@ -1,4 +1,4 @@
-"""Rows that ``predict`` wrote: their token ids, whether they ended, and whose tokens they are."""
+"""Generated rows of ``predict``: token ids, whether they ended, and of which tokenizer."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from lightning_kd.data.sources import WHERE
 PROMPT_IDS = "prompt_ids"
 """Column with the tokens of the prompt, as the model read them."""
 COMPLETION_IDS = "completion_ids"
-"""Column with the tokens of the completion, its EOS included where it ended."""
+"""Column with the tokens of the completion, its EOS included if it ended."""
 ENDED = "ended"
-"""Column that is false where a completion was cut at its longest."""
+"""Column that is false if a completion was truncated."""
 FINGERPRINT = "tokenizer_fingerprint"
 """Column with :func:`tokenizer_fingerprint` of the tokenizer that the ids belong to."""
 
@@ -32,7 +32,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
-    """Tokens of each row where a mask is true, ``(B, T)`` both.
+    """Return the tokens of each row where a mask is true, ``(B, T)`` both.
 
     Example:
         >>> import torch
@@ -46,7 +46,7 @@ def real_tokens(ids: Tensor, mask: Tensor) -> list[list[int]]:
 def given_ids(
     columns: dict[str, list[Any]], name: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int] | None]:
-    """Token ids of a column of rows, None where a row has none.
+    """Return the token ids of a column, None for a row without.
 
     Args:
         columns: Some rows, with the columns ``name`` and :data:`FINGERPRINT`, if there are any.

@@ -71,7 +71,7 @@ class PlainTextData(TextData):
         return load_rows(path, columns, split=split, subset=self.subset)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        """Tokens of documents."""
+        """Return tokens of documents."""
         texts = [text.strip() for text in texts] if self.strip else texts
         return encode_documents(texts, self.tokenizer, add_eos=self.add_eos)
 

@@ -1,4 +1,4 @@
-"""What stands in a file, row by row, each with its place; whatever cannot be read names it."""
+"""Readers of files, row by row; errors name the place of the row."""
 
 import csv
 import json

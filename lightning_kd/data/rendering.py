@@ -1,4 +1,4 @@
-"""Chat templates, rendered within bounds: they come with a tokenizer, and are programs."""
+"""Rendering of chat templates within limits: they come with a tokenizer, and are programs."""
 
 import json
 import os
@@ -22,7 +22,7 @@ except ImportError:  # Windows, which render_chats refuses
 
 @dataclass(frozen=True)
 class RenderLimits:
-    """How much a chat template may use for one chat.
+    """Limits of a chat template for one chat.
 
     Attributes:
         seconds: Processor time. Three times as much may pass on the clock, where the machine is busy.
@@ -52,7 +52,7 @@ def render_chats(
         chats: The messages of each.
         tokenizer: Has the template.
         where: The place of each chat, for messages.
-        limits: What a chat may use; :class:`RenderLimits` when not given.
+        limits: Limits of a chat. Defaults to those of :class:`RenderLimits`.
 
     Returns:
         For each chat, the text of its prompt and of all of it.
@@ -90,7 +90,7 @@ def _render_all(
     limits: RenderLimits,
     write: Write,
 ) -> None:
-    """Render in the child, and write an answer for each chat until one fails."""
+    """Render in the child, and return each chat through a pipe until one fails."""
     _limit_memory(limits.megabytes)
     for messages in chats:
         _limit_processor(limits.seconds)
@@ -174,7 +174,7 @@ def _run(task: Callable[[Write], None], writing: int) -> NoReturn:
 
 
 def _answers(reading: int, seconds: float) -> Iterator[dict[str, str]]:
-    """Lines of a pipe as they come; ends with the pipe, or where a line takes too long."""
+    """Yield lines of a pipe, until it ends or a line takes too long."""
     buffer, deadline = bytearray(), time.monotonic() + seconds
     while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:
         data = os.read(reading, 1 << 20)

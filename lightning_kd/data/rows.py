@@ -1,4 +1,4 @@
-"""Data sets as the loaders want them: one example per row and pass."""
+"""Tokenized data sets: one example per row and pass."""
 
 import logging
 from collections import defaultdict
@@ -32,7 +32,7 @@ class EncodedRows:
         extra: Columns that go along as they are.
 
     Raises:
-        ValueError: If a row is not to the limit's taste, or none is left.
+        ValueError: If a row exceeds the limit and may not be cut, or none is left.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class EncodedRows:
             )
 
     def _count_cut_at_eos(self) -> int:
-        """Count the rows whose completions go on behind an EOS in their text, and say so."""
+        """Warn of the number of rows whose completions continue after an EOS in their text."""
         behind = [row for row, text in enumerate(self._tokenized["after_eos"]) if text]
         if behind:
             first = self._tokenized[behind[0]]
@@ -173,5 +173,5 @@ class PackedRows:
 
 
 def pack(documents: Iterable[list[int]]) -> Tensor:
-    """All documents as one row of tokens, ``(tokens,)``."""
+    """Return all documents as one row of tokens, ``(tokens,)``."""
     return torch.cat([torch.tensor(ids, dtype=torch.long) for ids in documents])

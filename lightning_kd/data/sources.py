@@ -1,4 +1,4 @@
-"""Rows from files and hubs, through ``datasets``; whatever is wrong with one names its place."""
+"""Rows from files and hubs, through ``datasets``; errors name the place of the row."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ WHERE = "__where__"
 
 
 _FORMAT = 3
-"""Changes with what :func:`load_rows` makes of a file: an older cache is not used then."""
+"""Version of the rows of :func:`load_rows`: a cache of another version is not used."""
 
 
 def load_rows(
@@ -28,7 +28,7 @@ def load_rows(
     split: str = "train",
     subset: str | None = None,
 ) -> datasets.Dataset:
-    """Load the columns that are asked for, and where each row came from.
+    """Load some columns, and the place that each row came from.
 
     Args:
         path: A ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file, a glob of such files,
@@ -62,7 +62,7 @@ def load_rows(
 
 
 def digests(path: str) -> dict[str, str]:
-    """What is in each local file of a path, as a digest; nothing for the name of a hub data set.
+    """Return a digest of each local file of a path; nothing for a data set of the hub.
 
     Args:
         path: As for :func:`load_rows`.

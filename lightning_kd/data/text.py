@@ -72,7 +72,7 @@ class TextData(DistillationData):
         self.extra_columns = extra_columns or []
 
     def resume_settings(self) -> dict[str, Any]:
-        """Return the arguments that a resumed run must not change; files go by what is in them."""
+        """Return the arguments that a resumed run must not change; files by their contents."""
         settings, train = super().resume_settings(), self.paths["train"]
         if train is not None and (has_magic(train) or Path(train).expanduser().exists()):
             del settings["train"]  # the loader compares a digest of each file
@@ -161,7 +161,7 @@ class PromptCompletionData(TextData):
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
 
     def rows(self, split: Split) -> Rows | None:
-        """Prompts and completions of a split; where these are not asked for, prompts alone."""
+        """Return prompts and completions of a split, or prompts alone."""
         path = self.paths[split]
         if path is None:
             return None
@@ -233,5 +233,5 @@ class PromptCompletionData(TextData):
 
 
 def _unless(texts: Sequence[str], given: Sequence[list[int] | None]) -> list[str]:
-    """The texts, without those whose tokens came with them."""
+    """Return the texts, without those that came with their tokens."""
     return [text if ids is None else "" for text, ids in zip(texts, given, strict=True)]

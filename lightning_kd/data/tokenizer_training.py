@@ -1,4 +1,4 @@
-"""A tokenizer of one's own, from one's own text."""
+"""Training of a tokenizer on a text."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer: any text can be encoded, and comes back as it was.
+    """Train a byte-level BPE tokenizer, which encodes any text and decodes it unchanged.
 
     Args:
         texts: What to learn from.
@@ -55,7 +55,7 @@ def write_tokenizer(
         files: Text files, or tables (.jsonl, .csv, .parquet).
         output: The directory.
         vocab_size: Tokens in all, 258 or more.
-        columns: Columns of a table; ``text`` when not given.
+        columns: Columns of a table. Defaults to ``text``.
 
     Raises:
         ValueError: If there is a model in the directory, whose tokenizer would be another one then.

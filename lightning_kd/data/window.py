@@ -7,7 +7,7 @@ from lightning_kd.batch import Batch
 
 
 class Window(Sequence[Batch]):
-    """The micro-batches of a window on this rank: each is made once, when it is first asked for.
+    """The micro-batches of a window on this rank: each is collated once, at its first use.
 
     Each access returns a dictionary of its own, so that a callback that changes the batch it is given
     changes neither the window nor the next pass over it. Tensors are shared.

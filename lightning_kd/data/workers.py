@@ -1,4 +1,4 @@
-"""Batches of rows, prepared in this process or ahead of it in others."""
+"""Preparation of batches, in this process or ahead of it in workers."""
 
 import multiprocessing
 import os
@@ -19,10 +19,10 @@ Key = tuple[int, int, int, int]
 """Sample number and row number as the batch shows them, row that is read, pass over the data."""
 
 _LAST_WAIT = 10.0
-"""Seconds in which a worker process ends that is told to."""
+"""Longest time in which a worker process may end, in seconds."""
 
 WORKER_TIMEOUT = 600.0
-"""Longest wait for a batch of a worker process, in seconds; longer than any that works takes."""
+"""Longest wait for a batch of a worker process, in seconds."""
 
 
 class Rows(Protocol):

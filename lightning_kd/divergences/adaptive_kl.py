@@ -64,7 +64,7 @@ class AdaptiveKL(Divergence):
     def value_and_logit_gradient(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Those of the KL divergences, each times its weight."""
+        """Combine those of the two KL divergences, each times its weight."""
         head, tail = self._weights(student_log_probs, teacher_log_probs)
         forward = self._forward.value_and_logit_gradient(student_log_probs, teacher_log_probs)
         reverse = self._reverse.value_and_logit_gradient(student_log_probs, teacher_log_probs)

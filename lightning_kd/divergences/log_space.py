@@ -1,4 +1,4 @@
-"""What the divergences share, evaluated in log space: KL terms, mixtures, the softmax gradient."""
+"""Shared parts of divergences in log space: KL terms, mixtures, the softmax gradient."""
 
 import math
 

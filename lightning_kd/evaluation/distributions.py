@@ -1,4 +1,4 @@
-"""How close a student's next-token distribution is to its teacher's, and to the text."""
+"""Metrics of a student's next-token distribution, against its teacher's and against the text."""
 
 from typing import ClassVar
 
@@ -81,7 +81,7 @@ class DistributionMetrics(Metric):
         self.set_dtype(torch.float64)
 
     def token_terms(self, targets: Tensor, teacher: TeacherAnswer | None) -> list[TokenTerm]:
-        """What to evaluate at each position: for the student alone, or with a teacher's answer."""
+        """Return the terms to evaluate: for the student alone, or with a teacher's answer."""
         of_student: list[TokenTerm] = [CrossEntropy(targets), Entropy()]
         if teacher is None:
             return of_student

@@ -1,4 +1,4 @@
-"""What a teacher answers at the scored positions of a micro-batch."""
+"""Answers of a teacher at the scored positions of a micro-batch."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,29 +18,29 @@ from lightning_kd.fused.teacher_rows import (
 )
 
 AnswerKind = Literal["full_distribution", "top_k", "token_log_probs"]
-"""What a teacher says of the next token: everything, its likeliest tokens, or how likely one is."""
+"""What a teacher gives at a position: all probabilities, the k highest, or that of one token."""
 
 _SURPLUS = 1e-2
 """Excess over a total probability of 1 that rounding to bfloat16 explains."""
 
 
 class TeacherAnswer(ABC):
-    """What a teacher says at the N scored positions of a micro-batch, without a gradient."""
+    """Answer of a teacher at the N scored positions of a micro-batch, without a gradient."""
 
     kind: ClassVar[AnswerKind]
 
     @property
     def sources(self) -> tuple[LazyLogits, ...]:
-        """Logits that are made a chunk at a time; none where the answer is small."""
+        """Lazy logits, computed a chunk at a time; none if the answer is small."""
         return ()
 
     def narrowed(self, width: int) -> "TeacherAnswer":
-        """The first ``width`` tokens of the vocabulary alone."""
+        """Return the answer over the first ``width`` tokens of the vocabulary."""
         return self
 
     @abstractmethod
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> TeacherRows:
-        """What the answer is at some positions.
+        """Return the answer at some positions.
 
         Args:
             rows: The positions.
@@ -48,12 +48,12 @@ class TeacherAnswer(ABC):
             width: Tokens of the student's vocabulary.
 
         Raises:
-            ValueError: If it is no distribution.
+            ValueError: If the answer is no distribution.
         """
 
     @abstractmethod
     def check(self, positions: int, width: int) -> None:
-        """Compare an answer with what was asked.
+        """Validate the answer.
 
         Args:
             positions: How many there are.
@@ -83,7 +83,7 @@ class FullDistribution(TeacherAnswer):
         return replace(self, logits=tuple(source.narrowed(width) for source in self.logits))
 
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
-        """All tokens."""
+        """Return the distribution over all tokens."""
         return DistributionRows(logits, self.combine)
 
     def check(self, positions: int, width: int) -> None:
@@ -106,7 +106,7 @@ class TopK(TeacherAnswer):
     """Of these tokens, ``(N, k)``."""
 
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> TopKRows:
-        """The k tokens, and a tail unless they are all there are."""
+        """Return the k tokens, and a tail unless k is the whole vocabulary."""
         known = self.log_probs[rows].double()
         events = known
         if known.shape[1] < width:

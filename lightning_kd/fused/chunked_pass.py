@@ -1,4 +1,4 @@
-"""Values and gradients of any quantities, over a chunk of positions at a time."""
+"""Values and gradients of token terms, over a chunk of positions at a time."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +85,7 @@ class ChunkedPass:
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
                 theirs_here = teacher.rows(here, seen, width) if teacher is not None else None
                 chunk = LogitsChunk(here, own[part], theirs_here)
-                gradients = self._look(chunk, weights, muting, values)
+                gradients = self._evaluate_chunk(chunk, weights, muting, values)
                 if into:
                     self._leave_gradient(chunk.student_logits, gradients)
             if into:
@@ -93,10 +93,10 @@ class ChunkedPass:
                 student.add_gradients(rows, own[:length], into)
         return values
 
-    def _look(
+    def _evaluate_chunk(
         self, chunk: LogitsChunk, weights: Weights, muting: Sequence[bool], values: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Note the values of a block; what has a weight comes back as gradient and weight."""
+        """Store the values of a chunk, and return gradient and weight of each weighted term."""
         gradients = []
         for number, (token_term, weight) in enumerate(zip(self.token_terms, weights, strict=True)):
             if weight is None:
@@ -125,7 +125,7 @@ class ChunkedPass:
 
     @property
     def device(self) -> torch.device:
-        """Where it is computed."""
+        """Device of the pass."""
         return self._first.device
 
     @property

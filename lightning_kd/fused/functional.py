@@ -16,7 +16,7 @@ Mode = Literal["fused", "recompute"]
 
 
 class FusedDivergence(NamedTuple):
-    """What :func:`fused_linear_divergence` gives."""
+    """Result of :func:`fused_linear_divergence`."""
 
     total: Tensor
     """The weighted sum, ``()``, float64; gradients flow from here."""
@@ -61,8 +61,8 @@ def fused_linear_divergence(
             one, else automatic differentiation within a chunk.
         student_temperature: :math:`\tau_s`.
         teacher_temperature: :math:`\tau_t`.
-        scored: True where a position counts, ``(...)``; all do when not given.
-        weights: :math:`w_t`, ``(...)``, constants; 1 when not given.
+        scored: True where a position counts, ``(...)``. Defaults to all.
+        weights: :math:`w_t`, ``(...)``, constants. Defaults to 1.
         mode: ``fused`` makes the gradients of the sum in the forward pass. ``recompute`` gives
             ``values`` a gradient too, for weights that are known only afterwards, and computes the
             logits a second time in the backward pass.

@@ -62,7 +62,7 @@ def _narrowed(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
 
 
 def _is_native(first: Tensor, second: Tensor, out: Tensor) -> bool:
-    """Is there a kernel that multiplies these as they are and adds up in the type of ``out``?"""
+    """Return whether a kernel multiplies these types and accumulates in the type of ``out``."""
     if second.dtype == out.dtype:
         return first.dtype == out.dtype
     return out.is_cuda and out.dtype == torch.float32 and first.dtype in (out.dtype, second.dtype)

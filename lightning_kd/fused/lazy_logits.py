@@ -1,4 +1,4 @@
-"""Logits that are there, or that hidden states and an output head would give."""
+"""Logits: materialized, or lazy, as hidden states and an output head."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from lightning_kd.fused.head_matmul import project, to_states, to_weight
 
 
 class LazyLogits(ABC):
-    """Logits at scored positions, as many rows of them at a time as one asks for."""
+    """Logits at scored positions, computed any number of rows at a time."""
 
     @property
     @abstractmethod
@@ -21,12 +21,12 @@ class LazyLogits(ABC):
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Of the logits: float32 or wider."""
+        """Type of the logits: float32 or wider."""
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Of the logits."""
+        """Device of the logits."""
 
     @abstractmethod
     def fill(self, rows: slice, out: Tensor) -> None:
@@ -34,16 +34,16 @@ class LazyLogits(ABC):
 
     @abstractmethod
     def narrowed(self, width: int) -> "LazyLogits":
-        """The first ``width`` tokens of the vocabulary alone."""
+        """Return the logits of the first ``width`` tokens of the vocabulary."""
 
     @abstractmethod
     def detached_to(self, device: torch.device) -> "LazyLogits":
-        """The same without gradients, on a device; what becomes of the model's weights is all one."""
+        """Return the logits without gradients, on a device; later changes of the model do not matter."""
 
 
 @dataclass(frozen=True)
 class MaterializedLogits(LazyLogits):
-    """Logits that a model has made whole."""
+    """Logits that a model has computed."""
 
     logits: Tensor
     """``(N, V)``, float32 or wider."""
@@ -55,16 +55,16 @@ class MaterializedLogits(LazyLogits):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the logits."""
+        """Type of the logits."""
         return self.logits.dtype
 
     @property
     def device(self) -> torch.device:
-        """Of the logits."""
+        """Device of the logits."""
         return self.logits.device
 
     def fill(self, rows: slice, out: Tensor) -> None:
-        """Copy them."""
+        """Copy the logits."""
         out.copy_(self.logits[rows])
 
     def narrowed(self, width: int) -> "MaterializedLogits":
@@ -107,7 +107,7 @@ class LazyHeadLogits(LazyLogits):
 
     @property
     def device(self) -> torch.device:
-        """Of the hidden states."""
+        """Device of the hidden states."""
         return self.factors[0][0].device
 
     @property
@@ -117,13 +117,13 @@ class LazyHeadLogits(LazyLogits):
         return flat if self.bias is None else (*flat, self.bias)
 
     def with_inputs(self, inputs: Sequence[Tensor]) -> "LazyHeadLogits":
-        """The same head on other tensors, in the order of :attr:`inputs`."""
+        """Return the head on other tensors, in the order of :attr:`inputs`."""
         pairs = inputs[: 2 * len(self.factors)]
         factors = tuple(zip(pairs[::2], pairs[1::2], strict=True))
         return replace(self, factors=factors, bias=inputs[-1] if self.bias is not None else None)
 
     def fill(self, rows: slice, out: Tensor) -> None:
-        """Multiply."""
+        """Compute the logits."""
         for number, (states, weight) in enumerate(self.factors):
             project(states[rows], weight, out, add=number > 0)
         if self.bias is not None:
@@ -144,7 +144,7 @@ class LazyHeadLogits(LazyLogits):
         return self.with_inputs([tensor.detach().to(device) for tensor in self.inputs])
 
     def slope(self, logits: Tensor) -> Tensor | float:
-        """What soft cap and scale multiply a gradient by, on its way back through them."""
+        """Return the factor of a gradient in the backward pass of soft cap and scale."""
         if self.softcap is None:
             return self.scale
         return self.scale * (1 - (logits / self.softcap).square())
@@ -190,11 +190,11 @@ class RoutedLogits(LazyLogits):
 
     @property
     def device(self) -> torch.device:
-        """Of the routes."""
+        """Device of the routes."""
         return self.routes.device
 
     def fill(self, rows: slice, out: Tensor) -> None:
-        """Ask each source for its own."""
+        """Fill the rows of each source."""
         for number, source in enumerate(self.sources):
             chosen = self.routes[rows] == number
             start = int((self.routes[: rows.start] == number).sum())

@@ -1,4 +1,4 @@
-"""Some rows of logits, and what a quantity makes of them."""
+"""A chunk of logits, and the terms that are computed from it."""
 
 from abc import ABC, abstractmethod
 
@@ -9,12 +9,12 @@ from lightning_kd.fused.teacher_rows import DistributionRows, TeacherRows
 
 
 class LogitsChunk:
-    """Some rows of logits, and the log-probabilities that several quantities ask for.
+    """A chunk of logits, and the log-probabilities that several terms use.
 
     Args:
-        rows: Where the chunk stands among all scored positions.
-        student_logits: ``(n, V)``; ``(n, 0)`` where only the teacher is looked at.
-        teacher: What the teacher says there; None where nothing asks.
+        rows: The chunk's positions among all scored ones.
+        student_logits: ``(n, V)``; ``(n, 0)`` if only the teacher is evaluated.
+        teacher: The teacher's answer there; None if no term needs it.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LogitsChunk:
     def events(
         self, student_temperature: float = 1.0, teacher_temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of student and teacher over what the teacher tells apart.
+        """Return log-probabilities of student and teacher over the events of the teacher's answer.
 
         Every token is an event of its own or, where the teacher names k tokens only, all others are
         one event.
@@ -70,7 +70,7 @@ class LogitsChunk:
         return self._answer.top_tokens()
 
     def on(self, student_logits: Tensor) -> "LogitsChunk":
-        """The same chunk over other logits of the student."""
+        """Return the chunk with other logits of the student."""
         return LogitsChunk(self.rows, student_logits, self._teacher)
 
     def _student_events(self, temperature: float) -> Tensor:
@@ -84,7 +84,7 @@ class LogitsChunk:
         return self._teacher
 
     def without_gradient_where(self, weight: Tensor) -> "LogitsChunk":
-        """The same block, whose rows with a weight of 0 have no gradient.
+        """Return the chunk without gradient at rows of weight 0.
 
         Not even that of an infinite value, which times 0 would be NaN.
         """

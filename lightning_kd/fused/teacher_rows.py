@@ -1,4 +1,4 @@
-"""What the terms of a chunk see of a teacher: log-probabilities of tokens, or of groups of them."""
+"""A teacher's answer in a chunk: log-probabilities of tokens, or of groups of them."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

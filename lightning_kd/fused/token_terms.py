@@ -1,4 +1,4 @@
-"""What losses and metrics are made of, position by position."""
+"""Token terms: what losses and metrics compute at each position."""
 
 from collections.abc import Callable
 
@@ -214,7 +214,7 @@ class TeacherTokenLogProb(TokenTerm):
 
 
 class TeacherMassBeyond(TokenTerm):
-    """What the teacher gives to the tokens from ``width`` on, a probability."""
+    """The teacher's probability of the tokens from ``width`` on."""
 
     needs_teacher = True
 
@@ -227,7 +227,7 @@ class TeacherMassBeyond(TokenTerm):
 
 
 class StudentMassBeyond(TokenTerm):
-    """What the student gives to the tokens from ``width`` on, a probability."""
+    """The student's probability of the tokens from ``width`` on."""
 
     def __init__(self, width: int) -> None:
         self.width = width

@@ -1,4 +1,4 @@
-"""A key-value cache that writes a token where there is room for it."""
+"""A preallocated key-value cache."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in trans
     def update(
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
-        """Write further tokens; returns all keys and values."""
+        """Append tokens, and return all keys and values."""
         before = self.keys.shape[-2]
         after = before + key_states.shape[-2]
         if after > self._all_keys.shape[-2]:
@@ -38,7 +38,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in trans
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Go on with these rows."""
+        """Keep these rows only."""
         self._move(self.keys[indices], self.values[indices])
 
     def _move(self, keys: Tensor, values: Tensor) -> None:
@@ -49,7 +49,7 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in trans
 
 
 def _with_spare_length(values: Tensor) -> Tensor:
-    """The values at the beginning of a tensor that is a half longer, and at least 64 tokens."""
+    """Return values at the beginning of a tensor that is half as long again, by at least 64 tokens."""
     *outer, length, width = values.shape
     larger = values.new_empty(*outer, length + max(64, length // 2), width)
     larger[..., :length, :] = values
@@ -57,7 +57,7 @@ def _with_spare_length(values: Tensor) -> Tensor:
 
 
 def preallocated(cache: Any) -> Any:
-    """A cache whose plain layers do not copy; other kinds of layers stay as they are."""
+    """Return a cache whose plain layers are preallocated; other layers stay as they are."""
     if isinstance(cache, DynamicCache):
         cache.layers = [
             PreallocatedLayer(layer)
@@ -69,7 +69,7 @@ def preallocated(cache: Any) -> Any:
 
 
 def can_drop_rows(cache: Any) -> bool:
-    """Can rows be taken out? Of a recurrent state they cannot."""
+    """Return whether rows can be removed; from a recurrent state they cannot."""
     plain = {PreallocatedLayer, DynamicLayer, DynamicSlidingWindowLayer}
     return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
 

@@ -1,4 +1,4 @@
-"""The generation config that comes with a checkpoint: what is not taken from it."""
+"""The generation config of a checkpoint, and which of its fields are ignored."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,7 +47,7 @@ _said: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def ignored_fields(model: PreTrainedModel) -> dict[str, Any]:
-    """Return what a model's generation config asks of the text it generates, which is not done.
+    """Return the fields of a model's generation config that would change its text, and are ignored.
 
     Example:
         >>> from transformers import GPT2Config, GPT2LMHeadModel
@@ -67,7 +67,7 @@ def ignored_fields(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def say_what_is_ignored(model: PreTrainedModel) -> None:
-    """Say, once for each model, which fields of its generation config are not used."""
+    """Warn, once for each model, which fields of its generation config are ignored."""
     if model in _said:
         return
     _said.add(model)
@@ -82,7 +82,7 @@ def say_what_is_ignored(model: PreTrainedModel) -> None:
 
 @contextmanager
 def generation_config_of(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Give a model a generation config for a while.
+    """Set a model's generation config for a while.
 
     ``generate`` fills every field that its argument leaves open from the model's own config, so the
     argument alone does not decide.

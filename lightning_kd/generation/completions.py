@@ -22,12 +22,12 @@ class Completions:
     sampling temperature, before top-k and top-p, ``(B, R)``; 0 outside the mask. Greedy: at
     temperature 1. None where the engine gives none."""
     sampling_log_probs: Tensor | None
-    """The same under what it was drawn from: other numbers only where two models were mixed."""
+    """The same under the sampling distribution: other values only if two models were mixed."""
     ended: Tensor
-    """True where the completion ends with an EOS, ``(B,)``; the others were cut at their longest."""
+    """True where the completion ends with an EOS, ``(B,)``; the others were truncated."""
 
     def rows(self, chosen: slice) -> "Completions":
-        """The completions of some rows."""
+        """Return the completions of some rows."""
         values = [getattr(self, field.name) for field in fields(self)]
         return Completions(*(None if value is None else value[chosen] for value in values))  # type: ignore[arg-type]
 
@@ -56,7 +56,7 @@ class Completions:
 
     @classmethod
     def join(cls, parts: Sequence["Completions"], pad_id: int) -> "Completions":
-        """Completions of several batches as those of one."""
+        """Concatenate the completions of several batches."""
         longest = max(part.ids.shape[1] for part in parts)
 
         def column(name: str) -> Tensor | None:
@@ -71,7 +71,7 @@ class Completions:
         return cls(**{f.name: column(f.name) for f in fields(cls)})  # type: ignore[arg-type]
 
     def texts(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        """The completions as text, without special tokens."""
+        """Return the completions as text, without special tokens."""
         return [
             tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(self.ids.cpu(), self.mask.cpu(), strict=True)
@@ -79,7 +79,7 @@ class Completions:
 
 
 def completion_mask(completion_ids: Tensor, eos_ids: Collection[int]) -> Tensor:
-    """True up to and including the first EOS of each row, ``(B, R) -> (B, R)``.
+    """Return True up to and including the first EOS of each row, ``(B, R) -> (B, R)``.
 
     It is computed from where the EOS stands, never from ``ids != pad``: for many tokenizers the two
     are the same token, and the EOS belongs to what the model generated.
@@ -96,5 +96,5 @@ def completion_mask(completion_ids: Tensor, eos_ids: Collection[int]) -> Tensor:
 
 
 def is_end(ids: Tensor, eos_ids: Collection[int]) -> Tensor:
-    """True where a token ends its completion."""
+    """Return True where a token ends its completion."""
     return torch.isin(ids, torch.tensor(sorted(eos_ids), device=ids.device))

@@ -46,11 +46,11 @@ class Decoder:
 
     @property
     def can_drop_rows(self) -> bool:
-        """Can rows be taken out of the cache?"""
+        """Whether rows can be removed from the cache."""
         return can_drop_rows(self._cache)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep these rows only."""
         self._cache.batch_select_indices(rows)
         self._position = self._position[rows]
         if self._mask is not None:

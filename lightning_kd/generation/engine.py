@@ -1,4 +1,4 @@
-"""The contract of what generates completions."""
+"""The contract of engines, which generate completions."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -37,16 +37,16 @@ class Engine(Resumable, ABC):
     """
 
     gives_log_probs: bool = False
-    """Do completions come with the log-probability of each token? Policy gradients need them."""
+    """Whether completions come with the log-probability of each token, which policy gradients need."""
 
     mixes_models: bool = False
-    """Can tokens be sampled from a mixture of two models? ``mixture_alpha`` needs it."""
+    """Whether tokens can be sampled from a mixture of two models, for ``mixture_alpha``."""
 
     seeds_rows: bool = False
-    """Does a completion depend on its prompt and seed alone, not on the rows beside it?"""
+    """Whether a completion depends on its prompt and seed alone, not on the rows beside it."""
 
     searches_beams: bool = False
-    """Does it know ``num_beams`` above 1?"""
+    """Whether ``num_beams`` may be above 1."""
 
     @abstractmethod
     def generate(
@@ -62,7 +62,7 @@ class Engine(Resumable, ABC):
         The global random state and the models' modes must be left as they are.
 
         Args:
-            prompts: What is to be completed.
+            prompts: The prompts.
             options: Length and sampling.
             seeds: One for each row.
             models: The generating model and its weight 1; or the models of a mixture and their
@@ -77,10 +77,10 @@ class Engine(Resumable, ABC):
 
 
 def check_engine(engine: Engine, options: GenerationOptions, *, mixture: bool = False) -> None:
-    """Compare what is asked for with what an engine can do.
+    """Validate options against what an engine can do.
 
     Raises:
-        ValueError: If the engine has no beam search or no mixtures, and they are asked for.
+        ValueError: If they need beam search or mixtures, and the engine has none.
     """
     name = type(engine).__name__
     if options.num_beams > 1 and not engine.searches_beams:
@@ -96,7 +96,7 @@ def check_engine(engine: Engine, options: GenerationOptions, *, mixture: bool = 
 
 
 def check_log_probs(engine: Engine, method: str) -> None:
-    """Refuse an engine whose completions a policy gradient cannot weigh.
+    """Refuse an engine without the log-probabilities that a policy gradient needs.
 
     Raises:
         ValueError: If the engine gives no log-probabilities.
@@ -110,7 +110,7 @@ def check_log_probs(engine: Engine, method: str) -> None:
 
 
 def check_completions(engine: Engine, prompts: Prompts, completions: Completions) -> None:
-    """Compare completions with what their engine promises.
+    """Validate an engine's completions.
 
     Raises:
         ValueError: If rows or log-probabilities are missing.

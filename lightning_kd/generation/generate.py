@@ -1,4 +1,4 @@
-"""The one call by which the library has completions generated, whatever the engine."""
+"""The one call that generates completions, with any engine."""
 
 from collections.abc import Sequence
 
@@ -23,16 +23,16 @@ from lightning_kd.tokenization import end_of_sequence_ids, padding_id
 def engine_for(
     options: GenerationOptions, engine: Engine | None, *, mixture: bool = False
 ) -> Engine:
-    """Return an engine that can do what is asked for.
+    """Return an engine that supports the options.
 
     Args:
         options: Length and sampling.
         engine: The one that was chosen. Defaults to :class:`TransformersEngine` for beam search and
             to :class:`CachedSampler` otherwise.
-        mixture: Is a mixture of two models sampled from?
+        mixture: Whether a mixture of two models is sampled from.
 
     Raises:
-        ValueError: If the engine has no beam search or no mixtures, and they are asked for.
+        ValueError: If the options need beam search or mixtures, and the engine has none.
     """
     if engine is None:
         engine = TransformersEngine() if options.num_beams > 1 else CachedSampler()
@@ -66,8 +66,8 @@ def generate(
         width: Tokens from here on are never generated: those that a teacher does not know.
 
     Raises:
-        ValueError: If the engine cannot do what is asked for, or prompts and completions could be
-            longer than the models can read.
+        ValueError: If the engine does not support the options, or prompts and completions could be
+            longer than the models' positions.
     """
     engine = engine_for(options, engine, mixture=mixed_with is not None)
     share = 0.0 if mixed_with is None else mixed_with[1]

@@ -55,7 +55,7 @@ class GenerationOptions:
 
     @property
     def truncates(self) -> bool:
-        """Can a token that the model may generate never be drawn?"""
+        """Whether some tokens of the model's distribution are never sampled."""
         return self.temperature == 0 or self.top_k > 0 or self.top_p < 1 or self.num_beams > 1
 
 

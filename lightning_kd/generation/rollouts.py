@@ -1,4 +1,4 @@
-"""From completions to a batch that is trained on."""
+"""Rollouts: completions as batches to train on."""
 
 from typing import Literal, cast
 
@@ -75,7 +75,7 @@ def rollout_batch(
 
 
 def completion_texts(batch: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The completion of each row as text, without special tokens."""
+    """Return the completion of each row as text, without special tokens."""
     return [
         tokenizer.decode(ids[mask], skip_special_tokens=True)
         for ids, mask in zip(batch["input_ids"].cpu(), batch["completion_mask"].cpu(), strict=True)

@@ -150,7 +150,7 @@ def _next_token(
     options: GenerationOptions,
     width: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of the first model and of the mixture, ``(rows, V)`` each."""
+    """Return log-probabilities of the first model and of the mixture, ``(rows, V)`` each."""
     temperature = options.temperature or 1.0
     width = min([d.logits.shape[-1] for d in decoders] + ([] if width is None else [width]))
     each = [F.log_softmax(d.logits[:, :width] / temperature, -1) for d in decoders]
@@ -161,7 +161,7 @@ def _next_token(
 
 
 def _draw(log_probs: Tensor, uniforms: Tensor, options: GenerationOptions) -> Tensor:
-    """The most likely token, or the one at which the cumulative distribution passes a number."""
+    """Return the most likely token, or the one at which the cumulative distribution passes a number."""
     if options.temperature == 0:
         return log_probs.argmax(-1)
     kept = _truncated(log_probs, options)
@@ -173,7 +173,7 @@ def _draw(log_probs: Tensor, uniforms: Tensor, options: GenerationOptions) -> Te
 
 
 def _truncated(log_probs: Tensor, options: GenerationOptions) -> Tensor:
-    """Log-probabilities with those that top-k and top-p leave out at minus infinity."""
+    """Return log-probabilities, minus infinity where top-k and top-p exclude a token."""
     if 0 < options.top_k < log_probs.shape[-1]:
         least = log_probs.topk(options.top_k).values[:, -1:]
         log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
@@ -187,7 +187,7 @@ def _truncated(log_probs: Tensor, options: GenerationOptions) -> Tensor:
 
 
 class _Uniforms:
-    """Random numbers in [0, 1) for each row, from its own generator, as far as they are needed."""
+    """Random numbers in [0, 1) for each row, from its own generator, drawn as needed."""
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -195,7 +195,7 @@ class _Uniforms:
         self._drawn = torch.empty(0)
 
     def at(self, place: int) -> Tensor:
-        """The numbers of a place, ``(rows,)``; places are asked for in order."""
+        """Return the numbers of a position, ``(rows,)``; positions come in order."""
         if place % _DRAWN_AT_ONCE == 0:
             drawn = [
                 torch.rand(_DRAWN_AT_ONCE, generator=generator, dtype=torch.float64)

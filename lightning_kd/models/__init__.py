@@ -1,4 +1,4 @@
-"""Students and teachers: where their weights come from, and how a teacher speaks."""
+"""Models: specs of where weights come from, output heads, vocabularies, placement, sharding."""
 
 from lightning_kd.models.logits_backend import DenseLogits, FusedLogits, LogitsBackend
 from lightning_kd.models.model_spec import ModelSpec

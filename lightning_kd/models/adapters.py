@@ -1,4 +1,4 @@
-"""Adapters of peft, and the weights that they become when they are merged."""
+"""Adapters of peft, and merging them into weights."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
-    """Does a model compute with adapters, wrapped by peft or added with ``add_adapter``?"""
+    """Return whether a model has adapters, wrapped by peft or added with ``add_adapter``."""
     return getattr(model, "peft_config", None) is not None
 
 

@@ -1,4 +1,4 @@
-"""A model's configuration as it is given: fields that exist, and sizes that make a model."""
+"""Configurations of models: their fields exist, and their sizes make a model."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ _SIZES = {
 
 
 def read_config(config: dict[str, Any] | str | None) -> dict[str, Any]:
-    """The fields of a configuration, given as they are or as the path of a JSON file.
+    """Return the fields of a configuration, given as a mapping or as the path of a JSON file.
 
     Raises:
         ValueError: If the file cannot be read, or there is no ``model_type``.
@@ -91,7 +91,7 @@ def _check_sizes(fields: Mapping[str, Any], aliases: Mapping[str, str], role: st
 
 
 def _unread(config: PretrainedConfig, fields: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Fields that have become mere attributes, each with what to do about it."""
+    """Return the fields that nothing reads, each with what to do about it."""
     common = {field.name for field in dataclasses.fields(PretrainedConfig)}
     known = {field.name for field in dataclasses.fields(config)} | config.attribute_map.keys()
     known |= signature(type(config).__init__).parameters.keys() - {"self", "kwargs"}

@@ -1,4 +1,4 @@
-"""How many tokens a model can read."""
+"""Longest sequence of a model."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ _EXTENDED = {"linear", "yarn", "longrope"}
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """Return the longest sequence that a model is made for, or None where there is no limit.
+    """Return the longest sequence that a model is made for, or None if there is no limit.
 
     Args:
         config: Of a causal language model, or of a model that has one.

@@ -9,11 +9,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 Setting = tuple[Any, str, Any]
-"""A thing, the name of its attribute, and the value to give back to it."""
+"""An object, the name of its attribute, and the value to restore."""
 
 
 def switch_off_dropout(model: nn.Module) -> list[Setting]:
-    """Set every dropout probability of a model to 0, and leave its mode alone.
+    """Set every dropout probability of a model to 0, without changing its mode.
 
     In training mode gradient checkpointing goes on working, which evaluation mode switches off.
     Probabilities are those of dropout modules, of attributes that modules hand to functional
@@ -53,7 +53,7 @@ def restore(settings: list[Setting]) -> None:
 
 @contextmanager
 def training(model: nn.Module) -> Iterator[None]:
-    """A model in training mode; afterwards every part is in the mode it was in."""
+    """Put a model in training mode for a while; afterwards every part is in its earlier mode."""
     modes = [(part, part.training) for part in model.modules()]
     try:
         model.train()

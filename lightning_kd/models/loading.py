@@ -1,4 +1,4 @@
-"""Whether a checkpoint holds the weights of its architecture."""
+"""Loading of checkpoints that hold all weights of their architecture, and no others."""
 
 import re
 import warnings

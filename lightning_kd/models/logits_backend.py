@@ -1,4 +1,4 @@
-"""How logits come about: whole, by the model, or a chunk at a time, by the fused evaluation."""
+"""Logits backends: all logits at once, by the model, or a chunk at a time, by the fused loss."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from lightning_kd.scoring import ScoredPositions
 
 
 class LogitsBackend(ABC):
-    """Reads models at scored positions, and evaluates quantities there."""
+    """Runs models, and evaluates token terms at scored positions."""
 
     @abstractmethod
     def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
@@ -41,7 +41,7 @@ class LogitsBackend(ABC):
         token_terms: Sequence[TokenTerm],
         weights: Weights,
     ) -> tuple[Tensor, Tensor]:
-        """The weighted sum of all values, ``()``, and the values, ``(quantities, N)``.
+        """Return the weighted sum of all values, ``()``, and the values, ``(terms, N)``.
 
         Gradients flow from the sum alone. A weight of None leaves a quantity out of it.
         """
@@ -57,14 +57,14 @@ class LogitsBackend(ABC):
 
 
 class DenseLogits(LogitsBackend):
-    """All logits of all positions at once, and automatic differentiation: the readable reference.
+    """Backend with all logits at once and automatic differentiation: the readable reference.
 
     Needs memory for several ``(positions, vocabulary)`` tensors. In bfloat16 the model has rounded
     its logits before they are compared, which costs most of a small divergence.
     """
 
     def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
-        """The model's own logits."""
+        """Run a model and keep its logits."""
         return MaterializedLogits(scored.select(_forward(model, batch)))
 
     def evaluate(
@@ -74,7 +74,7 @@ class DenseLogits(LogitsBackend):
         token_terms: Sequence[TokenTerm],
         weights: Weights,
     ) -> tuple[Tensor, Tensor]:
-        """One block of all positions."""
+        """Evaluate all positions as one chunk."""
         assert isinstance(student, MaterializedLogits)  # read() made it
         chunk = _chunk(student, teacher, token_terms)
         # An empty sum keeps a graph where nothing has a weight, or nothing is scored.
@@ -94,14 +94,14 @@ class DenseLogits(LogitsBackend):
     def per_token(
         self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
     ) -> Tensor:
-        """Values of one chunk of all positions, differentiated automatically."""
+        """Return values of all positions as one chunk, differentiated automatically."""
         assert isinstance(student, MaterializedLogits)  # read() made it
         chunk = _chunk(student, teacher, token_terms)
         return torch.stack([token_term.values(chunk) for token_term in token_terms])
 
 
 class FusedLogits(LogitsBackend):
-    """The logits of a chunk of positions at a time, in float32 or wider, with their gradients.
+    """Backend with a chunk of logits at a time, in float32 or wider, with closed-form gradients.
 
     Each model's output head is taken apart from it once, and compared with the model's own logits.
     A model whose head is not understood is read as :class:`DenseLogits` does, with a warning.
@@ -121,7 +121,7 @@ class FusedLogits(LogitsBackend):
         self._dense = DenseLogits()
 
     def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
-        """The model's hidden states, and its head."""
+        """Run a model and keep its hidden states and output head."""
         head = self._head(model)
         if head is None:
             return self._dense.read(model, batch, scored)
@@ -136,7 +136,7 @@ class FusedLogits(LogitsBackend):
         token_terms: Sequence[TokenTerm],
         weights: Weights,
     ) -> tuple[Tensor, Tensor]:
-        """One pass over the chunks."""
+        """Evaluate in one pass over the chunks."""
         if isinstance(student, MaterializedLogits):
             return self._dense.evaluate(student, teacher, token_terms, weights)
         chunked_pass = ChunkedPass(student, teacher, token_terms, self.chunk_megabytes * 2**20)
@@ -145,7 +145,7 @@ class FusedLogits(LogitsBackend):
     def per_token(
         self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
     ) -> Tensor:
-        """One pass over the chunks, and a second one backward."""
+        """Return values from one pass over the chunks; the backward pass is a second one."""
         if isinstance(student, MaterializedLogits):
             return self._dense.per_token(student, teacher, token_terms)
         chunk_bytes = self.chunk_megabytes * 2**20

@@ -1,4 +1,4 @@
-"""Where a causal language model comes from."""
+"""Spec of a causal language model: where it comes from."""
 
 import pickle
 from pathlib import Path
@@ -30,14 +30,14 @@ class ModelSpec(Resumable):
             ``vocab_size`` is the tokenizer's.
         dtype: Type of the weights; ``auto`` keeps the type they were saved in.
         attn_implementation: Attention kernel, as transformers names them (``sdpa``, ``eager``,
-            ``flash_attention_2``); transformers chooses when it is not given.
+            ``flash_attention_2``). Defaults to transformers' choice.
         revision: Branch, tag or commit on the hub.
         quantization: A quantization of transformers for the weights that are loaded, as a mapping
             with ``quant_method`` and its fields, for example ``{quant_method: bitsandbytes,
             load_in_8bit: true}``; its package must be installed.
         max_positions: Longest row of a loaded model with rotary positions, in tokens, instead of the
             ``max_position_embeddings`` that it was trained on; longer rows are refused.
-        trust_remote_code: Run model code that comes with the weights. Off unless you say so.
+        trust_remote_code: Whether to run model code that comes with the weights.
 
     Raises:
         ValueError: If not exactly one of ``name_or_path`` and ``config`` is given, or an option is
@@ -86,7 +86,7 @@ class ModelSpec(Resumable):
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Self:
-        """A source that hands out a model you have built yourself.
+        """Return the spec of a model that you have built.
 
         Args:
             model: The model; it is used, not copied.
@@ -95,22 +95,22 @@ class ModelSpec(Resumable):
 
     @classmethod
     def _handing_out(cls, model: PreTrainedModel, **own: Any) -> Self:
-        """What :meth:`of` does, with the options that a class has beside those of a checkpoint."""
+        """Return the spec of a built model, with the options of a subclass."""
         source = cls(config={"model_type": model.config.model_type}, **own)
         source._given = model
         return source
 
     @property
     def is_given(self) -> bool:
-        """Was the model handed over, and cannot be had a second time?"""
+        """Whether the model is an object of the user's, which cannot be built again."""
         return self._given is not None
 
     def is_same_object(self, other: "ModelSpec") -> bool:
-        """Do both hand out one model?"""
+        """Return whether both specs are of one model object."""
         return self._given is not None and self._given is other._given
 
     def is_same_checkpoint(self, other: "ModelSpec") -> bool:
-        """Do both load the same weights, and keep them as they are saved?"""
+        """Return whether both load the same weights, unchanged."""
         if self.name_or_path is None or other.name_or_path is None:
             return False
         own, others = (Path(name).expanduser() for name in (self.name_or_path, other.name_or_path))
@@ -119,14 +119,14 @@ class ModelSpec(Resumable):
         return same and alike
 
     def load(self, tokenizer: PreTrainedTokenizerBase, role: str) -> PreTrainedModel:
-        """Load the weights, or draw them for a configuration.
+        """Load the weights, or initialize them at random for a configuration.
 
         Args:
             tokenizer: Gives vocabulary size and special ids to a configuration without them.
             role: ``student``, ``teacher 0``, ...: models of one run that start at random differ.
 
         Raises:
-            ValueError: If there is no such model, or its configuration is not understood.
+            ValueError: If there is no such model, or its configuration is invalid.
         """
         if self._given is not None:
             model = self._given
@@ -165,7 +165,7 @@ class ModelSpec(Resumable):
             raise ValueError(f"cannot load the model {self.name_or_path!r}: {error}") from error
 
     def _quantized(self) -> dict[str, Any]:
-        """What ``from_pretrained`` is told of quantization."""
+        """Return the options of ``from_pretrained`` for quantization."""
         if self.quantization is None:
             return {}
         device = torch.accelerator.current_accelerator() or torch.device("cpu")

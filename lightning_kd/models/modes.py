@@ -1,4 +1,4 @@
-"""Models in evaluation mode for a while."""
+"""Evaluation mode for a while."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def evaluating(*models: PreTrainedModel) -> Iterator[None]:
-    """Models in evaluation mode; afterwards every part is in the mode it was in.
+    """Put models in evaluation mode for a while; afterwards every part is in its earlier mode.
 
     In evaluation mode there is no dropout, and gradient checkpointing, which would switch the cache
     off, stands still.

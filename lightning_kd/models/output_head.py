@@ -21,7 +21,7 @@ _SCALES: dict[str, Callable[[float], float]] = {
     "lm_head_multiplier": float,  # Falcon-H1
     "output_multiplier": float,
 }
-"""What configurations call the factor on their logits."""
+"""Names of the factor on logits in configurations."""
 
 _SOFTCAPS = (
     "final_logit_softcapping",  # Gemma
@@ -29,7 +29,7 @@ _SOFTCAPS = (
     "output_logit_soft_cap",  # xLSTM
     "softcap",
 )
-"""What they call the bound of their logits."""
+"""Names of the soft cap of logits in configurations."""
 
 
 class UnsupportedHeadError(ValueError):
@@ -38,14 +38,14 @@ class UnsupportedHeadError(ValueError):
 
 @dataclass(frozen=True)
 class OutputHead:
-    """What a model does with its last hidden states to get logits."""
+    """Output head of a model: from its last hidden states to logits."""
 
     module: nn.Module
     scale: float = 1.0
     softcap: float | None = None
 
     def project(self, states: Tensor) -> LazyHeadLogits:
-        """The head on these hidden states, ``(N, H)``, with the weights that it has now."""
+        """Return the head on hidden states, ``(N, H)``, with its present weights."""
         base: Any = getattr(self.module, "base_layer", self.module)
         factors = [(states, _unsharded(base.weight))]
         if base is not self.module:
@@ -65,7 +65,7 @@ class OutputHead:
 
     @contextmanager
     def bypassed(self) -> Iterator[list[Tensor]]:
-        """While this is open, the head hands on its hidden states; they are in the list.
+        """Make the head return its hidden states while the context is open, and collect them in a list.
 
         Raises:
             RuntimeError: If the model has written over them, for it may do so with logits.
@@ -91,7 +91,7 @@ class OutputHead:
 
 
 def find_head(model: PreTrainedModel) -> OutputHead:
-    """Find out what a model makes of its last hidden states, on a few tokens.
+    """Find the output head of a model, by running it on a few tokens.
 
     The head is given known hidden states and compared with its product; then the model is given
     known logits, and what it makes of them is compared with every scale and soft cap that its
@@ -118,7 +118,7 @@ def find_head(model: PreTrainedModel) -> OutputHead:
 
 
 class _Probe:
-    """Stands in for a head once: compares it with its product, and gives known logits instead.
+    """Placeholder for a head: compares it with its matmul, and returns known logits instead.
 
     Args:
         module: The head, with its own ``forward``.
@@ -130,7 +130,7 @@ class _Probe:
         self.is_linear = False
 
     def __call__(self, states: Tensor) -> Tensor:
-        """Look at the head; hand on the known logits."""
+        """Examine the head, and return the known logits."""
         self.calls += 1
         own = self.forward(states)
         with torch.autocast(states.device.type, enabled=False):
@@ -142,11 +142,11 @@ class _Probe:
 
     @property
     def is_understood(self) -> bool:
-        """Is the head a product that the model asks for once, and does not write over?"""
+        """Whether the head is a matmul that the model calls once, and does not change in place."""
         return self.calls == 1 and self.is_linear and torch.equal(self.handed_on, self.known)
 
     def becomes(self, logits: Tensor, scale: float, softcap: float | None) -> bool:
-        """Has the model scaled and capped the known logits, and done nothing else?"""
+        """Return whether the model scaled and capped the known logits, and did nothing else."""
         if logits.shape != self.known.shape:
             return False
         expected = self.known.double() * scale
@@ -163,7 +163,7 @@ class _Probe:
         return bool(((logits.double() - expected).abs() <= tolerance).all())
 
     def _is_linear(self, like: Tensor) -> bool:
-        """Is the head its product, bias and adapter, for small logits and for large ones?"""
+        """Return whether the head is its matmul, bias and adapter, for small and large logits."""
         head, weight = OutputHead(self.module), self.module.weight
         assert isinstance(weight, Tensor)  # _check_kind has looked
         draws = torch.randn(like.shape, generator=torch.Generator().manual_seed(0)).to(weight)
@@ -188,7 +188,7 @@ class _Probe:
 
 
 def _ramp(shape: torch.Size) -> Tensor:
-    """Logits of every size up to 4096, of both signs, and 0, in another order in each row.
+    """Return logits of every size up to 4096, of both signs, and 0, in another order in each row.
 
     So no two tokens of a vocabulary are alike, and an exchange of any two of them shows.
     """
@@ -201,7 +201,7 @@ def _ramp(shape: torch.Size) -> Tensor:
 
 
 def _bound(head_logits: LazyHeadLogits) -> Tensor:
-    """What the logits cannot exceed, by the norms of states and weights; without the bias: (N, V)."""
+    """Return a bound of the logits without bias, by the norms of states and weights: (N, V)."""
     norms = [
         torch.linalg.vector_norm(states, dim=-1, dtype=head_logits.dtype)[:, None]
         * torch.linalg.vector_norm(weight, dim=-1, dtype=head_logits.dtype)
@@ -212,7 +212,7 @@ def _bound(head_logits: LazyHeadLogits) -> Tensor:
 
 @contextmanager
 def _in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While this is open, a module's forward pass is another function."""
+    """Replace a module's forward pass while the context is open."""
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -239,7 +239,7 @@ def _check_kind(module: nn.Module | None) -> None:
 
 
 def _candidates(*configs: PretrainedConfig) -> Iterator[tuple[float, float | None]]:
-    """Scales and soft caps that configurations declare, and none."""
+    """Return the scales and soft caps that a configuration declares, and none."""
     scales = [f(v) for name, f in _SCALES.items() for v in _declared(configs, name)]
     softcaps = [float(value) for name in _SOFTCAPS for value in _declared(configs, name)]
     return product((*scales, 1.0), (*softcaps, None))
@@ -255,7 +255,7 @@ def _under_autocast(states: Tensor) -> bool:
 
 
 def _unsharded(weight: Tensor) -> Tensor:
-    """A sharded weight in one piece, whose gradient is the mean over all ranks."""
+    """Gather a sharded weight; its gradient is the mean over all ranks."""
     if is_partitioned(weight):
         return gathered_copy(weight)
     if not isinstance(weight, DTensor):

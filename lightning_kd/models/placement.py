@@ -1,4 +1,4 @@
-"""Where a frozen model is kept, and where it computes."""
+"""Placement of frozen models: where they are stored, and where they compute."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +13,10 @@ KINDS = ("replicated", "sharded", "offloaded")
 
 
 def check_placement(placement: str) -> None:
-    """See whether a placement is one.
+    """Validate a placement.
 
     Raises:
-        ValueError: If it is neither a name of :data:`KINDS` nor a device.
+        ValueError: If it is neither in :data:`KINDS` nor a device.
     """
     if placement in KINDS:
         return
@@ -34,18 +34,18 @@ def check_placement(placement: str) -> None:
 def place_model(
     model: PreTrainedModel, placement: str, device: torch.device, mesh: DeviceMesh | None
 ) -> None:
-    """Bring a model to where it is kept.
+    """Move a model to where it is stored.
 
     Args:
         model: A frozen model.
         placement: ``replicated`` on every process's own device, ``sharded`` over all processes,
-            ``offloaded`` to memory of the CPU, or a device that it has for itself.
+            ``offloaded`` to memory of the CPU, or a device of its own.
         device: Of the student, on this process.
-        mesh: The processes that share weights; None where none do.
+        mesh: The processes that share weights; None if none do.
 
     Raises:
-        ValueError: If there are no processes that share weights, or there is no such device, or the
-            weights cannot be moved.
+        ValueError: If no processes share weights, the device does not exist, or the weights cannot be
+            moved.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         # They were loaded where they belong, and not all that belongs to them can be moved.
@@ -78,7 +78,7 @@ def place_model(
 def on_compute_device(
     model: PreTrainedModel, placement: str, device: torch.device
 ) -> Iterator[torch.device]:
-    """The device that a model computes on while this is open.
+    """Yield the device that a model computes on while the context is open.
 
     An offloaded model is copied to ``device`` for as long; its weights on the CPU stay, so that
     nothing has to be copied back.

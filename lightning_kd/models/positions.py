@@ -1,4 +1,4 @@
-"""Whether rows fit into the positions of a model."""
+"""Limits of a model's positions."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from lightning_kd.models.context import context_length
 
 
 def allow_positions(model: PreTrainedModel, count: int, role: str) -> None:
-    """Let a model with rotary positions take longer rows than it was trained on.
+    """Allow a model with rotary positions longer rows than it was trained on.
 
     Raises:
         ValueError: If its positions are not rotary, so that there are no more of them.

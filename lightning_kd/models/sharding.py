@@ -1,4 +1,4 @@
-"""Models in shards over processes, and whole again for a while."""
+"""Sharding of models over processes, and gathering them for a while."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,12 +29,12 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
 
 
 def is_fsdp2_sharded(model: nn.Module) -> bool:
-    """Is it in shards of FSDP2, which :func:`unsharded` gathers?"""
+    """Return whether a model is in shards of FSDP2, which :func:`unsharded` gathers."""
     return isinstance(model, FSDPModule)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Must all processes run this model together?"""
+    """Return whether all processes must run a model together."""
     flat = any(isinstance(part, FullyShardedDataParallel) for part in model.modules())
     # DeepSpeed numbers the weights of which it leaves a process no more than its share.
     return is_fsdp2_sharded(model) or flat or any(hasattr(p, "ds_id") for p in model.parameters())
@@ -42,7 +42,7 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextmanager
 def unsharded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """While this is open, every process has all weights of these models, and waits for no other."""
+    """Gather all weights of models on every process while the context is open."""
     units = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)

@@ -1,4 +1,4 @@
-"""The model that trains."""
+"""Spec of the student."""
 
 from dataclasses import dataclass
 from typing import Any, Self
@@ -59,7 +59,7 @@ class LoRA:
 
 
 class StudentSpec(ModelSpec):
-    """The model that trains.
+    """Spec of the student.
 
     The other options are those of :class:`~lightning_kd.models.ModelSpec`.
 
@@ -107,7 +107,7 @@ class StudentSpec(ModelSpec):
         gradient_checkpointing: bool = False,
         lora: LoRA | None = None,
     ) -> Self:
-        """A student that you have built yourself.
+        """Return the spec of a student that you have built.
 
         Args:
             model: The model; it is used, not copied.
@@ -117,7 +117,7 @@ class StudentSpec(ModelSpec):
         return cls._handing_out(model, gradient_checkpointing=gradient_checkpointing, lora=lora)
 
     def build(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-        """The model in training mode, checked against the tokenizer.
+        """Return the model in training mode, checked against the tokenizer.
 
         Raises:
             ValueError: If the model cannot be had, or is too small for the tokenizer.

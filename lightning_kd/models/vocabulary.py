@@ -1,4 +1,4 @@
-"""Do student, teacher and data speak the same tokens? Checked before the first step."""
+"""Validation that student, teacher and data have the same tokens, before the first step."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,14 +15,14 @@ the softmax, which is right where the ids agree and the surplus is padding (Qwen
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Width of the model's logits."""
+    """Return the width of a model's logits."""
     head = model.get_output_embeddings()
     text = model.config.get_text_config()  # a composite configuration has no vocabulary itself
     return int(text.vocab_size if head is None else shape_of(head.weight)[0])
 
 
 def check_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, role: str) -> None:
-    """Every id that the tokenizer can give must have a row in the model.
+    """Validate that every id of the tokenizer has a row in the model.
 
     Raises:
         ValueError: If the tokenizer knows more ids than the model.
@@ -38,7 +38,7 @@ def check_ids(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, role: 
 def check_tokenizers(
     tokenizer: PreTrainedTokenizerBase, directory: str, role: str, policy: VocabularyPolicy
 ) -> None:
-    """Compare the data's tokenizer with the one saved beside a model, where there is one.
+    """Compare the data's tokenizer with the one saved beside a model, if there is one.
 
     Raises:
         ValueError: If the same id stands for different tokens, or if one side lacks tokens and the
@@ -65,7 +65,7 @@ def check_tokenizers(
 
 
 def shared_vocabulary(student_size: int, teacher_size: int, policy: VocabularyPolicy) -> int:
-    """Width at which the two distributions are compared.
+    """Return the width at which two distributions are compared.
 
     Raises:
         ValueError: If the sizes differ and the policy is ``equal``.

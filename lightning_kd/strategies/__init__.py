@@ -1,4 +1,4 @@
-"""How a run is spread over processes: Lightning's strategies, as this library wants them.
+"""Strategies: Lightning's, with the checkpoints and the division of losses of this library.
 
 On import, ``fsdp2``, ``fsdp`` and ``deepspeed_stage_1`` to ``_3`` become names of these classes.
 """

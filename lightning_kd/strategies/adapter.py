@@ -1,4 +1,4 @@
-"""What this library asks of a trainer's strategy: the contract, and one process or DDP."""
+"""Adapters of strategies: the contract, and that of one process or DDP."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -17,7 +17,7 @@ A = TypeVar("A", bound="type[StrategyAdapter[Any]]")
 
 
 class StrategyAdapter(Generic[S]):
-    """Answers for strategies that replicate the student: one process, or DDP.
+    """Adapter of strategies that replicate the student: one process, or DDP.
 
     Each family that shards something derives from it beside its strategy, and says with
     :func:`adapts` which strategies it is for. Nothing else asks what kind of strategy runs.
@@ -27,13 +27,13 @@ class StrategyAdapter(Generic[S]):
     """
 
     shards_weights: bool = False
-    """True where a process holds no more than its share of the student's weights."""
+    """Whether a process holds only its share of the student's weights."""
 
     writes_directories: bool = False
-    """True where a checkpoint is a directory of shards instead of one file."""
+    """Whether a checkpoint is a directory of shards instead of one file."""
 
     scales_loss_before_backward: ClassVar[bool] = False
-    """True where the loss is divided before the backward pass, since nobody sees its gradients."""
+    """Whether the loss is divided before the backward pass, since gradients cannot be."""
 
     def __init__(self, trainer: L.Trainer) -> None:
         self.trainer = trainer
@@ -44,7 +44,7 @@ class StrategyAdapter(Generic[S]):
         return self.trainer.strategy  # type: ignore[return-value]
 
     def check(self) -> None:
-        """Refuse settings of the trainer that this strategy cannot take.
+        """Refuse settings of the trainer that this strategy does not support.
 
         Raises:
             ValueError: If the strategy, or a setting under it, is not supported.
@@ -90,7 +90,7 @@ class StrategyAdapter(Generic[S]):
         return torch.nn.utils.get_total_norm(gradients)
 
     def gradient_norm_after_step(self) -> Tensor | None:
-        """Return the norm before clipping, where it is known only after the optimizer step."""
+        """Return the norm before clipping, if it is known only after the optimizer step."""
         return None
 
     def clip(
@@ -100,7 +100,7 @@ class StrategyAdapter(Generic[S]):
         value: float | None,
         algorithm: str | None,
     ) -> None:
-        """Clip the gradients as the trainer says, unless the strategy has done it itself."""
+        """Clip the gradients with the trainer's options, unless the strategy has done it."""
         module.clip_gradients(optimizer, gradient_clip_val=value, gradient_clip_algorithm=algorithm)
 
     def skipped_last_step(self) -> bool:

@@ -1,4 +1,4 @@
-"""What a module asks of its trainer before it starts."""
+"""Validation of a trainer before it starts."""
 
 import lightning as L
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder

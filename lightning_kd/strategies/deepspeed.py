@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_kd.checkpoints import readable_checkpoint
 from lightning_kd.strategies.adapter import RefusedAdapter, StrategyAdapter, adapts
-from lightning_kd.strategies.directories import Writer, read_safely, replacing
+from lightning_kd.strategies.directories import SavedStrategy, read_safely, replacing
 from lightning_kd.strategies.gathered_shards import GatheredShards, gather_state_dict
 
 
@@ -40,7 +40,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
             warnings.filterwarnings("ignore", message="Since DeepSpeed handles gradient clipping")
             super().init_deepspeed()
 
-    def _writer(self) -> Writer:
+    def _saved_strategy(self) -> SavedStrategy:
         assert isinstance(self.config, dict)  # the constructor has made one, or read it
         stage: int = self.config.get("zero_optimization", {}).get("stage", 0)
         return {"strategy": "deepspeed", "stage": stage, "processes": self.world_size}
@@ -69,7 +69,9 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         self, checkpoint: dict[str, Any], filepath: _PATH, storage_options: Any = None
     ) -> None:
         """Write beside the old checkpoint, and replace it when the new one is complete."""
-        with replacing(self, Path(self.broadcast(filepath)), self._writer(), checkpoint) as fresh:
+        with replacing(
+            self, Path(self.broadcast(filepath)), self._saved_strategy(), checkpoint
+        ) as fresh:
             super().save_checkpoint(checkpoint, fresh, storage_options)
 
     def load_checkpoint(
@@ -97,7 +99,7 @@ class DeepSpeedStrategy(LightningDeepSpeedStrategy):
         from deepspeed.utils.tensor_fragment import fragment_address
 
         classes = (DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address)
-        with read_safely(self, path, self._writer(), weights_only, classes):
+        with read_safely(self, path, self._saved_strategy(), weights_only, classes):
             return super().load_checkpoint(path, weights_only)
 
 

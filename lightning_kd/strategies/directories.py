@@ -31,21 +31,21 @@ from lightning_kd.strategies.shard_index import check_indices
 _FORCE = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 """torch's variable for code that asks for pickle."""
 
-Writer = Mapping[str, str | int]
-"""The strategy of a directory, and what else of it must not change."""
+SavedStrategy = Mapping[str, str | int]
+"""The strategy that saved a directory, and its options that must not change."""
 
 
 @contextmanager
 def replacing(
-    strategy: Strategy, path: Path, writer: Writer, checkpoint: Mapping[str, Any]
+    strategy: Strategy, path: Path, saved_strategy: SavedStrategy, checkpoint: Mapping[str, Any]
 ) -> Iterator[Path]:
-    """A directory to write to, which takes the place of ``path`` when all processes have written.
+    """Yield a directory to write to, which replaces ``path`` when all processes have written.
 
     Args:
-        strategy: What writes.
+        strategy: The strategy that saves.
         path: The name of the checkpoint.
-        writer: What has to be the same where it is read.
-        checkpoint: What is written, of which a part is noted beside it.
+        saved_strategy: Strategy and options that must be the same when it is loaded.
+        checkpoint: The checkpoint, a summary of which is saved beside it.
     """
     fresh, summary = fresh_name(path), summarize(checkpoint)
     run = dict(checkpoint.get(RUN_KEY, {}))  # strategies empty what they are given
@@ -56,7 +56,7 @@ def replacing(
     strategy.barrier("checkpoint_written")
     shares = gather_objects(checksums(fresh, _share()))
     if strategy.is_global_zero:
-        about = {"writer": writer, "weights": _shapes(strategy), "run": run}
+        about = {"saved_by": saved_strategy, "weights": _shapes(strategy), "run": run}
         about |= summary
         about["checksums"] = {name: checksum for part in shares for name, checksum in part.items()}
         write_about(fresh, about)
@@ -68,18 +68,18 @@ def replacing(
 def read_safely(
     strategy: Strategy,
     path: Path,
-    writer: Writer,
+    saved_strategy: SavedStrategy,
     weights_only: bool | None,
     classes: Sequence[type] = (),
 ) -> Iterator[None]:
-    """While this is open, nothing in a directory is executed when it is read.
+    """Check a directory, and execute nothing in it while the context is open.
 
     torch and DeepSpeed read some of their files with pickle as it is, unless they are forced.
 
     Args:
         strategy: Has the model that the weights are for.
         path: The directory.
-        writer: What this run would have written there.
+        saved_strategy: Strategy and options of this run.
         weights_only: False where the user trusts it with everything.
         classes: Harmless ones that may be in it, besides tensors and plain values.
 
@@ -97,7 +97,7 @@ def read_safely(
     found = next((said for said in gather_objects(damage) if said), None)
     if found:
         raise unsafe(path, ValueError(found))
-    _compare(path, about, writer, _shapes(strategy))
+    _compare(path, about, saved_strategy, _shapes(strategy))
     if about["weights_only"] and _trains(strategy):
         raise weights_alone()
     compare_run(strategy, about["run"])
@@ -153,15 +153,15 @@ def _shapes(strategy: Strategy) -> dict[str, list[int]]:
 
 
 def _compare(
-    path: Path, about: Mapping[str, Any], own: Writer, weights: dict[str, list[int]]
+    path: Path, about: Mapping[str, Any], own: SavedStrategy, weights: dict[str, list[int]]
 ) -> None:
-    if about["writer"] != own:
+    if about["saved_by"] != own:
         raise ValueError(
-            f"{path} was written with {_said(about['writer'])}, and this run has {_said(own)}; such a "
+            f"{path} was written with {_said(about['saved_by'])}, and this run has {_said(own)}; such a "
             "directory is read as it was written"
         )
     compare_shapes(about["weights"], weights)
 
 
-def _said(writer: Writer) -> str:
-    return ", ".join(f"{name} {value}" for name, value in writer.items())
+def _said(saved_strategy: SavedStrategy) -> str:
+    return ", ".join(f"{name} {value}" for name, value in saved_strategy.items())

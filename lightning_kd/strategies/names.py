@@ -1,4 +1,4 @@
-"""What the strategies are called on the command line."""
+"""Names of the strategies on the command line."""
 
 from lightning.pytorch.strategies import StrategyRegistry
 

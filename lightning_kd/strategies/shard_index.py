@@ -30,10 +30,10 @@ _NAMES = {
 
 
 def check_indices(path: Path) -> None:
-    """See whether nothing is executed when torch reads the index of a directory, or of one process.
+    """Validate that torch will execute nothing when it reads the index of a directory or process.
 
     Raises:
-        ValueError: If one of them names anything but what describes tensors.
+        ValueError: If an index names anything that does not describe tensors.
     """
     for index in path.glob("*.metadata"):
         try:
@@ -47,7 +47,7 @@ def check_indices(path: Path) -> None:
 
 
 class _Rehearsal(pickle.Unpickler):
-    """Goes through a pickle with stand-ins in the place of all that it names."""
+    """Unpickler with placeholders for everything that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in _NAMES.get(module, ()):

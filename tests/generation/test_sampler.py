@@ -128,7 +128,7 @@ def enumerated(weighted_models, prompt, options):
 
 
 @pytest.mark.parametrize(
-    ("writers", "options"),
+    ("weighted", "options"),
     [
         ([(0, 1.0)], SamplingOptions(max_new_tokens=LONGEST)),
         ([(0, 1.0)], SamplingOptions(max_new_tokens=LONGEST, temperature=0.6)),
@@ -138,8 +138,8 @@ def enumerated(weighted_models, prompt, options):
     ],
     ids=["plain", "temperature", "top-k", "top-p", "mixture"],
 )
-def test_samples_have_the_enumerated_distribution(writers, options):
-    models = [(small(seed), weight) for seed, weight in writers]
+def test_samples_have_the_enumerated_distribution(weighted, options):
+    models = [(small(seed), weight) for seed, weight in weighted]
     prompt = torch.tensor([2, 3])
     expected = enumerated(models, prompt, options)
     count = 6000
