@@ -38,7 +38,7 @@ class LazyLogits(ABC):
 
     @abstractmethod
     def detached_to(self, device: torch.device) -> "LazyLogits":
-        """Return the logits without gradients, on a device; later changes of the model do not matter."""
+        """Return the logits without gradients, on a device, whatever changes in the model later."""
 
 
 @dataclass(frozen=True)

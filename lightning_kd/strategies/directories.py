@@ -157,8 +157,8 @@ def _compare(
 ) -> None:
     if about["saved_by"] != own:
         raise ValueError(
-            f"{path} was written with {_said(about['saved_by'])}, and this run has {_said(own)}; such a "
-            "directory is read as it was written"
+            f"{path} was written with {_said(about['saved_by'])}, and this run has {_said(own)}; such "
+            "a directory is read as it was written"
         )
     compare_shapes(about["weights"], weights)
 

@@ -62,7 +62,7 @@ def kl_at(student: Table, teacher: Table, prefix: tuple[int, ...]):
 
 
 def everything_written(student: Table, teacher: Table, longest: int = 3, alpha: float = 0.0):
-    """A rollout of every completion once, and the probability of each under the models that generate it."""
+    """A rollout of every completion once, and its probability under its models."""
     completions = all_completions(longest)
     rows = len(completions)
     ids = torch.zeros(rows, longest, dtype=torch.long)
