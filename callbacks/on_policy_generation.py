@@ -1,6 +1,7 @@
 """Generation of the completions that a step is trained on."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from lightning_kd.callbacks.rollouts.checks import (
     check_lengths,
     check_method,
     check_sampling,
+    data_of,
     loader_of,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
@@ -143,14 +145,20 @@ class OnPolicyGeneration(Resumable, Callback):
         rows = {} if self.engine.seeds_rows else {"rows_at_once": self.rows_at_once}
         return super().resume_settings() | rows
 
-    def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
-        """Return the windows, passes and groups of a trainer's run."""
-        micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
-        return RolloutPlan(micro_batches, self.plan.passes, self.plan.group_size)
-
     def is_on_policy(self, window: int, step: int) -> bool:
         """Return whether the student generates a window that begins at a step; equal on all ranks."""
         return derive_seed(run_seed(), "coin", window) / 2**63 < self.lmbda(step)
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Give the data the plan of the run, before its loaders are built.
+
+        Raises:
+            ValueError: If the data takes none, or has one from another callback.
+        """
+        if stage == "fit":
+            micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
+            plan = replace(self.plan, micro_batches=micro_batches)
+            data_of(trainer).follow_plan(plan, given_by=type(self).__name__)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate that module, options and engine are compatible, before the first step.

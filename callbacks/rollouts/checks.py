@@ -1,12 +1,38 @@
 """Validation that module, data and options are compatible with generated completions."""
 
+from typing import Protocol, runtime_checkable
+
 import lightning as L
 
-from lightning_kd.data import PairedLoader, TrainingLoader
+from lightning_kd.data import PairedLoader, RolloutPlan, TrainingLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
+
+
+@runtime_checkable
+class PlannedData(Protocol):
+    """A data module that cuts its training rows into windows of rollouts."""
+
+    def follow_plan(self, plan: RolloutPlan, *, given_by: str) -> None:
+        """Take the plan of a run, and the name of the callback that gives it."""
+
+
+def data_of(trainer: L.Trainer) -> PlannedData:
+    """Return the data module.
+
+    Raises:
+        ValueError: If there is none, or it does not cut its rows into windows.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PlannedData):
+        given = "loaders alone" if data is None else f"a {type(data).__name__}"
+        raise ValueError(
+            f"OnPolicyGeneration needs a data module that cuts its rows into windows, not {given}; "
+            "derive yours from DistillationData, and pass datamodule=... to trainer.fit"
+        )
+    return data
 
 
 def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:

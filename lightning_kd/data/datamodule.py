@@ -1,7 +1,7 @@
 """What every data module shares: the tokenizer and the loaders."""
 
 from abc import abstractmethod
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -11,7 +11,7 @@ from lightning_kd.data.collate import Collator
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
-from lightning_kd.loops import check_epochs, prepare_trainer
+from lightning_kd.loops import prepare_trainer
 from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import run_seed
 from lightning_kd.tokenization import load_tokenizer
@@ -25,15 +25,6 @@ _SPLITS_OF: dict[str, tuple[Split, ...]] = {
 }
 
 _MOST_ROWS, _MOST_WORKERS, _LONGEST_TIMEOUT = 2**16, 1024, 1_000_000
-
-
-@runtime_checkable
-class PlansRollouts(Protocol):
-    """A callback that decides how training comes back to what was written on the way."""
-
-    def rollout_plan(self, trainer: L.Trainer) -> RolloutPlan:
-        """The plan of a trainer's run."""
-        ...
 
 
 class DistillationData(Resumable, L.LightningDataModule):
@@ -87,6 +78,8 @@ class DistillationData(Resumable, L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self._tokenizer = tokenizer
         self._rows: dict[Split, Rows | None] = {}
+        self._rollout_plan: RolloutPlan | None = None
+        self._planned_by = ""
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the arguments that a resumed run must not change."""
@@ -117,19 +110,18 @@ class DistillationData(Resumable, L.LightningDataModule):
         """Read and tokenize the splits of a stage.
 
         Raises:
-            ValueError: If a split that the stage needs was not given, or the trainer is asked for
-                what these epochs cannot do.
+            ValueError: If a split that the stage needs was not given, or limits of the trainer
+                cannot be kept.
         """
         stage = TrainerFn(stage).value
         if stage == "fit":
+            self._rollout_plan = None  # that of an earlier run
             prepare_trainer(self._attached_trainer())
         for split in _SPLITS_OF[stage]:
             self.read(split, optional=stage == "fit" and split == "validation")
-        if stage == "fit":
-            if self._rows["validation"] is None:
-                # An empty loader in its place would make Lightning warn at every run.
-                self._attached_trainer().limit_val_batches = 0
-            check_epochs(self._attached_trainer(), self.train_dataloader())
+        if stage == "fit" and self._rows["validation"] is None:
+            # An empty loader in its place would make Lightning warn at every run.
+            self._attached_trainer().limit_val_batches = 0
 
     def read(self, split: Split, *, optional: bool = False) -> None:
         """Read and tokenize a split, once.
@@ -142,6 +134,31 @@ class DistillationData(Resumable, L.LightningDataModule):
         if self._rows[split] is None and not optional:
             raise ValueError(f"{type(self).__name__} was not given data.{split}, which is needed")
 
+    @property
+    def rollout_plan(self) -> RolloutPlan | None:
+        """The windows, passes and groups of a run whose completions are generated on the way."""
+        return self._rollout_plan
+
+    def follow_plan(self, plan: RolloutPlan, *, given_by: str) -> None:
+        """Cut the run's training rows into the windows of a plan.
+
+        A callback that generates completions calls this in its ``setup`` for ``fit``: Lightning sets
+        the data up before it, and builds the loaders after it.
+
+        Args:
+            plan: Windows, passes and groups.
+            given_by: The callback, for errors.
+
+        Raises:
+            ValueError: If another callback has given one.
+        """
+        if self._rollout_plan is not None:
+            raise ValueError(
+                f"{self._planned_by} and {given_by} would both generate the completions of this run; "
+                "give trainer.callbacks only one of them"
+            )
+        self._rollout_plan, self._planned_by = plan, given_by
+
     def longest(self) -> dict[str, tuple[int, int]]:
         """Tokens of the longest row and of the longest prompt of each split, where they are known."""
         known = {split: getattr(rows, "max_lengths", None) for split, rows in self._rows.items()}
@@ -149,7 +166,7 @@ class DistillationData(Resumable, L.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """The training rows, an epoch at a time."""
-        return self.stream(self._plan())
+        return self.stream(self._rollout_plan)
 
     def stream(self, plan: RolloutPlan | None = None) -> TrainingLoader:
         """The training rows in the windows of a plan; in optimizer steps when not given."""
@@ -208,10 +225,3 @@ class DistillationData(Resumable, L.LightningDataModule):
         if self.trainer is None:
             raise ValueError("the loaders follow the trainer: pass datamodule=... to trainer.fit")
         return self.trainer
-
-    def _plan(self) -> RolloutPlan | None:
-        trainer = self._attached_trainer()
-        planners = [c for c in trainer.callbacks if isinstance(c, PlansRollouts)]  # type: ignore[attr-defined]
-        if len(planners) > 1:
-            raise ValueError(f"{len(planners)} callbacks write completions; give only one")
-        return planners[0].rollout_plan(trainer) if planners else None

@@ -159,6 +159,19 @@ class PromptsAndText(Resumable, L.LightningDataModule):
             self.text.trainer = self.trainer
             self.text.read("train")
 
+    @property
+    def rollout_plan(self) -> RolloutPlan | None:
+        """The plan that the prompts follow."""
+        return self.prompts.rollout_plan
+
+    def follow_plan(self, plan: RolloutPlan, *, given_by: str) -> None:
+        """Cut the prompts into the windows of a plan; text goes on beside them.
+
+        Raises:
+            ValueError: If another callback has given one.
+        """
+        self.prompts.follow_plan(plan, given_by=given_by)
+
     def longest(self) -> dict[str, tuple[int, int]]:
         """Tokens of the longest row and of the longest prompt of each split, and of the text."""
         text = self.text.longest().get("train")

@@ -1,7 +1,7 @@
 """Lightning's loops over epochs of unequal length, and what makes a resumed run go on exactly."""
 
 from lightning_kd.loops.callback_states import for_evaluation
-from lightning_kd.loops.checks import check_epochs, check_validates
+from lightning_kd.loops.checks import check_validates
 from lightning_kd.loops.fit import EpochLoader, FitTrainer, estimated_steps
 from lightning_kd.loops.requeue import SavesAfterStep, handler_before, requeues
 from lightning_kd.loops.resume import prepare_trainer
@@ -10,7 +10,6 @@ __all__ = [
     "EpochLoader",
     "FitTrainer",
     "SavesAfterStep",
-    "check_epochs",
     "check_validates",
     "estimated_steps",
     "for_evaluation",

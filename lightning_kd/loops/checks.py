@@ -4,6 +4,7 @@ import math
 
 import lightning as L
 from lightning.pytorch.callbacks import (
+    Callback,
     EarlyStopping,
     GradientAccumulationScheduler,
     ModelCheckpoint,
@@ -62,6 +63,18 @@ def check_limits(trainer: L.Trainer) -> None:
             "could go on from there. Use ModelCheckpoint with every_n_train_steps and save_last, and "
             "SaveOnTermination for signals"
         )
+
+
+class EpochChecks(Callback):
+    """Check a run's epochs before its models are loaded, when callbacks have planned its windows."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the epochs of the training loader."""
+        data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "fit" and data is not None:
+            loader = data.train_dataloader()
+            if isinstance(loader, EpochLoader):
+                check_epochs(trainer, loader)
 
 
 def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:

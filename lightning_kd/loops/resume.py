@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_kd.loops.after_validation import decide_after_validation
 from lightning_kd.loops.callback_states import stopping_settings, under_new_settings
-from lightning_kd.loops.checks import check_limits
+from lightning_kd.loops.checks import EpochChecks, check_limits
 from lightning_kd.loops.fit import (
     ENDED,
     TRAINED,
@@ -49,8 +49,9 @@ def prepare_trainer(trainer: L.Trainer) -> None:
         trainer.callbacks.insert(0, ResumeState(EarlierRows(trainer)))  # type: ignore[attr-defined]
     if requeues(trainer) and not any(isinstance(c, RequeueAfterStep) for c in trainer.callbacks):  # type: ignore[attr-defined]
         trainer.callbacks.append(RequeueAfterStep())  # type: ignore[attr-defined]
-    if not any(isinstance(callback, ModuleHooks) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        trainer.callbacks.append(ModuleHooks())  # type: ignore[attr-defined]
+    for added in (EpochChecks, ModuleHooks):
+        if not any(isinstance(callback, added) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            trainer.callbacks.append(added())  # type: ignore[attr-defined]
     trainer.callbacks.sort(key=_turn)  # type: ignore[attr-defined]
     decide_after_validation(trainer)
     if not isinstance(trainer.fit_loop, FitLoop):
@@ -66,8 +67,8 @@ def prepare_trainer(trainer: L.Trainer) -> None:
 
 
 def _turn(callback: Callback) -> int:
-    """Return the place of a callback among others: callbacks that save come after all that is saved."""
-    behind = (ModuleHooks, SavesAfterStep, Checkpoint)
+    """Return the place of a callback: checks and saving come after what is checked and saved."""
+    behind = (EpochChecks, ModuleHooks, SavesAfterStep, Checkpoint)
     return next((turn for turn, kind in enumerate(behind, 1) if isinstance(callback, kind)), 0)
 
 

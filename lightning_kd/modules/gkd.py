@@ -12,6 +12,7 @@ from lightning_kd.fused import DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.student_module import generates_completions
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
 from lightning_kd.teachers import LocalTeacher, Teacher
@@ -87,7 +88,7 @@ class GKD(TeacherModule):
     def on_fit_start(self) -> None:
         """Warn if the student generates nothing."""
         super().on_fit_start()
-        if not any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+        if not generates_completions(self.trainer):
             rank_zero_info(
                 "GKD without the callback OnPolicyGeneration trains on the data's completions alone, "
                 "as with lmbda: 0"

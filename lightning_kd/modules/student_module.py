@@ -120,7 +120,7 @@ class StudentModule(Resumable, L.LightningModule):
         Raises:
             ValueError: If rows, or prompts with their completions, are longer.
         """
-        rewritten = any(hasattr(c, "rollout_plan") for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        rewritten = generates_completions(self.trainer)
         for split, (row, prompt) in longest_rows(self.trainer).items():
             if split == "predict":
                 length = prompt + self.generation.max_new_tokens
@@ -271,6 +271,11 @@ class StudentModule(Resumable, L.LightningModule):
             self.resumption.load(checkpoint, checkpoint[RUN_KEY])
         else:
             for_evaluation(self.trainer, checkpoint.get("callbacks", {}))
+
+
+def generates_completions(trainer: L.Trainer) -> bool:
+    """Return whether a run's data follows a plan of rollouts: its completions may be generated."""
+    return getattr(getattr(trainer, "datamodule", None), "rollout_plan", None) is not None
 
 
 def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:

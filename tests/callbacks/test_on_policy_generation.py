@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
-from lightning_kd.data import Collator, PromptCompletionData
+from lightning_kd.data import Collator, PromptCompletionData, RolloutPlan
 from lightning_kd.generation import Completions, SamplingOptions
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
@@ -587,6 +587,35 @@ def test_data_without_prompts_or_windows_is_rejected():
     batches = BatchList([with_prompts(ragged_batch([(2, 3)]))])
     with pytest.raises(ValueError, match="derive yours from DistillationData"):
         fit(GKD(**models()), data=batches)
+
+
+def test_loaders_without_a_data_module_are_rejected():
+    lightning = trainer(max_steps=1, callbacks=[OnPolicyGeneration()])
+    with pytest.raises(ValueError, match="not loaders alone; derive yours from DistillationData"):
+        lightning.fit(GKD(**models()), *[BatchList([]).train_dataloader()] * 2)
+
+
+def test_two_callbacks_that_generate_are_rejected():
+    class Mine(OnPolicyGeneration):
+        pass
+
+    for second in (OnPolicyGeneration(table_every=0), Mine(table_every=0)):
+        named = f"OnPolicyGeneration and {type(second).__name__} would both generate"
+        with pytest.raises(ValueError, match=named):
+            fit(GKD(**models()), more=[second])
+
+
+def test_each_run_of_a_data_module_has_the_plan_of_its_own_callback():
+    data = Letters(batch_size=2)
+    options = {"steps_per_window": 2, "passes": 3, "group_size": 2}
+    lightning, _ = fit(GKD(**models()), data=data, options=options, accumulate_grad_batches=2)
+    assert lightning.train_dataloader.plan == data.rollout_plan == RolloutPlan(4, 3, 2)
+    plain = trainer(max_steps=2)
+    plain.fit(GKD(**models()), datamodule=data)
+    assert plain.train_dataloader.plan == RolloutPlan(1)
+    assert data.rollout_plan is None
+    lightning, _ = fit(GKD(**models()), data=data)
+    assert lightning.train_dataloader.plan == data.rollout_plan == RolloutPlan(1)
 
 
 def test_a_policy_gradient_without_rollouts_is_rejected():
