@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_kd.callbacks.tensorboard_layout import LAYOUT
 
-SHOWN = ("Loss", "Student and teacher", "Text", "Rollouts")
+SHOWN = ("Loss", "Student and teacher", "Text")
 COLUMNS = 3
 STYLES = ("-", "--", ":", "-.")
 
@@ -46,7 +46,7 @@ def draw(runs: dict[str, EventAccumulator], out: Path) -> None:
     """One panel for each chart; runs have colours, tags of a chart have line styles."""
     panels = charts(runs)
     rows = -(-len(panels) // COLUMNS)
-    figure = Figure(figsize=(4.2 * COLUMNS, 2.6 * rows + 0.6), layout="constrained")
+    figure = Figure(figsize=(4 * COLUMNS, 2.4 * rows + 0.6), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False).flatten()
     colors = {run: f"C{number}" for number, run in enumerate(runs)}
     for axis, (title, tags) in zip(axes, panels.items(), strict=False):
@@ -68,7 +68,7 @@ def draw(runs: dict[str, EventAccumulator], out: Path) -> None:
         axis.set_axis_off()
     handles = [Line2D([], [], color=color, label=run) for run, color in colors.items()]
     figure.legend(handles=handles, loc="outside upper center", ncols=len(handles), fontsize=9)
-    figure.savefig(out, dpi=80)
+    figure.savefig(out, dpi=75)
 
 
 def main() -> None:
