@@ -1,4 +1,4 @@
-"""What a checkpoint from the middle of a window keeps of each rank."""
+"""Checkpoints in the middle of a window: what they keep of each rank."""
 
 from typing import Any
 

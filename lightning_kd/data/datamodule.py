@@ -1,4 +1,4 @@
-"""What every data module shares: the tokenizer and the loaders."""
+"""Base of data modules: the tokenizer and the loaders."""
 
 from abc import abstractmethod
 from typing import Any, Literal
@@ -35,7 +35,7 @@ class DistillationData(Resumable, L.LightningDataModule):
     Args:
         tokenizer: Directory or hub name, or a tokenizer. It needs an EOS.
         batch_size: Rows of a micro-batch on one process.
-        eval_batch_size: Rows of an evaluation batch; ``batch_size`` when not given.
+        eval_batch_size: Rows of an evaluation batch. Defaults to ``batch_size``.
         num_workers: Processes that prepare batches ahead; the rows do not depend on it.
         worker_timeout: Longest wait for a batch of theirs, in seconds: one that hangs ends the run.
 
@@ -87,10 +87,10 @@ class DistillationData(Resumable, L.LightningDataModule):
 
     @abstractmethod
     def rows(self, split: Split) -> Rows | None:
-        """The rows of a split, or None where it was not given."""
+        """Return the rows of a split, or None if it was not given."""
 
     def files(self, split: Split) -> dict[str, str]:
-        """Names and digests of the files that a split is read from; none where it is generated."""
+        """Return names and digests of the files of a split; none if it is generated."""
         return {}
 
     @property
@@ -169,7 +169,7 @@ class DistillationData(Resumable, L.LightningDataModule):
         return self.stream(self._rollout_plan)
 
     def stream(self, plan: RolloutPlan | None = None) -> TrainingLoader:
-        """The training rows in the windows of a plan; in optimizer steps when not given."""
+        """Return the training rows in the windows of a plan. Defaults to optimizer steps."""
         rows, trainer = self._ready("train"), self._attached_trainer()
         return TrainingLoader(
             rows,

@@ -1,4 +1,4 @@
-"""Loaders that count what was consumed, so that a run can be resumed exactly."""
+"""Loaders that count consumed samples, so that a run can be resumed exactly."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import closing
@@ -89,11 +89,11 @@ class TrainingLoader:
         self.set_epoch(0)
 
     def start_of(self, epoch: int) -> int:
-        """The position at which an epoch begins."""
+        """Return the position at which an epoch begins."""
         return self.epochs.start(epoch) * self.plan.window
 
     def epoch_of(self, position: int) -> int:
-        """The epoch of the micro-batch that follows a position."""
+        """Return the epoch of the micro-batch that follows a position."""
         return self.epochs.of(position // self.plan.window)
 
     def set_epoch(self, epoch: int) -> None:
@@ -104,15 +104,15 @@ class TrainingLoader:
             self.position = start
 
     def length_of(self, epoch: int) -> int:
-        """Micro-batches of an epoch, on each rank."""
+        """Return the micro-batches of an epoch, on each rank."""
         return self.start_of(epoch + 1) - self.start_of(epoch)
 
     def __len__(self) -> int:
-        """Micro-batches of the epoch, on each rank."""
+        """Return the micro-batches of the epoch, on each rank."""
         return self.length_of(self.epoch)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Go on behind the last batch that was handed out, to the end of the epoch."""
+        """Yield the batches after the last one, to the end of the epoch."""
         workers = (self.num_workers, self.worker_timeout)
         self._window = None
         with closing(prepared_batches(self.rows, self._keys(), self.collate, *workers)) as prepared:
@@ -143,11 +143,11 @@ class TrainingLoader:
 
     @property
     def ends_window(self) -> bool:
-        """Is the batch that was handed out last the last of its window, in its last pass?"""
+        """Whether the last batch ended its window, in its last pass."""
         return self.position % self.plan.window == 0
 
     def state_dict(self) -> dict[str, Any]:
-        """How far the run is, in samples of all ranks, and what the order depends on."""
+        """Return the position, in samples of all ranks, and what the order depends on."""
         return {
             "samples": self.position * self.samples_per_micro_batch,
             "rows": len(self.rows),
@@ -159,7 +159,7 @@ class TrainingLoader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped, on any number of ranks.
+        """Continue where a checkpoint stopped, on any number of ranks.
 
         Raises:
             ValueError: If the state is another loader's, the data or the seed is another one, a
@@ -196,7 +196,7 @@ class TrainingLoader:
         self.set_epoch(self.epoch_of(self.position))
 
     def _compare_files(self, before: Mapping[str, str]) -> None:
-        """A file may have another name, as long as what is in it, and their order, is the same."""
+        """Compare the contents of files, in their order; names may differ."""
         if list(before.values()) == list(self.files.values()):
             return
         names = sorted({*before, *self.files})
@@ -207,14 +207,14 @@ class TrainingLoader:
         )
 
     def _keys(self) -> Iterator[list[Key]]:
-        """What each micro-batch reads, from the start of the window at the position, each once."""
+        """Yield the keys of each micro-batch once, from the start of the present window."""
         orders: dict[int, list[int]] = {}
         first, end = self.position // self.plan.window, -(-self.end // self.plan.window)
         for number in range(first * self.plan.micro_batches, end * self.plan.micro_batches):
             yield self._samples(number, orders)
 
     def _samples(self, micro_batch: int, orders: dict[int, list[int]]) -> list[Key]:
-        """What a micro-batch reads; ``orders`` keeps the permutations that are in use."""
+        """Return the keys of a micro-batch; ``orders`` keeps the permutations that are in use."""
         first = (micro_batch * self.world_size + self.rank) * self.batch_size
         keys = []
         for sample in range(first, first + self.batch_size):

@@ -35,7 +35,7 @@ class PairedLoader:
         return len(self.main)
 
     def __iter__(self) -> Iterator[PairedBatch]:
-        """Go on behind the last batch that was handed out, to the end of the epoch."""
+        """Yield the batches after the last one, to the end of the epoch."""
         self._follow()
         for batch, text in zip(self.main, self.text, strict=True):
             yield {**batch, "text": text}
@@ -91,15 +91,15 @@ class PairedLoader:
 
     @property
     def ends_window(self) -> bool:
-        """Is the main loader at the end of a window?"""
+        """Whether the last batch ended its window, in its last pass."""
         return self.main.ends_window
 
     def state_dict(self) -> dict[str, Any]:
-        """Where both loaders are."""
+        """Return the positions of both loaders."""
         return {"main": self.main.state_dict(), "text": self.text.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where a checkpoint stopped.
+        """Continue where a checkpoint stopped.
 
         Raises:
             ValueError: If the state is another loader's.

@@ -1,4 +1,4 @@
-"""How a run goes through its data: windows of rollouts, and where each epoch ends."""
+"""Windows of rollouts and epochs: the order in which a run visits its data."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ _MOST_MICRO_BATCHES = 2**16
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """How training comes back to what was written on the way.
+    """Plan of rollouts: windows of micro-batches, passes over each, completions of each prompt.
 
     Attributes:
         micro_batches: Of a window, on each rank: what is written at once. Without rollouts, those of
@@ -54,7 +54,7 @@ class RolloutPlan:
 
 @dataclass(frozen=True)
 class Epochs:
-    r"""Where epochs begin, in windows of samples.
+    r"""Starts of epochs, in windows of samples.
 
     A pass takes :math:`P` samples and a window :math:`W`. Epoch :math:`e` begins with window
     :math:`\max(e, \lceil e P / W \rceil)`: an epoch ends with the window in which its pass is complete,

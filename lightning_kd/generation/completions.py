@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Completions:
-    """What a model generated after each prompt, padded on the right."""
+    """Completions of a batch of prompts, padded on the right."""
 
     ids: Tensor
     """Tokens, ``(B, R)``."""

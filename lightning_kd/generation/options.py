@@ -1,4 +1,4 @@
-"""How completions are generated."""
+"""Options of generation."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ _MOST_BEAMS = 1000
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How completions are generated: by these values alone.
+    """Options of generation, which alone decide how completions are generated.
 
     Nothing that a checkpoint's generation config asks for (``repetition_penalty``, ``min_p``,
     ``suppress_tokens``, a temperature of its own, ...) is done, by any engine: samples come from the

@@ -1,4 +1,4 @@
-"""Lightning's loops over epochs of unequal length, and what makes a resumed run go on exactly."""
+"""Lightning's loops over epochs of unequal length, and exact resuming."""
 
 from lightning_kd.loops.callback_states import for_evaluation
 from lightning_kd.loops.checks import check_validates

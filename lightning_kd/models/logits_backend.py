@@ -104,7 +104,7 @@ class FusedLogits(LogitsBackend):
     """Backend with a chunk of logits at a time, in float32 or wider, with closed-form gradients.
 
     Each model's output head is taken apart from it once, and compared with the model's own logits.
-    A model whose head is not understood is read as :class:`DenseLogits` does, with a warning.
+    A model with another kind of head falls back to :class:`DenseLogits`, with a warning.
 
     Args:
         chunk_megabytes: Logits of student and teacher that may be alive at once.

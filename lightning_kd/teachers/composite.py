@@ -1,4 +1,4 @@
-"""What teachers that are made of teachers share."""
+"""Base of teachers that are made of teachers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -35,12 +35,12 @@ class CompositeTeacher(Teacher):
 
     @property
     def shared_answers(self) -> frozenset[Ability]:
-        """What all members can answer."""
+        """Kinds of answers that all members give."""
         return frozenset.intersection(*(member.answers for member in self._named.values()))
 
     @property
     def described_answers(self) -> str:
-        """What each member answers, for messages."""
+        """The answers of each member, for messages."""
         return ", ".join(
             f"{name} ({type(member).__name__}) answers {' and '.join(sorted(member.answers))}"
             for name, member in self._named.items()
@@ -53,12 +53,12 @@ class CompositeTeacher(Teacher):
 
     @property
     def model_specs(self) -> Sequence[ModelSpec]:
-        """Those of all members."""
+        """Specs of all members' models."""
         return [spec for member in self._named.values() for spec in member.model_specs]
 
     @property
     def local_models(self) -> Mapping[str, PreTrainedModel]:
-        """Those of all members, by their roles."""
+        """Models of all members, by their roles."""
         models: dict[str, PreTrainedModel] = {}
         for member in self._named.values():
             models |= member.local_models

@@ -94,7 +94,7 @@ class LocalTeacher(ModelSpec, Teacher):
 
     @property
     def model_specs(self) -> Sequence[ModelSpec]:
-        """Itself."""
+        """This spec itself."""
         return (self,)
 
     @property

@@ -160,7 +160,7 @@ class RoutedDistribution(FullDistribution):
     """The number of each position's member, ``(N,)``."""
 
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
-        """All tokens, each row combined as its member does."""
+        """Return the distribution of each position's member."""
         routes = self.routes[rows]
 
         def combine(given: Sequence[Tensor], temperature: float) -> Tensor:
