@@ -16,13 +16,13 @@ from torch import Tensor
 from lightning_kd.integrity import check_directory, check_file, read_about
 
 RUN_KEY = "lightning_kd"
-"""Where a checkpoint remembers the method and what the run was told."""
+"""Key of a checkpoint for the method and the settings of its run."""
 
 _UNREADABLE = (
     *(OSError, EOFError, RuntimeError, pickle.UnpicklingError),
     *(ValueError, KeyError, TypeError, AttributeError),
 )
-"""What the reading of a file raises that is not what it should be."""
+"""Errors of reading a damaged file."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

@@ -20,13 +20,13 @@ _RECORD: dict[str, int | bytes] = {
     "volume": 0,
 }
 _RECORD |= {"internal_attr": 0, "external_attr": 0, "comment": b""}
-"""What torch writes of each record into the central directory, which has no checksum."""
+"""Fields of each record in torch's central directory, which has no checksum."""
 
 _FLAGS = 0x08 | 0x800
 """Flags of a record that torch writes: sizes behind the data, names in UTF-8."""
 
 _LARGE = b"\x01\x00"
-"""How the extra field of a record of more than 4 GB begins."""
+"""Start of the extra field of a record of more than 4 GB."""
 
 _ABOUT_HAS = {"saved_by", "weights", "run", "step", "best", "weights_only", "checksums"}
 

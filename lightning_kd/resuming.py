@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from lightning_kd.functions import FunctionDescription, import_name, is_nameless
 
 Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
-"""What a checkpoint holds of settings: nothing that would have to be unpickled."""
+"""Settings in a checkpoint: nothing that would have to be unpickled."""
 
 SHOWN = 8
 """Differences that an error lists."""
@@ -53,10 +53,10 @@ class Resumable:
     """
 
     may_change_on_resume: ClassVar[frozenset[str]] = frozenset()
-    """Constructor arguments that another value may be given for when a run is resumed."""
+    """Constructor arguments that may change when a run is resumed."""
 
     resume_name: ClassVar[str] = ""
-    """What errors call a callback; its class where empty."""
+    """Name of a callback in errors; empty for its class."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Make an instance that remembers what it is given."""

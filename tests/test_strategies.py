@@ -29,8 +29,8 @@ from lightning_kd.strategies import (
     FSDP2Strategy,
     StrategyAdapter,
     adapter_of,
-    adapts,
     check_trainer,
+    register_adapter,
 )
 from lightning_kd.strategies.adapter import _ADAPTERS
 from lightning_kd.strategies.deepspeed import DeepSpeedAdapter
@@ -285,7 +285,7 @@ def test_a_strategy_of_ones_own_brings_its_adapter(monkeypatch):
     class Derived(Elastic):
         pass
 
-    @adapts(Elastic)
+    @register_adapter(Elastic)
     class ElasticAdapter(StrategyAdapter[Elastic]):
         pass
 

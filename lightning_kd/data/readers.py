@@ -93,7 +93,7 @@ READERS: dict[str, Callable[[str], Iterator[Row]]] = {
     ".parquet": read_parquet,
     ".txt": read_text,
 }
-"""How to read a file, by its ending."""
+"""Reader of a file, by its ending."""
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:

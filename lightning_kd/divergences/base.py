@@ -42,8 +42,8 @@ class Divergence(Resumable, ABC):
     """The registered name; loggers show it. Empty where no class it derives from is registered."""
 
     order: ClassVar[float] = 2
-    r"""How the divergence vanishes where student and teacher become equal: as this power of the
-    difference of their logits. So its gradient shrinks as :math:`\tau^{-order}` when both are softened
+    r"""Power of the difference of logits with which the divergence vanishes as student and teacher
+    become equal. So its gradient shrinks as :math:`\tau^{-order}` when both are softened
     by a temperature, which methods compensate. 2 wherever it is twice differentiable at equality, as
     all f-divergences with a smooth f are; a class of one's own with a kink there says 1."""
 

@@ -62,7 +62,7 @@ class DistributionMetrics(Metric):
         "top_k": ("top_k_forward_kl", "top_k_reverse_kl", "top1_agreement"),
         "token_log_probs": ("label_log_ratio",),
     }
-    """What can be computed from each kind of answer, in the order of :meth:`token_terms`."""
+    """Metrics of each kind of answer, in the order of :meth:`token_terms`."""
     sums: Tensor
     counts: Tensor
     dropped: Tensor

@@ -18,7 +18,7 @@ from lightning_kd.fused.teacher_rows import (
 )
 
 AnswerKind = Literal["full_distribution", "top_k", "token_log_probs"]
-"""What a teacher gives at a position: all probabilities, the k highest, or that of one token."""
+"""Kind of answer at a position: all probabilities, the k highest, or that of one token."""
 
 _SURPLUS = 1e-2
 """Excess over a total probability of 1 that rounding to bfloat16 explains."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 TILE_BYTES = 16 * 2**20
-"""How much of a narrow weight is widened at a time."""
+"""Size of the part of a narrow weight that is widened at a time."""
 
 
 def project(states: Tensor, weight: Tensor, out: Tensor, *, add: bool = False) -> None:

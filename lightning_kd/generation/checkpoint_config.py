@@ -43,7 +43,7 @@ _OF_NO_TEXT = {
 }
 """Fields that have no part in what is generated, or stand for options of our own."""
 
-_said: WeakSet[PreTrainedModel] = WeakSet()
+_warned: WeakSet[PreTrainedModel] = WeakSet()
 
 
 def ignored_fields(model: PreTrainedModel) -> dict[str, Any]:
@@ -68,9 +68,9 @@ def ignored_fields(model: PreTrainedModel) -> dict[str, Any]:
 
 def say_what_is_ignored(model: PreTrainedModel) -> None:
     """Warn, once for each model, which fields of its generation config are ignored."""
-    if model in _said:
+    if model in _warned:
         return
-    _said.add(model)
+    _warned.add(model)
     ignored = ignored_fields(model)
     if ignored:
         listed = ", ".join(f"{name} {value!r:.40}" for name, value in ignored.items())

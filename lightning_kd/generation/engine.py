@@ -39,13 +39,13 @@ class Engine(Resumable, ABC):
     gives_log_probs: bool = False
     """Whether completions come with the log-probability of each token, which policy gradients need."""
 
-    mixes_models: bool = False
+    supports_mixtures: bool = False
     """Whether tokens can be sampled from a mixture of two models, for ``mixture_alpha``."""
 
     seeds_rows: bool = False
     """Whether a completion depends on its prompt and seed alone, not on the rows beside it."""
 
-    searches_beams: bool = False
+    supports_beam_search: bool = False
     """Whether ``num_beams`` may be above 1."""
 
     @abstractmethod
@@ -83,12 +83,12 @@ def check_engine(engine: Engine, options: GenerationOptions, *, mixture: bool = 
         ValueError: If they need beam search or mixtures, and the engine has none.
     """
     name = type(engine).__name__
-    if options.num_beams > 1 and not engine.searches_beams:
+    if options.num_beams > 1 and not engine.supports_beam_search:
         raise ValueError(
             f"num_beams is {options.num_beams}, but {name} has no beam search; leave engine out, or "
             "choose TransformersEngine"
         )
-    if mixture and not engine.mixes_models:
+    if mixture and not engine.supports_mixtures:
         raise ValueError(
             f"{name} cannot sample from a mixture of two models; set mixture_alpha: 0, or choose an "
             "engine that can, such as CachedSampler, and num_beams: 1"

@@ -10,9 +10,9 @@ from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, PromptBatch, Rollout
 from lightning_kd.generation.completions import Completions
 
 Truncation = Literal["keep", "mask", "drop"]
-"""What happens to completions that reached their longest without an EOS. ``keep`` trains on them;
+"""Treatment of completions that reached their maximum length without an EOS. ``keep`` trains on them;
 ``mask`` takes their tokens out of the loss and its count, but leaves the row where it is (in the
-baselines of its group, as zeros in padded whitening); ``drop`` goes on as if the row had not been
+baselines of its group, as zeros in padded whitening); ``drop`` treats the row as if it were not
 there."""
 
 

@@ -31,7 +31,7 @@ class CachedSampler(Engine):
     """
 
     gives_log_probs = True
-    mixes_models = True
+    supports_mixtures = True
     seeds_rows = True
 
     def generate(

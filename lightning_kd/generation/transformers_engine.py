@@ -24,7 +24,7 @@ class TransformersEngine(Engine):
     """
 
     gives_log_probs = True
-    searches_beams = True
+    supports_beam_search = True
 
     @torch.no_grad()
     def generate(

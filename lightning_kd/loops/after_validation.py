@@ -17,7 +17,7 @@ class SavesAfterValidation(ModelCheckpoint):
     """
 
     _trained = False
-    """Has this step been trained, and not been validated?"""
+    """Whether this step was trained and is not validated yet."""
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any, **kwargs: Any

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_kd.loops.fit import checkpoint_callbacks, early_stoppings
 
 _DECIDES = ("min_delta", "check_finite", "stopping_threshold", "divergence_threshold")
-"""What an EarlyStopping compares a measurement with; the patience is compared with its count."""
+"""Settings that an EarlyStopping compares a measurement with; patience is compared with its count."""
 
 
 def stopping_settings(trainer: L.Trainer) -> dict[str, dict[str, Any]]:

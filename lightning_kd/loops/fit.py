@@ -59,7 +59,7 @@ class EpochLoop(_TrainingEpochLoop):
     pending = ""
     """The moment at which the checkpoint was saved that this run goes on from, until it has."""
     row_to_come: Mapping[str, Any] = MappingProxyType({})
-    """What was to be logged after that moment."""
+    """Metrics that were to be logged after that moment."""
 
     @property
     def in_step(self) -> bool:

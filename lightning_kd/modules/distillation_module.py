@@ -59,15 +59,15 @@ class DistillationModule(StepCountingModule):
     """
 
     evaluation_terms: tuple[str, ...] = ()
-    """The same for :meth:`evaluation_loss`, where that is another loss."""
+    """Names of the terms of :meth:`evaluation_loss`, if that is another loss."""
 
     may_change_on_resume = frozenset({"optimizer", "lr_scheduler", "logits_backend"})
 
     needs_own_samples: ClassVar[bool] = False
-    """Does the method learn from nothing but what the student has sampled?"""
+    """Whether the method learns from the student's own samples alone."""
 
     micro_batch_loss: MicroBatchLoss
-    """That of the last training step; callbacks read it."""
+    """Loss of the last micro-batch, for callbacks."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class DistillationModule(StepCountingModule):
         total, self.micro_batch_loss = self._evaluate(scores, terms, metrics, self.count_ratios)
         self._window.add(self.micro_batch_loss)
         sum_scale = partial(
-            self._sum_scale.before, self.trainer, scores.positions, self.normalization
+            self._sum_scale.sum_factor, self.trainer, scores.positions, self.normalization
         )
         return self._adapter.scale_loss(total, sum_scale, self._close_step)
 
@@ -233,7 +233,11 @@ class DistillationModule(StepCountingModule):
         """
         self._step_means = self._window.close(self.sum_over_ranks)
         number = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return self._sum_scale.after(self.trainer, number) * number / self._step_means.divisor
+        return (
+            self._sum_scale.gradient_factor(self.trainer, number)
+            * number
+            / self._step_means.divisor
+        )
 
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

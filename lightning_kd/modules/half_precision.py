@@ -38,7 +38,7 @@ class SumScale:
         self._exponent = 0
         self._weight: Tensor | None = None
 
-    def before(
+    def sum_factor(
         self, trainer: L.Trainer, scored: ScoredPositions, normalization: Normalization
     ) -> float:
         """Return the factor of a micro-batch's sum; called on all ranks together."""
@@ -64,7 +64,7 @@ class SumScale:
         first = trainer.strategy.reduce(expected, reduce_op="max").item()
         self._exponent = max(0, math.ceil(math.log2(max(1.0, self.largest, first))))
 
-    def after(self, trainer: L.Trainer, micro_batches: int) -> float:
+    def gradient_factor(self, trainer: L.Trainer, micro_batches: int) -> float:
         """Return the factor of the gradients of a step of so many micro-batches."""
         if self._weight is None:
             return 1.0

@@ -56,9 +56,9 @@ class EvaluatedTerm:
     positions: ScoredPositions
     """The batch's, or the term's own."""
     row_weights: Tensor
-    """What each token of a row weighs before coefficient and division, ``(B,)``."""
+    """Weight of each token of a row before coefficient and division, ``(B,)``."""
     count: Tensor
-    """What the micro-batch adds to the divisor of the term, ``()``."""
+    """The micro-batch's part of the divisor of the term, ``()``."""
     count_ratio: Tensor | float
     """The module's count of the step over the term's own; 1 for the module's normalization."""
     has_own_normalization: bool
@@ -80,7 +80,7 @@ class MicroBatchLoss:
     positions: ScoredPositions
     terms: Mapping[str, EvaluatedTerm]
     count: Tensor
-    """What the micro-batch adds to the divisor of the optimizer step, ``()``."""
+    """The micro-batch's part of the divisor of the optimizer step, ``()``."""
 
     def row_losses(self) -> Tensor:
         """Return the loss of each row, summed over its tokens, without any normalization: ``(B,)``.

@@ -15,7 +15,7 @@ Whitening = Literal["none", "tokens", "padded"]
 
 @dataclass(frozen=True)
 class MiniLLMObjective:
-    r"""How the advantage is computed, and what else differs.
+    r"""Computation of the advantage, and other switches.
 
     Attributes:
         return_from: ``next``: :math:`R_{t+1} = \sum_{k > t} \gamma^{k-t-1} r_k`, so that the single

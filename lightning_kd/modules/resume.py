@@ -31,9 +31,9 @@ class Resumption:
     def __init__(self, module: L.LightningModule) -> None:
         self.module = module
         self.record: dict[str, Any] = {}
-        """What checkpoints of this run remember of it."""
+        """Settings of this run in its checkpoints."""
         self.saved: dict[str, Any] | None = None
-        """What the checkpoint remembers that the run goes on from."""
+        """Settings in the checkpoint that the run resumes from."""
         self.schedules: list[dict[str, Any]] = []
         """The states of its schedules."""
         self._groups: list[list[dict[str, Any]]] = []

@@ -17,7 +17,7 @@ REVERSE_KL_NAMES: dict[AnswerKind, str] = {
     "top_k": "top_k_reverse_kl",
     "token_log_probs": "label_log_ratio",
 }
-"""What loggers call :func:`reverse_kl_term` for each kind of the teacher's answers."""
+"""Name of :func:`reverse_kl_term` in logs, for each kind of the teacher's answers."""
 
 
 def reverse_kl_term(

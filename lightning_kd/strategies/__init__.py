@@ -3,7 +3,7 @@
 On import, ``fsdp2``, ``fsdp`` and ``deepspeed_stage_1`` to ``_3`` become names of these classes.
 """
 
-from lightning_kd.strategies.adapter import StrategyAdapter, adapter_of, adapts
+from lightning_kd.strategies.adapter import StrategyAdapter, adapter_of, register_adapter
 from lightning_kd.strategies.checks import check_trainer
 from lightning_kd.strategies.deepspeed import DeepSpeedStrategy, gathered_copy, is_partitioned
 from lightning_kd.strategies.fsdp1 import FSDP1Strategy
@@ -17,10 +17,10 @@ __all__ = [
     "FSDP2Strategy",
     "StrategyAdapter",
     "adapter_of",
-    "adapts",
     "check_trainer",
     "gathered_copy",
     "is_partitioned",
+    "register_adapter",
     "shape_of",
 ]
 

@@ -20,7 +20,7 @@ class StrategyAdapter(Generic[S]):
     """Adapter of strategies that replicate the student: one process, or DDP.
 
     Each family that shards something derives from it beside its strategy, and says with
-    :func:`adapts` which strategies it is for. Nothing else asks what kind of strategy runs.
+    :func:`register_adapter` which strategies it is for. Nothing else asks what kind of strategy runs.
 
     Args:
         trainer: The trainer whose strategy is asked.
@@ -148,13 +148,13 @@ class RefusedAdapter(StrategyAdapter[Strategy]):
 _ADAPTERS: dict[type[Strategy], type[StrategyAdapter[Any]]] = {}
 
 
-def adapts(strategy: type[Strategy]) -> Callable[[A], A]:
+def register_adapter(strategy: type[Strategy]) -> Callable[[A], A]:
     """Register a class as the adapter of a strategy and of those that derive from it.
 
     Example:
         >>> from lightning.pytorch.strategies import DDPStrategy
         >>> class Elastic(DDPStrategy): ...
-        >>> @adapts(Elastic)
+        >>> @register_adapter(Elastic)
         ... class ElasticAdapter(StrategyAdapter[Elastic]): ...
     """
 

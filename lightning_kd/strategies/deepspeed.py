@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 
 from lightning_kd.checkpoints import readable_checkpoint
-from lightning_kd.strategies.adapter import RefusedAdapter, StrategyAdapter, adapts
+from lightning_kd.strategies.adapter import RefusedAdapter, StrategyAdapter, register_adapter
 from lightning_kd.strategies.directories import SavedStrategy, read_safely, replacing
 from lightning_kd.strategies.gathered_shards import GatheredShards, gather_state_dict
 
@@ -119,9 +119,9 @@ def gathered_copy(weight: Tensor) -> Tensor:
         return weight.detach().clone()
 
 
-@adapts(DeepSpeedStrategy)
+@register_adapter(DeepSpeedStrategy)
 class DeepSpeedAdapter(StrategyAdapter[DeepSpeedStrategy]):
-    """Answers for :class:`DeepSpeedStrategy`, which shows no gradient between backward and step.
+    """Adapter of :class:`DeepSpeedStrategy`, which shows no gradient between backward and step.
 
     So the loss is divided before the backward pass. A step has one micro-batch, and its count is
     known in time.
@@ -176,7 +176,7 @@ class DeepSpeedAdapter(StrategyAdapter[DeepSpeedStrategy]):
         return gather_state_dict(model, shards, wanted=self.trainer.is_global_zero)
 
 
-@adapts(LightningDeepSpeedStrategy)
+@register_adapter(LightningDeepSpeedStrategy)
 class LightningDeepSpeedAdapter(RefusedAdapter):
     """Refuses Lightning's DeepSpeed."""
 

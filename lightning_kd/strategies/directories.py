@@ -157,11 +157,11 @@ def _compare(
 ) -> None:
     if about["saved_by"] != own:
         raise ValueError(
-            f"{path} was written with {_said(about['saved_by'])}, and this run has {_said(own)}; such "
-            "a directory is read as it was written"
+            f"{path} was written with {_in_words(about['saved_by'])}, and this run has "
+            f"{_in_words(own)}; such a directory is read as it was written"
         )
     compare_shapes(about["weights"], weights)
 
 
-def _said(saved_strategy: SavedStrategy) -> str:
+def _in_words(saved_strategy: SavedStrategy) -> str:
     return ", ".join(f"{name} {value}" for name, value in saved_strategy.items())

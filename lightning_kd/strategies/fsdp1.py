@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
 from torch.optim import Optimizer
 
 from lightning_kd.checkpoints import readable_checkpoint
-from lightning_kd.strategies.adapter import RefusedAdapter, StrategyAdapter, adapts
+from lightning_kd.strategies.adapter import RefusedAdapter, StrategyAdapter, register_adapter
 from lightning_kd.strategies.directories import read_safely, replacing
 from lightning_kd.strategies.gathered_shards import GatheredShards, gather_state_dict
 
@@ -61,8 +61,8 @@ class FSDP1Strategy(FSDPStrategy):
     @property
     def mixed_precision_config(self) -> MixedPrecision | None:
         """Lightning's, but with buffers in float32: rounded frequencies of RoPE are other positions."""
-        lightnings = super().mixed_precision_config
-        return lightnings and replace(lightnings, buffer_dtype=torch.float32)
+        configured = super().mixed_precision_config
+        return configured and replace(configured, buffer_dtype=torch.float32)
 
     @property
     def root(self) -> FullyShardedDataParallel:
@@ -137,9 +137,9 @@ def _is_layer(module: nn.Module, recurse: bool, nonwrapped_numel: int, *, kinds:
     return recurse or type(module).__name__ in kinds
 
 
-@adapts(FSDP1Strategy)
+@register_adapter(FSDP1Strategy)
 class FSDP1Adapter(StrategyAdapter[FSDP1Strategy]):
-    """Answers for :class:`FSDP1Strategy`, whose root module alone knows the whole gradient."""
+    """Adapter of :class:`FSDP1Strategy`, whose root module alone knows the whole gradient."""
 
     shards_weights = True
     writes_directories = True
@@ -172,7 +172,7 @@ class FSDP1Adapter(StrategyAdapter[FSDP1Strategy]):
         return gather_state_dict(model, shards, wanted=self.trainer.is_global_zero)
 
 
-@adapts(FSDPStrategy)
+@register_adapter(FSDPStrategy)
 class LightningFSDPAdapter(RefusedAdapter):
     """Refuses Lightning's FSDP1."""
 

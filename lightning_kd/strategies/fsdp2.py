@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from lightning_kd.checkpoints import RUN_KEY, compare_weights, explained, readable_checkpoint
 from lightning_kd.integrity import check_file
-from lightning_kd.strategies.adapter import StrategyAdapter, adapts
+from lightning_kd.strategies.adapter import StrategyAdapter, register_adapter
 from lightning_kd.strategies.directories import compare_run, read_safely, replacing
 
 _WRITER = {"strategy": "fsdp2"}
@@ -118,9 +118,9 @@ def _by_name(saved: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> d
     }
 
 
-@adapts(ModelParallelStrategy)
+@register_adapter(ModelParallelStrategy)
 class ModelParallelAdapter(StrategyAdapter[ModelParallelStrategy]):
-    """Answers for Lightning's FSDP2, which trains and evaluates here, and does not resume."""
+    """Adapter of Lightning's FSDP2, which trains and evaluates here, and does not resume."""
 
     shards_weights = True
 
@@ -155,9 +155,9 @@ class ModelParallelAdapter(StrategyAdapter[ModelParallelStrategy]):
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-@adapts(FSDP2Strategy)
+@register_adapter(FSDP2Strategy)
 class FSDP2Adapter(ModelParallelAdapter):
-    """Answers for :class:`FSDP2Strategy`, which also resumes."""
+    """Adapter of :class:`FSDP2Strategy`, which also resumes."""
 
     def check(self) -> None:
         """Accept the strategy as it is."""

@@ -9,7 +9,7 @@ GatheredShards = Iterator[tuple[AbstractContextManager[object], Sequence[Tensor]
 """Contexts in which some weights are unsharded, each with these weights."""
 
 _WRAPPED = "_fsdp_wrapped_module."
-"""What FSDP1 adds to the names of a unit's weights."""
+"""Prefix that FSDP1 adds to the names of a unit's weights."""
 
 
 def shape_of(weight: Tensor) -> Sequence[int]:

@@ -18,11 +18,11 @@ def register() -> None:
     for prefix, strategy in (("fsdp", FSDP1Strategy), ("deepspeed", DeepSpeedStrategy)):
         for name in StrategyRegistry.available_strategies():
             if name.startswith(prefix) and name != "fsdp2":
-                lightnings = StrategyRegistry[name]
+                registered = StrategyRegistry[name]
                 StrategyRegistry.register(
                     name,
                     strategy,
-                    description=lightnings["description"],
+                    description=registered["description"],
                     override=True,
-                    **lightnings["init_params"],
+                    **registered["init_params"],
                 )

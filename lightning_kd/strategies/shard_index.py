@@ -26,7 +26,7 @@ _NAMES = {
     "pathlib": {"PosixPath", "WindowsPath"},
     "collections": {"OrderedDict"},
 }
-"""What an index is made of: descriptions of tensors and plain values."""
+"""Names that an index may have: descriptions of tensors and plain values."""
 
 
 def check_indices(path: Path) -> None:

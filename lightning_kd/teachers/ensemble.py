@@ -128,7 +128,7 @@ class Average:
     """
 
     members: tuple[FullDistribution, ...]
-    """How many logits each has, and how they become its own distribution."""
+    """The members' answers: number of logits, and their combination."""
     weights: tuple[float, ...]
     """They add up to 1."""
     combine: Averaging

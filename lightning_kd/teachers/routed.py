@@ -155,7 +155,7 @@ class RoutedDistribution(FullDistribution):
     """Full distributions of which some combine several models, each for its own positions."""
 
     members: tuple[FullDistribution, ...] = field(kw_only=True)
-    """How many logits each has, and how they become its distribution."""
+    """The members' answers: number of logits, and their combination."""
     routes: Tensor = field(kw_only=True)
     """The number of each position's member, ``(N,)``."""
 

@@ -136,10 +136,10 @@ def test_the_power_is_one_for_a_step_and_goes_into_checkpoints(normalization):
     weight = 3 if normalization == "sequence" else 2 + 60 + 58
     scale = SumScale()
     for _ in range(2):
-        factors = [scale.before(run, scored, rule) for scored in window]
+        factors = [scale.sum_factor(run, scored, rule) for scored in window]
         assert len(set(factors)) == 1
         assert factors[0] <= 3 / weight
-        assert scale.after(run, len(window)) == 1 / factors[0]
+        assert scale.gradient_factor(run, len(window)) == 1 / factors[0]
     # The first step's guess is of that step alone.
     assert scale.largest == weight / 3
     assert factors[0] > 1.5 / weight
@@ -148,15 +148,15 @@ def test_the_power_is_one_for_a_step_and_goes_into_checkpoints(normalization):
     module.on_save_checkpoint(checkpoint)
     fresh = SFT(student=StudentSpec.of(tiny_llama(0)))
     fresh.on_load_checkpoint(checkpoint)
-    assert fresh._sum_scale.before(run, window[1], rule) == factors[0]
+    assert fresh._sum_scale.sum_factor(run, window[1], rule) == factors[0]
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "64-true"])
 def test_other_precisions_are_left_alone(precision):
     scale, run = SumScale(), trainer(precision=precision)
     scored = ScoredPositions.from_labels(WINDOWS["one"][0]["labels"])
-    assert scale.before(run, scored, make_normalization("token")) == 1
-    assert scale.after(run, 1) == 1
+    assert scale.sum_factor(run, scored, make_normalization("token")) == 1
+    assert scale.gradient_factor(run, 1) == 1
 
 
 def as_on_cuda(monkeypatch):

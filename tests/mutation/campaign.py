@@ -75,7 +75,7 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/generation/decoder.py": ["tests/generation"],
     "lightning_kd/generation/engine.py": ["tests/generation", *_ROLLOUTS],
     "lightning_kd/generation/generate.py": ["tests/generation", *_ROLLOUTS],
-    "lightning_kd/teachers/contract.py": [*_TEACHERS, *_STEPS],
+    "lightning_kd/teachers/*.py": ["tests/teachers", *_STEPS],
     "lightning_kd/modules/loss.py": [*_STEPS, "tests/callbacks/test_loss_normalization.py"],
     "lightning_kd/modules/distillation_module.py": _STEPS,
     "lightning_kd/modules/counts.py": ["tests/modules/test_minillm.py", *_POLICY],
