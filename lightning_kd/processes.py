@@ -5,6 +5,8 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _LAUNCHER = "LIGHTNING_KD_LAUNCHER"
@@ -45,6 +47,23 @@ def wait_for(launcher: Any) -> None:
                 process.kill()
 
 
+_TO_ALL = frozenset({signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2})
+"""Signals that a terminal or a scheduler sends to all processes of a run."""
+
+
+@contextmanager
+def signals_held() -> Iterator[None]:
+    """Hold signals back while processes start that are to ignore them: they inherit the mask.
+
+    Until :func:`start_worker` has made it ignore them, a worker would end by one.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _TO_ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def start_worker(main: int, worker: int) -> None:
     """Begin a process that prepares data: it ends with the main process, and never before it.
 
@@ -58,9 +77,11 @@ def start_worker(main: int, worker: int) -> None:
         worker: Number of the worker.
     """
     os.setpgid(0, 0)
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _TO_ALL - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_SETMASK, {signal.SIGTERM})
+    # One that came to all processes before this was a group of its own.
+    signal.sigtimedwait({signal.SIGTERM}, 0)
     # The parent may be a fork server, which ends with the main process too.
     threading.Thread(target=_serve, args=(main, os.getppid()), daemon=True).start()
 

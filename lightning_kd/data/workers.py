@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_kd.batch import Batch
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import Example
-from lightning_kd.processes import start_worker
+from lightning_kd.processes import signals_held, start_worker
 
 Key = tuple[int, int, int, int]
 """Sample number and row number as the batch shows them, row that is read, pass over the data."""
@@ -82,7 +82,8 @@ def prepared_batches(
         generator=torch.Generator(),
     )
     before = {process.pid for process in multiprocessing.active_children()}
-    batches = iter(loader)
+    with signals_held():
+        batches = iter(loader)
     workers = [p for p in multiprocessing.active_children() if p.pid not in before]
     try:
         yield from map(collate, batches)

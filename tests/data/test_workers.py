@@ -165,3 +165,41 @@ def test_workers_outlive_signals_to_all_processes_and_end_with_the_main_one():
     assert len(run.stdout.split()) == 4
     assert len(workers) == 2
     assert all(gone(worker) for worker in workers)
+
+
+STARTING = """
+import os, signal, threading, time
+import torch
+from lightning_kd.data import Collator, EvaluationLoader
+from tests.data.test_workers import Numbers
+
+asked, main, own = [], os.getpid(), torch.set_num_threads
+asking = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+for number in asking:
+    signal.signal(number, lambda number, frame: asked.append(number))
+
+def slow(count):
+    own(count)
+    if os.getpid() != main:
+        time.sleep(4)
+
+torch.set_num_threads = slow  # a worker calls it when it has torch's handlers, and none of ours
+send = lambda: [os.killpg(0, number) for number in asking]
+threading.Timer(2, send).start()
+loader = EvaluationLoader(Numbers(), Collator(0), batch_size=1, num_workers=2, worker_timeout=60)
+rows = [int(batch["input_ids"]) for batch in loader]
+assert rows == list(range(8)), rows
+assert len(asked) == 5, asked
+"""
+
+
+def test_workers_outlive_signals_to_all_processes_while_they_start():
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", STARTING],
+        start_new_session=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert run.returncode == 0, run.stderr
