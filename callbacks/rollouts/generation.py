@@ -19,7 +19,7 @@ from lightning_kd.generation import (
 )
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability
+from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability, checked_completions
 from lightning_kd.tokenization import padding_id
 
 
@@ -62,20 +62,14 @@ def complete(
                 model = stack.enter_context(teacher.model_on(prompts.device))
                 source = partial(source, mixed_with=(model, mixture_alpha))
         else:
-            source = partial(teacher_with("generation", module).generate, **shared)
+            source = partial(checked_completions, teacher_with("generation", module), **shared)
         size = rows_at_once or len(samples)
         slices = [slice(start, start + size) for start in range(0, len(samples), size)]
         parts = [
             source(module.tokenizer, prompts[part], masks[part], options, seeds=seeds[part])
             for part in slices
         ]
-    generated = Completions.join(parts, pad_id)
-    if len(generated.ids) != len(samples):
-        raise ValueError(
-            f"{len(generated.ids)} completions came for {len(samples)} prompts; the teacher's generate "
-            "must return one for each, in their order"
-        )
-    return generated
+    return Completions.join(parts, pad_id)
 
 
 def teacher_with(ability: Ability, module: L.LightningModule) -> Teacher:

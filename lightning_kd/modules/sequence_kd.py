@@ -12,7 +12,13 @@ from lightning_kd.models import LogitsBackend, StudentSpec
 from lightning_kd.modules.sft import SFT
 from lightning_kd.normalization import Normalization
 from lightning_kd.strategies import adapter_of
-from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, check_ability
+from lightning_kd.teachers import (
+    TEACHERS,
+    LocalTeacher,
+    Teacher,
+    check_ability,
+    checked_completions,
+)
 
 
 class SequenceKD(SFT):
@@ -87,6 +93,12 @@ class SequenceKD(SFT):
         """Complete prompts with the teacher in ``predict``."""
         if not self.trainer.predicting:
             return super().generate(prompt_ids, prompt_mask, options, seeds)
-        return self.teacher.generate(
-            self.tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=self.engine
+        return checked_completions(
+            self.teacher,
+            self.tokenizer,
+            prompt_ids,
+            prompt_mask,
+            options,
+            seeds=seeds,
+            engine=self.engine,
         )

@@ -5,6 +5,7 @@ from lightning_kd.teachers.contract import (
     Teacher,
     check_ability,
     checked_answer,
+    checked_completions,
     choose_kind,
 )
 from lightning_kd.teachers.ensemble import TeacherEnsemble
@@ -23,5 +24,6 @@ __all__ = [
     "TeacherEnsemble",
     "check_ability",
     "checked_answer",
+    "checked_completions",
     "choose_kind",
 ]

@@ -6,6 +6,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_kd.fused import AnswerKind
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.teachers.contract import Ability, Teacher
@@ -80,3 +81,17 @@ class CompositeTeacher(Teacher):
         """Prepare every member, under a role of its own."""
         for name, member in self._named.items():
             member.prepare(tokenizer, device, policy, mesh, f"{role} {name}")
+
+    def check_vocabularies(self, kind: AnswerKind) -> None:
+        """Refuse members of unequal vocabularies, for answers that cannot be renormalized.
+
+        Raises:
+            ValueError: If they are unequal.
+        """
+        sizes = {name: member.vocabulary_size for name, member in self._named.items()}
+        if len(set(sizes.values())) > 1:
+            listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
+            raise ValueError(
+                f"the members of {type(self).__name__} know {listed} tokens; with {kind} they need as "
+                "many as each other, for the probability of a subset is not known"
+            )

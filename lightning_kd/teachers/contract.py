@@ -215,6 +215,46 @@ def checked_answer(
     return answer
 
 
+def checked_completions(
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    options: GenerationOptions,
+    *,
+    seeds: Sequence[int],
+    engine: Engine | None = None,
+    width: int | None = None,
+) -> Completions:
+    """Return a teacher's completions; the arguments are those of :meth:`Teacher.generate`.
+
+    Raises:
+        ValueError: If there is not one for each prompt, or one has too many tokens or unknown ones.
+    """
+    completions = teacher.generate(
+        tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=engine, width=width
+    )
+    name, rows = type(teacher).__name__, len(completions.ids)
+    if rows != len(prompt_ids):
+        raise ValueError(
+            f"generate of {name} returned {rows} completions for {len(prompt_ids)} prompts; it must "
+            "return one for each, in their order"
+        )
+    longest, tokens = int(completions.mask.sum(-1).max()), completions.ids[completions.mask]
+    if longest > options.max_new_tokens:
+        raise ValueError(
+            f"generate of {name} returned a completion of {longest} tokens; max_new_tokens is "
+            f"{options.max_new_tokens}"
+        )
+    known = len(tokenizer) if width is None else width
+    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
+        raise ValueError(
+            f"generate of {name} returned token {int(tokens.max())}; tokens must be from 0 to "
+            f"{known - 1}, those that student and teacher share"
+        )
+    return completions
+
+
 def check_ability(
     teacher: object, ability: Ability, user: str, others: Sequence[type[Teacher]] = ()
 ) -> Teacher:

@@ -106,6 +106,7 @@ class TeacherEnsemble(CompositeTeacher):
         ]
         weights = tuple(self.weights)
         if kind == "token_log_probs":
+            self.check_vocabularies(kind)
             values = [answer.values for answer in given if isinstance(answer, TokenLogProbs)]
             weighted = [v + log(w) for v, w in zip(values, weights, strict=True) if w > 0]
             return TokenLogProbs(torch.stack(weighted).logsumexp(0))

@@ -91,7 +91,7 @@ class RoutedTeacher(CompositeTeacher):
             return self._distribution(
                 [a for a in answers if isinstance(a, FullDistribution)], routes
             )
-        self._check_vocabularies(kind)
+        self.check_vocabularies(kind)
         if kind == "token_log_probs":
             values = [a.values for a in answers if isinstance(a, TokenLogProbs)]
             return TokenLogProbs(_in_order(values, routes))
@@ -122,15 +122,6 @@ class RoutedTeacher(CompositeTeacher):
         if all(answer.combine is single_model_log_probs for answer in narrow):
             return FullDistribution(logits)
         return RoutedDistribution(logits, members=tuple(narrow), routes=routes)
-
-    def _check_vocabularies(self, kind: AnswerKind) -> None:
-        sizes = {name: member.vocabulary_size for name, member in self.members.items()}
-        if len(set(sizes.values())) > 1:
-            told = ", ".join(f"{name} {size}" for name, size in sizes.items())
-            raise ValueError(
-                f"the members of the routed teacher know {told} tokens; with {kind} they need as "
-                "many as each other, for the probability of a subset is not known"
-            )
 
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""

@@ -10,7 +10,7 @@ import torch
 from lightning_kd.callbacks import JsonlPredictions, OnPolicyGeneration
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
 from lightning_kd.fused import FullDistribution, MaterializedLogits, TokenLogProbs, TopK
-from lightning_kd.generation import Completions, SamplingOptions
+from lightning_kd.generation import Completions, GenerationOptions, SamplingOptions
 from lightning_kd.models import DenseLogits, StudentSpec
 from lightning_kd.modules import (
     GKD,
@@ -252,14 +252,31 @@ def test_predict_of_sequence_kd_writes_what_a_teacher_elsewhere_completes(tmp_pa
     assert {tuple(row["completion_ids"]) for row in rows} == {(4, 5, 1)}
 
 
-def test_a_teacher_that_returns_too_few_completions_is_named():
-    class Lazy(Recites):
+@pytest.mark.parametrize(
+    ("completions", "kept", "message"),
+    [
+        ([[4, 1]], slice(1, None), "of Wrong returned 3 completions for 4 prompts; it must"),
+        ([[4, 5, 4, 5, 4, 5, 1]], slice(None), "a completion of 7 tokens; max_new_tokens is 6"),
+        ([[4, 99, 1]], slice(None), "returned token 99; tokens must be from 0 to 17"),
+    ],
+    ids=["too few", "too long", "unknown"],
+)
+@pytest.mark.parametrize("method", [GKD, SequenceKD])
+def test_completions_that_cannot_be_are_named(method, completions, kept, message):
+    class Wrong(Recites):
         def generate(self, tokenizer, prompt_ids, *rest, seeds, **options):
-            return super().generate(tokenizer, prompt_ids, *rest, seeds=seeds[1:], **options)
+            return super().generate(tokenizer, prompt_ids, *rest, seeds=seeds[kept], **options)
 
-    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Lazy(tiny_llama(1), [[4, 1]]))
-    callback = writing(lmbda=0.0, off_policy="teacher")
-    refused(module, "3 completions came for 4 prompts; the teacher's generate", [callback])
+    teacher, student = Wrong(tiny_llama(1), completions), StudentSpec.of(tiny_llama(0))
+    if method is GKD:
+        module = GKD(student=student, teacher=teacher)
+        refused(module, message, [writing(lmbda=0.0, off_policy="teacher")])
+    else:
+        module = SequenceKD(
+            student=student, teacher=teacher, generation=GenerationOptions(max_new_tokens=6)
+        )
+        with pytest.raises(ValueError, match=message):
+            trainer().predict(module, datamodule=Letters(batch_size=4), return_predictions=False)
 
 
 # Refusals, all before the first step.

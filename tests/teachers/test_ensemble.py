@@ -44,6 +44,7 @@ class OneToken(Teacher):
 
     def __init__(self, logits):
         self.log_probs = logits.log_softmax(-1)
+        self.vocabulary_size = logits.shape[1]
 
     def answer(self, batch, positions, *, kind, logits_backend):
         return TokenLogProbs(self.log_probs.gather(-1, positions.targets[:, None])[:, 0])
@@ -188,3 +189,11 @@ def test_a_method_that_needs_distributions_refuses_an_ensemble_of_single_tokens(
     message = "BabyLlama needs .* TeacherEnsemble answers token_log_probs.* LocalTeacher"
     with pytest.raises(ValueError, match=message):
         fit_one_step(module, [BATCH])
+
+
+def test_probabilities_over_unequal_vocabularies_are_not_averaged():
+    """Over the tokens that both know, the wider member's are not known."""
+    members = [OneToken(noted(1, width)[0]) for width in (18, 25)]
+    ensemble = TeacherEnsemble(members, combine="probabilities")
+    with pytest.raises(ValueError, match="0 18, 1 25 tokens; with token_log_probs they need as"):
+        ensemble.answer(BATCH, SCORED, kind="token_log_probs", logits_backend=DenseLogits())

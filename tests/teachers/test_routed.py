@@ -154,7 +154,7 @@ def test_wrong_members_are_refused():
     ("options", "message"),
     [
         ({"k": 6}, "answer k = 4, 6 tokens; rows of one batch need one k"),
-        ({"vocabulary": 30}, "a 18, b 30 tokens; with top_k they need as many"),
+        ({"vocabulary": 30}, "'a' 18, 'b' 30 tokens; with top_k they need as many"),
     ],
 )
 def test_answers_that_do_not_fit_each_other_are_refused(options, message):
