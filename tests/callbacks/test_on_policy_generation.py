@@ -100,6 +100,7 @@ def test_all_ranks_choose_the_same_windows(tmp_path):
     assert both[0] == both[1]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_chooses_the_same_windows(tmp_path):
     options = {"lmbda": 0.5}
     _, whole = fit(GKD(**models()), steps=20, options=options, more=[Saves(tmp_path)])
@@ -671,6 +672,7 @@ AUDITED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:In this window no completion ended")
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 @pytest.mark.parametrize("name", AUDITED)

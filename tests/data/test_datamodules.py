@@ -134,6 +134,7 @@ def test_chats():
     assert (example.prompt, example.completion) == ("ab", "c")
 
 
+@pytest.mark.slow
 def test_chats_need_not_be_alike_and_each_names_its_line():
     tokenizer = letter_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] ~ m['name'] }}{% endfor %}"

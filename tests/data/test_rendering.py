@@ -64,6 +64,7 @@ def children():
     return {number for path in tasks for number in path.read_text().split()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_it_ends_in_bounded_time_and_memory_and_names_the_row(attack):
     template, message = ATTACKS[attack]
@@ -76,6 +77,7 @@ def test_it_ends_in_bounded_time_and_memory_and_names_the_row(attack):
     assert children() <= others
 
 
+@pytest.mark.slow
 def test_the_chat_that_takes_too_long_is_named_not_the_first():
     template = f"{{% if messages[0]['content'] == 'b' %}}{ENDLESS}{{% endif %}}{PLAIN}"
     chats = [CHAT, [CHAT[0] | {"content": "b"}, CHAT[1]], CHAT]
@@ -83,6 +85,7 @@ def test_the_chat_that_takes_too_long_is_named_not_the_first():
         render_chats(chats, with_template(template), ["file:1", "file:2", "file:3"], SMALL)
 
 
+@pytest.mark.slow
 def test_a_thread_that_is_not_the_main_one_is_no_way_around(monkeypatch):
     said = []
 
@@ -98,6 +101,7 @@ def test_a_thread_that_is_not_the_main_one_is_no_way_around(monkeypatch):
     assert "takes more than 1 seconds" in said[0]
 
 
+@pytest.mark.slow
 def test_chats_of_a_data_module_are_rendered_so(monkeypatch):
     monkeypatch.setattr("lightning_kd.data.rendering.RenderLimits", lambda: SMALL)
     Path("chats.jsonl").write_text(json.dumps({"messages": CHAT}))

@@ -127,6 +127,7 @@ def enumerated(weighted_models, prompt, options):
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("weighted", "options"),
     [

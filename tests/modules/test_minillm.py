@@ -278,6 +278,7 @@ def test_padded_whitening_counts_a_masked_row_and_not_a_dropped_one(truncated):
     np.testing.assert_allclose(batch["advantages"][mask], flat, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_float64_norms")
 @pytest.mark.parametrize("objective", [Paper(), OfficialCode()])
 def test_the_text_term_is_the_mean_over_its_tokens_in_every_cut(objective, text):

@@ -92,6 +92,7 @@ def writing():
     return OnPolicyGeneration(generation=sampling, steps_per_window=2, table_every=0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("on_policy", [False, True])
 def test_the_audit_finds_the_same_gradient_in_its_cuts(on_policy):

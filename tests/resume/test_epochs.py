@@ -507,6 +507,7 @@ def test_a_limit_takes_the_first_micro_batches_of_every_pass():
     assert half == seen
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_run_are_the_sum_over_its_epochs():
     """Also where configure_optimizers asks, and where the run goes on."""
     asked = []
@@ -602,6 +603,7 @@ def saved_at(folder, step, **settings):
     return folder / f"step={step}.ckpt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3, 4, 5, 7])
 def test_another_cut_of_the_same_steps_goes_on_in_the_same_epochs(tmp_path, step):
     path = saved_at(tmp_path, step)

@@ -126,6 +126,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda cls: cls.__name__)
 def test_each_fault_is_detected_with_its_cause(fault):
     with pytest.raises(ValueError, match=FAULTS[fault]) as found:
@@ -156,6 +157,7 @@ def methods():
             yield build(BabyLlama, teacher=two, kl_scale=scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", list(methods()))
 def test_the_gradient_of_every_method_is_the_same_in_every_partitioning(build):
     """In float64, differences are rounding in the norms of a Llama, which compute in float32."""
@@ -287,6 +289,7 @@ def test_two_audited_processes_train_bit_for_bit_as_without_an_audit(two_process
     assert two_processes["trace audited True"][0] != two_processes["trace audited True"][1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["everything", "token mean", "llama", "ours"])
 def test_an_audited_run_is_bit_for_bit_the_same_as_without_an_audit(kind):
     build = {
