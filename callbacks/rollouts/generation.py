@@ -15,11 +15,12 @@ from lightning_kd.generation import (
     Completions,
     Engine,
     GenerationOptions,
+    check_completions,
     generate,
 )
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability, checked_completions
+from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability
 from lightning_kd.tokenization import padding_id
 
 
@@ -62,13 +63,18 @@ def complete(
                 model = stack.enter_context(teacher.model_on(prompts.device))
                 source = partial(source, mixed_with=(model, mixture_alpha))
         else:
-            source = partial(checked_completions, teacher_with("generation", module), **shared)
+            teacher = teacher_with("generation", module)
+            source = partial(teacher.generate, **shared)
         size = rows_at_once or len(samples)
         slices = [slice(start, start + size) for start in range(0, len(samples), size)]
-        parts = [
-            source(module.tokenizer, prompts[part], masks[part], options, seeds=seeds[part])
-            for part in slices
-        ]
+        parts = []
+        for part in slices:
+            given = prompts[part], masks[part], options
+            completions = source(module.tokenizer, *given, seeds=seeds[part])
+            if not on_policy:
+                name, count = f"generate of {type(teacher).__name__}", len(prompts[part])
+                check_completions(name, completions, count, options, shared["width"])
+            parts.append(completions)
     return Completions.join(parts, pad_id)
 
 
@@ -79,14 +85,8 @@ def teacher_with(ability: Ability, module: L.LightningModule) -> Teacher:
         ValueError: If there is no such teacher.
     """
     option = "mixture_alpha above 0" if ability == "mixture" else "off_policy: teacher"
-    teacher = check_ability(
-        getattr(module, "teacher", None),
-        ability,
-        f"{type(module).__name__} with {option}",
-        TEACHERS,
-    )
-    teacher.check_generation(mixture=ability == "mixture")
-    return teacher
+    user = f"{type(module).__name__} with {option}"
+    return check_ability(getattr(module, "teacher", None), ability, user, TEACHERS)
 
 
 def check_teacher(module: L.LightningModule, mixture_alpha: float, generates: bool) -> None:

@@ -2,7 +2,7 @@
 
 from lightning_kd.generation.completions import Completions, completion_mask
 from lightning_kd.generation.decoder import evaluating
-from lightning_kd.generation.engine import Engine, Prompts, check_log_probs
+from lightning_kd.generation.engine import Engine, Prompts, check_completions, check_log_probs
 from lightning_kd.generation.generate import engine_for, generate
 from lightning_kd.generation.options import GenerationOptions, SamplingOptions
 from lightning_kd.generation.rollouts import Truncation, completion_texts, rollout_batch
@@ -18,6 +18,7 @@ __all__ = [
     "SamplingOptions",
     "TransformersEngine",
     "Truncation",
+    "check_completions",
     "check_log_probs",
     "completion_mask",
     "completion_texts",

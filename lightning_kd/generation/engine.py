@@ -109,21 +109,51 @@ def check_log_probs(engine: Engine, method: str) -> None:
         )
 
 
-def check_completions(engine: Engine, prompts: Prompts, completions: Completions) -> None:
-    """Validate an engine's completions.
+def check_completions(
+    source: str,
+    completions: Completions,
+    rows: int,
+    options: GenerationOptions,
+    width: int | None,
+    *,
+    log_probs: bool = False,
+) -> None:
+    """Validate completions that an engine or a teacher has generated.
+
+    Args:
+        source: Name of the engine or teacher, for messages.
+        completions: What it returned.
+        rows: Number of prompts.
+        options: Length and sampling.
+        width: Tokens from here on must not be generated; None for no limit.
+        log_probs: Whether each token must come with its log-probability.
 
     Raises:
-        ValueError: If rows or log-probabilities are missing.
+        ValueError: If rows or log-probabilities are missing, or a completion is too long or has other
+            tokens.
     """
-    name, rows = type(engine).__name__, len(prompts.ids)
     if len(completions.ids) != rows:
         raise ValueError(
-            f"{name} returned {len(completions.ids)} completions for {rows} prompts; it must return "
+            f"{source} returned {len(completions.ids)} completions for {rows} prompts; it must return "
             "one for each, in their order"
         )
-    missing = completions.log_probs is None or completions.sampling_log_probs is None
-    if engine.gives_log_probs and missing:
+    if log_probs and (completions.log_probs is None or completions.sampling_log_probs is None):
         raise ValueError(
-            f"{name} has gives_log_probs: True, but returned completions without log_probs or "
+            f"{source} has gives_log_probs: True, but returned completions without log_probs or "
             "sampling_log_probs; return both, or set it to False"
+        )
+    longest, tokens = int(completions.mask.sum(-1).max()), completions.ids[completions.mask]
+    if longest > options.max_new_tokens:
+        raise ValueError(
+            f"{source} returned a completion of {longest} tokens; max_new_tokens is "
+            f"{options.max_new_tokens}"
+        )
+    if (
+        width is not None
+        and len(tokens)
+        and not 0 <= int(tokens.min()) <= int(tokens.max()) < width
+    ):
+        raise ValueError(
+            f"{source} returned tokens from {int(tokens.min())} to {int(tokens.max())}; they must be "
+            f"from 0 to {width - 1}, those that student and teacher share"
         )

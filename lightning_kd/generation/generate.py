@@ -84,5 +84,12 @@ def generate(
         width=width,
     )
     completions = engine.generate(prompts, options, seeds=seeds, models=models)
-    check_completions(engine, prompts, completions)
+    check_completions(
+        type(engine).__name__,
+        completions,
+        len(prompt_ids),
+        options,
+        width,
+        log_probs=engine.gives_log_probs,
+    )
     return completions

@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.generation import Completions, Engine, GenerationOptions
+from lightning_kd.generation import Completions, Engine, GenerationOptions, check_completions
 from lightning_kd.models import LogitsBackend, StudentSpec
 from lightning_kd.modules.sft import SFT
 from lightning_kd.normalization import Normalization
@@ -17,7 +17,6 @@ from lightning_kd.teachers import (
     LocalTeacher,
     Teacher,
     check_ability,
-    checked_completions,
 )
 
 
@@ -76,7 +75,6 @@ class SequenceKD(SFT):
         super().setup(stage)
         if stage == "predict":
             check_ability(self.teacher, "generation", "SequenceKD's predict", TEACHERS)
-            self.teacher.check_generation(mixture=False)
             device = self.trainer.strategy.root_device
             self.teacher.prepare(
                 self.tokenizer, device, "equal", adapter_of(self.trainer).shard_mesh()
@@ -93,12 +91,9 @@ class SequenceKD(SFT):
         """Complete prompts with the teacher in ``predict``."""
         if not self.trainer.predicting:
             return super().generate(prompt_ids, prompt_mask, options, seeds)
-        return checked_completions(
-            self.teacher,
-            self.tokenizer,
-            prompt_ids,
-            prompt_mask,
-            options,
-            seeds=seeds,
-            engine=self.engine,
+        completions = self.teacher.generate(
+            self.tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=self.engine
         )
+        name, known = f"generate of {type(self.teacher).__name__}", self.teacher.vocabulary_size
+        check_completions(name, completions, len(prompt_ids), options, known)
+        return completions

@@ -5,7 +5,6 @@ from lightning_kd.teachers.contract import (
     Teacher,
     check_ability,
     checked_answer,
-    checked_completions,
     choose_kind,
 )
 from lightning_kd.teachers.ensemble import TeacherEnsemble
@@ -24,6 +23,5 @@ __all__ = [
     "TeacherEnsemble",
     "check_ability",
     "checked_answer",
-    "checked_completions",
     "choose_kind",
 ]

@@ -1,5 +1,6 @@
 """Base of teachers that are made of teachers."""
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,62 +14,63 @@ from lightning_kd.teachers.contract import Ability, Teacher
 
 
 class CompositeTeacher(Teacher):
-    """A teacher made of others; a subclass calls :meth:`name_members` in its constructor."""
+    """A teacher made of others."""
 
-    def name_members(self, named: Mapping[str, Teacher]) -> None:
-        """Take the members.
+    @property
+    @abstractmethod
+    def named_members(self) -> Mapping[str, Teacher]:
+        """Its members, each with its name in messages and in the seeds of random weights."""
 
-        Args:
-            named: Each with the name that messages and the seeds of random weights have for it.
+    def check_members(self) -> None:
+        """Validate the members.
 
         Raises:
             ValueError: If there are none, or one is no teacher.
         """
-        if not named:
+        if not self.named_members:
             raise ValueError(f"{type(self).__name__} needs at least one member; got none")
-        for name, member in named.items():
+        for name, member in self.named_members.items():
             if not isinstance(member, Teacher):
                 raise ValueError(
                     f"member {name} of {type(self).__name__} is a {type(member).__name__}; give a "
                     "teacher, such as LocalTeacher"
                 )
-        self._named = dict(named)
 
     @property
     def shared_answers(self) -> frozenset[Ability]:
         """Kinds of answers that all members give."""
-        return frozenset.intersection(*(member.answers for member in self._named.values()))
+        return frozenset.intersection(*(member.answers for member in self.named_members.values()))
 
     @property
     def described_answers(self) -> str:
         """The answers of each member, for messages."""
         return ", ".join(
             f"{name} ({type(member).__name__}) answers {' and '.join(sorted(member.answers))}"
-            for name, member in self._named.items()
+            for name, member in self.named_members.items()
         )
 
     @property
     def vocabulary_size(self) -> int:
         """The smallest of the members'."""
-        return min(member.vocabulary_size for member in self._named.values())
+        return min(member.vocabulary_size for member in self.named_members.values())
 
     @property
     def model_specs(self) -> Sequence[ModelSpec]:
         """Specs of all members' models."""
-        return [spec for member in self._named.values() for spec in member.model_specs]
+        return [spec for member in self.named_members.values() for spec in member.model_specs]
 
     @property
     def local_models(self) -> Mapping[str, PreTrainedModel]:
         """Models of all members, by their roles."""
         models: dict[str, PreTrainedModel] = {}
-        for member in self._named.values():
+        for member in self.named_members.values():
             models |= member.local_models
         return models
 
     @property
     def answers_collectively(self) -> bool:
         """Whether a member does."""
-        return any(member.answers_collectively for member in self._named.values())
+        return any(member.answers_collectively for member in self.named_members.values())
 
     def prepare(
         self,
@@ -79,7 +81,7 @@ class CompositeTeacher(Teacher):
         role: str = "teacher",
     ) -> None:
         """Prepare every member, under a role of its own."""
-        for name, member in self._named.items():
+        for name, member in self.named_members.items():
             member.prepare(tokenizer, device, policy, mesh, f"{role} {name}")
 
     def check_vocabularies(self, kind: AnswerKind) -> None:
@@ -88,7 +90,7 @@ class CompositeTeacher(Teacher):
         Raises:
             ValueError: If they are unequal.
         """
-        sizes = {name: member.vocabulary_size for name, member in self._named.items()}
+        sizes = {name: member.vocabulary_size for name, member in self.named_members.items()}
         if len(set(sizes.values())) > 1:
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise ValueError(

@@ -115,11 +115,8 @@ class Teacher(Resumable, ABC):
         """Whether :meth:`answer` must be called on all processes at once, as with sharded weights."""
         return False
 
-    def check_generation(self, *, mixture: bool) -> None:
+    def check_generation(self) -> None:
         """Validate, before the first step, that completions can be generated from here.
-
-        Args:
-            mixture: Whether a mixture with the student is sampled from.
 
         Raises:
             ValueError: If an option rules it out. That :attr:`answers` lists the ability is known.
@@ -151,7 +148,7 @@ class Teacher(Resumable, ABC):
         Returns:
             One completion for each prompt, in their order, on their device.
         """
-        raise self._lacks("generation")
+        raise NotImplementedError
 
     def model_on(self, device: torch.device) -> AbstractContextManager[PreTrainedModel]:
         r"""Return a context that yields the model to mix into the student's distribution.
@@ -162,10 +159,11 @@ class Teacher(Resumable, ABC):
         Args:
             device: Of the student; the model is there while the context is open.
         """
-        raise self._lacks("mixture")
+        raise NotImplementedError
 
-    def _lacks(self, ability: Ability) -> NotImplementedError:
-        return NotImplementedError(f"{type(self).__name__} does not have the ability {ability!r}")
+
+_WRITTEN_FOR: Mapping[Ability, str] = {"generation": "generate", "mixture": "model_on"}
+"""The method that a teacher writes for an ability."""
 
 
 def choose_kind(
@@ -215,46 +213,6 @@ def checked_answer(
     return answer
 
 
-def checked_completions(
-    teacher: Teacher,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt_ids: Tensor,
-    prompt_mask: Tensor,
-    options: GenerationOptions,
-    *,
-    seeds: Sequence[int],
-    engine: Engine | None = None,
-    width: int | None = None,
-) -> Completions:
-    """Return a teacher's completions; the arguments are those of :meth:`Teacher.generate`.
-
-    Raises:
-        ValueError: If there is not one for each prompt, or one has too many tokens or unknown ones.
-    """
-    completions = teacher.generate(
-        tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=engine, width=width
-    )
-    name, rows = type(teacher).__name__, len(completions.ids)
-    if rows != len(prompt_ids):
-        raise ValueError(
-            f"generate of {name} returned {rows} completions for {len(prompt_ids)} prompts; it must "
-            "return one for each, in their order"
-        )
-    longest, tokens = int(completions.mask.sum(-1).max()), completions.ids[completions.mask]
-    if longest > options.max_new_tokens:
-        raise ValueError(
-            f"generate of {name} returned a completion of {longest} tokens; max_new_tokens is "
-            f"{options.max_new_tokens}"
-        )
-    known = len(tokenizer) if width is None else width
-    if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
-        raise ValueError(
-            f"generate of {name} returned token {int(tokens.max())}; tokens must be from 0 to "
-            f"{known - 1}, those that student and teacher share"
-        )
-    return completions
-
-
 def check_ability(
     teacher: object, ability: Ability, user: str, others: Sequence[type[Teacher]] = ()
 ) -> Teacher:
@@ -267,9 +225,16 @@ def check_ability(
         others: Classes of teachers; the message names those that have it.
 
     Raises:
-        ValueError: If it has not.
+        ValueError: If it has not, or lists it without the method for it.
     """
     if isinstance(teacher, Teacher) and ability in teacher.answers:
+        method = _WRITTEN_FOR[ability]
+        if getattr(type(teacher), method) is getattr(Teacher, method):
+            raise ValueError(
+                f"{type(teacher).__name__} lists {ability!r} in answers and has no {method}; write it, "
+                "or list what the teacher can do"
+            )
+        teacher.check_generation()
         return teacher
     came = "none" if teacher is None else type(teacher).__name__
     able = " or ".join(other.__name__ for other in others if ability in other.answers)

@@ -1,6 +1,6 @@
 """Several teachers, averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from math import isfinite, log
@@ -68,7 +68,8 @@ class TeacherEnsemble(CompositeTeacher):
     ) -> None:
         if combine not in get_args(Averaging):
             raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
-        self.name_members({str(number): member for number, member in enumerate(members)})
+        self.members = members
+        self.check_members()
         averaged: set[Ability] = {"full_distribution"}
         if combine == "probabilities":
             averaged.add("token_log_probs")
@@ -86,9 +87,13 @@ class TeacherEnsemble(CompositeTeacher):
             )
         if not all(isfinite(w) and w >= 0 for w in weights) or sum(weights) == 0:
             raise ValueError(f"weights must be 0 or more and not all 0; got {weights}")
-        self.members = members
         self.combine: Averaging = combine
         self.weights = [w / sum(weights) for w in weights]
+
+    @property
+    def named_members(self) -> Mapping[str, Teacher]:
+        """The members, each with its number."""
+        return {str(number): member for number, member in enumerate(self.members)}
 
     @torch.no_grad()
     def answer(

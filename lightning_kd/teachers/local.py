@@ -117,13 +117,6 @@ class LocalTeacher(ModelSpec, Teacher):
     ) -> None:
         """Load, check, freeze and place the model; a second call only places it.
 
-        Args:
-            tokenizer: The data's.
-            device: Of the student, on this process.
-            policy: What happens to a wider vocabulary.
-            mesh: The processes that share weights; None if none do.
-            role: Name in messages, and of the seed of weights that start at random.
-
         Raises:
             ValueError: If the model cannot be loaded, does not fit the tokenizer, or cannot be placed.
         """
@@ -168,7 +161,7 @@ class LocalTeacher(ModelSpec, Teacher):
             logits = logits_backend.read(self.model, moved, scored).detached_to(here)
         return FullDistribution((logits,))
 
-    def check_generation(self, *, mixture: bool) -> None:
+    def check_generation(self) -> None:
         """Refuse a device of its own.
 
         Raises:

@@ -48,7 +48,8 @@ class RoutedTeacher(CompositeTeacher):
     def __init__(
         self, members: dict[str, LocalTeacher | Teacher], *, column: str = "teacher"
     ) -> None:
-        self.name_members({repr(name): member for name, member in members.items()})
+        self.members, self.column = members, column
+        self.check_members()
         self.answers = self.shared_answers & RoutedTeacher.answers
         if not self.answers:
             raise ValueError(
@@ -59,7 +60,11 @@ class RoutedTeacher(CompositeTeacher):
                 "placement: sharded needs all processes for every member, but each process asks the "
                 "teachers of its own rows; use replicated or offloaded"
             )
-        self.members, self.column = members, column
+
+    @property
+    def named_members(self) -> Mapping[str, Teacher]:
+        """The members, each with its value of the column."""
+        return {repr(name): member for name, member in self.members.items()}
 
     @torch.no_grad()
     def answer(

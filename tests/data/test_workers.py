@@ -150,16 +150,21 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_outlive_signals_to_all_processes_and_end_with_the_main_one():
-    """The main process needs their batches to finish its step; one of them hangs when it is killed."""
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", RUN],
+def in_a_session(code):
+    """Run a script that may signal its whole process group."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
         start_new_session=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=100,
     )
+
+
+def test_workers_outlive_signals_to_all_processes_and_end_with_the_main_one():
+    """The main process needs their batches to finish its step; one of them hangs when it is killed."""
+    run = in_a_session(RUN)
     workers = {int(line) for line in run.stdout.split()}
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert len(run.stdout.split()) == 4
@@ -194,12 +199,5 @@ assert len(asked) == 5, asked
 
 
 def test_workers_outlive_signals_to_all_processes_while_they_start():
-    run = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", STARTING],
-        start_new_session=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
+    run = in_a_session(STARTING)
     assert run.returncode == 0, run.stderr

@@ -257,7 +257,7 @@ def test_predict_of_sequence_kd_writes_what_a_teacher_elsewhere_completes(tmp_pa
     [
         ([[4, 1]], slice(1, None), "of Wrong returned 3 completions for 4 prompts; it must"),
         ([[4, 5, 4, 5, 4, 5, 1]], slice(None), "a completion of 7 tokens; max_new_tokens is 6"),
-        ([[4, 99, 1]], slice(None), "returned token 99; tokens must be from 0 to 17"),
+        ([[4, 99, 1]], slice(None), "returned tokens from 1 to 99; they must be from 0 to 17"),
     ],
     ids=["too few", "too long", "unknown"],
 )
@@ -386,3 +386,15 @@ def test_sequence_kd_needs_a_teacher_that_generates():
     module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
     with pytest.raises(ValueError, match=r"SequenceKD's predict needs .*'generation', got Tells"):
         trainer().predict(module, datamodule=Letters(batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [({"lmbda": 0.0, "off_policy": "teacher"}, "generate"), ({"mixture_alpha": 0.2}, "model_on")],
+)
+def test_an_ability_without_its_method_is_refused_before_the_first_step(options, method):
+    class Promises(TellsOneToken):
+        answers = frozenset({"full_distribution", "generation", "mixture"})
+
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Promises(tiny_llama(1)))
+    refused(module, f"Promises lists .* in answers and has no {method}", [writing(**options)])
