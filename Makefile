@@ -26,10 +26,11 @@ deepspeed: $(VENV)-deepspeed/installed  ## Add an environment with DeepSpeed, fo
 demo: install  ## Train teachers on arithmetic, distill them, print a table and draw the curves
 	$(BIN)/lightning-kd demo
 
+# Two processes of one thread each: the models are so small that a second thread only waits. A file's tests
+# stay together, so that what they share is made once.
 test: check  ## Check style and types, then run all tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-# Two processes of one thread each: the models are so small that a second thread only waits.
 test-quick: install  ## Run the tests that start no process and take no seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not (processes or command_line or slow)"
 
