@@ -25,6 +25,13 @@ def weighted(weight: Tensor | float, value: Tensor) -> Tensor:
     return weight * value if weight != 0 else torch.zeros_like(value)
 
 
+def expectation(weights: Tensor, log_probs: Tensor) -> Tensor:
+    """``sum exp(weights) log_probs`` over the last axis, where 0 times minus infinity is 0."""
+    probabilities = weights.exp()
+    # Masked before the product, whose gradient is NaN as well.
+    return (probabilities * log_probs.masked_fill(probabilities == 0, 0.0)).sum(-1)
+
+
 def kl_terms(log_probs: Tensor, log_ratio: Tensor) -> Tensor:
     r"""The summands :math:`a_v \log (a_v / b_v)` of a KL divergence, shape ``(..., V)``.
 

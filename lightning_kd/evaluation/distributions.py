@@ -15,11 +15,13 @@ from lightning_kd.fused import (
     Entropy,
     FullDistribution,
     LogRatio,
+    SampledTokens,
     TeacherAnswer,
     TeacherEntropy,
     TokenLogProbs,
     TokenTerm,
     Top1Agreement,
+    TopKAndToken,
 )
 
 
@@ -39,6 +41,8 @@ class DistributionMetrics(Metric):
     lower bounds that grow with k, so their names keep them from being compared with the others.
     From log-probabilities of single tokens there is ``label_log_ratio``, the mean of
     :math:`\log q(y) - \log p(y)` at the labels: how much less likely the text is to the teacher.
+    From tokens drawn at random there are ``sampled_forward_kl``, an unbiased estimate of the forward
+    KL, and the teacher's entropy, which comes with them.
 
     Example:
         >>> from lightning_kd.fused import DistributionRows, LogitsChunk, MaterializedLogits
@@ -60,6 +64,13 @@ class DistributionMetrics(Metric):
     teacher_names: ClassVar[dict[AnswerKind, tuple[str, ...]]] = {
         "full_distribution": ("forward_kl", "reverse_kl", "top1_agreement", "teacher_entropy"),
         "top_k": ("top_k_forward_kl", "top_k_reverse_kl", "top1_agreement"),
+        "top_k_and_token": (
+            "top_k_forward_kl",
+            "top_k_reverse_kl",
+            "top1_agreement",
+            "label_log_ratio",
+        ),
+        "sampled": ("sampled_forward_kl", "teacher_entropy"),
         "token_log_probs": ("label_log_ratio",),
     }
     """Metrics of each kind of answer, in the order of :meth:`token_terms`."""
@@ -87,9 +98,13 @@ class DistributionMetrics(Metric):
             return of_student
         if isinstance(teacher, TokenLogProbs):
             return [*of_student, LogRatio(targets, teacher.values)]
+        if isinstance(teacher, SampledTokens):
+            return [*of_student, DivergenceTerm(ForwardKL()), TeacherEntropy()]
         both = [DivergenceTerm(ForwardKL()), DivergenceTerm(ReverseKL()), Top1Agreement()]
         if isinstance(teacher, FullDistribution):
             return [*of_student, *both, TeacherEntropy()]
+        if isinstance(teacher, TopKAndToken):
+            return [*of_student, *both, LogRatio(targets, teacher.label_log_probs)]
         return [*of_student, *both]
 
     def update(self, values: Tensor, targets: Tensor, kind: AnswerKind | None = None) -> None:

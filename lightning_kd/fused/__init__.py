@@ -5,7 +5,6 @@ from lightning_kd.fused.answers import (
     FullDistribution,
     TeacherAnswer,
     TokenLogProbs,
-    TopK,
 )
 from lightning_kd.fused.autograd import evaluate_no_grad, per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
@@ -17,10 +16,12 @@ from lightning_kd.fused.lazy_logits import (
     RoutedLogits,
 )
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
+from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
+from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
+from lightning_kd.fused.student_rows import StudentRows
 from lightning_kd.fused.teacher_rows import (
     DistributionRows,
     TeacherRows,
-    TopKRows,
     single_model_log_probs,
 )
 from lightning_kd.fused.token_terms import (
@@ -55,7 +56,10 @@ __all__ = [
     "LogitsChunk",
     "MaterializedLogits",
     "RoutedLogits",
+    "SampledRows",
+    "SampledTokens",
     "StudentMassBeyond",
+    "StudentRows",
     "TeacherAnswer",
     "TeacherCrossEntropy",
     "TeacherEntropy",
@@ -67,6 +71,7 @@ __all__ = [
     "TokenTerm",
     "Top1Agreement",
     "TopK",
+    "TopKAndToken",
     "TopKRows",
     "WeightedSum",
     "ZeroTerm",

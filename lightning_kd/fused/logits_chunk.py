@@ -5,6 +5,10 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from lightning_kd.divergences import Divergence
+from lightning_kd.divergences.log_space import expectation
+from lightning_kd.fused.sparse_rows import SampledRows
+from lightning_kd.fused.student_rows import StudentRows
 from lightning_kd.fused.teacher_rows import DistributionRows, TeacherRows
 
 
@@ -21,17 +25,16 @@ class LogitsChunk:
         self, rows: slice, student_logits: Tensor, teacher: TeacherRows | None = None
     ) -> None:
         self.rows = rows
-        self.student_logits = student_logits
-        self._teacher = teacher
-        self._student: dict[float, Tensor] = {}
-        self._events: dict[float, Tensor] = {}
+        self._student, self._teacher = StudentRows(student_logits), teacher
+
+    @property
+    def student_logits(self) -> Tensor:
+        """The student's logits, ``(n, V)``."""
+        return self._student.logits
 
     def student(self, temperature: float = 1.0) -> Tensor:
         """The student's log-probabilities, ``(n, V)``."""
-        if temperature not in self._student:
-            logits = self.student_logits if temperature == 1 else self.student_logits / temperature
-            self._student[temperature] = logits.log_softmax(-1)
-        return self._student[temperature]
+        return self._student.log_probs(temperature)
 
     def teacher(self, temperature: float = 1.0) -> Tensor:
         """The teacher's log-probabilities of all tokens, ``(n, V)``, without a gradient.
@@ -56,27 +59,57 @@ class LogitsChunk:
 
         Returns:
             Those of the student and of the teacher, ``(n, E)`` each.
-        """
-        student = self._student_events(student_temperature)
-        return student, self._answer.log_probs(teacher_temperature).to(student.dtype)
 
-    def to_logits(self, gradient: Tensor, student_temperature: float = 1.0) -> Tensor:
-        """Take a gradient in the logits of :meth:`events` to the tempered ones of all tokens."""
-        student = self.student(student_temperature)
-        return self._answer.to_logits(gradient, student, self._student_events(student_temperature))
+        Raises:
+            ValueError: If the answer is no distribution.
+        """
+        return self._answer.events(self._student, student_temperature, teacher_temperature)
+
+    def divergence(
+        self,
+        divergence: Divergence,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+    ) -> Tensor:
+        """Return a divergence from the teacher over the events of its answer, ``(n,)``.
+
+        From tokens drawn at random it is the unbiased estimate of the forward KL.
+
+        Raises:
+            ValueError: If the answer does not tell the divergence.
+        """
+        return self._answer.divergence(
+            divergence, self._student, student_temperature, teacher_temperature
+        )
+
+    def divergence_and_gradient(
+        self,
+        divergence: Divergence,
+        student_temperature: float = 1.0,
+        teacher_temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the same, and its gradient in the student's logits: ``(n,), (n, V)``."""
+        return self._answer.divergence_and_gradient(
+            divergence, self._student, student_temperature, teacher_temperature
+        )
 
     def teacher_top_tokens(self) -> Tensor:
         """The teacher's most likely token at each row, ``(n,)``."""
         return self._answer.top_tokens()
 
+    def teacher_entropy(self) -> Tensor:
+        """The entropy of the teacher's distribution, ``(n,)``.
+
+        Raises:
+            ValueError: If the answer does not tell it.
+        """
+        if isinstance(self._teacher, SampledRows):
+            return self._teacher.entropies
+        return -expectation(self.teacher(), self.teacher())
+
     def on(self, student_logits: Tensor) -> "LogitsChunk":
         """Return the chunk with other logits of the student."""
         return LogitsChunk(self.rows, student_logits, self._teacher)
-
-    def _student_events(self, temperature: float) -> Tensor:
-        if temperature not in self._events:
-            self._events[temperature] = self._answer.events_of(self.student(temperature))
-        return self._events[temperature]
 
     @property
     def _answer(self) -> TeacherRows:

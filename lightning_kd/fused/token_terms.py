@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.divergences import Divergence
-from lightning_kd.divergences.log_space import weighted
+from lightning_kd.divergences.log_space import expectation, weighted
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 
 
@@ -16,7 +16,8 @@ class DivergenceTerm(TokenTerm):
 
     There is no factor :math:`\tau^2`. Where the teacher names k tokens and a tail, it is the
     divergence of the distributions over these k + 1 events: a lower bound of every f-divergence over
-    all tokens, which it equals where k is all of them or all but one.
+    all tokens, which it equals where k is all of them or all but one. From tokens drawn at random it
+    is an unbiased estimate of the forward KL, the only one they tell.
 
     Args:
         divergence: Any divergence.
@@ -39,17 +40,13 @@ class DivergenceTerm(TokenTerm):
 
     def values(self, chunk: LogitsChunk) -> Tensor:
         """The divergence."""
-        return self.divergence(*chunk.events(self.student_temperature, self.teacher_temperature))
+        return chunk.divergence(self.divergence, self.student_temperature, self.teacher_temperature)
 
     def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
         """The divergence and its closed form, where it has one."""
-        values, gradient = self.divergence.value_and_logit_gradient(
-            *chunk.events(self.student_temperature, self.teacher_temperature)
+        return chunk.divergence_and_gradient(
+            self.divergence, self.student_temperature, self.teacher_temperature
         )
-        gradient = chunk.to_logits(gradient, self.student_temperature)
-        if self.student_temperature != 1:
-            gradient = gradient / self.student_temperature
-        return values, gradient
 
 
 class TokenLoss(TokenTerm):
@@ -128,7 +125,7 @@ class TeacherCrossEntropy(TokenTerm):
 
     def values(self, chunk: LogitsChunk) -> Tensor:
         """The sum over the vocabulary."""
-        return -_expectation(chunk.teacher(), chunk.student())
+        return -expectation(chunk.teacher(), chunk.student())
 
     def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
         """The sum, and ``q - p``."""
@@ -180,7 +177,7 @@ class Entropy(TokenTerm):
 
     def values(self, chunk: LogitsChunk) -> Tensor:
         """The sum over the vocabulary."""
-        return -_expectation(chunk.student(), chunk.student())
+        return -expectation(chunk.student(), chunk.student())
 
 
 class TeacherEntropy(TokenTerm):
@@ -189,8 +186,8 @@ class TeacherEntropy(TokenTerm):
     needs_teacher = True
 
     def values(self, chunk: LogitsChunk) -> Tensor:
-        """The sum over the vocabulary."""
-        return -_expectation(chunk.teacher(), chunk.teacher())
+        """The sum over the vocabulary, or what the answer says it is."""
+        return chunk.teacher_entropy()
 
 
 class TeacherTokenLogProb(TokenTerm):
@@ -256,10 +253,3 @@ def _tokens_in(tokens: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
 
 def _at(factor: float | Tensor, rows: slice) -> float | Tensor:
     return factor[rows] if isinstance(factor, Tensor) else factor
-
-
-def _expectation(weights: Tensor, log_probs: Tensor) -> Tensor:
-    """``sum exp(weights) log_probs``, where 0 times minus infinity is 0."""
-    probabilities = weights.exp()
-    # Masked before the product, whose gradient is NaN as well.
-    return (probabilities * log_probs.masked_fill(probabilities == 0, 0.0)).sum(-1)

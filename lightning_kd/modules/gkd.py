@@ -46,7 +46,7 @@ class GKD(TeacherModule):
     """
 
     terms = ("divergence",)
-    needs = ("full_distribution", "top_k")
+    needs = ("full_distribution", "top_k", "top_k_and_token", "sampled")
 
     def __init__(
         self,
@@ -84,6 +84,11 @@ class GKD(TeacherModule):
     def teacher_temperatures(self) -> Mapping[str, float]:
         """Temperature of the teacher in the divergence."""
         return {"teacher_temperature": self.teacher_temperature}
+
+    @property
+    def teacher_divergences(self) -> Mapping[str, Divergence]:
+        """The divergence."""
+        return {"divergence": self.divergence}
 
     def on_fit_start(self) -> None:
         """Warn if the student generates nothing."""

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from lightning_kd.divergences import ReverseKL
+from lightning_kd.divergences import ForwardKL, ReverseKL
 from lightning_kd.fused import (
     AnswerKind,
     DivergenceTerm,
     LogRatio,
+    SampledTokens,
     TeacherAnswer,
     TokenLogProbs,
     TokenTerm,
@@ -15,6 +16,8 @@ from lightning_kd.fused import (
 REVERSE_KL_NAMES: dict[AnswerKind, str] = {
     "full_distribution": "reverse_kl",
     "top_k": "top_k_reverse_kl",
+    "top_k_and_token": "top_k_reverse_kl",
+    "sampled": "sampled_forward_kl",
     "token_log_probs": "label_log_ratio",
 }
 """Name of :func:`reverse_kl_term` in logs, for each kind of the teacher's answers."""
@@ -27,10 +30,11 @@ def reverse_kl_term(
 
     From k tokens and a tail it is the reverse KL over these events, a lower bound; from the
     log-probabilities of the targets their log-ratio, whose mean over the student's own samples is
-    the reverse KL.
+    the reverse KL. Drawn tokens tell nothing of it: from them it is an estimate of the forward KL.
     """
     if isinstance(answer, TokenLogProbs):
         return LogRatio(targets, answer.values, temperature=temperature)
+    divergence = ForwardKL() if isinstance(answer, SampledTokens) else ReverseKL()
     return DivergenceTerm(
-        ReverseKL(), student_temperature=temperature, teacher_temperature=temperature
+        divergence, student_temperature=temperature, teacher_temperature=temperature
     )

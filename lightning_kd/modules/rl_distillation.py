@@ -73,7 +73,7 @@ class RLDistillation(PolicyGradientModule):
     """
 
     terms = ("policy_gradient", "divergence")
-    needs = ("full_distribution", "top_k")
+    needs = ("full_distribution", "top_k", "top_k_and_token")
     learns_from_its_start = True  # from rewards; a teacher that is the start keeps it near there
 
     def __init__(

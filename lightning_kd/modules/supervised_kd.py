@@ -45,7 +45,7 @@ class SupervisedKD(TeacherModule):
     """
 
     terms = ("cross_entropy", "divergence")
-    needs = ("full_distribution", "top_k")
+    needs = ("full_distribution", "top_k", "top_k_and_token", "sampled")
 
     def __init__(
         self,
@@ -89,6 +89,11 @@ class SupervisedKD(TeacherModule):
     def teacher_temperatures(self) -> Mapping[str, float]:
         """Temperature of the teacher in the divergence."""
         return {"temperature": self.temperature}
+
+    @property
+    def teacher_divergences(self) -> Mapping[str, Divergence]:
+        """The divergence."""
+        return {"divergence": self.divergence}
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Return cross-entropy with the label and divergence from the teacher, at each label."""

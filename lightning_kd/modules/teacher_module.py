@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.batch import Batch
+from lightning_kd.divergences import Divergence
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
     AnswerKind,
@@ -28,13 +29,20 @@ from lightning_kd.models import (
     shared_vocabulary,
     vocabulary_size,
 )
+from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
-from lightning_kd.teachers import TEACHERS, LocalTeacher, Teacher, checked_answer, choose_kind
+from lightning_kd.teachers import (
+    TEACHERS,
+    LocalTeacher,
+    Teacher,
+    checked_answer,
+    choose_kind,
+)
 
 _LARGE_MASS = 0.01
 """A probability beyond the shared vocabulary that padding does not have."""
@@ -105,6 +113,11 @@ class TeacherModule(DistillationModule):
         """Temperatures of the teacher, by the name of their option."""
         return {}
 
+    @property
+    def teacher_divergences(self) -> Mapping[str, Divergence]:
+        """Divergences from the teacher, by the name of their option."""
+        return {}
+
     def setup(self, stage: str) -> None:
         """Load the teacher, if it is needed.
 
@@ -115,7 +128,8 @@ class TeacherModule(DistillationModule):
         if stage == "fit":
             self._check_teacher()
         if stage != "predict":
-            self._check_temperatures()
+            check_temperatures(self.teacher, self.answer_kind, self.teacher_temperatures)
+            check_divergences(self.teacher, self.answer_kind, self.teacher_divergences)
             self._has_teacher = True
             self.teacher.prepare(
                 self.tokenizer,
@@ -143,19 +157,6 @@ class TeacherModule(DistillationModule):
                 "teacher, and nothing pulls it anywhere else. Give another teacher, or a copy of the "
                 "directory if that is what you want"
             )
-
-    def _check_temperatures(self) -> None:
-        """Refuse a temperature that the teacher's answers do not allow."""
-        if self.answer_kind == "full_distribution":
-            return
-        for name, value in self.teacher_temperatures.items():
-            if value != 1:
-                raise ValueError(
-                    f"model.{name} is {value}, but {type(self.teacher).__name__} answers "
-                    f"{self.answer_kind}, which holds at temperature 1 alone: another one needs the "
-                    f"probability of every token. Set model.{name}: 1, or take a teacher that "
-                    "answers full_distribution"
-                )
 
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""

@@ -6,6 +6,7 @@ from lightning_kd.teachers.contract import (
     check_ability,
     checked_answer,
     choose_kind,
+    temperatures_of,
 )
 from lightning_kd.teachers.ensemble import TeacherEnsemble
 from lightning_kd.teachers.local import LocalTeacher
@@ -24,4 +25,5 @@ __all__ = [
     "check_ability",
     "checked_answer",
     "choose_kind",
+    "temperatures_of",
 ]

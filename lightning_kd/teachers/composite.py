@@ -42,6 +42,13 @@ class CompositeTeacher(Teacher):
         return frozenset.intersection(*(member.answers for member in self.named_members.values()))
 
     @property
+    def shared_temperatures(self) -> frozenset[float] | None:
+        """Temperatures that all members declare; None for any."""
+        declared = [m.temperatures for m in self.named_members.values()]
+        known = [temperatures for temperatures in declared if temperatures is not None]
+        return frozenset.intersection(*known) if known else None
+
+    @property
     def described_answers(self) -> str:
         """The answers of each member, for messages."""
         return ", ".join(

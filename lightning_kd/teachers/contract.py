@@ -50,6 +50,12 @@ class Teacher(Resumable, ABC):
     answers: frozenset[Ability]
     """Kinds of answers that it can give, and ``generation`` and ``mixture`` if it can do these."""
 
+    temperatures: frozenset[float] | None = frozenset({1.0})
+    """Temperatures at which it tells the tail of ``top_k`` and ``top_k_and_token``; None for any.
+
+    ``full_distribution`` holds at any temperature, all other kinds at 1 alone.
+    """
+
     @property
     @abstractmethod
     def vocabulary_size(self) -> int:
@@ -74,7 +80,8 @@ class Teacher(Resumable, ABC):
 
         Returns:
             An answer of this kind on the device of the batch: a
-            :class:`~lightning_kd.fused.FullDistribution`, :class:`~lightning_kd.fused.TopK` or
+            :class:`~lightning_kd.fused.FullDistribution`, :class:`~lightning_kd.fused.TopK`,
+            :class:`~lightning_kd.fused.TopKAndToken`, :class:`~lightning_kd.fused.SampledTokens` or
             :class:`~lightning_kd.fused.TokenLogProbs`, at each position in the order of
             ``positions``.
         """
@@ -164,6 +171,23 @@ class Teacher(Resumable, ABC):
 
 _WRITTEN_FOR: Mapping[Ability, str] = {"generation": "generate", "mixture": "model_on"}
 """The method that a teacher writes for an ability."""
+
+
+def temperatures_of(teacher: Teacher, kind: AnswerKind) -> frozenset[float] | None:
+    """Return the temperatures at which a kind of a teacher's answers holds; None for any.
+
+    Example:
+        >>> class Softened(Teacher):
+        ...     answers = frozenset({"top_k", "sampled"})
+        ...     temperatures = frozenset({1.0, 2.0})
+        ...     vocabulary_size = 18
+        ...     def answer(self, batch, positions, *, kind, logits_backend): ...
+        >>> sorted(temperatures_of(Softened(), "top_k")), sorted(temperatures_of(Softened(), "sampled"))
+        ([1.0, 2.0], [1.0])
+    """
+    if kind == "full_distribution":
+        return None
+    return teacher.temperatures if kind in ("top_k", "top_k_and_token") else frozenset({1.0})
 
 
 def choose_kind(

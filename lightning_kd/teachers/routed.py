@@ -1,8 +1,8 @@
 """Several teachers, each for its own rows."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass, field, fields
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from lightning_kd.fused import (
     DistributionRows,
     FullDistribution,
     RoutedLogits,
+    SampledTokens,
     TeacherAnswer,
-    TokenLogProbs,
     TopK,
     single_model_log_probs,
 )
@@ -28,7 +28,8 @@ from lightning_kd.teachers.local import LocalTeacher
 class RoutedTeacher(CompositeTeacher):
     """Several teachers; a column of the data selects one of them for each row.
 
-    It answers what all members can. Members that answer ``top_k`` need one k.
+    It answers what all members can, at the temperatures that all of them declare. Members that answer
+    ``top_k`` or ``sampled`` need to name equally many tokens.
 
     Args:
         members: A teacher for each value of the column.
@@ -43,7 +44,7 @@ class RoutedTeacher(CompositeTeacher):
         data set). https://thinkingmachines.ai/blog/on-policy-distillation/
     """
 
-    answers: frozenset[Ability] = frozenset({"full_distribution", "top_k", "token_log_probs"})
+    answers: frozenset[Ability] = frozenset(get_args(AnswerKind))
 
     def __init__(
         self, members: dict[str, LocalTeacher | Teacher], *, column: str = "teacher"
@@ -51,6 +52,7 @@ class RoutedTeacher(CompositeTeacher):
         self.members, self.column = members, column
         self.check_members()
         self.answers = self.shared_answers & RoutedTeacher.answers
+        self.temperatures = self.shared_temperatures
         if not self.answers:
             raise ValueError(
                 f"the members of a routed teacher need an answer in common; {self.described_answers}"
@@ -97,18 +99,13 @@ class RoutedTeacher(CompositeTeacher):
                 [a for a in answers if isinstance(a, FullDistribution)], routes
             )
         self.check_vocabularies(kind)
-        if kind == "token_log_probs":
-            values = [a.values for a in answers if isinstance(a, TokenLogProbs)]
-            return TokenLogProbs(_in_order(values, routes))
-        top = [a for a in answers if isinstance(a, TopK)]
-        sizes = sorted({a.token_ids.shape[1] for a in top})
-        if len(sizes) > 1:
+        named = {_named_tokens(answer) for answer in answers}
+        if len(named) > 1:
             raise ValueError(
-                f"the members of the routed teacher answer k = {', '.join(map(str, sizes))} tokens; "
-                "rows of one batch need one k"
+                f"the members of the routed teacher answer k = {', '.join(map(str, sorted(named)))} "
+                "tokens; rows of one batch need one k"
             )
-        ids, log_probs = [a.token_ids for a in top], [a.log_probs for a in top]
-        return TopK(_in_order(ids, routes), _in_order(log_probs, routes))
+        return _merged(answers, routes)
 
     def _distribution(
         self, answers: Sequence[FullDistribution], routes: Tensor
@@ -188,6 +185,25 @@ def rows_of(batch: Batch, chosen: Tensor) -> Batch:
 
     parts = {name: value for name, value in batch.items() if name != "text"}
     return cast(Batch, {name: select(value) for name, value in parts.items()})  # type: ignore[arg-type]
+
+
+def _named_tokens(answer: TeacherAnswer) -> int:
+    """The tokens that an answer names at a position."""
+    return answer.token_ids.shape[1] if isinstance(answer, TopK | SampledTokens) else 1
+
+
+def _merged(answers: Sequence[Any], routes: Tensor) -> TeacherAnswer:
+    """Put answers about each member's positions where these are among all positions."""
+    columns: dict[str, Any] = {}
+    for column in fields(answers[0]):
+        parts = [getattr(answer, column.name) for answer in answers]
+        if isinstance(parts[0], Tensor):
+            columns[column.name] = _in_order(parts, routes)
+        else:  # the tails, by temperature
+            shared = set.intersection(*(set(part) for part in parts))
+            columns[column.name] = {t: _in_order([p[t] for p in parts], routes) for t in shared}
+    merged: TeacherAnswer = type(answers[0])(**columns)
+    return merged
 
 
 def _in_order(parts: Sequence[Tensor], routes: Tensor) -> Tensor:

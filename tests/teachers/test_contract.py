@@ -292,10 +292,13 @@ def refused(module, message, callbacks=()):
 @pytest.mark.parametrize(
     ("method", "needs"),
     [
-        (GKD, "full_distribution or top_k"),
-        (SupervisedKD, "full_distribution or top_k"),
+        (GKD, "full_distribution or top_k or top_k_and_token or sampled"),
+        (SupervisedKD, "full_distribution or top_k or top_k_and_token or sampled"),
         (MiniLLM, "full_distribution"),
-        (lambda **k: RLDistillation(rewards=[exact_match], **k), "full_distribution or top_k"),
+        (
+            lambda **k: RLDistillation(rewards=[exact_match], **k),
+            "full_distribution or top_k or top_k_and_token",
+        ),
     ],
 )
 def test_a_method_that_needs_more_than_single_tokens(method, needs):

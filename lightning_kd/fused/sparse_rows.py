@@ -1,0 +1,185 @@
+"""A teacher's answer in a chunk that names some tokens at each row."""
+
+from collections.abc import Mapping
+from math import log
+
+import torch
+from torch import Tensor
+
+from lightning_kd.divergences import Divergence, ForwardKL
+from lightning_kd.fused.student_rows import StudentRows
+from lightning_kd.fused.teacher_rows import TeacherRows
+
+
+class TopKRows(TeacherRows):
+    r"""The teacher's k tokens are events, and all others together are one more.
+
+    With :math:`S` the k tokens, the student's logits of the events may be taken to be :math:`z_v` for
+    :math:`v \in S` and :math:`\log \sum_{v \notin S} e^{z_v}` for the rest, so that a gradient
+    :math:`g` in them is :math:`g_v` at a token of :math:`S` and
+    :math:`g_{rest}\, q_v / \sum_{u \notin S} q_u` at any other.
+
+    Args:
+        token_ids: ``(n, k)``, different in each row.
+        log_probs: Of these tokens at temperature 1, ``(n, k)``.
+        tails: Log-probability of all others together, ``(n,)``, at each temperature at which it is
+            known; None where k is the whole vocabulary.
+    """
+
+    def __init__(
+        self, token_ids: Tensor, log_probs: Tensor, tails: Mapping[float, Tensor] | None
+    ) -> None:
+        self._ids, self._known, self._tails = token_ids, log_probs, tails
+        self._log_probs: dict[float, Tensor] = {}
+
+    def log_probs(self, temperature: float = 1.0) -> Tensor:
+        """The log-probabilities of the events, ``(n, k + 1)``; ``(n, k)`` without a tail.
+
+        Raises:
+            ValueError: If the tail is not known at the temperature.
+        """
+        if temperature not in self._log_probs:
+            self._log_probs[temperature] = self._tempered(temperature)
+        return self._log_probs[temperature]
+
+    def _tempered(self, temperature: float) -> Tensor:
+        events = self._known.double().div(temperature).log_softmax(-1)
+        if self._tails is not None:
+            if temperature not in self._tails:
+                raise ValueError(
+                    f"the teacher's temperature is {temperature}, but it answers k tokens and a "
+                    "tail, which cannot be tempered without the tail's own tokens; use one at which "
+                    f"it tells the tail: {', '.join(map(str, sorted(self._tails)))}"
+                )
+            dtype = self._known.dtype
+            tail = self._tails[temperature].double()[:, None]
+            # All is finite, also where a side has nothing that the dtype can hold.
+            tail = tail.clamp_min(log(torch.finfo(dtype).tiny))
+            left = (-tail.expm1()).clamp_min(torch.finfo(dtype).eps)
+            events = torch.cat([events + left.log(), tail], -1).log_softmax(-1)
+        return events if self._known.dtype == torch.float64 else events.float()
+
+    def events(
+        self, student: StudentRows, student_temperature: float, teacher_temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Return the log-probabilities of the k tokens and of the rest."""
+        if student_temperature not in student.events:
+            log_probs = student.log_probs(student_temperature)
+            student.events[student_temperature] = self._events_of(log_probs)
+        own = student.events[student_temperature]
+        return own, self.log_probs(teacher_temperature).to(own.dtype)
+
+    def _events_of(self, log_probs: Tensor) -> Tensor:
+        known = log_probs.gather(-1, self._ids)
+        if self._tails is None:
+            return known
+        rest = log_probs.scatter(-1, self._ids, -torch.inf).logsumexp(-1, keepdim=True)
+        return torch.cat([known, rest], -1)
+
+    def divergence_and_gradient(
+        self,
+        divergence: Divergence,
+        student: StudentRows,
+        student_temperature: float,
+        teacher_temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the divergence and its gradient, shared by the tokens of the rest."""
+        events = self.events(student, student_temperature, teacher_temperature)
+        values, gradient = divergence.value_and_logit_gradient(*events)
+        gradient = gradient / student_temperature
+        log_probs = student.log_probs(student_temperature)
+        k = self._ids.shape[1]
+        if self._tails is None:
+            return values, torch.zeros_like(log_probs).scatter_(-1, self._ids, gradient)
+        # Of a rest that has no probability at all, no token has a share.
+        total = events[0][:, k:].clamp_min(torch.finfo(log_probs.dtype).min)
+        shares = (log_probs - total).exp_().mul_(gradient[:, k:])
+        return values, shares.scatter_(-1, self._ids, gradient[:, :k])
+
+    def top_tokens(self) -> Tensor:
+        """The most likely of the k tokens."""
+        best = self._known.argmax(-1, keepdim=True)
+        return self._ids.gather(-1, best)[:, 0]
+
+
+class SampledRows(TeacherRows):
+    """Tokens drawn from the teacher's distribution, for the forward KL alone.
+
+    Args:
+        token_ids: ``(n, m)``.
+        weights: ``(n, m)``.
+        entropies: Of the whole distribution, ``(n,)``.
+    """
+
+    def __init__(self, token_ids: Tensor, weights: Tensor, entropies: Tensor) -> None:
+        self._ids, self._weights, self.entropies = token_ids, weights, entropies
+
+    entropies: Tensor
+    """Of the teacher's distribution, ``(n,)``."""
+
+    def events(
+        self, student: StudentRows, student_temperature: float, teacher_temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Refuse: tokens drawn at random are no distribution."""
+        raise ValueError(
+            "the teacher answers tokens drawn from its distribution (sampled), from which the forward "
+            "KL can be estimated and no other divergence; use forward_kl, or a teacher that answers "
+            "full_distribution or top_k"
+        )
+
+    def divergence(
+        self,
+        divergence: Divergence,
+        student: StudentRows,
+        student_temperature: float,
+        teacher_temperature: float,
+    ) -> Tensor:
+        """Return the estimate of the forward KL.
+
+        Raises:
+            ValueError: If the divergence is another one, or the temperature is not 1.
+        """
+        self._check(divergence, teacher_temperature)
+        log_probs = student.log_probs(student_temperature)
+        weights = self._weights.to(log_probs.dtype)
+        # Masked before the product: 0 times an infinite value is NaN.
+        known = log_probs.gather(-1, self._ids).masked_fill(weights == 0, 0.0)
+        return -(weights * known).sum(-1) - self.entropies.to(log_probs.dtype)
+
+    def divergence_and_gradient(
+        self,
+        divergence: Divergence,
+        student: StudentRows,
+        student_temperature: float,
+        teacher_temperature: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the estimate of the forward KL and its gradient."""
+        values = self.divergence(divergence, student, student_temperature, teacher_temperature)
+        log_probs = student.log_probs(student_temperature)
+        weights = self._weights.to(log_probs.dtype)
+        gradient = log_probs.exp().mul_(weights.sum(-1, keepdim=True))
+        gradient.scatter_add_(-1, self._ids, -weights)
+        return values, gradient.div_(student_temperature)
+
+    def top_tokens(self) -> Tensor:
+        """Refuse: the most likely token may not be among the drawn ones.
+
+        Raises:
+            ValueError: Always.
+        """
+        raise ValueError(
+            "the teacher answers tokens drawn from its distribution (sampled), which do not tell the "
+            "most likely one"
+        )
+
+    def _check(self, divergence: Divergence, teacher_temperature: float) -> None:
+        if not isinstance(divergence, ForwardKL):
+            raise ValueError(
+                f"{divergence!r} cannot be estimated from tokens drawn from the teacher's "
+                "distribution (sampled); the forward KL can: use forward_kl"
+            )
+        if teacher_temperature != 1:
+            raise ValueError(
+                f"the teacher's temperature is {teacher_temperature}, but its tokens are drawn at "
+                "temperature 1; use 1"
+            )

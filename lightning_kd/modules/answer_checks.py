@@ -1,0 +1,59 @@
+"""Whether a teacher's answers tell what a method computes from them."""
+
+from collections.abc import Mapping
+
+from lightning_kd.divergences import Divergence, ForwardKL
+from lightning_kd.fused import AnswerKind
+from lightning_kd.teachers import Teacher, temperatures_of
+
+
+def check_temperatures(
+    teacher: Teacher, kind: AnswerKind, temperatures: Mapping[str, float]
+) -> None:
+    """Refuse a temperature at which the teacher's answers are not known.
+
+    Args:
+        teacher: The teacher.
+        kind: Of its answers in this run.
+        temperatures: Of the teacher, by the name of their option.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    known = temperatures_of(teacher, kind)
+    if known is None:
+        return
+    declared = [f"{temperature:g}" for temperature in sorted(known)]
+    for name, value in temperatures.items():
+        if value not in known:
+            raise ValueError(
+                f"model.{name} is {value}, but {type(teacher).__name__} answers {kind}, which holds "
+                f"at temperature {', '.join(declared)} alone: another one needs the probability of "
+                f"every token. Set model.{name}: {' or '.join(declared)}, or take a teacher that "
+                "answers full_distribution"
+            )
+
+
+def check_divergences(
+    teacher: Teacher, kind: AnswerKind, divergences: Mapping[str, Divergence]
+) -> None:
+    """Refuse a divergence that cannot be estimated from drawn tokens.
+
+    Args:
+        teacher: The teacher.
+        kind: Of its answers in this run.
+        divergences: From the teacher, by the name of their option.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if kind != "sampled":
+        return
+    for name, divergence in divergences.items():
+        if not isinstance(divergence, ForwardKL):
+            raise ValueError(
+                f"model.{name} is {divergence!r}, but {type(teacher).__name__} answers sampled: "
+                "tokens drawn from its distribution, from which the forward KL can be estimated and "
+                f"no other divergence. Set model.{name}: forward_kl, or take a teacher that answers "
+                "full_distribution or top_k"
+            )
