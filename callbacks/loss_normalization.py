@@ -172,7 +172,7 @@ class LossNormalizationDiagnostics(Callback):
         means = losses / lengths.clamp(min=1)
         terms = module.micro_batch_loss.terms
         with_own = [term for term in terms.values() if term.has_own_normalization]
-        own = [weighted(term.coefficient * term.count_ratio, term.sum) for term in with_own]
+        own = [weighted(term.coefficient * term.count_ratio, term.sums()[0]) for term in with_own]
         of_terms = [
             value
             for name in module.terms

@@ -8,15 +8,17 @@ from typing import Any, Literal, get_args
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_kd.batch import Batch, Rollout, require_prompts
-from lightning_kd.callbacks.output_paths import check_output
+from lightning_kd.batch import Batch, Rollout, copy_of, require_prompts
 from lightning_kd.callbacks.rollouts.checkpoints import gather_ranks, select_rank
 from lightning_kd.callbacks.rollouts.checks import (
+    check_cut,
     check_groups,
     check_lengths,
     check_method,
     check_sampling,
+    check_shares,
     data_of,
     loader_of,
 )
@@ -26,7 +28,7 @@ from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
 from lightning_kd.data import RolloutPlan, Window
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
-from lightning_kd.generation.rollouts import Truncation, rollout_batch
+from lightning_kd.generation.rollouts import Truncation, rollout_batches
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.resuming import Resumable
@@ -115,10 +117,7 @@ class OnPolicyGeneration(Resumable, Callback):
         ):
             if value not in choices:
                 raise ValueError(f"unknown {name} {value!r}; choose one of {choices}")
-        if not isinstance(lmbda, Schedule) and not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda is {lmbda}; it is a share of windows, in [0, 1]")
-        if not 0 <= mixture_alpha < 1:
-            raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
+        check_shares(lmbda, mixture_alpha)
         if steps_per_window < 1 or (rows_at_once is not None and rows_at_once < 1):
             raise ValueError(
                 f"steps_per_window is {steps_per_window} and rows_at_once {rows_at_once}; they "
@@ -155,6 +154,9 @@ class OnPolicyGeneration(Resumable, Callback):
         Raises:
             ValueError: If the data takes none, or has one from another callback.
         """
+        # A run that ended inside a window leaves it behind; the next one has its own.
+        self._window, self._rollouts, self._empty.consecutive = None, [], 0
+        self.records.forget_run()
         if stage == "fit":
             micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
             plan = replace(self.plan, micro_batches=micro_batches)
@@ -172,8 +174,7 @@ class OnPolicyGeneration(Resumable, Callback):
                 f"{type(pl_module).__name__}; derive it from DistillationModule"
             )
         check_method(pl_module, self.engine)
-        if self.records.path is not None:
-            check_output(trainer, self.records.path, "on_policy.path")
+        self.records.check(trainer)
         if self.unshard and not is_fsdp2_sharded(pl_module.student):
             raise ValueError(
                 "unshard: true gathers shards of FSDP2, and this strategy has none; leave it out, "
@@ -186,12 +187,9 @@ class OnPolicyGeneration(Resumable, Callback):
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate that groups fill a window.
-
-        Raises:
-            ValueError: If they do not, or the loader has no windows.
-        """
+        """Validate that groups fill a window, and that a restored one is cut as this run's are."""
         check_groups(loader_of(trainer))
+        check_cut(trainer, self._rollouts)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
@@ -211,7 +209,7 @@ class OnPolicyGeneration(Resumable, Callback):
             if self._on_policy or self.off_policy == "teacher":
                 self._generate_window(trainer, pl_module, window)
         if self._rollouts:
-            batch.update(self._rollouts[place])
+            batch.update(copy_of(self._rollouts[place]))
             pl_module.count_rollouts(batch, self._rollouts, place)
 
     def on_train_batch_end(
@@ -235,13 +233,13 @@ class OnPolicyGeneration(Resumable, Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save an unfinished window: later weights would generate another one."""
-        if self._window is not None:
+        saved: dict[str, Any] = {"empty_windows": self._empty.consecutive}
+        # A callback in front of this one may save when the window has ended and is still here.
+        if self._window is not None and not loader_of(trainer).ends_window:
             own = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
-            checkpoint[_CHECKPOINT_KEY] = {
-                "window": self._window,
-                "on_policy": self._on_policy,
-                "ranks": gather_ranks(own),
-            }
+            unfinished = {"window": self._window, "on_policy": self._on_policy}
+            saved |= unfinished | {"ranks": gather_ranks(own)}
+        checkpoint[_CHECKPOINT_KEY] = saved
 
     def on_load_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -251,8 +249,12 @@ class OnPolicyGeneration(Resumable, Callback):
         Raises:
             ValueError: If it was generated for another number of processes.
         """
-        saved = checkpoint.get(_CHECKPOINT_KEY)
-        if saved is not None:
+        if trainer.state.fn is not TrainerFn.FITTING:
+            return
+        self.records.resumed = True
+        saved = checkpoint.get(_CHECKPOINT_KEY, {"empty_windows": 0})
+        self._empty.consecutive = saved["empty_windows"]
+        if "window" in saved:
             own = select_rank(trainer, saved["ranks"], self.steps_per_window * self.plan.passes)
             self._window, self._on_policy = saved["window"], saved["on_policy"]
             self._rollouts = own["rollouts"]
@@ -262,8 +264,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self, trainer: L.Trainer, module: DistillationModule, window: Window
     ) -> None:
         """Generate a window's completions, and let the module prepare them."""
-        of_data = [require_prompts(batch) for batch in window]
-        batches = [trainer.strategy.batch_to_device(batch) for batch in of_data]
+        batches = [trainer.strategy.batch_to_device(require_prompts(batch)) for batch in window]
         models = list(module.models.values())
         context = trainer.precision_plugin.train_step_context()
         sharded = [model for model in models if self.unshard and is_fsdp2_sharded(model)]
@@ -281,18 +282,13 @@ class OnPolicyGeneration(Resumable, Callback):
                 rows_at_once=self.rows_at_once,
             )
             self.statistics.add(generated, time.perf_counter() - started)
-            pad_id, start = padding_id(module.tokenizer), 0
-            for batch in batches:
-                end = start + len(batch["row"])
-                rollout = rollout_batch(
-                    batch,
-                    generated.rows(slice(start, end)),
-                    pad_id=pad_id,
-                    group_size=self.plan.group_size,
-                    truncation=self.truncated,
-                )
-                self._rollouts.append(rollout)
-                start = end
+            self._rollouts = rollout_batches(
+                batches,
+                generated,
+                pad_id=padding_id(module.tokenizer),
+                group_size=self.plan.group_size,
+                truncation=self.truncated,
+            )
             if self._on_policy:
                 module.prepare_rollouts(self._rollouts, self.generation)
         self._empty.add(module, self._rollouts, self.generation.max_new_tokens)

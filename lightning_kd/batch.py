@@ -14,8 +14,9 @@ A *scored position* is one whose logits enter the loss. ``labels`` are unshifted
 ``t`` are scored when ``labels[:, t + 1]`` is a token and not :data:`IGNORE_INDEX`.
 """
 
-from typing import Any, NotRequired, TypedDict, TypeGuard, cast
+from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 IGNORE_INDEX = -100
@@ -40,6 +41,9 @@ class Batch(TypedDict):
     """In training, number of the row's sample in the run's stream, ``(B,)``."""
     extra: NotRequired[dict[str, list[Any]]]
     """Further columns of the data, one value per row each."""
+
+
+_Batch = TypeVar("_Batch", bound=Batch)
 
 
 class PromptBatch(Batch):
@@ -76,6 +80,11 @@ class PairedBatch(Batch):
 
     text: Batch
     """The micro-batch of plain text, with as many rows."""
+
+
+def copy_of(batch: _Batch) -> _Batch:
+    """Return a batch that may be changed, with tensors of its own."""
+    return cast(_Batch, apply_to_collection(batch, Tensor, Tensor.clone))
 
 
 def has_prompts(batch: Batch) -> TypeGuard[PromptBatch]:

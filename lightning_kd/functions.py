@@ -30,7 +30,9 @@ def is_nameless(value: Any) -> bool:
 def import_name(value: Any) -> str:
     """Return the name that an import finds a function or class by."""
     named = value if hasattr(value, "__qualname__") else type(value)
-    return f"{named.__module__}.{named.__qualname__}"
+    # A method of a C class, such as torch.Tensor.exp, knows its class alone.
+    home = named if hasattr(named, "__module__") else named.__objclass__
+    return f"{home.__module__}.{named.__qualname__}"
 
 
 class FunctionDescription:

@@ -143,6 +143,27 @@ def divisor(count: Tensor) -> Tensor:
     return torch.where(count > 0, count, torch.ones_like(count))
 
 
+def check_counts(what: str, counts: Tensor, sums: Tensor) -> None:
+    """Validate the counts of an optimizer step, over all ranks.
+
+    Args:
+        what: What is divided, for the message.
+        counts: ``(k,)``.
+        sums: What each divides; 0 where nothing is scored.
+
+    Raises:
+        ValueError: If one is not positive where there is something to divide.
+
+    Example:
+        >>> check_counts("the loss", torch.tensor([2.0, 0.0]), torch.tensor([1.0, 0.0]))
+    """
+    if not ((counts > 0) | ((counts == 0) & (sums == 0))).all():
+        raise ValueError(
+            f"the normalization of {what} has the count {counts.tolist()} for sums of {sums.tolist()}; "
+            "it must be positive, and 0 only where nothing is scored"
+        )
+
+
 def constant_ratio(first: Normalization, second: Normalization) -> float | None:
     """Return the ratio of two counts, where it is the same for all rows; None where it depends on them.
 

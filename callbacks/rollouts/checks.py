@@ -1,14 +1,17 @@
 """Validation that module, data and options are compatible with generated completions."""
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import lightning as L
 
+from lightning_kd.batch import Rollout
 from lightning_kd.data import PairedLoader, RolloutPlan, TrainingLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
+from lightning_kd.schedules import Schedule
 
 
 @runtime_checkable
@@ -48,6 +51,18 @@ def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
             f"{type(loader).__name__}; derive yours from DistillationData"
         )
     return loader
+
+
+def check_shares(lmbda: float | Schedule, mixture_alpha: float) -> None:
+    """Validate the share of on-policy windows and that of the teacher in a mixture.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+    if not isinstance(lmbda, Schedule) and not 0 <= lmbda <= 1:
+        raise ValueError(f"lmbda is {lmbda}; it is a share of windows, in [0, 1]")
+    if not 0 <= mixture_alpha < 1:
+        raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
 
 
 def check_method(module: DistillationModule, engine: Engine) -> None:
@@ -104,11 +119,16 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
         from_data: Whether some windows are trained on with the completions of the data.
 
     Raises:
-        ValueError: If rows are longer than the positions.
+        ValueError: If rows are longer than the positions, or the data has no completions.
     """
     row, prompt = longest_rows(module.trainer).get("train", (0, 0))
     what = "prompts and on_policy.generation.max_new_tokens"
     check_length(module.models, prompt + max_new_tokens, what)
+    if from_data and row == prompt > 0:
+        raise ValueError(
+            "lmbda below 1 with off_policy: dataset trains on the data's completions, and the data has "
+            "prompts alone; set lmbda: 1 or off_policy: teacher, or give completions"
+        )
     if from_data:
         check_length(module.models, row, "train rows")
 
@@ -124,4 +144,29 @@ def check_groups(loader: TrainingLoader | PairedLoader) -> None:
         raise ValueError(
             f"a window has {rows} rows over all processes and micro-batches, which group_size "
             f"{loader.plan.group_size} does not divide; change batch_size or steps_per_window"
+        )
+
+
+def check_cut(trainer: L.Trainer, rollouts: Sequence[Rollout]) -> None:
+    """Validate that a window from a checkpoint is cut into the micro-batches of this run.
+
+    Args:
+        trainer: The trainer, with its loader.
+        rollouts: This rank's micro-batches of the window; none if no window was unfinished.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not rollouts:
+        return
+    loader = loader_of(trainer)
+    saved = len(rollouts), len(rollouts[0]["row"]) * trainer.world_size
+    own = loader.plan.micro_batches, loader.samples_per_micro_batch
+    if saved != own:
+        raise ValueError(
+            f"the checkpoint is from the middle of a window of {saved[0]} micro-batches of {saved[1]} "
+            f"rows, and this run cuts windows into {own[0]} of {own[1]}: resume with the same "
+            "data.batch_size and trainer.accumulate_grad_batches, or from a checkpoint at the end of a "
+            "window (every_n_train_steps a multiple of "
+            f"{loader.plan.window // trainer.accumulate_grad_batches})"
         )

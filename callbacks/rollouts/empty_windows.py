@@ -15,7 +15,10 @@ _MAX_EMPTY = 3
 
 
 class EmptyWindows:
-    """Counter of consecutive windows in which no completion ended, if only those are trained on.
+    """Counter of consecutive windows that leave nothing to train on.
+
+    That is so where no completion ended and only those that did are trained on, or where all
+    completions are empty.
 
     Args:
         truncation: Treatment of completions without an EOS.
@@ -23,7 +26,8 @@ class EmptyWindows:
 
     def __init__(self, truncation: Truncation) -> None:
         self.truncation = truncation
-        self._consecutive = 0
+        self.consecutive = 0
+        """Number of empty windows that have come one after the other."""
 
     def add(self, module: DistillationModule, rollouts: Sequence[Rollout], longest: int) -> None:
         """Count a window; all ranks call this together.
@@ -36,20 +40,24 @@ class EmptyWindows:
         Raises:
             ValueError: If there have been too many consecutive empty windows.
         """
-        if self.truncation == "keep":
-            return
         positions = [ScoredPositions.from_labels(batch["labels"]) for batch in rollouts]
         scored = sum(each.tokens_per_row.sum() for each in positions)
         everywhere = module.sum_over_ranks(torch.as_tensor(scored, device=module.device).double())
-        self._consecutive = 0 if everywhere > 0 else self._consecutive + 1
-        reason = (
-            f"no completion ended within max_new_tokens {longest}, and truncated: {self.truncation} "
-            "trains on nothing else"
-        )
-        if self._consecutive >= _MAX_EMPTY:
-            raise ValueError(
-                f"in {_MAX_EMPTY} consecutive windows {reason}, so the student does not learn. Raise "
-                "max_new_tokens, set truncated: keep, or start from a student that generates EOS"
+        self.consecutive = 0 if everywhere > 0 else self.consecutive + 1
+        if self.truncation == "keep":
+            reason, remedy = "every completion was empty", "Look at the engine and its EOS"
+        else:
+            reason = (
+                f"no completion ended within max_new_tokens {longest}, and truncated: "
+                f"{self.truncation} trains on nothing else"
             )
-        if self._consecutive == 1:
+            remedy = (
+                "Raise max_new_tokens, set truncated: keep, or start from a student that generates "
+                "EOS"
+            )
+        if self.consecutive >= _MAX_EMPTY:
+            raise ValueError(
+                f"in {_MAX_EMPTY} consecutive windows {reason}, so the student does not learn. {remedy}"
+            )
+        if self.consecutive == 1:
             rank_zero_warn(f"In this window {reason}: 0 tokens were scored")

@@ -73,7 +73,15 @@ def complete(
             completions = source(module.tokenizer, *given, seeds=seeds[part])
             if not on_policy:
                 name, count = f"generate of {type(teacher).__name__}", len(prompts[part])
-                check_completions(name, completions, count, options, shared["width"])
+                completions = check_completions(
+                    name,
+                    completions,
+                    count,
+                    options,
+                    eos_ids={module.tokenizer.eos_token_id},
+                    other_ends=True,
+                    width=shared["width"],
+                )
             parts.append(completions)
     return Completions.join(parts, pad_id)
 

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.batch import Rollout
 from lightning_kd.callbacks.completion_samples import markdown_table
+from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.callbacks.rollouts.statistics import passes_multiple
 from lightning_kd.collectives import gather_objects
 from lightning_kd.data.generated import (
@@ -38,7 +39,26 @@ class RolloutRecords:
         if table_rows < 1:
             raise ValueError(f"table_rows is {table_rows}; it must be 1 or more")
         self.table_every, self.table_rows, self.path = table_every, table_rows, path
-        self._opened = False
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """Begin a run, which opens the file anew."""
+        self._opened, self.resumed = False, False
+
+    def check(self, trainer: L.Trainer) -> None:
+        """Validate that the file can be written without losing another.
+
+        Raises:
+            ValueError: If this run reads it, or it has the completions of a run that does not go on.
+        """
+        if self.path is None:
+            return
+        check_output(trainer, self.path, "on_policy.path")
+        if not self.resumed and self.path.exists() and self.path.stat().st_size > 0:
+            raise ValueError(
+                f"on_policy.path is {str(self.path)!r}, which exists, and this run goes on from no "
+                "checkpoint: choose another file, or remove it"
+            )
 
     def write(
         self,
@@ -64,15 +84,31 @@ class RolloutRecords:
                 file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in everyone)
 
     def _open(self, window: int) -> None:
-        """Create the file, or remove the windows of an earlier run that this run generates again."""
+        """Create the file, or remove the windows of an earlier run that this run generates again.
+
+        Raises:
+            ValueError: If a line is no record.
+        """
         assert self.path is not None  # write() checks
         self._opened = True
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["window"] < window]
-        self.path.write_text("".join(kept), encoding="utf-8")
+        lines = self.path.read_text(encoding="utf-8").split("\n")
+        lines.pop()  # what stands behind the last line's end: of a run that was killed, half a line
+        kept = []
+        for number, line in enumerate(lines, 1):
+            try:
+                if json.loads(line)["window"] < window:
+                    kept.append(line + "\n")
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"line {number} of {self.path} is no record of a completion with its window; give "
+                    "on_policy.path another file, or remove the line"
+                ) from error
+        fresh = self.path.with_name(f".{self.path.name}.fresh")
+        fresh.write_text("".join(kept), encoding="utf-8")
+        fresh.replace(self.path)  # at once: what was written before outlives a kill
 
     def log_table(self, trainer: L.Trainer, module: TeacherModule, batch: Rollout) -> None:
         """Log a table of the first rows with the reverse KL of every token, if it is due."""

@@ -1,6 +1,7 @@
 """Base of data modules: the tokenizer and the loaders."""
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning as L
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
 from lightning_kd.data.plan import RolloutPlan
+from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.loops import prepare_trainer
 from lightning_kd.resuming import Resumable
@@ -155,7 +157,8 @@ class DistillationData(Resumable, L.LightningDataModule):
         if self._rollout_plan is not None:
             raise ValueError(
                 f"{self._planned_by} and {given_by} would both generate the completions of this run; "
-                "give trainer.callbacks only one of them"
+                "give trainer.callbacks only one of them. If there is only one, the other was of an "
+                f"earlier run: call super().setup(stage) in the setup of {type(self).__name__}"
             )
         self._rollout_plan, self._planned_by = plan, given_by
 
@@ -163,6 +166,16 @@ class DistillationData(Resumable, L.LightningDataModule):
         """Tokens of the longest row and of the longest prompt of each split, where they are known."""
         known = {split: getattr(rows, "max_lengths", None) for split, rows in self._rows.items()}
         return {split: longest for split, longest in known.items() if longest is not None}
+
+    def column(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield the values of a further column of all rows that were read, each with its place.
+
+        Raises:
+            ValueError: If rows that may have further columns do not have it.
+        """
+        for rows in self._rows.values():
+            if isinstance(rows, EncodedRows):
+                yield from rows.column(name)
 
     def train_dataloader(self) -> TrainingLoader:
         """The training rows, an epoch at a time."""

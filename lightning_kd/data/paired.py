@@ -172,6 +172,10 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         """
         self.prompts.follow_plan(plan, given_by=given_by)
 
+    def column(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield the values of a further column of the prompts, each with its place."""
+        yield from self.prompts.column(name)
+
     def longest(self) -> dict[str, tuple[int, int]]:
         """Tokens of the longest row and of the longest prompt of each split, and of the text."""
         text = self.text.longest().get("train")

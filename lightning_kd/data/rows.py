@@ -2,7 +2,7 @@
 
 import logging
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import datasets
@@ -91,6 +91,19 @@ class EncodedRows:
     def __len__(self) -> int:
         """Rows that were kept."""
         return len(self._tokenized)
+
+    def column(self, name: str) -> Iterator[tuple[str, Any]]:
+        """Yield the values of a further column, each with its place in the files.
+
+        Raises:
+            ValueError: If there is no such column.
+        """
+        if name not in self._extra:
+            raise ValueError(
+                f"the rows have no column {name!r}; name it in data.extra_columns (there are "
+                f"{sorted(self._extra)})"
+            )
+        yield from zip(self._tokenized["where"], self._tokenized[f"extra:{name}"], strict=True)
 
     def example(self, row: int, pass_: int) -> Example:
         """The same tokens in every pass."""

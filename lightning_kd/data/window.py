@@ -3,14 +3,14 @@
 from collections.abc import Iterator, Sequence
 from typing import overload
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, copy_of
 
 
 class Window(Sequence[Batch]):
     """The micro-batches of a window on this rank: each is collated once, at its first use.
 
-    Each access returns a dictionary of its own, so that a callback that changes the batch it is given
-    changes neither the window nor the next pass over it. Tensors are shared.
+    Each access returns a copy, so that a callback that changes the batch it is given changes neither
+    the window nor the next pass over it.
 
     Args:
         number: Number of the window in the run.
@@ -45,4 +45,4 @@ class Window(Sequence[Batch]):
         place = range(self._size)[place]
         while len(self._ready) <= place:
             self._ready.append(next(self._prepared))
-        return self._ready[place].copy()
+        return copy_of(self._ready[place])

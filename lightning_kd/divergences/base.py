@@ -58,7 +58,7 @@ class Divergence(Resumable, ABC):
             Divergence in nats, shape ``(...)``, float32 or wider.
 
         Raises:
-            ValueError: If the shapes differ.
+            ValueError: If the shapes differ, or :meth:`value` does not return one number a position.
         """
         if student_log_probs.shape != teacher_log_probs.shape:
             raise ValueError(
@@ -66,7 +66,18 @@ class Divergence(Resumable, ABC):
                 f"{tuple(teacher_log_probs.shape)}: a divergence needs the same positions and the "
                 "same vocabulary on both sides"
             )
-        return self.value(_wide(student_log_probs), _wide(teacher_log_probs.detach()))
+        return self._checked_value(_wide(student_log_probs), _wide(teacher_log_probs.detach()))
+
+    def _checked_value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
+        value = self.value(student_log_probs, teacher_log_probs)
+        if not isinstance(value, Tensor) or value.shape != student_log_probs.shape[:-1]:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(
+                f"{type(self).__name__}.value has returned {came} for log-probabilities of shape "
+                f"{tuple(student_log_probs.shape)}; return one number for each position: sum over the "
+                "last axis alone"
+            )
+        return value
 
     @abstractmethod
     def value(self, student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:
@@ -83,7 +94,12 @@ class Divergence(Resumable, ABC):
         """
         with torch.enable_grad():
             leaf = _wide(student_log_probs).detach().requires_grad_()
-            value = self.value(leaf, _wide(teacher_log_probs.detach()))
+            value = self._checked_value(leaf, _wide(teacher_log_probs.detach()))
+            if not value.requires_grad:
+                raise ValueError(
+                    f"{type(self).__name__}.value does not depend on student_log_probs, so nothing "
+                    "could be learned from it; compute it from them, and do not detach them"
+                )
             (slope,) = torch.autograd.grad(value.sum(), leaf)
         return value.detach(), softmax_gradient(slope, leaf.detach())
 

@@ -118,10 +118,14 @@ class DistributionMetrics(Metric):
         labeled = targets != IGNORE_INDEX
         of_teacher = () if kind is None else self.teacher_names[kind]
         sums = values[:, labeled].sum(-1, dtype=torch.float64)
-        for name, added in zip((*self.student_names, *of_teacher), sums, strict=True):
-            place = self.names.index(name)
-            self.sums[place] += added
-            self.counts[place] += labeled.sum()
+        names = (*self.student_names, *of_teacher)
+        places = torch.tensor([self.names.index(name) for name in names], device=sums.device)
+        # Out of place: an evaluation leaves tensors of inference mode, which a fit cannot change; and
+        # bf16-true has made the zeros bfloat16, which cannot count beyond 256.
+        self.sums = self.sums.double().index_add(0, places, sums)
+        self.counts = self.counts.double().index_add(
+            0, places, labeled.sum().expand_as(places).double()
+        )
 
     def update_dropped(
         self, of_student: Tensor | None, of_teacher: Tensor | None, targets: Tensor
@@ -136,16 +140,20 @@ class DistributionMetrics(Metric):
         labeled = targets != IGNORE_INDEX
         for side, mass in enumerate((of_student, of_teacher)):
             if mass is not None:
-                self.dropped[side] += mass[labeled].sum(dtype=torch.float64)
-                self.dropped_tokens[side] += labeled.sum()
+                place = torch.tensor([side], device=mass.device)
+                total = mass[labeled].sum(dtype=torch.float64)
+                self.dropped = self.dropped.double().index_add(0, place, total[None])
+                tokens = labeled.sum()[None].double()
+                self.dropped_tokens = self.dropped_tokens.double().index_add(0, place, tokens)
 
     def compute(self) -> dict[str, Tensor]:
-        """The means, by name."""
-        means = dict(zip(self.names, (self.sums / self.counts.clamp(min=1)).unbind(), strict=True))
-        result = {"perplexity": means.pop("cross_entropy").exp()}
-        for name, count in zip(self.names, self.counts, strict=True):
-            if name == "student_entropy" or (name in means and count > 0):
-                result[name] = means[name]
+        """The means, by name, of what was measured anywhere."""
+        result: dict[str, Tensor] = {}
+        for name, total, count in zip(self.names, self.sums, self.counts, strict=True):
+            if count > 0 and name == "cross_entropy":
+                result["perplexity"] = (total / count).exp()
+            elif count > 0:
+                result[name] = total / count
         for side, name in enumerate(self.dropped_names):
             if self.dropped_tokens[side] > 0:
                 result[name] = self.dropped[side] / self.dropped_tokens[side]

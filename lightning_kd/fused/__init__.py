@@ -5,6 +5,7 @@ from lightning_kd.fused.answers import (
     FullDistribution,
     TeacherAnswer,
     TokenLogProbs,
+    are_log_probs,
 )
 from lightning_kd.fused.autograd import evaluate_no_grad, per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
@@ -13,6 +14,7 @@ from lightning_kd.fused.lazy_logits import (
     LazyHeadLogits,
     LazyLogits,
     MaterializedLogits,
+    PaddedLogits,
     RoutedLogits,
 )
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
@@ -55,6 +57,7 @@ __all__ = [
     "LogRatio",
     "LogitsChunk",
     "MaterializedLogits",
+    "PaddedLogits",
     "RoutedLogits",
     "SampledRows",
     "SampledTokens",
@@ -75,6 +78,7 @@ __all__ = [
     "TopKRows",
     "WeightedSum",
     "ZeroTerm",
+    "are_log_probs",
     "evaluate_no_grad",
     "fused_linear_divergence",
     "per_token",

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from lightning_kd.fused.lazy_logits import LazyLogits
+from lightning_kd.fused.lazy_logits import LazyLogits, PaddedLogits
 from lightning_kd.fused.teacher_rows import (
     Combine,
     DistributionRows,
@@ -35,6 +35,10 @@ class TeacherAnswer(ABC):
 
     def narrowed(self, width: int) -> "TeacherAnswer":
         """Return the answer over the first ``width`` tokens of the vocabulary."""
+        return self
+
+    def mixture(self) -> "TeacherAnswer":
+        """Return the mixture of several teachers' distributions, whatever average of them this is."""
         return self
 
     @abstractmethod
@@ -81,13 +85,36 @@ class FullDistribution(TeacherAnswer):
         """The first ``width`` tokens, renormalized."""
         return replace(self, logits=tuple(source.narrowed(width) for source in self.logits))
 
+    def mixture(self) -> "FullDistribution":
+        """The distribution itself."""
+        return self
+
+    def padded(self, width: int) -> "FullDistribution":
+        """The same distribution over more tokens, which have probability 0."""
+        wide = (s if s.shape[1] == width else PaddedLogits(s, width) for s in self.logits)
+        return replace(self, logits=tuple(wide))
+
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
         """Return the distribution over all tokens."""
         return DistributionRows(logits, self.combine)
 
     def check(self, positions: int, width: int) -> None:
-        """Compare the number of positions."""
+        """Compare shapes."""
+        lazy = isinstance(self.logits, tuple) and all(
+            isinstance(s, LazyLogits) for s in self.logits
+        )
+        if not lazy or not self.logits:
+            raise ValueError(
+                "the logits of the teacher's full_distribution must be a tuple of LazyLogits, one of "
+                f"each model, such as (MaterializedLogits(logits),); got {type(self.logits).__name__}"
+            )
         check_shape(self.kind, [source.shape[0] for source in self.logits], positions)
+        narrowest = min(source.shape[1] for source in self.logits)
+        if narrowest < width:
+            raise ValueError(
+                f"the teacher's full_distribution has logits of {narrowest} tokens, and the teacher "
+                f"says that it knows {width}; return as many as its vocabulary_size"
+            )
 
 
 @dataclass(frozen=True)
@@ -129,14 +156,24 @@ def check_shape(kind: str, lengths: Sequence[int], positions: int) -> None:
         )
 
 
+def are_log_probs(values: Tensor) -> bool:
+    """Return whether all values are finite and 0 or less, up to rounding."""
+    # Rounded to bfloat16, the logarithm of nearly 1 can be a little above 0.
+    return bool((values.isfinite() & (values <= SURPLUS)).all())
+
+
 def check_log_probs(kind: str, log_probs: Tensor) -> None:
     """Refuse values that are no log-probabilities.
 
     Raises:
-        ValueError: If one is not finite, or above 0 by more than rounding explains.
+        ValueError: If they are no floats, or one is not finite or above 0 by more than rounding
+            explains.
     """
-    # Rounded to bfloat16, the logarithm of nearly 1 can be a little above 0.
-    if not (log_probs.isfinite() & (log_probs <= SURPLUS)).all():
+    if not log_probs.is_floating_point():
+        raise ValueError(
+            f"the teacher's {kind} has log-probabilities of type {log_probs.dtype}; they must be floats"
+        )
+    if not are_log_probs(log_probs):
         raise ValueError(
             f"the teacher's {kind} has values that are no log-probabilities: they must be finite "
             "and 0 or less, in nats"

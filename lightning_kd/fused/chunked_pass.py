@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_kd.fused.answers import TeacherAnswer
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits
-from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
+from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 
 CHUNK_BYTES = 128 * 2**20
 """Logits that are alive at once, of student and teacher together."""
@@ -100,9 +100,10 @@ class ChunkedPass:
         gradients = []
         for number, (token_term, weight) in enumerate(zip(self.token_terms, weights, strict=True)):
             if weight is None:
-                values[number, chunk.rows] = token_term.values(chunk)
+                values[number, chunk.rows] = values_of(token_term, chunk)
             else:
-                values[number, chunk.rows], gradient = token_term.values_and_gradient(chunk)
+                here, gradient = token_term.values_and_gradient(chunk)
+                values[number, chunk.rows] = checked(token_term, here, chunk)
                 factors = weight[chunk.rows, None]
                 if muting[number]:  # of an infinite gradient a weight of 0 would leave NaN
                     gradient = gradient.masked_fill(factors == 0, 0.0)

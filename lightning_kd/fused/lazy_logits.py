@@ -210,3 +210,43 @@ class RoutedLogits(LazyLogits):
         """Every source, and the routes."""
         sources = tuple(source.detached_to(device) for source in self.sources)
         return RoutedLogits(sources, self.routes.to(device))
+
+
+@dataclass(frozen=True)
+class PaddedLogits(LazyLogits):
+    """Logits of a narrower vocabulary: tokens from its end on have probability 0."""
+
+    source: LazyLogits
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Positions and vocabulary."""
+        return self.source.shape[0], self.width
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The source's."""
+        return self.source.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The source's."""
+        return self.source.device
+
+    def fill(self, rows: slice, out: Tensor) -> None:
+        """Fill the source's tokens; minus infinity is for the others."""
+        known = self.source.shape[1]
+        own = out.new_empty(len(out), known)
+        self.source.fill(rows, own)
+        out[:, :known], out[:, known:] = own, -torch.inf
+
+    def narrowed(self, width: int) -> LazyLogits:
+        """The source narrowed, if it is as wide."""
+        if width <= self.source.shape[1]:
+            return self.source.narrowed(width)
+        return PaddedLogits(self.source, width)
+
+    def detached_to(self, device: torch.device) -> "PaddedLogits":
+        """The source detached."""
+        return PaddedLogits(self.source.detached_to(device), self.width)

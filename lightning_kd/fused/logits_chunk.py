@@ -152,6 +152,40 @@ class TokenTerm(ABC):
         """Values and their gradient in the student's logits: ``(n,), (n, V)``."""
         with torch.enable_grad():
             leaf = chunk.student_logits.detach().requires_grad_()
-            values = self.values(chunk.on(leaf))
+            values = values_of(self, chunk.on(leaf))
+            if not values.requires_grad:
+                raise ValueError(
+                    f"the values of {type(self).__name__} have no gradient: compute them from the "
+                    "student's logits in the chunk, or give the term the coefficient 0"
+                )
             (gradient,) = torch.autograd.grad(values.sum(), leaf)
         return values.detach(), gradient
+
+
+def values_of(term: TokenTerm, chunk: LogitsChunk) -> Tensor:
+    """Return a term's values in a chunk.
+
+    Raises:
+        ValueError: If they are not one floating-point number for each position.
+    """
+    return checked(term, term.values(chunk), chunk)
+
+
+def checked(term: TokenTerm, values: object, chunk: LogitsChunk) -> Tensor:
+    """Return values that a term has computed, if there is one number for each position.
+
+    Raises:
+        ValueError: If there is not.
+    """
+    count = len(chunk.student_logits)
+    if not isinstance(values, Tensor):
+        raise ValueError(
+            f"{type(term).__name__}.values has returned {type(values).__name__} for {count} positions; "
+            "return a tensor with one number for each"
+        )
+    if values.shape != (count,) or not values.is_floating_point():
+        raise ValueError(
+            f"{type(term).__name__}.values has returned shape {tuple(values.shape)} and type "
+            f"{values.dtype} for {count} positions; return one floating-point number for each position"
+        )
+    return values

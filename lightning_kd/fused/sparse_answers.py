@@ -1,8 +1,8 @@
 """Answers of a teacher that name some tokens at each position."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -16,6 +16,16 @@ from lightning_kd.fused.answers import (
     check_shape,
 )
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
+
+
+def check_token_ids(kind: str, token_ids: Tensor) -> None:
+    """Refuse ids that no row of logits can be indexed with.
+
+    Raises:
+        ValueError: If they are not int64 or int32.
+    """
+    if token_ids.dtype not in {torch.int64, torch.int32}:
+        raise ValueError(f"the token_ids of the teacher's {kind} are {token_ids.dtype}; give int64")
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,14 @@ class TopK(TeacherAnswer):
         """
         return self.rows(slice(None), (), width).log_probs(temperature)
 
+    def with_tail(self, width: int) -> Self:
+        """Return the answer, normalized, with the tail's probability at temperature 1 declared."""
+        events = self.at(1.0, width)
+        if events.shape[1] == self.token_ids.shape[1]:
+            return replace(self, log_probs=events)
+        tails = {**self.tail_log_probs, 1.0: events[:, -1]}
+        return replace(self, log_probs=events[:, :-1], tail_log_probs=tails)
+
     def check(self, positions: int, width: int) -> None:
         """Compare shapes, tokens and probabilities."""
         ids, log_probs = self.token_ids, self.log_probs
@@ -79,6 +97,7 @@ class TopK(TeacherAnswer):
                 f"the teacher's {self.kind} has token_ids {tuple(ids.shape)} and log_probs "
                 f"{tuple(log_probs.shape)}; both must be (positions, k) with k from 1 to {width}"
             )
+        check_token_ids(self.kind, ids)
         ranked = ids.sort(-1).values
         if not ((ids >= 0) & (ids < width)).all() or (ranked.diff(dim=-1) == 0).any():
             raise ValueError(
@@ -87,6 +106,11 @@ class TopK(TeacherAnswer):
             )
         check_log_probs(self.kind, log_probs)
         most = log_probs.double().exp().sum(-1)
+        if ids.shape[1] == width and (most < 1 - SURPLUS).any():
+            raise ValueError(
+                f"the teacher's {self.kind} has all {width} tokens, and their probabilities add up to "
+                f"{most.min():.4f} at a position; they must be normalized, at temperature 1"
+            )
         if (most > 1 + SURPLUS).any():
             raise ValueError(
                 f"the probabilities of the teacher's {self.kind} add up to {most.max():.4f} at a "
@@ -193,6 +217,7 @@ class SampledTokens(TeacherAnswer):
                 f"{tuple(weights.shape)} and entropies {tuple(entropies.shape)}; they must be "
                 "(positions, m), (positions, m) and (positions,), with m at least 1"
             )
+        check_token_ids(self.kind, ids)
         if not ((ids >= 0) & (ids < width)).all():
             raise ValueError(
                 f"the token_ids of the teacher's {self.kind} must be from 0 to {width - 1}"

@@ -82,6 +82,13 @@ class DistributionRows(TeacherRows):
                 self._log_probs[temperature] = self._combine(self._logits, temperature)
         return self._log_probs[temperature]
 
+    def unnormalized(self, temperature: float) -> tuple[Tensor, float]:
+        """Return a tensor and a factor: the log-softmax of their product is :meth:`log_probs`."""
+        if self._combine is single_model_log_probs:
+            (only,) = self._logits
+            return only, 1 / temperature
+        return self.log_probs(temperature), 1.0
+
     def events(
         self, student: StudentRows, student_temperature: float, teacher_temperature: float
     ) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,11 @@ class Completions:
     ended: Tensor
     """True where the completion ends with an EOS, ``(B,)``; the others were truncated."""
 
+    def to(self, device: torch.device) -> "Completions":
+        """Return the completions on a device; Lightning moves what ``predict`` returns with it."""
+        values = [getattr(self, field.name) for field in fields(self)]
+        return Completions(*(None if value is None else value.to(device) for value in values))  # type: ignore[arg-type]
+
     def rows(self, chosen: slice) -> "Completions":
         """Return the completions of some rows."""
         values = [getattr(self, field.name) for field in fields(self)]
@@ -61,7 +66,7 @@ class Completions:
 
         def column(name: str) -> Tensor | None:
             values = [getattr(part, name) for part in parts]
-            if values[0] is None:
+            if any(value is None for value in values):
                 return None
             fill = pad_id if name == "ids" else 0
             if values[0].ndim > 1:

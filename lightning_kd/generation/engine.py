@@ -1,13 +1,15 @@
 """The contract of engines, which generate completions."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.generation.completions import Completions
+from lightning_kd.fused import are_log_probs
+from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.resuming import Resumable
 
@@ -111,38 +113,42 @@ def check_log_probs(engine: Engine, method: str) -> None:
 
 def check_completions(
     source: str,
-    completions: Completions,
+    completions: object,
     rows: int,
     options: GenerationOptions,
-    width: int | None,
     *,
+    eos_ids: Collection[int],
+    other_ends: bool = False,
+    width: int | None,
     log_probs: bool = False,
-) -> None:
-    """Validate completions that an engine or a teacher has generated.
+) -> Completions:
+    """Return completions that an engine or a teacher has generated, if they are what they must be.
 
     Args:
         source: Name of the engine or teacher, for messages.
         completions: What it returned.
         rows: Number of prompts.
         options: Length and sampling.
+        eos_ids: Tokens that end a completion.
+        other_ends: Whether further tokens may end one.
         width: Tokens from here on must not be generated; None for no limit.
         log_probs: Whether each token must come with its log-probability.
 
     Raises:
-        ValueError: If rows or log-probabilities are missing, or a completion is too long or has other
-            tokens.
+        ValueError: If rows, columns or log-probabilities are missing, a completion is too long, has
+            other tokens, or goes on behind its EOS, or ``ended`` does not say which have one.
     """
-    if len(completions.ids) != rows:
-        raise ValueError(
-            f"{source} returned {len(completions.ids)} completions for {rows} prompts; it must return "
-            "one for each, in their order"
-        )
+    if not isinstance(completions, Completions):
+        raise ValueError(f"{source} returned {type(completions).__name__}; return Completions")
+    _check_shapes(source, completions, rows)
     if log_probs and (completions.log_probs is None or completions.sampling_log_probs is None):
         raise ValueError(
             f"{source} has gives_log_probs: True, but returned completions without log_probs or "
             "sampling_log_probs; return both, or set it to False"
         )
-    longest, tokens = int(completions.mask.sum(-1).max()), completions.ids[completions.mask]
+    _check_ends(source, completions, eos_ids, other_ends)
+    mask = completions.mask
+    longest, tokens = int(mask.sum(-1).max()), completions.ids[mask]
     if longest > options.max_new_tokens:
         raise ValueError(
             f"{source} returned a completion of {longest} tokens; max_new_tokens is "
@@ -156,4 +162,58 @@ def check_completions(
         raise ValueError(
             f"{source} returned tokens from {int(tokens.min())} to {int(tokens.max())}; they must be "
             f"from 0 to {width - 1}, those that student and teacher share"
+        )
+    for name in ("log_probs", "sampling_log_probs"):
+        values = getattr(completions, name)
+        if values is not None and not are_log_probs(values[mask]):
+            raise ValueError(
+                f"{source} returned {name} that are no log-probabilities of its tokens: they must be "
+                "finite and 0 or less, in nats"
+            )
+    return completions
+
+
+def _check_shapes(source: str, completions: Completions, rows: int) -> None:
+    """Validate shapes and types."""
+    ids = completions.ids
+    if len(ids) != rows:
+        raise ValueError(
+            f"{source} returned {len(ids)} completions for {rows} prompts; it must return "
+            "one for each, in their order"
+        )
+    wanted = {"ids": ("integers", ids.shape), "mask": ("bool", ids.shape)}
+    wanted |= dict.fromkeys(("log_probs", "sampling_log_probs"), ("floats", ids.shape))
+    wanted |= {"ended": ("bool", ids.shape[:1])}
+    for name, (kind, shape) in wanted.items():
+        value = getattr(completions, name)
+        if value is None and kind == "floats":
+            continue
+        is_bool, is_float = value.dtype == torch.bool, value.is_floating_point()
+        came = "bool" if is_bool else "floats" if is_float else "integers"
+        if ids.ndim != 2 or value.shape != shape or came != kind:
+            raise ValueError(
+                f"{source} returned {name} of shape {tuple(value.shape)} and type {value.dtype} beside "
+                f"ids of shape {tuple(ids.shape)}; ids are integers, (rows, tokens), mask (bool) and "
+                "log-probabilities (floats) have their shape, ended (bool) is (rows,)"
+            )
+
+
+def _check_ends(
+    source: str, completions: Completions, eos_ids: Collection[int], other_ends: bool
+) -> None:
+    """Validate mask and ``ended`` against the tokens."""
+    ids, mask = completions.ids, completions.mask
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        raise ValueError(
+            f"{source} returned a mask with gaps; a completion is padded on the right alone"
+        )
+    if (mask & ~completion_mask(ids, eos_ids)).any():
+        raise ValueError(
+            f"{source} returned a completion that goes on behind its EOS; the mask must end with it"
+        )
+    ends = (is_end(ids, eos_ids) & mask).any(-1)
+    if (ends & ~completions.ended).any() or (not other_ends and (completions.ended & ~ends).any()):
+        raise ValueError(
+            f"{source} returned ended that is not true where a completion has an EOS "
+            f"({', '.join(map(str, sorted(eos_ids)))}) and false elsewhere"
         )

@@ -84,12 +84,12 @@ def generate(
         width=width,
     )
     completions = engine.generate(prompts, options, seeds=seeds, models=models)
-    check_completions(
+    return check_completions(
         type(engine).__name__,
         completions,
         len(prompt_ids),
         options,
-        width,
+        eos_ids=prompts.eos_ids,
+        width=width,
         log_probs=engine.gives_log_probs,
     )
-    return completions

@@ -1,5 +1,6 @@
 """Rollouts: completions as batches to train on."""
 
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -72,6 +73,25 @@ def rollout_batch(
     if truncation == "drop":
         rewritten["row"] = batch["row"].masked_fill(lost, FILLER_ROW)
     return rewritten
+
+
+def rollout_batches(
+    batches: Sequence[PromptBatch],
+    completions: Completions,
+    *,
+    pad_id: int,
+    group_size: int,
+    truncation: Truncation,
+) -> list[Rollout]:
+    """Return :func:`rollout_batch` of each of several batches, whose rows the completions follow."""
+    rollouts, start = [], 0
+    for batch in batches:
+        own = completions.rows(slice(start, start + len(batch["row"])))
+        start += len(batch["row"])
+        rollouts.append(
+            rollout_batch(batch, own, pad_id=pad_id, group_size=group_size, truncation=truncation)
+        )
+    return rollouts
 
 
 def completion_texts(batch: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -42,6 +42,10 @@ def check_limits(trainer: L.Trainer) -> None:
         least, most = getattr(trainer, f"min_{what}"), getattr(trainer, f"max_{what}")
         if least is not None and most not in {None, -1} and least > most:
             raise ValueError(f"trainer.min_{what} is {least}, above trainer.max_{what}, {most}")
+    if (epochs := trainer.check_val_every_n_epoch) is not None and epochs < 1:
+        raise ValueError(
+            f"trainer.check_val_every_n_epoch is {epochs}; it must be 1 or more, or null"
+        )
     clip = trainer.gradient_clip_val
     if clip is not None and not (math.isfinite(clip) and clip >= 0):
         raise ValueError(f"trainer.gradient_clip_val is {clip}; it must be 0 (none) or more")

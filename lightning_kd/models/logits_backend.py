@@ -22,6 +22,7 @@ from lightning_kd.fused import (
     weighted_sum,
 )
 from lightning_kd.fused.chunked_pass import Weights
+from lightning_kd.fused.logits_chunk import values_of
 from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
 from lightning_kd.scoring import ScoredPositions
 
@@ -81,9 +82,8 @@ class DenseLogits(LogitsBackend):
         total = student.logits[:0].sum(dtype=torch.float64)
         values = []
         for token_term, weight in zip(token_terms, weights, strict=True):
-            value = token_term.values(
-                chunk if weight is None else chunk.without_gradient_where(weight)
-            )
+            here = chunk if weight is None else chunk.without_gradient_where(weight)
+            value = values_of(token_term, here)
             if weight is not None:
                 total = total + weighted(weight, value).sum(dtype=torch.float64)
             values.append(value.detach())
@@ -97,7 +97,7 @@ class DenseLogits(LogitsBackend):
         """Return values of all positions as one chunk, differentiated automatically."""
         assert isinstance(student, MaterializedLogits)  # read() made it
         chunk = _chunk(student, teacher, token_terms)
-        return torch.stack([token_term.values(chunk) for token_term in token_terms])
+        return torch.stack([values_of(token_term, chunk) for token_term in token_terms])
 
 
 class FusedLogits(LogitsBackend):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch import Tensor
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused import LazyLogits, TeacherAnswer, TokenTerm, total_of
 from lightning_kd.models import LogitsBackend
-from lightning_kd.normalization import Normalization, divisor
+from lightning_kd.normalization import Normalization, check_counts, divisor
 from lightning_kd.scoring import ScoredPositions
 
 
@@ -63,14 +62,10 @@ class EvaluatedTerm:
     """The module's count of the step over the term's own; 1 for the module's normalization."""
     has_own_normalization: bool
 
-    @cached_property
-    def sum(self) -> Tensor:
-        """The weighted sum of the values, ``()``, float64."""
-        return weighted(self.row_weights[self.positions.rows], self.values).sum()
-
     def sums(self) -> Tensor:
-        """Return the sum, the sum times the coefficient, and the count: ``(3,)``, float64."""
-        return torch.stack([self.sum, weighted(self.coefficient, self.sum), self.count])
+        """Return the weighted sum, it times the coefficient, and the count: ``(3,)``, float64."""
+        total = weighted(self.row_weights[self.positions.rows], self.values).sum()
+        return torch.stack([total, weighted(self.coefficient, total), self.count])
 
 
 @dataclass(frozen=True)
@@ -272,12 +267,15 @@ class LossSums:
 
         Raises:
             RuntimeError: If nothing was added.
+            ValueError: If a normalization has counted nothing where there is something to divide.
         """
         if self._sums is None:
             raise RuntimeError("an optimizer step without a training_step: nothing was added up")
-        reduced = all_reduce(self._sums)
+        reduced = all_reduce(self._sums).cpu()
         self._sums = None
         sums, parts, counts = reduced[2:].reshape(-1, 3).unbind(-1)
+        check_counts("the loss", *reduced[:2, None])
+        check_counts(f"the terms {', '.join(self.terms)}", counts, sums)
         counts = divisor(counts)
         step = torch.stack([divisor(reduced[0]), reduced[1], (parts / counts).sum()])
         count, tokens, loss, *of_terms = torch.cat([step, sums / counts, counts]).tolist()

@@ -95,5 +95,12 @@ class SequenceKD(SFT):
             self.tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=self.engine
         )
         name, known = f"generate of {type(self.teacher).__name__}", self.teacher.vocabulary_size
-        check_completions(name, completions, len(prompt_ids), options, known)
-        return completions
+        return check_completions(
+            name,
+            completions,
+            len(prompt_ids),
+            options,
+            eos_ids={self.tokenizer.eos_token_id},
+            other_ends=True,
+            width=known,
+        )

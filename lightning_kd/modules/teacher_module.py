@@ -15,7 +15,6 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
     AnswerKind,
     ChunkedPass,
-    FullDistribution,
     StudentMassBeyond,
     TeacherAnswer,
     TeacherMassBeyond,
@@ -106,7 +105,11 @@ class TeacherModule(DistillationModule):
         Raises:
             ValueError: If the method can use none of its answers.
         """
-        return choose_kind(self.teacher, self.needs, type(self).__name__, TEACHERS)
+        tempered = any(value != 1 for value in self.teacher_temperatures.values())
+        # What another temperature or a narrower vocabulary needs.
+        whole_first = tempered or self.vocabulary == "shared"
+        needs = sorted(self.needs, key=lambda kind: whole_first and kind != "full_distribution")
+        return choose_kind(self.teacher, needs, type(self).__name__, TEACHERS)
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
@@ -137,6 +140,7 @@ class TeacherModule(DistillationModule):
                 self.vocabulary,
                 adapter_of(self.trainer).shard_mesh(),
             )
+            self.teacher.check_data(getattr(self.trainer, "datamodule", None))
 
     def _check_teacher(self) -> None:
         """Refuse a teacher that is the student, from which there is nothing to learn.
@@ -164,6 +168,11 @@ class TeacherModule(DistillationModule):
         if not self._has_teacher:
             return
         known = self.teacher.vocabulary_size
+        if not isinstance(known, int) or known < 1:
+            raise ValueError(
+                f"the vocabulary_size of {type(self.teacher).__name__} is {known!r}; it must be the "
+                "number of tokens that have probabilities"
+            )
         self.width = shared_vocabulary(vocabulary_size(self.student), known, self.vocabulary)
         if known > self.width and self.answer_kind != "full_distribution":
             raise ValueError(
@@ -183,13 +192,20 @@ class TeacherModule(DistillationModule):
         Raises:
             ValueError: If what it answers is not about these positions.
         """
-        return checked_answer(
+        answer = checked_answer(
             self.teacher,
             batch,
             positions,
             kind=self.answer_kind,
             logits_backend=self.logits_backend,
         )
+        widest = max((source.shape[1] for source in answer.sources), default=0)
+        if self.vocabulary == "equal" and widest > self.width:
+            raise ValueError(
+                f"the vocabulary_size of {type(self.teacher).__name__} is {self.width}, and it has "
+                f"answered with logits of {widest} tokens; return as many"
+            )
+        return answer
 
     def score(self, batch: Batch) -> Scores:
         """Run student and teacher on the same ids."""
@@ -228,7 +244,7 @@ class TeacherModule(DistillationModule):
     def _dropped(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
         """Compute the probability of tokens beyond the shared vocabulary, ``(N,)`` for each side.
 
-        Of several teachers, the one that gives most to them.
+        Of several teachers, the mean with their weights.
         """
         of_student, of_teacher = None, None
         if scores.student.shape[1] > self.width:
@@ -236,14 +252,10 @@ class TeacherModule(DistillationModule):
                 ChunkedPass(scores.student, None, [StudentMassBeyond(self.width)])
             )[0]
         assert scores.teacher is not None  # score() has put it there
-        wider = [s for s in scores.teacher.sources if s.shape[1] > self.width]
-        if wider:
-            beyond = [TeacherMassBeyond(self.width)]
-            masses = [
-                evaluate_no_grad(ChunkedPass(None, FullDistribution((w,)), beyond))[0]
-                for w in wider
-            ]
-            of_teacher = torch.stack(masses).amax(0)
+        if any(source.shape[1] > self.width for source in scores.teacher.sources):
+            of_teacher = evaluate_no_grad(
+                ChunkedPass(None, scores.teacher.mixture(), [TeacherMassBeyond(self.width)])
+            )[0]
         return of_student, of_teacher
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:

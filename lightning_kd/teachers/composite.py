@@ -4,10 +4,11 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.fused import AnswerKind
+from lightning_kd.fused import FullDistribution
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.teachers.contract import Ability, Teacher
@@ -39,7 +40,9 @@ class CompositeTeacher(Teacher):
     @property
     def shared_answers(self) -> frozenset[Ability]:
         """Kinds of answers that all members give."""
-        return frozenset.intersection(*(member.answers for member in self.named_members.values()))
+        return frozenset.intersection(
+            *(frozenset(member.answers) for member in self.named_members.values())
+        )
 
     @property
     def shared_temperatures(self) -> frozenset[float] | None:
@@ -87,12 +90,26 @@ class CompositeTeacher(Teacher):
         mesh: DeviceMesh | None = None,
         role: str = "teacher",
     ) -> None:
-        """Prepare every member, under a role of its own."""
+        """Prepare every member, under a role of its own.
+
+        Raises:
+            ValueError: If one cannot be prepared, or is as wide as the student while another is not.
+        """
         for name, member in self.named_members.items():
             member.prepare(tokenizer, device, policy, mesh, f"{role} {name}")
+        if policy == "equal":
+            self.check_vocabularies("vocabulary: equal")
 
-    def check_vocabularies(self, kind: AnswerKind) -> None:
-        """Refuse members of unequal vocabularies, for answers that cannot be renormalized.
+    def check_data(self, data: object) -> None:
+        """Let every member check the data."""
+        for member in self.named_members.values():
+            member.check_data(data)
+
+    def check_vocabularies(self, reason: str) -> None:
+        """Refuse members of unequal vocabularies.
+
+        Args:
+            reason: What needs equal ones, for the message.
 
         Raises:
             ValueError: If they are unequal.
@@ -101,6 +118,18 @@ class CompositeTeacher(Teacher):
         if len(set(sizes.values())) > 1:
             listed = ", ".join(f"{name} {size}" for name, size in sizes.items())
             raise ValueError(
-                f"the members of {type(self).__name__} know {listed} tokens; with {kind} they need as "
-                "many as each other, for the probability of a subset is not known"
+                f"the members of {type(self).__name__} have unequal vocabularies ({listed}), and "
+                f"{reason} needs equal ones. With vocabulary: shared, members that answer "
+                "full_distribution are cut to the tokens that all have"
             )
+
+
+def same_width(answers: Sequence[FullDistribution]) -> tuple[FullDistribution, ...]:
+    """Return distributions over the tokens of the widest; others give the rest probability 0."""
+    width = max(source.shape[1] for answer in answers for source in answer.logits)
+    return tuple(answer.padded(width) for answer in answers)
+
+
+def wide(values: Tensor) -> Tensor:
+    """Return log-probabilities in float32 or wider, in which several can be combined."""
+    return values if values.dtype == torch.float64 else values.float()

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, copy_of
 from lightning_kd.fused import AnswerKind, TeacherAnswer
 from lightning_kd.generation import Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
@@ -29,6 +29,9 @@ class Teacher(Resumable, ABC):
     A subclass lists in :attr:`answers` what it can do and writes :attr:`vocabulary_size` and
     :meth:`answer`; it may be a table in memory, a file or a server. One that generates completions
     lists ``generation`` and writes :meth:`generate`.
+
+    A resumed run refuses a teacher with other constructor arguments. One that reads a file adds what it
+    has read to :meth:`resume_settings`, so that another file under the same name is refused too.
 
     A teacher is no ``nn.Module``: a module that holds one does not register its weights, so they are
     in no checkpoint, optimizer or gradient bucket.
@@ -72,6 +75,9 @@ class Teacher(Resumable, ABC):
     ) -> TeacherAnswer:
         """Return what is known of the next token at the scored positions of a micro-batch.
 
+        It depends on the arguments alone, never on earlier calls, which a resumed run does not repeat;
+        and it stays as it is while later calls are answered, so no buffer is used twice.
+
         Args:
             batch: The rows.
             positions: The scored positions; ``positions.targets`` are the tokens that follow them.
@@ -105,6 +111,16 @@ class Teacher(Resumable, ABC):
 
         Raises:
             ValueError: If it cannot answer for this tokenizer or from this process.
+        """
+
+    def check_data(self, data: object) -> None:
+        """Validate, before the first step, that rows can be answered; does nothing by default.
+
+        Args:
+            data: The run's data module; None if it has none.
+
+        Raises:
+            ValueError: If a row cannot.
         """
 
     @property
@@ -204,8 +220,14 @@ def choose_kind(
     Raises:
         ValueError: If there is none.
     """
+    answers = getattr(teacher, "answers", None)
+    if not isinstance(answers, frozenset):
+        raise ValueError(
+            f"{type(teacher).__name__} has the answers {answers!r}; give the class a frozenset of "
+            'what it can do, such as answers = frozenset({"top_k"})'
+        )
     for kind in needs:
-        if kind in teacher.answers:
+        if kind in answers:
             return kind
     able = [other.__name__ for other in others if other.answers & set(needs)]
     raise ValueError(
@@ -228,7 +250,13 @@ def checked_answer(
     Raises:
         ValueError: If it is of another kind, or not about these positions.
     """
-    answer = teacher.answer(batch, positions, kind=kind, logits_backend=logits_backend)
+    # A teacher may change its batch, to mask something for its own model.
+    answer = teacher.answer(copy_of(batch), positions, kind=kind, logits_backend=logits_backend)
+    if not isinstance(answer, TeacherAnswer):
+        raise ValueError(
+            f"{type(teacher).__name__} has answered with a {type(answer).__name__}; return a "
+            "FullDistribution, TopK or TokenLogProbs"
+        )
     if answer.kind != kind:
         raise ValueError(
             f"{type(teacher).__name__} was asked for {kind} and has answered {answer.kind}"

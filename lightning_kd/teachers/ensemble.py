@@ -1,7 +1,7 @@
 """Several teachers, averaged."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isfinite, log
 from typing import Literal, get_args
@@ -12,14 +12,14 @@ from torch import Tensor
 from lightning_kd.batch import Batch
 from lightning_kd.fused import (
     AnswerKind,
+    DistributionRows,
     FullDistribution,
     TeacherAnswer,
     TokenLogProbs,
-    single_model_log_probs,
 )
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers.composite import CompositeTeacher
+from lightning_kd.teachers.composite import CompositeTeacher, same_width, wide
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
 from lightning_kd.teachers.local import LocalTeacher
 
@@ -68,6 +68,8 @@ class TeacherEnsemble(CompositeTeacher):
     ) -> None:
         if combine not in get_args(Averaging):
             raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
+        if not isinstance(members, list | tuple):
+            raise ValueError(f"members is a {type(members).__name__}; give a list of teachers")
         self.members = members
         self.check_members()
         averaged: set[Ability] = {"full_distribution"}
@@ -111,57 +113,63 @@ class TeacherEnsemble(CompositeTeacher):
         ]
         weights = tuple(self.weights)
         if kind == "token_log_probs":
-            self.check_vocabularies(kind)
+            self.check_vocabularies(f"the answer {kind}")
             values = [answer.values for answer in given if isinstance(answer, TokenLogProbs)]
-            weighted = [v + log(w) for v, w in zip(values, weights, strict=True) if w > 0]
+            weighted = [wide(v) + log(w) for v, w in zip(values, weights, strict=True) if w > 0]
             return TokenLogProbs(torch.stack(weighted).logsumexp(0))
-        members = tuple(answer for answer in given if isinstance(answer, FullDistribution))
+        members = same_width([answer for answer in given if isinstance(answer, FullDistribution)])
         logits = tuple(source for answer in members for source in answer.logits)
-        return FullDistribution(logits, Average(members, weights, self.combine))
+        return AveragedDistribution(
+            logits, members=members, weights=weights, averaging=self.combine
+        )
 
 
 @dataclass(frozen=True)
-class Average:
-    """The weighted average of several distributions, as a function of all their logits.
+class AveragedDistribution(FullDistribution):
+    """The weighted average of several distributions.
 
     Example:
         >>> from lightning_kd.fused import MaterializedLogits
-        >>> zeros = torch.zeros(1, 2)
-        >>> member = FullDistribution((MaterializedLogits(zeros),))
-        >>> average = Average((member, member), (0.5, 0.5), "logits")
-        >>> average([zeros, torch.tensor([[0.0, 2.0]])], 1.0).exp()
+        >>> one, other = torch.zeros(1, 2), torch.tensor([[0.0, 2.0]])
+        >>> members = [FullDistribution((MaterializedLogits(logits),)) for logits in (one, other)]
+        >>> average = AveragedDistribution(
+        ...     (*members[0].logits, *members[1].logits),
+        ...     members=tuple(members), weights=(0.5, 0.5), averaging="logits",
+        ... )
+        >>> average.rows(slice(0, 1), [one, other], 2).log_probs(1.0).exp()
         tensor([[0.2689, 0.7311]])
     """
 
-    members: tuple[FullDistribution, ...]
+    members: tuple[FullDistribution, ...] = field(kw_only=True)
     """The members' answers: number of logits, and their combination."""
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] = field(kw_only=True)
     """They add up to 1."""
-    combine: Averaging
+    averaging: Averaging = field(kw_only=True)
 
-    def __call__(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
-        """Compute the log-probabilities at a temperature, ``(n, V)``."""
+    def mixture(self) -> "AveragedDistribution":
+        """The average of probabilities."""
+        members = tuple(member.mixture() for member in self.members)
+        return replace(self, members=members, averaging="probabilities")
+
+    def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
+        """Return the average at some positions."""
         own, start = [], 0
         for member, weight in zip(self.members, self.weights, strict=True):
             end = start + len(member.logits)
             if weight > 0:
-                own.append((member, logits[start:end], weight))
+                own.append((member.rows(rows, logits[start:end], width), weight))
             start = end
-        if self.combine == "probabilities":
-            shares = (m.combine(u, temperature) + log(w) for m, u, w in own)
-            return reduce(torch.logaddexp, shares)
-        (first, scale), *others = (_tempered(*parts, temperature) for parts in own)
-        total = first * scale
-        for tempered, scale in others:
-            total.add_(tempered, alpha=scale)
-        return total.log_softmax(-1)
 
+        def average(_: Sequence[Tensor], temperature: float) -> Tensor:
+            if self.averaging == "probabilities":
+                return reduce(torch.logaddexp, (m.log_probs(temperature) + log(w) for m, w in own))
+            (first, scale), *others = (
+                (tensor, factor * weight)
+                for (tensor, factor), weight in ((m.unnormalized(temperature), w) for m, w in own)
+            )
+            total = first * scale
+            for tensor, scale in others:
+                total.add_(tensor, alpha=scale)
+            return total.log_softmax(-1)
 
-def _tempered(
-    member: FullDistribution, logits: Sequence[Tensor], weight: float, temperature: float
-) -> tuple[Tensor, float]:
-    """Return logits of a member and a factor: their product is its part in a geometric mean."""
-    if member.combine is single_model_log_probs:
-        (only,) = logits
-        return only, weight / temperature
-    return member.combine(logits, temperature), weight
+        return DistributionRows(logits, average)

@@ -10,10 +10,11 @@ from lightning_kd.fused import (
     FullDistribution,
     LazyHeadLogits,
     LazyLogits,
+    PaddedLogits,
     single_model_log_probs,
 )
-from lightning_kd.fused.teacher_rows import Combine
-from lightning_kd.teachers.ensemble import Average
+from lightning_kd.teachers.composite import same_width
+from lightning_kd.teachers.ensemble import AveragedDistribution
 
 Layout = dict[str, Any]
 """What joins states and tensors of a head, as JSON has it: numbers, text, lists and mappings."""
@@ -50,7 +51,7 @@ def head_of(answer: FullDistribution) -> tuple[dict[str, Tensor], Layout]:
             tensors[f"{number}.bias"] = logits.bias.detach()
         about = {"products": len(logits.factors), "scale": logits.scale, "softcap": logits.softcap}
         models.append(about)
-    return tensors, {"models": models, "combine": _combination(answer)}
+    return tensors, {"models": models, "average": _average_of(answer)}
 
 
 def answer_from(
@@ -88,18 +89,19 @@ def answer_from(
                 zip(layout["models"], pairwise(ends), strict=True)
             )
         )
-        combine = _combine(logits, layout["combine"])
+        return _put_together(logits, layout["average"])
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(
             f"the layout of a teacher's head is damaged, or of another version of this library "
             f"({type(error).__name__}: {error})"
         ) from error
-    return FullDistribution(logits, combine)
 
 
 def _head_logits(logits: LazyLogits) -> LazyHeadLogits:
     if isinstance(logits, LazyHeadLogits):
         return logits
+    if isinstance(logits, PaddedLogits):
+        return _head_logits(logits.source)
     raise ValueError(
         f"hidden states are asked for, and the teacher answers {type(logits).__name__}, which has "
         "none. A model answers them with model.logits_backend: FusedLogits, if its output head is a "
@@ -107,42 +109,47 @@ def _head_logits(logits: LazyLogits) -> LazyHeadLogits:
     )
 
 
-def _combination(answer: FullDistribution) -> Layout | None:
+def _average_of(answer: FullDistribution) -> Layout | None:
     """Return the tree of averages that makes one distribution of the models; None for one model."""
-    if answer.combine is single_model_log_probs:
+    if isinstance(answer, AveragedDistribution):
+        members = [
+            {"models": len(member.logits), "average": _average_of(member)}
+            for member in answer.members
+        ]
+        return {"of": answer.averaging, "weights": list(answer.weights), "members": members}
+    if type(answer) is FullDistribution and answer.combine is single_model_log_probs:
         return None
-    if not isinstance(answer.combine, Average):
-        raise ValueError(
-            f"the teacher combines its models by {answer.combine!r:.80}, which cannot be written "
-            "down; TeacherEnsemble can"
-        )
-    average = answer.combine
-    members = [
-        {"models": len(member.logits), "combine": _combination(member)}
-        for member in average.members
-    ]
-    return {"by": average.combine, "weights": list(average.weights), "members": members}
+    raise ValueError(
+        f"the teacher's {type(answer).__name__} makes one distribution of its models by code of its "
+        "own, which cannot be written down; that of TeacherEnsemble can"
+    )
 
 
-def _combine(logits: tuple[LazyLogits, ...], tree: Layout | None) -> Combine:
+def _put_together(logits: tuple[LazyLogits, ...], tree: Layout | None) -> FullDistribution:
     if tree is None:
         if len(logits) != 1:
             raise ValueError(f"{len(logits)} models came without a way to combine them")
-        return single_model_log_probs
-    members, start = [], 0
+        return FullDistribution(logits)
+    own, start = [], 0
     for member in tree["members"]:
-        own = logits[start : start + int(member["models"])]
-        members.append(FullDistribution(own, _combine(own, member["combine"])))
-        start += len(own)
+        end = start + int(member["models"])
+        own.append(_put_together(logits[start:end], member["average"]))
+        start = end
     weights = tuple(float(weight) for weight in tree["weights"])
-    if start != len(logits) or len(weights) != len(members):
+    if start != len(logits) or len(weights) != len(own):
         raise ValueError(
-            f"an average of {len(members)} members with {len(weights)} weights has {start} models "
-            f"of {len(logits)}"
+            f"an average of {len(own)} members with {len(weights)} weights has {start} models of "
+            f"{len(logits)}"
         )
-    if tree["by"] not in {"logits", "probabilities", "log_probs"}:
-        raise ValueError(f"an average of {tree['by']!r} is not known")
-    return Average(tuple(members), weights, tree["by"])
+    if tree["of"] not in {"logits", "probabilities", "log_probs"}:
+        raise ValueError(f"an average of {tree['of']!r} is not known")
+    members = same_width(own)
+    return AveragedDistribution(
+        tuple(source for member in members for source in member.logits),
+        members=members,
+        weights=weights,
+        averaging=tree["of"],
+    )
 
 
 def _with_states(

@@ -115,16 +115,18 @@ class LocalTeacher(ModelSpec, Teacher):
         mesh: DeviceMesh | None = None,
         role: str = "teacher",
     ) -> None:
-        """Load, check, freeze and place the model; a second call only places it.
+        """Load, check, freeze and place the model; a second call freezes and places it again.
 
         Raises:
             ValueError: If the model cannot be loaded, does not fit the tokenizer, or cannot be placed.
         """
         if self._model is None:
-            self._role, self._model = role, self._frozen(tokenizer, role, policy)
+            self._role, self._model = role, self._loaded(tokenizer, role, policy)
+        self._model.requires_grad_(False)
+        self._model.eval()
+        if not is_sharded(self._model):
             # Before a process has no more than its share of them.
             self._weights = digest(self._model.named_parameters())
-        if not is_sharded(self._model):
             place_model(self._model, self.placement, device, mesh)
 
     def resume_settings(self) -> dict[str, Any]:
@@ -203,13 +205,11 @@ class LocalTeacher(ModelSpec, Teacher):
         with on_compute_device(self.model, self.placement, device):
             yield self.model
 
-    def _frozen(
+    def _loaded(
         self, tokenizer: PreTrainedTokenizerBase, role: str, policy: VocabularyPolicy
     ) -> PreTrainedModel:
         model = self.load(tokenizer, role)
         if self.name_or_path is not None:
             check_tokenizers(tokenizer, self.name_or_path, role, policy)
         check_ids(tokenizer, model, role)
-        model.requires_grad_(False)
-        model.eval()
         return model

@@ -1,8 +1,9 @@
 """Several teachers, each for its own rows."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, cast, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import reduce
+from typing import Any, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,9 +21,17 @@ from lightning_kd.fused import (
 )
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers.composite import CompositeTeacher
+from lightning_kd.teachers.composite import CompositeTeacher, same_width
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
 from lightning_kd.teachers.local import LocalTeacher
+
+
+@runtime_checkable
+class HasColumns(Protocol):
+    """Data whose rows have further columns."""
+
+    def column(self, name: str) -> Iterable[tuple[str, object]]:
+        """Yield the values of a column, each with its place in the files."""
 
 
 class RoutedTeacher(CompositeTeacher):
@@ -49,6 +58,11 @@ class RoutedTeacher(CompositeTeacher):
     def __init__(
         self, members: dict[str, LocalTeacher | Teacher], *, column: str = "teacher"
     ) -> None:
+        if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
+            raise ValueError(
+                f"members is {members!r:.80}; give a mapping from each value of the column, as text, "
+                "to its teacher"
+            )
         self.members, self.column = members, column
         self.check_members()
         self.answers = self.shared_answers & RoutedTeacher.answers
@@ -67,6 +81,21 @@ class RoutedTeacher(CompositeTeacher):
     def named_members(self) -> Mapping[str, Teacher]:
         """The members, each with its value of the column."""
         return {repr(name): member for name, member in self.members.items()}
+
+    def check_data(self, data: object) -> None:
+        """Refuse rows that name none of the members, where the data module tells its columns.
+
+        Raises:
+            ValueError: If there is one, or no such column.
+        """
+        super().check_data(data)
+        if isinstance(data, HasColumns):
+            for where, name in data.column(self.column):
+                if name not in self.members:
+                    raise ValueError(
+                        f"{where}: column {self.column!r} asks for the teacher {name!r}; there are "
+                        f"{', '.join(self.members)}"
+                    )
 
     @torch.no_grad()
     def answer(
@@ -98,32 +127,35 @@ class RoutedTeacher(CompositeTeacher):
             return self._distribution(
                 [a for a in answers if isinstance(a, FullDistribution)], routes
             )
-        self.check_vocabularies(kind)
+        self.check_vocabularies(f"the answer {kind}")
         named = {_named_tokens(answer) for answer in answers}
         if len(named) > 1:
             raise ValueError(
                 f"the members of the routed teacher answer k = {', '.join(map(str, sorted(named)))} "
                 "tokens; rows of one batch need one k"
             )
-        return _merged(answers, routes)
+        # Each with its own tail, which depends on the type of its numbers.
+        tails = [a.with_tail(self.vocabulary_size) if isinstance(a, TopK) else a for a in answers]
+        return _merged(tails, routes)
 
     def _distribution(
         self, answers: Sequence[FullDistribution], routes: Tensor
     ) -> FullDistribution:
-        width = self.vocabulary_size
-        narrow = [answer.narrowed(width) for answer in answers]
-        most = max(len(answer.logits) for answer in narrow)
+        members = same_width(answers)
+        most = max(len(answer.logits) for answer in members)
         # A member with fewer models than another has its last logits again, which it does not read.
         logits = tuple(
             RoutedLogits(
-                tuple(answer.logits[min(number, len(answer.logits) - 1)] for answer in narrow),
+                tuple(answer.logits[min(number, len(answer.logits) - 1)] for answer in members),
                 routes,
             )
             for number in range(most)
         )
-        if all(answer.combine is single_model_log_probs for answer in narrow):
+        if all(
+            type(a) is FullDistribution and a.combine is single_model_log_probs for a in members
+        ):
             return FullDistribution(logits)
-        return RoutedDistribution(logits, members=tuple(narrow), routes=routes)
+        return RoutedDistribution(logits, members=members, routes=routes)
 
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""
@@ -152,19 +184,29 @@ class RoutedDistribution(FullDistribution):
     routes: Tensor = field(kw_only=True)
     """The number of each position's member, ``(N,)``."""
 
+    def mixture(self) -> "RoutedDistribution":
+        """That of each member."""
+        return replace(self, members=tuple(member.mixture() for member in self.members))
+
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
         """Return the distribution of each position's member."""
-        routes = self.routes[rows]
+        routes, before = self.routes[rows], self.routes[: rows.start]
+        parts = []
+        for number, member in enumerate(self.members):
+            own = routes == number
+            # A member has its own positions only, in order.
+            start = int((before == number).sum())
+            there = slice(start, start + int(own.sum()))
+            given = [tensor[own] for tensor in logits[: len(member.logits)]]
+            parts.append((own, member.rows(there, given, width)))
 
-        def combine(given: Sequence[Tensor], temperature: float) -> Tensor:
+        def select(given: Sequence[Tensor], temperature: float) -> Tensor:
             log_probs = torch.empty_like(given[0])
-            for number, member in enumerate(self.members):
-                own = routes == number
-                parts = [part[own] for part in given[: len(member.logits)]]
-                log_probs[own] = member.combine(parts, temperature).to(log_probs.dtype)
+            for own, part in parts:
+                log_probs[own] = part.log_probs(temperature).to(log_probs.dtype)
             return log_probs
 
-        return DistributionRows(logits, combine)
+        return DistributionRows(logits, select)
 
 
 def rows_of(batch: Batch, chosen: Tensor) -> Batch:
@@ -208,7 +250,8 @@ def _merged(answers: Sequence[Any], routes: Tensor) -> TeacherAnswer:
 
 def _in_order(parts: Sequence[Tensor], routes: Tensor) -> Tensor:
     """Put values of each member's positions where these are among all positions."""
-    merged = parts[0].new_empty(len(routes), *parts[0].shape[1:])
+    dtype = reduce(torch.promote_types, (part.dtype for part in parts))
+    merged = parts[0].new_empty(len(routes), *parts[0].shape[1:], dtype=dtype)
     for number, part in enumerate(parts):
-        merged[routes == number] = part.to(merged.dtype)
+        merged[routes == number] = part.to(dtype)
     return merged

@@ -1,5 +1,7 @@
 import json
 import re
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -229,6 +231,155 @@ def test_a_run_resumed_inside_a_window_continues_bit_for_bit(tmp_path):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
         for a, b in zip(module.parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 4)])
+def test_a_window_from_a_checkpoint_is_not_cut_again(tmp_path, batch_size, accumulate):
+    options = {"steps_per_window": 2}
+    saved = {"batch_size": 4, "accumulate_grad_batches": 2}
+    other = {"batch_size": batch_size, "accumulate_grad_batches": accumulate}
+    fit(GKD(**models()), steps=2, options=options, more=[Saves(tmp_path)], **saved)
+    own = f"{2 * accumulate} of {batch_size}"
+    message = f"window of 4 micro-batches of 4 rows, and this run cuts windows into {own}:"
+    with pytest.raises(ValueError, match=message):
+        fit(GKD(**models()), steps=4, options=options, ckpt=tmp_path / "step1.ckpt", **other)
+    at_its_end = tmp_path / "step2.ckpt"
+    _, rest = fit(GKD(**models()), steps=4, options=options, ckpt=at_its_end, **other)
+    assert len(rest.batches) == 2 * accumulate
+
+
+@pytest.mark.parametrize("ended_by", ["max_steps", "an exception"])
+@pytest.mark.parametrize("options", [{"steps_per_window": 3}, {"passes": 3}], ids=str)
+def test_a_window_that_was_left_unfinished_is_not_trained_on_by_the_next_run(options, ended_by):
+    class Fails(Callback):
+        def on_train_batch_end(self, *_) -> None:
+            if ended_by == "an exception":
+                raise RuntimeError
+
+    class Keeps(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+            seen.append(batch["input_ids"])
+
+    def run(generation, student, data, *more, steps):
+        lightning = trainer(max_steps=steps, callbacks=[generation, Keeps(), *more])
+        lightning.fit(GKD(**models(student)), datamodule=data)
+
+    def generation():
+        sampling = SamplingOptions(max_new_tokens=6)
+        return OnPolicyGeneration(generation=sampling, table_every=0, **options)
+
+    used, seen = generation(), []
+    with nullcontext() if ended_by == "max_steps" else pytest.raises(RuntimeError):
+        run(used, 5, Letters(24, batch_size=4), Fails(), steps=1)
+    seen.clear()
+    run(used, 0, Letters(30, batch_size=4), steps=3)
+    again = list(seen)
+    seen.clear()
+    run(generation(), 0, Letters(30, batch_size=4), steps=3)
+    assert [ids.tolist() for ids in again] == [ids.tolist() for ids in seen]
+
+
+class Masks(Callback):
+    """Takes one more label of each row away, in place."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx) -> None:
+        for labels in batch["labels"]:
+            labels[(labels >= 0).nonzero()[0]] = -100
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
+def test_a_checkpoint_of_a_callback_in_front_does_not_keep_a_window_that_has_ended(tmp_path):
+    generation = OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=6), table_every=0, steps_per_window=2
+    )
+    lightning = trainer(max_steps=3, callbacks=[Saves(tmp_path), generation])
+    lightning.fit(GKD(**models()), datamodule=Letters(batch_size=4))
+    kept = [
+        "window"
+        in torch.load(tmp_path / f"step{k}.ckpt", weights_only=True)["on_policy_generation"]
+        for k in (1, 2, 3)
+    ]
+    assert kept == [True, False, True]
+
+
+def test_what_a_callback_does_to_a_batch_does_not_last_into_the_next_pass(tmp_path, lmbda):
+    options, more = {"passes": 3, "lmbda": lmbda}, [Masks()]
+    _, whole = fit(GKD(**models()), steps=6, options=options, more=[*more, Saves(tmp_path)])
+    labels = [batch["labels"].tolist() for batch in whole.batches]
+    assert labels[0] == labels[1] == labels[2] != labels[3]
+    _, rest = fit(
+        GKD(**models()), steps=6, options=options, more=more, ckpt=tmp_path / "step1.ckpt"
+    )
+    for a, b in zip(rest.gradients, whole.gradients[1:], strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_line_that_was_being_written_when_a_run_was_killed_is_written_anew(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    options = {"path": str(path)}
+    fit(GKD(**models()), steps=4, options=options, more=[Saves(tmp_path)])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    fit(GKD(**models()), steps=4, options=options, ckpt=tmp_path / "step2.ckpt")
+    assert path.read_bytes() == whole
+    path.write_bytes(b"nothing of ours\n" + whole)
+    with pytest.raises(ValueError, match=r"line 1 of .*rollouts.jsonl is no record"):
+        fit(GKD(**models()), steps=4, options=options, ckpt=tmp_path / "step2.ckpt")
+
+
+def test_a_new_run_does_not_write_over_the_completions_of_another(tmp_path):
+    path = tmp_path / "rollouts.jsonl"
+    generation = OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=6), table_every=0, path=str(path)
+    )
+
+    def run(steps):
+        lightning = trainer(max_steps=steps, callbacks=[generation])
+        lightning.fit(GKD(**models()), datamodule=Letters(batch_size=4))
+
+    run(3)
+    whole = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"rollouts.jsonl', which exists, and this run goes on from no"
+    ):
+        run(2)
+    assert path.read_bytes() == whole
+    path.unlink()
+    run(2)
+    assert [row["sample"] for row in records(path)] == list(range(8))
+
+
+@pytest.mark.parametrize("stage", ["test", "validate", "predict"])
+def test_an_unfinished_window_is_no_matter_of_an_evaluation(tmp_path, stage):
+    options = {"steps_per_window": 3}
+    _, fitted = fit(GKD(**models()), steps=1, options=options, more=[Saves(tmp_path)])
+    generation = OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=6), table_every=0, **options
+    )
+    saved = torch.load(tmp_path / "step1.ckpt", weights_only=True)
+    saved["on_policy_generation"]["ranks"] *= 2  # of two processes
+    torch.save(saved, tmp_path / "two.ckpt")
+    evaluate = getattr(trainer(callbacks=[generation]), stage)
+    evaluate(
+        GKD(**models()), datamodule=Letters(), ckpt_path=tmp_path / "two.ckpt", weights_only=True
+    )
+    seen = Seen()
+    again = trainer(max_steps=1, callbacks=[generation, seen])
+    again.fit(GKD(**models()), datamodule=Letters(batch_size=4))
+    assert torch.equal(seen.batches[0]["input_ids"], fitted.batches[0]["input_ids"])
+
+
+def test_a_share_of_the_datas_completions_needs_some():
+    class PromptsAlone(Letters):
+        def example(self, row, pass_):
+            found = super().example(row, pass_)
+            return replace(found, input_ids=found.input_ids[: found.prompt_length], completion="")
+
+        max_lengths = (5, 5)
+
+    data = PromptsAlone(batch_size=4)
+    with pytest.raises(ValueError, match="the data has prompts alone; set lmbda: 1"):
+        fit(GKD(**models()), data=data, options={"lmbda": 0.5})
 
 
 def test_rollouts_of_a_resumed_run_are_recorded_once(tmp_path):
@@ -604,6 +755,18 @@ def test_two_callbacks_that_generate_are_rejected():
         named = f"OnPolicyGeneration and {type(second).__name__} would both generate"
         with pytest.raises(ValueError, match=named):
             fit(GKD(**models()), more=[second])
+
+
+def test_data_that_keeps_the_plan_of_an_earlier_run_is_told_how_to_forget_it():
+    class Mine(Letters):
+        def setup(self, stage) -> None:
+            if not self._rows:
+                super().setup(stage)
+
+    data = Mine(batch_size=4)
+    fit(GKD(**models()), data=data)
+    with pytest.raises(ValueError, match=r"call super\(\).setup\(stage\) in the setup of Mine"):
+        fit(GKD(**models()), data=data)
 
 
 def test_each_run_of_a_data_module_has_the_plan_of_its_own_callback():

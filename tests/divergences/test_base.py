@@ -151,3 +151,34 @@ def test_repr_is_what_one_would_write():
 def test_a_divergence_needs_a_value():
     with pytest.raises(TypeError, match="abstract"):
         Divergence()
+
+
+class Spoilt(ChiSquare):
+    """Its value, changed by a function."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def value(self, student_log_probs, teacher_log_probs):
+        return self.change(super().value(student_log_probs, teacher_log_probs))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.sum, r"Spoilt.value has returned \(\) for log-probabilities of shape"),
+        (lambda x: x[..., None], r"Spoilt.value has returned \(.*1\) for"),
+        (lambda x: None, "Spoilt.value has returned NoneType for"),
+    ],
+    ids=["one number", "a column", "nothing"],
+)
+def test_a_value_that_is_not_one_number_for_each_position_is_refused(log_probs, change, message):
+    divergence = Spoilt(change)
+    for evaluate in (divergence, divergence.value_and_logit_gradient):
+        with pytest.raises(ValueError, match=message):
+            evaluate(*log_probs)
+
+
+def test_a_value_without_a_gradient_is_refused(log_probs):
+    with pytest.raises(ValueError, match=r"Spoilt\.value does not depend on student_log_probs"):
+        Spoilt(lambda x: x.detach()).value_and_logit_gradient(*log_probs)

@@ -20,3 +20,18 @@ def test_one_completion_is_all_or_nothing():
     metric = ExactMatch()
     metric.update([" 12"], ["12 "])
     assert metric.compute() == 1
+
+
+def test_nothing_is_shown_where_nothing_was_measured():
+    metrics = DistributionMetrics()
+    metrics.update(torch.zeros(2, 3), torch.full((3,), -100))
+    assert metrics.compute() == {}
+
+
+def test_many_positions_are_counted_under_bf16_true():
+    """Lightning makes all of a module bfloat16, in which 256 and 1 are 256."""
+    holder = torch.nn.ModuleList([DistributionMetrics()]).to(torch.bfloat16)
+    for _ in range(300):
+        holder[0].update(torch.ones(2, 3), torch.zeros(3, dtype=torch.long))
+    assert holder[0].compute()["student_entropy"] == 1
+    assert holder[0].counts[0] == 900

@@ -1,6 +1,7 @@
 """An engine of a third party, by public names alone; and what engines cannot do."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -261,3 +262,106 @@ def test_rows_at_once_may_not_change_where_rows_share_random_numbers(tmp_path):
             options=engine | {"rows_at_once": 2},
             ckpt=tmp_path / "step1.ckpt",
         )
+
+
+# Completions that are not what an engine must return.
+
+
+class Spoilt(CachedSampler):
+    """The sampler, whose completions a function changes."""
+
+    def __init__(self, change) -> None:
+        super().__init__()
+        self._change = change
+
+    def generate(self, prompts, options, *, seeds, models):
+        return self._change(super().generate(prompts, options, seeds=seeds, models=models))
+
+
+def with_gap(completions):
+    mask = completions.mask.clone()
+    mask[:, 0] = False
+    return replace(completions, mask=mask)
+
+
+def beyond_the_end(completions):
+    return replace(completions, mask=torch.ones_like(completions.mask))
+
+
+def with_nan(completions):
+    return replace(completions, sampling_log_probs=completions.log_probs * torch.nan)
+
+
+WRONG = {
+    "nothing": (lambda c: None, "returned NoneType; return Completions"),
+    "fewer rows": (lambda c: c.rows(slice(1, None)), "returned 3 completions for 4 prompts"),
+    "fewer columns of log_probs": (
+        lambda c: replace(c, log_probs=c.log_probs[:, :2]),
+        r"returned log_probs of shape \(4, 2\)",
+    ),
+    "fewer rows of mask": (lambda c: replace(c, mask=c.mask[1:]), "returned mask of shape"),
+    "integers for the mask": (lambda c: replace(c, mask=c.mask.long()), "mask of .* torch.int64"),
+    "floats for ids": (lambda c: replace(c, ids=c.ids.float()), "returned ids of .* torch.float32"),
+    "one ended for all": (lambda c: replace(c, ended=c.ended[:1]), r"ended of shape \(1,\)"),
+    "negated log_probs": (
+        lambda c: replace(c, log_probs=-c.log_probs),
+        "returned log_probs that are no log-probabilities",
+    ),
+    "probabilities": (
+        lambda c: replace(c, sampling_log_probs=c.log_probs.exp()),
+        "returned sampling_log_probs that are no log-probabilities",
+    ),
+    "not a number": (with_nan, "sampling_log_probs that are no log-probabilities"),
+    "one of the two alone": (
+        lambda c: replace(c, log_probs=None),
+        "return both, or set it to False",
+    ),
+    "padding on the left": (with_gap, "a mask with gaps; a completion is padded on the right"),
+    "text behind the EOS": (beyond_the_end, "goes on behind its EOS"),
+    "ended without an EOS": (
+        lambda c: replace(c, ended=torch.ones_like(c.ended)),
+        "ended that is not true where a completion has an EOS",
+    ),
+    "an EOS that has not ended": (
+        lambda c: replace(c, ended=torch.zeros_like(c.ended)),
+        "ended that is not true where a completion has an EOS",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_completions_are_refused_before_they_are_trained_on(name):
+    change, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        fit(OnPolicyDistillation(**models()), steps=4, options={"engine": Spoilt(change)})
+
+
+@pytest.mark.parametrize("truncated", ["keep", "mask"])
+def test_windows_of_empty_completions_are_a_warning_then_an_error(truncated):
+    def empty(completions):
+        nothing = torch.zeros_like(completions.mask)
+        return replace(completions, mask=nothing, ended=nothing[:, 0])
+
+    warned = pytest.warns(UserWarning, match="0 tokens were scored")
+    with warned, pytest.raises(ValueError, match="in 3 consecutive windows"):
+        fit(
+            OnPolicyDistillation(**models()),
+            steps=4,
+            options={"engine": Spoilt(empty), "truncated": truncated},
+        )
+
+
+def test_log_probs_that_some_completions_lack_are_left_out_of_all():
+    class Sometimes(Spoilt):
+        gives_log_probs = False
+
+    seen = []
+
+    def lacking(completions):
+        seen.append(None)
+        if len(seen) % 2:
+            return completions
+        return replace(completions, log_probs=None, sampling_log_probs=None)
+
+    _, given = fit(GKD(**models()), options={"engine": Sometimes(lacking), "rows_at_once": 2})
+    assert not {"log_probs", "sampling_log_probs"} & given.batches[0].keys()

@@ -5,7 +5,7 @@ import torch
 
 from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
 from lightning_kd.modules import SupervisedKD
-from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble
 from tests.support.harness import BatchList, trainer
 from tests.support.toys import ragged_batch, tiny_llama
 
@@ -43,16 +43,52 @@ def test_of_either_side_over_a_whole_evaluation(sizes, logits):
     assert f"val/{other}_dropped_mass" not in result
 
 
-def test_of_several_teachers_the_one_that_gives_most():
+@pytest.mark.parametrize("combine", ["logits", "probabilities"])
+def test_of_several_teachers_their_weighted_mean(combine):
     members = [tiny_llama(seed, vocab_size=size) for seed, size in ((1, 21), (2, 24), (3, 18))]
-    module = SupervisedKD(
-        student=StudentSpec.of(tiny_llama(0)),
-        teacher=TeacherEnsemble([LocalTeacher.of(member) for member in members]),
-        vocabulary="shared",
+    members.append(tiny_llama(4, vocab_size=30))
+    weights = [0.5, 0.25, 0.25, 0.0]
+    teacher = TeacherEnsemble(
+        [LocalTeacher.of(member) for member in members], weights=weights, combine=combine
     )
-    expected = torch.stack([beyond(member, 18) for member in members]).amax(0).mean().item()
+    module = SupervisedKD(
+        student=StudentSpec.of(tiny_llama(0)), teacher=teacher, vocabulary="shared"
+    )
+    masses = [w * beyond(m, 18).mean() for m, w in zip(members, weights, strict=True)]
     with pytest.warns(UserWarning, match="teacher gives"):
         (result,) = trainer(limit_test_batches=1.0).test(
             module, datamodule=BatchList([], BATCHES), verbose=False
         )
-    assert result["test/teacher_dropped_mass"] == pytest.approx(expected, rel=1e-5)
+    assert result["test/teacher_dropped_mass"] == pytest.approx(sum(masses).item(), rel=1e-5)
+
+
+def test_of_routed_teachers_that_of_each_rows_own():
+    wide = tiny_llama(1, vocab_size=24)
+    members = {"wide": LocalTeacher.of(wide), "narrow": LocalTeacher.of(tiny_llama(2))}
+    teacher = RoutedTeacher(members)
+    module = SupervisedKD(
+        student=StudentSpec.of(tiny_llama(0)), teacher=teacher, vocabulary="shared"
+    )
+    batches = [{**BATCHES[0], "extra": {"teacher": ["wide", "narrow"]}}]
+    first = beyond(wide, 18)[:9]  # of the row with 9 labels; the other has 7
+    with pytest.warns(UserWarning, match="teacher gives"):
+        (result,) = trainer(limit_test_batches=1.0).test(
+            module, datamodule=BatchList([], batches), verbose=False
+        )
+    assert result["test/teacher_dropped_mass"] == pytest.approx(first.sum().item() / 16, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "routed"])
+def test_equal_vocabularies_are_those_of_all_members(kind):
+    members = [LocalTeacher.of(tiny_llama(seed, vocab_size=18 + 3 * seed)) for seed in (0, 1)]
+    teacher = (
+        TeacherEnsemble(members)
+        if kind == "ensemble"
+        else RoutedTeacher({"a": members[0], "b": members[1]})
+    )
+    module = SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    named = "0 18, 1 21" if kind == "ensemble" else "'a' 18, 'b' 21"
+    with pytest.raises(
+        ValueError, match=rf"unequal vocabularies \({named}\), and vocabulary: equal"
+    ):
+        trainer().validate(module, datamodule=BatchList([], BATCHES), verbose=False)

@@ -241,3 +241,81 @@ def test_no_value_is_the_mean_of_two_with_one_name(stage):
     short = {"validate": "val"}.get(stage, stage)
     assert result[f"{short}/reverse_kl"] == pytest.approx(kl(1).mean().item(), rel=1e-5)
     assert result[f"{short}/loss"] == pytest.approx(kl(2).sum().item() / 2, rel=1e-5)
+
+
+# Values of a term in a chunk that are not one number for each position.
+
+
+class PerChunk(TokenTerm):
+    """Cross-entropy, spoilt by a function."""
+
+    def __init__(self, change) -> None:
+        self.change = change
+
+    def values(self, chunk):
+        return self.change(-chunk.student()[:, 5])
+
+
+class OwnTerm(SupervisedKD):
+    def __init__(self, change, **options) -> None:
+        super().__init__(**options)
+        self.change = change
+
+    def loss_terms(self, batch, scores):
+        return super().loss_terms(batch, scores) | {
+            "cross_entropy": LossTerm(PerChunk(self.change))
+        }
+
+
+@pytest.mark.parametrize("backend", [DenseLogits(), FusedLogits()], ids=["dense", "fused"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (torch.mean, r"PerChunk.values has returned shape \(\)"),
+        (lambda x: x[:1], r"PerChunk.values has returned shape \(1,\)"),
+        (lambda x: x[:, None], r"PerChunk.values has returned shape \(\d+, 1\)"),
+        (torch.Tensor.long, r"PerChunk.values has .* type torch.int64"),
+    ],
+    ids=["one number", "one position", "a column", "integers"],
+)
+def test_a_token_term_has_one_number_for_each_position(change, message, backend):
+    module = OwnTerm(change, logits_backend=backend, **models())
+    with pytest.raises(ValueError, match=message):
+        trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3), (1, 5)])]))
+
+
+def test_a_token_term_without_a_gradient_is_refused():
+    module = OwnTerm(torch.Tensor.detach, **models())
+    with pytest.raises(ValueError, match="the values of PerChunk have no gradient"):
+        trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3), (1, 5)])]))
+
+
+class Counts(TokenMean):
+    """Counts something else."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def count(self, tokens_per_row):
+        return super().count(tokens_per_row) * self.factor
+
+
+class DividedOnItsOwn(SupervisedKD):
+    @property
+    def term_normalizations(self):
+        return {"divergence": Counts(0.0)}
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_a_count_of_nothing_where_tokens_are_scored_is_refused(factor):
+    module = SupervisedKD(normalization=Counts(factor), **models())
+    with pytest.raises(ValueError, match="normalization of the loss has the count"):
+        trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3), (1, 5)])]))
+
+
+def test_a_count_of_nothing_of_a_single_term_is_refused():
+    module = DividedOnItsOwn(**models())
+    with pytest.raises(
+        ValueError, match="normalization of the terms cross_entropy, divergence has"
+    ):
+        trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3), (1, 5)])]))

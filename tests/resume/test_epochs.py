@@ -418,6 +418,7 @@ def refused(match, module=plain, **settings):
         ({"min_epochs": 5}, "min_epochs is 5, above trainer.max_epochs, 3"),
         ({"gradient_clip_val": -1.0}, "gradient_clip_val is -1.0; it must be 0"),
         ({"gradient_clip_val": float("nan")}, "gradient_clip_val is nan"),
+        ({"check_val_every_n_epoch": 0}, "check_val_every_n_epoch is 0; it must be 1"),
         ({"accumulate_grad_batches": 0}, "accumulate_grad_batches is 0; it must be 1"),
         (
             {"accumulate_grad_batches": 2, "val_check_interval": 5},

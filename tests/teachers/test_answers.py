@@ -177,6 +177,13 @@ NAN = torch.full((N, 3), torch.nan)
         "single": (TokenLogProbs(torch.zeros(N + 1)), "6 positions, but 5 are scored"),
         "square": (TokenLogProbs(torch.zeros(N, 1)), "one for each"),
         "infinite": (TokenLogProbs(torch.full((N,), -torch.inf)), "no log-probabilities"),
+        "floats": (TopK(GOOD.token_ids.float(), GOOD.log_probs), "are torch.float32; give int64"),
+        "rounded off": (TopK(GOOD.token_ids, GOOD.log_probs.long()), "torch.int64; they must be"),
+        "a rounded token": (TokenLogProbs(torch.zeros(N).long()), "torch.int64; they must be"),
+        "too little": (
+            TopK(top_k(V).token_ids, top_k(V).log_probs - 1),
+            f"all {V} tokens, and their probabilities add up to 0.3679",
+        ),
     }.values(),
 )
 def test_answers_to_another_question_are_refused(answer, message):

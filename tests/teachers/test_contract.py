@@ -401,3 +401,104 @@ def test_an_ability_without_its_method_is_refused_before_the_first_step(options,
 
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Promises(tiny_llama(1)))
     refused(module, f"Promises lists .* in answers and has no {method}", [writing(**options)])
+
+
+class Answers(Teacher):
+    """A model whose answer a function changes."""
+
+    answers = frozenset({"full_distribution"})
+    vocabulary_size = V
+
+    def __init__(self, network, change):
+        self.network, self.change = network.eval(), change
+
+    @torch.no_grad()
+    def answer(self, batch, positions, *, kind, logits_backend):
+        logits = self.network(batch["input_ids"], batch["attention_mask"]).logits
+        batch["input_ids"].fill_(3)  # to mask something for its own model
+        batch["labels"].fill_(3)
+        return self.change(logits[positions.mask])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda logits: None, "Answers has answered with a NoneType; return a FullDistribution"),
+        (FullDistribution, "must be a tuple of LazyLogits, .*; got Tensor"),
+        (
+            lambda logits: FullDistribution((MaterializedLogits(logits[:, :10]),)),
+            "has logits of 10 tokens, and the teacher says that it knows 18",
+        ),
+        (
+            lambda logits: FullDistribution((MaterializedLogits(logits.repeat(1, 2)),)),
+            "vocabulary_size of Answers is 18, and it has answered with logits of 36 tokens",
+        ),
+    ],
+    ids=["nothing", "a tensor", "narrower", "wider"],
+)
+def test_a_full_distribution_over_other_tokens_is_refused(change, message):
+    teacher = Answers(tiny_llama(1), change)
+    refused(SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher), message)
+
+
+def test_what_a_teacher_does_to_its_batch_stays_with_it():
+    masking = Answers(tiny_llama(1), lambda x: FullDistribution((MaterializedLogits(x),)))
+    found, expected = (
+        fit_one_step(
+            SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher), [BATCH, BATCH]
+        )
+        for teacher in (masking, LocalTeacher.of(tiny_llama(1)))
+    )
+    assert found[0] == pytest.approx(expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
+class Both(TellsOneToken):
+    """A model that tells one token or all of them."""
+
+    answers = frozenset({"token_log_probs", "full_distribution"})
+
+    @torch.no_grad()
+    def answer(self, batch, positions, *, kind, logits_backend):
+        if kind == "token_log_probs":
+            return super().answer(batch, positions, kind=kind, logits_backend=logits_backend)
+        logits = self.network(batch["input_ids"], batch["attention_mask"]).logits
+        return FullDistribution((MaterializedLogits(logits[positions.mask]),))
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        ({}, "token_log_probs"),
+        ({"temperature": 2.0}, "full_distribution"),
+        ({"vocabulary": "shared"}, "full_distribution"),
+    ],
+    ids=str,
+)
+def test_of_several_kinds_the_one_that_the_options_need_is_asked_for(options, kind):
+    student = StudentSpec.of(tiny_llama(0))
+    module = OnPolicyDistillation(student=student, teacher=Both(tiny_llama(1)), **options)
+    assert module.answer_kind == kind
+    sampling = SamplingOptions(max_new_tokens=4, temperature=options.get("temperature", 1.0))
+    fit = trainer(max_steps=1, callbacks=[OnPolicyGeneration(generation=sampling)])
+    fit.fit(module, datamodule=Letters(batch_size=4))
+    assert fit.global_step == 1
+
+
+@pytest.mark.parametrize("answers", [{"top_k"}, ["top_k"], "top_k", None], ids=str)
+def test_answers_that_are_no_frozenset_are_refused(answers):
+    class Mine(Remembers):
+        pass
+
+    Mine.answers = answers
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Mine.of(tiny_llama(1), BATCH, 4))
+    refused(module, r"Mine has the answers .*; give the class a frozenset")
+
+
+@pytest.mark.parametrize("size", [0, None, "18"])
+def test_a_vocabulary_size_that_is_no_number_of_tokens_is_refused(size):
+    class Mine(Remembers):
+        vocabulary_size = size
+
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=Mine.of(tiny_llama(1), BATCH, 4))
+    refused(module, f"the vocabulary_size of Mine is {size!r}; it must be the number of tokens")

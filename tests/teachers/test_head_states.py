@@ -102,20 +102,20 @@ def test_routed_teachers_are_taken_one_by_one(tokenizer):
 
 def test_a_combination_of_someones_own_is_refused(tokenizer):
     answer = answered(teacher_of("one model"), tokenizer)
-    with pytest.raises(ValueError, match=r"cannot be written down; TeacherEnsemble can"):
+    with pytest.raises(ValueError, match=r"cannot be written down; that of TeacherEnsemble can"):
         head_of(FullDistribution(answer.logits, lambda logits, temperature: logits[0]))
 
 
 DAMAGE = {
     "no models": lambda layout: layout.pop("models"),
-    "no combination": lambda layout: layout.pop("combine"),
+    "no combination": lambda layout: layout.pop("average"),
     "another number of products": lambda layout: layout["models"][0].update(products=2),
     "text for a number": lambda layout: layout["models"][0].update(scale="wide"),
-    "a lacking weight": lambda layout: layout["combine"]["weights"].pop(),
-    "a lacking member": lambda layout: layout["combine"]["members"].pop(),
-    "an unknown average": lambda layout: layout["combine"].update(by="median"),
-    "no average": lambda layout: layout.update(combine=None),
-    "a list": lambda layout: layout.update(combine=[1]),
+    "a lacking weight": lambda layout: layout["average"]["weights"].pop(),
+    "a lacking member": lambda layout: layout["average"]["members"].pop(),
+    "an unknown average": lambda layout: layout["average"].update(of="median"),
+    "no average": lambda layout: layout.update(average=None),
+    "a list": lambda layout: layout.update(average=[1]),
 }
 
 

@@ -37,3 +37,18 @@ def test_scores_do_not_depend_on_padding(tokenizer):
     scored_alone = ScoredPositions.from_labels(alone["labels"])
     unpadded = given(teacher, alone, scored_alone)
     torch.testing.assert_close(padded[5:], unpadded, rtol=0, atol=1e-5)
+
+
+def test_a_model_that_was_changed_between_two_runs_is_frozen_and_compared_again(tokenizer):
+    network = tiny_llama(1, attention_dropout=0.5)
+    teacher = LocalTeacher.of(network)
+    teacher.prepare(tokenizer, CPU, "equal")
+    before = teacher.resume_settings()["model"]["weights"]
+    network.train()
+    network.requires_grad_(True)
+    with torch.no_grad():
+        network.lm_head.weight.add_(1)
+    teacher.prepare(tokenizer, CPU, "equal")
+    assert not any(module.training for module in network.modules())
+    assert not any(p.requires_grad for p in network.parameters())
+    assert teacher.resume_settings()["model"]["weights"] != before

@@ -1,5 +1,6 @@
 """Teachers of any kind, each for its own rows."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import scipy.special
 import torch
 
+from lightning_kd.data import PromptCompletionData
 from lightning_kd.divergences import ForwardKL
 from lightning_kd.fused import (
     ChunkedPass,
@@ -18,7 +20,7 @@ from lightning_kd.fused import (
     evaluate_no_grad,
 )
 from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
-from lightning_kd.modules import GKD, OnPolicyDistillation
+from lightning_kd.modules import GKD, OnPolicyDistillation, SupervisedKD
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher, TeacherEnsemble
 from tests.support.harness import BatchList, fit_one_step, trainer
@@ -142,10 +144,86 @@ def test_an_ensemble_may_teach_some_of_the_rows(combine, rows):
     np.testing.assert_allclose(values.numpy(), expected, rtol=1e-10)
 
 
+class Sharper(LocalTeacher):
+    """The square of a model's distribution, normalized."""
+
+    def answer(self, batch, positions, *, kind="full_distribution", logits_backend):
+        answer = super().answer(batch, positions, kind=kind, logits_backend=logits_backend)
+        return FullDistribution(
+            answer.logits, lambda logits, t: (2 * logits[0] / t).log_softmax(-1)
+        )
+
+
+@pytest.mark.parametrize("rows", [100, 2], ids=["in one chunk", "two positions at a time"])
+@pytest.mark.parametrize("outer", ["routed", "logits", "probabilities"])
+def test_a_routed_teacher_in_another_teacher_counts_with_its_own_distribution(outer, rows):
+    _, a, b = networks()
+    inner = RoutedTeacher(
+        {
+            "a": TeacherEnsemble([LocalTeacher.of(a), LocalTeacher.of(b)], combine="probabilities"),
+            "b": Sharper.of(tiny_llama(2).double()),
+        }
+    )
+    third = LocalTeacher.of(tiny_llama(3).double())
+    if outer == "routed":
+        teacher = RoutedTeacher({"a": inner, "b": third})
+    else:
+        teacher = TeacherEnsemble([inner, third], combine=outer)
+    teacher.prepare(letter_tokenizer(), torch.device("cpu"), "equal")
+    answer = teacher.answer(BATCH, SCORED, kind="full_distribution", logits_backend=DenseLogits())
+    with torch.no_grad():
+        z, u, v, w = (
+            model(BATCH["input_ids"], BATCH["attention_mask"]).logits[SCORED.mask].numpy()
+            for model in (*networks(), tiny_llama(3).double())
+        )
+    term = DivergenceTerm(ForwardKL(), teacher_temperature=2.0)
+    logits = MaterializedLogits(torch.from_numpy(z))
+    values = evaluate_no_grad(ChunkedPass(logits, answer, [term], rows * V * 8 * 4))[0]
+    softmax = scipy.special.softmax
+    of_a = (softmax(u / 2, axis=-1) + softmax(v / 2, axis=-1)) / 2
+    p = np.where(OF_B[:, None].numpy(), softmax(v, axis=-1), of_a)
+    other = softmax(w / 2, axis=-1)
+    if outer == "routed":
+        p = np.where(OF_B[:, None].numpy(), other, of_a)
+    elif outer == "probabilities":
+        p = (p + other) / 2
+    else:
+        p = np.sqrt(p * other)
+        p /= p.sum(-1, keepdims=True)
+    expected = scipy.special.rel_entr(p, softmax(z, axis=-1)).sum(-1)
+    np.testing.assert_allclose(values.numpy(), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "token_log_probs"])
+def test_the_type_of_one_members_answer_does_not_round_anothers(kind):
+    class Rounded(Model):
+        def answer(self, *rest, **options):
+            answer = super().answer(*rest, **options)
+            return TopK(answer.token_ids, answer.log_probs.bfloat16())
+
+    class RoundedToken(Model):
+        def answer(self, *rest, **options):
+            return TokenLogProbs(super().answer(*rest, **options).values.bfloat16())
+
+    _, a, b = networks()
+    rounded = Rounded if kind == "top_k" else RoundedToken
+    teacher = RoutedTeacher({"a": rounded(a, "a", kind), "b": Model(b, "b", kind)})
+    both = teacher.answer(BATCH, SCORED, kind=kind, logits_backend=DenseLogits())
+    own = b(BATCH["input_ids"], BATCH["attention_mask"]).logits[SCORED.mask].log_softmax(-1)
+    if kind == "top_k":
+        expected, found = own.topk(4).values, both.log_probs
+    else:
+        expected, found = own.gather(-1, SCORED.targets[:, None])[:, 0], both.values
+    torch.testing.assert_close(found[OF_B], expected[OF_B], rtol=1e-12, atol=1e-12)
+
+
 def test_wrong_members_are_refused():
     _, a, b = networks()
     with pytest.raises(ValueError, match="RoutedTeacher needs at least one member; got none"):
         RoutedTeacher({})
+    for members in ([LocalTeacher.of(a)], {1: LocalTeacher.of(a)}):
+        with pytest.raises(ValueError, match="give a mapping from each value of the column"):
+            RoutedTeacher(members)
     with pytest.raises(ValueError, match=r"in common; 'a' \(Model\) answers top_k, 'b' \(Local"):
         RoutedTeacher({"a": Model(a, "a", "top_k"), "b": LocalTeacher.of(b)})
 
@@ -154,10 +232,46 @@ def test_wrong_members_are_refused():
     ("options", "message"),
     [
         ({"k": 6}, "answer k = 4, 6 tokens; rows of one batch need one k"),
-        ({"vocabulary": 30}, "'a' 18, 'b' 30 tokens; with top_k they need as many"),
+        (
+            {"vocabulary": 30},
+            r"unequal vocabularies \('a' 18, 'b' 30\), and the answer top_k needs",
+        ),
     ],
 )
 def test_answers_that_do_not_fit_each_other_are_refused(options, message):
     teacher = routed("top_k", **options)
     with pytest.raises(ValueError, match=message):
         teacher.answer(BATCH, SCORED, kind="top_k", logits_backend=DenseLogits())
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_row_that_names_no_member_is_refused_before_the_first_step(tmp_path, split):
+    def written(name, teachers):
+        path = tmp_path / name
+        rows = [{"prompt": "ab", "completion": "cd", "teacher": who} for who in teachers]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    def fit(wrong, columns):
+        files = {
+            s: written(f"{s}.jsonl", ["a", "b", wrong if s == split else "a"])
+            for s in ("train", "validation")
+        }
+        data = PromptCompletionData(
+            tokenizer=letter_tokenizer(), batch_size=1, extra_columns=columns, **files
+        )
+        _, a, b = networks()
+        teacher = RoutedTeacher({"a": LocalTeacher.of(a), "b": LocalTeacher.of(b)})
+        lightning = trainer(max_steps=3)
+        lightning.fit(
+            SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher), datamodule=data
+        )
+        return lightning.global_step
+
+    assert fit("b", ["teacher"]) == 3
+    with pytest.raises(
+        ValueError, match=rf"{split}.jsonl:3: column 'teacher' asks for the teacher 'c'; there"
+    ):
+        fit("c", ["teacher"])
+    with pytest.raises(ValueError, match=r"no column 'teacher'; name it in data\.extra_columns"):
+        fit("b", [])

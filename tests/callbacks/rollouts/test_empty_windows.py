@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.callbacks import OnPolicyGeneration
@@ -14,13 +15,21 @@ from tests.support.harness import Letters, trainer
 from tests.support.toys import tiny_llama
 
 
-def fit(truncated, steps):
+class Saves(Callback):
+    """Checkpoint after every optimizer step."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx) -> None:
+        trainer.save_checkpoint(f"step{trainer.global_step}.ckpt")
+
+
+def fit(truncated, steps, ckpt=None):
     generation = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=1), truncated=truncated, table_every=0
     )
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
-    fitted = trainer(max_steps=steps, max_epochs=-1, callbacks=[generation])
-    fitted.fit(module, datamodule=Letters(batch_size=1, rows=4))
+    fitted = trainer(max_steps=steps, max_epochs=-1, callbacks=[generation, Saves()])
+    data = Letters(batch_size=1, rows=4)
+    fitted.fit(module, datamodule=data, ckpt_path=ckpt, weights_only=True)
     return fitted
 
 
@@ -43,6 +52,14 @@ def test_empty_windows_are_a_warning_then_an_error(truncated):
         ),
     ):
         fit(truncated, 3)
+
+
+@pytest.mark.usefixtures("endless")
+def test_a_resumed_run_goes_on_counting():
+    with pytest.warns(UserWarning, match="0 tokens were scored"):
+        fit("mask", 2)
+    with pytest.raises(ValueError, match="in 3 consecutive windows no completion ended"):
+        fit("mask", 3, ckpt="step2.ckpt")
 
 
 @pytest.mark.usefixtures("endless")

@@ -1,0 +1,33 @@
+"""One module and one trainer's data, for an evaluation and a run after each other, as in a notebook."""
+
+import pytest
+import torch
+
+from lightning_kd.models import StudentSpec
+from lightning_kd.modules import GKD, SequenceKD, SupervisedKD
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
+
+
+def models():
+    return {"student": StudentSpec.of(tiny_llama(0)), "teacher": LocalTeacher.of(tiny_llama(1))}
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_run_follows_an_evaluation_of_the_same_module(stage):
+    def metrics(module):
+        fit = trainer(max_epochs=1, limit_val_batches=1.0)
+        fit.fit(module, datamodule=Letters(batch_size=4))
+        return {name: value.item() for name, value in fit.callback_metrics.items()}
+
+    measured = SupervisedKD(**models())
+    getattr(trainer(), stage)(measured, datamodule=Letters(), verbose=False)
+    assert metrics(measured) == metrics(SupervisedKD(**models()))
+
+
+@pytest.mark.parametrize("method", [GKD, SequenceKD])
+def test_predict_returns_completions(method):
+    (first, *_) = trainer().predict(method(**models()), datamodule=Letters(batch_size=4))
+    assert first.ids.shape == first.mask.shape
+    assert first.ended.dtype == torch.bool
