@@ -14,6 +14,7 @@ A *scored position* is one whose logits enter the loss. ``labels`` are unshifted
 ``t`` are scored when ``labels[:, t + 1]`` is a token and not :data:`IGNORE_INDEX`.
 """
 
+from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -80,6 +81,36 @@ class PairedBatch(Batch):
 
     text: Batch
     """The micro-batch of plain text, with as many rows."""
+
+
+def check_batch(batch: object) -> None:
+    """Validate that a batch has what every method reads.
+
+    Raises:
+        ValueError: If it has not.
+
+    Example:
+        >>> check_batch({"input_ids": [1, 2]})  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: a batch needs input_ids, attention_mask and labels: integer tensors of one shape ...
+    """
+    named = {}
+    if isinstance(batch, Mapping):
+        named = {name: batch.get(name) for name in ("input_ids", "attention_mask", "labels")}
+    tensors = [value for value in named.values() if isinstance(value, Tensor)]
+    whole = [tensor for tensor in tensors if tensor.ndim == 2 and not tensor.is_floating_point()]
+    if len(whole) < 3 or len({tensor.shape for tensor in whole}) > 1:
+        came = {
+            name: (str(value.dtype), *value.shape)
+            if isinstance(value, Tensor)
+            else type(value).__name__
+            for name, value in named.items()
+        }
+        raise ValueError(
+            "a batch needs input_ids, attention_mask and labels: integer tensors of one shape (rows, "
+            "tokens), with labels -100 where nothing is trained on; got "
+            f"{came or type(batch).__name__}"
+        )
 
 
 def copy_of(batch: _Batch) -> _Batch:

@@ -170,6 +170,10 @@ def make_divergence(divergence: "Divergence | str", **parameters: float | bool) 
         if parameters:
             raise ValueError(f"{divergence!r} is built already: {sorted(parameters)} came too late")
         return divergence
+    if not isinstance(divergence, str):
+        raise ValueError(
+            f"divergence is {divergence!r}; give a name or an instance, such as ReverseKL()"
+        )
     cls = _REGISTRY.get(divergence) or _load_entry_point(divergence)
     return cls(**parameters)
 

@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.batch import Batch, require_prompts
+from lightning_kd.batch import Batch, check_batch, require_prompts
 from lightning_kd.checkpoints import RUN_KEY, compare_weights
 from lightning_kd.generation import (
     Completions,
@@ -54,6 +54,15 @@ class StudentModule(Resumable, L.LightningModule):
         engine: Engine | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(student, StudentSpec):
+            raise ValueError(
+                f"student is a {type(student).__name__}; give StudentSpec(name_or_path=...), or "
+                "StudentSpec.of(model) for a model that you have built"
+            )
+        if not isinstance(generation, GenerationOptions | None):
+            raise ValueError(
+                f"generation is a {type(generation).__name__}; give GenerationOptions(...)"
+            )
         self.student_spec = student
         self.generation = generation or GenerationOptions()
         self.engine = engine
@@ -85,6 +94,12 @@ class StudentModule(Resumable, L.LightningModule):
         if stage == "fit":
             prepare_trainer(self.trainer)  # where a subclass has callbacks of its own
             self.resumption = Resumption(self)  # an earlier fit is none of this one's business
+
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Validate a batch that is trained or evaluated on."""
+        if not self.trainer.predicting:
+            check_batch(batch)
+        return batch
 
     def configure_model(self) -> None:
         """Build the student, once; in shards if the strategy shards weights.

@@ -90,6 +90,11 @@ class TeacherModule(DistillationModule):
             generation=generation,
             engine=engine,
         )
+        if not isinstance(teacher, Teacher):
+            raise ValueError(
+                f"teacher is a {type(teacher).__name__}; give LocalTeacher(name_or_path), "
+                "LocalTeacher.of(model) for a model that you have built, or another Teacher"
+            )
         self.teacher = teacher
         self.vocabulary: VocabularyPolicy = vocabulary
         self._warned_of: set[str] = set()

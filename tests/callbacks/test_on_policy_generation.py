@@ -287,7 +287,6 @@ class Masks(Callback):
             labels[(labels >= 0).nonzero()[0]] = -100
 
 
-@pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_a_checkpoint_of_a_callback_in_front_does_not_keep_a_window_that_has_ended(tmp_path):
     generation = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=6), table_every=0, steps_per_window=2
@@ -302,6 +301,7 @@ def test_a_checkpoint_of_a_callback_in_front_does_not_keep_a_window_that_has_end
     assert kept == [True, False, True]
 
 
+@pytest.mark.parametrize("lmbda", [0.0, 1.0])
 def test_what_a_callback_does_to_a_batch_does_not_last_into_the_next_pass(tmp_path, lmbda):
     options, more = {"passes": 3, "lmbda": lmbda}, [Masks()]
     _, whole = fit(GKD(**models()), steps=6, options=options, more=[*more, Saves(tmp_path)])

@@ -1,0 +1,57 @@
+"""What users of other trainers hand over: the message says what to give."""
+
+import pytest
+import torch
+
+from lightning_kd.divergences import ReverseKL
+from lightning_kd.models import StudentSpec
+from lightning_kd.modules import SFT, SupervisedKD
+from lightning_kd.teachers import LocalTeacher
+from tests.support.harness import BatchList, trainer
+from tests.support.toys import ragged_batch, tiny_llama
+
+BATCH = ragged_batch([(2, 3), (1, 5)])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"student": "runs/student"}, r"student is a str; give StudentSpec\(name_or_path"),
+        ({"student": tiny_llama(0)}, r"student is a LlamaForCausalLM; .* StudentSpec.of\(model"),
+        ({"teacher": "runs/teacher"}, r"teacher is a str; give LocalTeacher\(name_or_path"),
+        ({"teacher": tiny_llama(1)}, r"teacher is a LlamaForCausalLM; .* LocalTeacher.of\(model"),
+        ({"generation": {"max_new_tokens": 4}}, "generation is a dict; give GenerationOptions"),
+        ({"divergence": ReverseKL}, "give a name or an instance, such as ReverseKL"),
+    ],
+    ids=["a path", "a model", "teacher path", "teacher model", "a dict", "a class"],
+)
+def test_other_types_are_refused_when_the_module_is_made(options, message):
+    given = {"student": StudentSpec.of(tiny_llama(0)), "teacher": LocalTeacher.of(tiny_llama(1))}
+    with pytest.raises(ValueError, match=message):
+        SupervisedKD(**given | options)
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        {key: value for key, value in BATCH.items() if key != "labels"},
+        {key: value for key, value in BATCH.items() if key != "attention_mask"},
+        BATCH | {"input_ids": BATCH["input_ids"].float()},
+        BATCH | {"labels": BATCH["labels"][:, 1:]},
+        [BATCH["input_ids"], BATCH["labels"]],
+        {"text": ["a", "b"]},
+    ],
+    ids=["no labels", "no mask", "floats", "other lengths", "a list", "text"],
+)
+def test_batches_of_another_form_are_refused(batch):
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
+    with pytest.raises(ValueError, match="a batch needs input_ids, attention_mask and labels"):
+        trainer(max_steps=1).fit(module, datamodule=BatchList([batch]))
+
+
+def test_a_batch_of_these_three_is_enough():
+    needed = {key: BATCH[key] for key in ("input_ids", "attention_mask", "labels")}
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
+    fit = trainer(max_steps=1)
+    fit.fit(module, datamodule=BatchList([needed]))
+    assert torch.isfinite(fit.callback_metrics["train/loss"])
