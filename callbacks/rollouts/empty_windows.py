@@ -45,7 +45,8 @@ class EmptyWindows:
         everywhere = module.sum_over_ranks(torch.as_tensor(scored, device=module.device).double())
         self.consecutive = 0 if everywhere > 0 else self.consecutive + 1
         if self.truncation == "keep":
-            reason, remedy = "every completion was empty", "Look at the engine and its EOS"
+            reason = "no completion had a token to train on"
+            remedy = "Look at what the engine generates"
         else:
             reason = (
                 f"no completion ended within max_new_tokens {longest}, and truncated: "

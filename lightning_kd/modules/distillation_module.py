@@ -15,7 +15,6 @@ from lightning_kd.batch import Batch, Rollout
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
-from lightning_kd.models.positions import check_length
 from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import (
     LossSums,
@@ -127,7 +126,7 @@ class DistillationModule(StepCountingModule):
         torch.manual_seed(
             derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
         )
-        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
+        self.check_rows(batch)
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
         terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
@@ -168,7 +167,7 @@ class DistillationModule(StepCountingModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
-        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
+        self.check_rows(batch)
         scores = self.score(batch)
         names = self._evaluation.terms
         terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)

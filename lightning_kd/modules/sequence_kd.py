@@ -91,10 +91,18 @@ class SequenceKD(SFT):
         """Complete prompts with the teacher in ``predict``."""
         if not self.trainer.predicting:
             return super().generate(prompt_ids, prompt_mask, options, seeds)
+        # A model's logits may be padded beyond the tokenizer's ids, which the rows are read back with.
+        known = min(self.teacher.vocabulary_size, max(self.tokenizer.get_vocab().values()) + 1)
         completions = self.teacher.generate(
-            self.tokenizer, prompt_ids, prompt_mask, options, seeds=seeds, engine=self.engine
+            self.tokenizer,
+            prompt_ids,
+            prompt_mask,
+            options,
+            seeds=seeds,
+            engine=self.engine,
+            width=known,
         )
-        name, known = f"generate of {type(self.teacher).__name__}", self.teacher.vocabulary_size
+        name = f"generate of {type(self.teacher).__name__}"
         return check_completions(
             name,
             completions,

@@ -95,11 +95,10 @@ class StudentModule(Resumable, L.LightningModule):
             prepare_trainer(self.trainer)  # where a subclass has callbacks of its own
             self.resumption = Resumption(self)  # an earlier fit is none of this one's business
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Validate a batch that is trained or evaluated on."""
-        if not self.trainer.predicting:
-            check_batch(batch)
-        return batch
+    def check_rows(self, batch: Batch) -> None:
+        """Validate the form of a batch, and that no model is too short for its rows."""
+        check_batch(batch)
+        check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
 
     def configure_model(self) -> None:
         """Build the student, once; in shards if the strategy shards weights.

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from math import isfinite, log
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -91,6 +91,10 @@ class TeacherEnsemble(CompositeTeacher):
             raise ValueError(f"weights must be 0 or more and not all 0; got {weights}")
         self.combine: Averaging = combine
         self.weights = [w / sum(weights) for w in weights]
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments that a resumed run must not change; weights as shares of 1."""
+        return super().resume_settings() | {"weights": self.weights}
 
     @property
     def named_members(self) -> Mapping[str, Teacher]:

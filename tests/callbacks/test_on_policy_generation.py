@@ -174,12 +174,12 @@ def test_student_and_teacher_generate_their_own_completions():
 
 @pytest.mark.parametrize(("batch_size", "window"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_a_completion_does_not_depend_on_the_micro_batches(tmp_path, batch_size, window):
-    path = tmp_path / "rollouts.jsonl"
-    for size, cut in ((8, 1), (batch_size, window)):
-        options = {"path": str(path.with_stem(str(size))), "rows_at_once": 3}
+    paths = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    for path, size, cut in zip(paths, (8, batch_size), (1, window), strict=True):
+        options = {"path": str(path), "rows_at_once": 3}
         fit(GKD(**models()), batch_size=size, accumulate_grad_batches=cut, options=options, steps=1)
-    assert records(tmp_path / "8.jsonl") == records(tmp_path / f"{batch_size}.jsonl")
-    assert len(records(tmp_path / "8.jsonl")) == 8
+    assert records(paths[0]) == records(paths[1])
+    assert len(records(paths[0])) == 8
 
 
 def test_recorded_completions_are_read_as_the_tokens_that_were_trained_on(tmp_path):

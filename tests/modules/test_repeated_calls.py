@@ -31,3 +31,10 @@ def test_predict_returns_completions(method):
     (first, *_) = trainer().predict(method(**models()), datamodule=Letters(batch_size=4))
     assert first.ids.shape == first.mask.shape
     assert first.ended.dtype == torch.bool
+
+
+def test_a_teacher_with_padded_logits_generates_tokens_that_the_tokenizer_has():
+    wide = tiny_llama(1, vocab_size=64)
+    module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(wide))
+    parts = trainer().predict(module, datamodule=Letters(batch_size=4))
+    assert max(int(part.ids.max()) for part in parts) < 18

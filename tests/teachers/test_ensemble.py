@@ -199,3 +199,14 @@ def test_probabilities_over_unequal_vocabularies_are_not_averaged():
     ensemble = TeacherEnsemble(members, combine="probabilities")
     with pytest.raises(ValueError, match=r"\(0 18, 1 25\), and the answer token_log_probs"):
         ensemble.answer(BATCH, SCORED, kind="token_log_probs", logits_backend=DenseLogits())
+
+
+def test_weights_are_compared_as_shares_when_a_run_is_resumed():
+    members = [OneToken(noted(1)[0]) for _ in range(2)]
+
+    def shares(weights):
+        made = TeacherEnsemble(members, combine="probabilities", weights=weights)
+        return made.resume_settings()["weights"]
+
+    assert shares(None) == shares([1.0, 1.0]) == shares([3.0, 3.0])
+    assert shares([1.0, 2.0]) == shares([2.0, 4.0]) != shares([2.0, 1.0])
