@@ -9,7 +9,7 @@ from lightning_kd.batch import Rollout
 from lightning_kd.data import PairedLoader, RolloutPlan, TrainingLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
-from lightning_kd.modules import DistillationModule, PolicyGradientModule, TeacherModule
+from lightning_kd.modules import GKD, DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.schedules import Schedule
 
@@ -94,7 +94,10 @@ def check_sampling(module: DistillationModule, options: GenerationOptions, *, al
     """
     name = type(module).__name__
     if module.needs_own_samples and not always:
-        raise ValueError(f"{name} learns only from what the student has sampled; set lmbda: 1")
+        other = ", or leave model.estimator out" if isinstance(module, GKD) else ""
+        raise ValueError(
+            f"{name} learns only from what the student has sampled; set lmbda: 1{other}"
+        )
     if module.needs_own_samples and options.truncates:
         raise ValueError(
             f"{name} weighs tokens by how likely they were to be sampled, "

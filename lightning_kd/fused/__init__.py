@@ -21,6 +21,7 @@ from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
 from lightning_kd.fused.student_rows import StudentRows
+from lightning_kd.fused.tail_terms import SquaredScore, TailLoss
 from lightning_kd.fused.teacher_rows import (
     DistributionRows,
     TeacherRows,
@@ -61,8 +62,10 @@ __all__ = [
     "RoutedLogits",
     "SampledRows",
     "SampledTokens",
+    "SquaredScore",
     "StudentMassBeyond",
     "StudentRows",
+    "TailLoss",
     "TeacherAnswer",
     "TeacherCrossEntropy",
     "TeacherEntropy",

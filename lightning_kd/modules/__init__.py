@@ -9,6 +9,11 @@ from lightning_kd.modules.minillm_objective import MiniLLMObjective, OfficialCod
 from lightning_kd.modules.on_policy_distillation import OnPolicyDistillation
 from lightning_kd.modules.optimization import WarmupCosine
 from lightning_kd.modules.policy_gradient import PolicyGradientModule
+from lightning_kd.modules.reverse_kl_estimators import (
+    CorrectedTopK,
+    ReverseKLEstimator,
+    SampledToken,
+)
 from lightning_kd.modules.rl_distillation import RLDistillation
 from lightning_kd.modules.sequence_kd import SequenceKD
 from lightning_kd.modules.sft import SFT
@@ -19,6 +24,7 @@ __all__ = [
     "GKD",
     "SFT",
     "BabyLlama",
+    "CorrectedTopK",
     "DistillationModule",
     "LossTerm",
     "MicroBatchLoss",
@@ -29,6 +35,8 @@ __all__ = [
     "Paper",
     "PolicyGradientModule",
     "RLDistillation",
+    "ReverseKLEstimator",
+    "SampledToken",
     "Scores",
     "SequenceKD",
     "SupervisedKD",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -37,7 +37,7 @@ class StepCountingModule(ScaledSumModule):
     normalization: Normalization
     """Of the loss, and of every term without one of its own."""
 
-    terms: ClassVar[tuple[str, ...]]
+    terms: tuple[str, ...]
     """Names of the loss's terms, as methods return them and as loggers show them."""
 
     _step_means: ReducedLoss

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -62,7 +62,7 @@ class DistillationModule(StepCountingModule):
 
     may_change_on_resume = frozenset({"optimizer", "lr_scheduler", "logits_backend"})
 
-    needs_own_samples: ClassVar[bool] = False
+    needs_own_samples: bool = False
     """Whether the method learns from the student's own samples alone."""
 
     micro_batch_loss: MicroBatchLoss
@@ -121,7 +121,7 @@ class DistillationModule(StepCountingModule):
         """Return the weighted sum of the micro-batch, scaled as the strategy divides."""
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
-            self._window.clear()  # a step that was broken off has left its sums
+            self._window = LossSums(self.terms)  # a step that was broken off has left its sums
         # Dropout comes from counters, so that a resumed run repeats it.
         torch.manual_seed(
             derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)

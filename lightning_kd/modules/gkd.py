@@ -7,14 +7,17 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_kd.batch import Batch
-from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.fused import DivergenceTerm
+from lightning_kd.divergences import Divergence, ReverseKL, make_divergence
+from lightning_kd.fused import AnswerKind, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.policy_gradient import as_rollout
+from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK, SampledPositions
 from lightning_kd.modules.student_module import generates_completions
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
+from lightning_kd.policy import ImportanceSampling
 from lightning_kd.teachers import LocalTeacher, Teacher
 
 
@@ -36,23 +39,30 @@ class GKD(TeacherModule):
             generalized Jensen-Shannon divergence with ``beta`` 0.5.
         teacher_temperature: Divides the teacher's logits in the divergence (the paper uses 0.1 on
             GSM8K). The student's are never divided: what it learns is what it samples from.
+        estimator: Makes the reverse KL from a teacher's k tokens unbiased by the sampled token:
+            :class:`CorrectedTopK`, which needs completions of the student alone (``lmbda: 1``,
+            sampled without ``top_k`` and ``top_p``) and ``divergence: ReverseKL``. Without it, the
+            divergence from k tokens is over these and one event for all others: a lower bound.
 
     Raises:
-        ValueError: If the temperature is not positive or the divergence is unknown.
+        ValueError: If the temperature is not positive, the divergence unknown, or an estimator given
+            for another divergence than the reverse KL.
 
     References:
         Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Algorithm 1.
         https://arxiv.org/abs/2306.13649
     """
 
-    terms = ("divergence",)
-    needs = ("full_distribution", "top_k", "top_k_and_token", "sampled")
+    terms: tuple[str, ...] = ("divergence",)
+    evaluation_terms = ("divergence",)
+    needs: tuple[AnswerKind, ...] = ("full_distribution", "top_k", "top_k_and_token", "sampled")
 
     def __init__(
         self,
         *,
         divergence: Divergence | str = "generalized_jsd",
         teacher_temperature: float = 1.0,
+        estimator: CorrectedTopK | None = None,
         teacher: LocalTeacher | Teacher,
         vocabulary: VocabularyPolicy = "equal",
         student: StudentSpec,
@@ -79,6 +89,15 @@ class GKD(TeacherModule):
         require_positive(teacher_temperature=teacher_temperature)
         self.divergence = make_divergence(divergence)
         self.teacher_temperature = teacher_temperature
+        self.estimator = estimator
+        if estimator is not None:
+            if not isinstance(self.divergence, ReverseKL):
+                raise ValueError(
+                    f"estimator: CorrectedTopK estimates the reverse KL, and the divergence is "
+                    f"{self.divergence!r}; set divergence: ReverseKL, or leave estimator out"
+                )
+            self.needs, self.needs_own_samples = estimator.needs, True
+            self.terms = (*self.terms, *estimator.watched)
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
@@ -100,7 +119,22 @@ class GKD(TeacherModule):
             )
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """Return the divergence at each token of the completion."""
+        """Return the divergence at each token of the completion, or its estimate.
+
+        Raises:
+            ValueError: If there is an estimator, and the student has not sampled the completion.
+        """
+        if self.estimator is None:
+            return self.evaluation_loss(batch, scores)
+        rollout = as_rollout(batch, "GKD with estimator: CorrectedTopK")
+        positions = SampledPositions.of(
+            rollout, scores, teacher_temperature=self.teacher_temperature
+        )
+        loss = self.estimator.loss(positions, ImportanceSampling(), 1.0)
+        return {"divergence": LossTerm(loss), **self.estimator.watch(positions)}
+
+    def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """Return the divergence at each token, as the teacher's answer tells it."""
         divergence_term = DivergenceTerm(
             self.divergence, teacher_temperature=self.teacher_temperature
         )

@@ -253,10 +253,6 @@ class LossSums:
         row = torch.cat([head, *(loss.terms[name].sums() for name in self.terms)])
         self._sums = row if self._sums is None else self._sums + row
 
-    def clear(self) -> None:
-        """Start again from zero."""
-        self._sums = None
-
     def open(self, device: torch.device) -> None:
         """Let a rank to which nothing was added take part with zeros."""
         if self._sums is None:

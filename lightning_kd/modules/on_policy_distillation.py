@@ -9,9 +9,14 @@ from lightning_kd.batch import Rollout
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
+from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
+from lightning_kd.modules.reverse_kl_estimators import (
+    ReverseKLEstimator,
+    SampledPositions,
+    SampledToken,
+)
 from lightning_kd.normalization import Normalization
-from lightning_kd.policy import Surrogate, discounted_returns
+from lightning_kd.policy import Surrogate
 from lightning_kd.teachers import LocalTeacher, Teacher
 
 
@@ -34,15 +39,19 @@ class OnPolicyDistillation(PolicyGradientModule):
     to the mixture. The advantage is neither centered nor whitened, as in the reference; the
     ``batch`` normalization is the sum per sequence that these identities are about.
 
-    The full-vocabulary reverse KL has the same expected gradient as :math:`\gamma = 0` and a lower
-    variance, for a pass over the vocabulary: that is :class:`GKD` with ``divergence: ReverseKL`` and
-    ``lmbda: 1``.
+    That is the ``estimator`` :class:`SampledToken`. :class:`CorrectedTopK` has the same expected
+    gradient and a lower variance: it computes the reverse KL over the teacher's k tokens and
+    their tail, and leaves to the sampled token what the tail hides alone. The full-vocabulary reverse
+    KL, from a teacher in the process, has a still lower one: that is :class:`GKD` with
+    ``divergence: ReverseKL`` and ``lmbda: 1``, for :math:`\gamma = 0`.
 
     The other options are those of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
 
     Args:
         gamma: Discount of later tokens' rewards, in [0, 1].
         kl_coefficient: :math:`c`.
+        estimator: How the reverse KL of a token is estimated: :class:`SampledToken` (the default) or
+            :class:`CorrectedTopK`.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -52,14 +61,14 @@ class OnPolicyDistillation(PolicyGradientModule):
         https://thinkingmachines.ai/blog/on-policy-distillation/
     """
 
-    terms = ("policy_gradient",)
-    needs = ("token_log_probs", "full_distribution")
+    terms: tuple[str, ...] = ("policy_gradient",)
 
     def __init__(
         self,
         *,
         gamma: float = 0.0,
         kl_coefficient: float = 1.0,
+        estimator: ReverseKLEstimator | None = None,
         temperature: float = 1.0,
         surrogate: Surrogate | None = None,
         dropout: Dropout = "none",
@@ -94,13 +103,18 @@ class OnPolicyDistillation(PolicyGradientModule):
         if not kl_coefficient > 0:
             raise ValueError(f"kl_coefficient is {kl_coefficient}; it must be positive")
         self.gamma, self.kl_coefficient = gamma, kl_coefficient
+        self.estimator = estimator or SampledToken()
+        self.needs = self.estimator.needs
+        self.terms = (*self.terms, *self.estimator.watched)
 
     def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
-        """Return the surrogate loss of each sampled token."""
-        student = of_tokens(scores, rollout["log_probs"])
-        assert scores.teacher is not None  # score() put it there
-        teacher = self.teacher_at_tokens(scores.teacher, scores.positions, self.temperature)
-        rewards = -self.kl_coefficient * (student - teacher)
-        returns = discounted_returns(scores.positions.scattered(rewards), self.gamma)
-        advantages = returns[scores.positions.mask]
-        return {"policy_gradient": LossTerm(self.policy_gradient(rollout, scores, advantages))}
+        """Return the loss of each sampled token, and what is logged of the estimator."""
+        positions = SampledPositions.of(
+            rollout,
+            scores,
+            gamma=self.gamma,
+            student_temperature=self.temperature,
+            teacher_temperature=self.temperature,
+        )
+        loss = self.estimator.loss(positions, self.surrogate, self.kl_coefficient)
+        return {"policy_gradient": LossTerm(loss), **self.estimator.watch(positions)}

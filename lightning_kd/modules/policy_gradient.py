@@ -10,16 +10,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from lightning_kd.batch import IGNORE_INDEX, Batch, Rollout
+from lightning_kd.batch import Batch, Rollout
 from lightning_kd.collectives import any_process
 from lightning_kd.divergences import Divergence
 from lightning_kd.fused import (
     ChunkedPass,
     CrossEntropy,
     DivergenceTerm,
-    TeacherAnswer,
-    TeacherTokenLogProb,
-    TokenLogProbs,
     TokenLoss,
     evaluate_no_grad,
 )
@@ -31,7 +28,6 @@ from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import ImportanceSampling, Surrogate
-from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers import LocalTeacher, Teacher
 
 Dropout = Literal["none", "configured"]
@@ -199,12 +195,7 @@ class PolicyGradientModule(TeacherModule):
         Raises:
             ValueError: If it is not.
         """
-        if "sampling_log_probs" not in batch:
-            raise ValueError(
-                f"{type(self).__name__} learns from what the student generates, and this batch is the "
-                "data's: add the callback OnPolicyGeneration with lmbda: 1"
-            )
-        return self.rollout_terms(cast(Rollout, batch), scores)
+        return self.rollout_terms(as_rollout(batch, type(self).__name__), scores)
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Return the reverse KL at each label, or the part of it that the teacher's answer gives."""
@@ -231,14 +222,23 @@ class PolicyGradientModule(TeacherModule):
 
         return TokenLoss(scores.positions.targets, loss, temperature=self.temperature)
 
-    def teacher_at_tokens(
-        self, teacher: TeacherAnswer, positions: ScoredPositions, temperature: float
-    ) -> Tensor:
-        """Return the teacher's log-probabilities of the sampled tokens, ``(N,)``."""
-        if isinstance(teacher, TokenLogProbs):
-            return teacher.values.masked_fill(positions.targets == IGNORE_INDEX, 0.0)
-        at_tokens = TeacherTokenLogProb(positions.targets, temperature=temperature)
-        return evaluate_no_grad(ChunkedPass(None, teacher, [at_tokens]))[0]
+
+def as_rollout(batch: Batch, user: str) -> Rollout:
+    """Return a batch as a rollout with log-probabilities.
+
+    Args:
+        batch: A micro-batch.
+        user: What learns from it, for the message.
+
+    Raises:
+        ValueError: If its completions are the data's.
+    """
+    if "sampling_log_probs" not in batch:
+        raise ValueError(
+            f"{user} learns from what the student generates, and this batch is the data's: add the "
+            "callback OnPolicyGeneration with lmbda: 1"
+        )
+    return cast(Rollout, batch)
 
 
 def of_tokens(scores: Scores, values: Tensor) -> Tensor:

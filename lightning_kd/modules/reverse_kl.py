@@ -2,15 +2,20 @@
 
 from torch import Tensor
 
+from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.divergences import ForwardKL, ReverseKL
 from lightning_kd.fused import (
     AnswerKind,
+    ChunkedPass,
     DivergenceTerm,
     LogRatio,
     SampledTokens,
     TeacherAnswer,
+    TeacherTokenLogProb,
     TokenLogProbs,
     TokenTerm,
+    TopKAndToken,
+    evaluate_no_grad,
 )
 
 REVERSE_KL_NAMES: dict[AnswerKind, str] = {
@@ -38,3 +43,22 @@ def reverse_kl_term(
     return DivergenceTerm(
         divergence, student_temperature=temperature, teacher_temperature=temperature
     )
+
+
+def teacher_log_probs_at(
+    answer: TeacherAnswer, targets: Tensor, width: int, *, temperature: float = 1.0
+) -> Tensor:
+    """Return the teacher's log-probabilities of given tokens, ``(N,)``.
+
+    Args:
+        answer: One that tells them: every token, k and the one that follows, or that one alone.
+        targets: The tokens, ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
+        width: Tokens of the vocabulary.
+        temperature: Of the teacher.
+    """
+    if isinstance(answer, TokenLogProbs):
+        return answer.values.masked_fill(targets == IGNORE_INDEX, 0.0)
+    if isinstance(answer, TopKAndToken):
+        return answer.label_log_probs_at(temperature, targets, width)
+    at_tokens = TeacherTokenLogProb(targets, temperature=temperature)
+    return evaluate_no_grad(ChunkedPass(None, answer, [at_tokens]))[0]

@@ -63,7 +63,7 @@ class TeacherModule(DistillationModule):
     learns_from_its_start: ClassVar[bool] = False
     """Whether the method learns anything if the teacher is the student as it starts."""
 
-    needs: ClassVar[tuple[AnswerKind, ...]] = ("full_distribution",)
+    needs: tuple[AnswerKind, ...] = ("full_distribution",)
     """Kinds of the teacher's answers that the method can learn from, the best first."""
 
     def __init__(

@@ -6,15 +6,14 @@ table is printed, or put between the two marks of a document such as ``docs/norm
 
 import argparse
 import logging
-import re
 import warnings
 from pathlib import Path
 
 from tests.callbacks.audit.audit_runs import Outcome, audit, audit_two_processes
 from tests.callbacks.audit.audited_modules import CORRECT, PLANTED, Case
+from tests.support.documents import replace_between_marks
 
 HEADINGS = "| module | processes x micro-batches | result |\n| --- | --- | --- |"
-_MARKS = "<!-- audit table -->", "<!-- end of audit table -->"
 
 
 def row_of(case: Case, outcome: Outcome) -> str:
@@ -52,11 +51,10 @@ def main() -> None:
     if arguments.write is None:
         print(made)
         return
-    text, (begin, end) = arguments.write.read_text(), _MARKS
-    if begin not in text or end not in text:
-        parser.error(f"{arguments.write} has no {begin} and {end} to put the table between")
-    between = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
-    arguments.write.write_text(between.sub(lambda _: f"{begin}\n\n{made}\n{end}", text))
+    try:
+        replace_between_marks(arguments.write, "audit table", made)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -26,10 +26,12 @@ from torch.optim.lr_scheduler import (
 from lightning_kd import (
     GKD,
     ArithmeticData,
+    CorrectedTopK,
     Divergence,
     FusedLogits,
     LocalTeacher,
     LoRA,
+    OnPolicyDistillation,
     PPOClip,
     PromptCompletionData,
     Resumable,
@@ -282,6 +284,25 @@ REFUSED = {
         {"callbacks": [OwnCallback(1.0)]},
         {"callbacks": [OwnCallback(2.0)]},
         ["OwnCallback.strength: 1.0 -> 2.0"],
+    ),
+    "estimator": (
+        {"method": OnPolicyDistillation, "callbacks": [on_policy()]},
+        {
+            "method": OnPolicyDistillation,
+            "callbacks": [on_policy()],
+            "estimator": CorrectedTopK(),
+        },
+        ["model.estimator: SampledToken -> CorrectedTopK"],
+    ),
+    "estimator of GKD": (
+        {"method": GKD, "divergence": "reverse_kl", "callbacks": [on_policy()]},
+        {
+            "method": GKD,
+            "divergence": "reverse_kl",
+            "callbacks": [on_policy()],
+            "estimator": CorrectedTopK(),
+        },
+        ["model.estimator: None -> CorrectedTopK"],
     ),
     "rollouts at all": (
         {"method": GKD},

@@ -8,9 +8,11 @@ from lightning.pytorch.callbacks import Callback
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
+from lightning_kd.fused import TopKAndToken
 from lightning_kd.generation import SamplingOptions, rollout_batch
 from lightning_kd.generation.completions import Completions
 from lightning_kd.normalization import Normalization
+from lightning_kd.teachers import Teacher
 
 VOCABULARY, EOS, PROMPT = 18, 1, 2
 TOKENS = (0, EOS, 3)
@@ -54,14 +56,54 @@ def log_probs(model: Table, completion: tuple[int, ...], temperature: float = 1.
     return scores.gather(-1, ids[0, 1:, None])[:, 0]
 
 
-def kl_at(student: Table, teacher: Table, prefix: tuple[int, ...]):
+def next_log_probs(model: Table, prefix: tuple[int, ...], temperature: float = 1.0):
+    """Log-probabilities of the three tokens after a prefix, with a gradient."""
+    scores = model(torch.tensor([[PROMPT, *prefix]])).logits[0, -1][list(TOKENS)]
+    return (scores / temperature).log_softmax(-1)
+
+
+def kl_at(
+    student: Table,
+    teacher: Table,
+    prefix: tuple[int, ...],
+    *,
+    student_temperature: float = 1.0,
+    teacher_temperature: float = 1.0,
+):
     """Reverse KL of the next token after a prefix."""
-    ids = torch.tensor([[PROMPT, *prefix]])
-    own, other = (m(ids).logits[0, -1][list(TOKENS)].log_softmax(-1) for m in (student, teacher))
+    own = next_log_probs(student, prefix, student_temperature)
+    other = next_log_probs(teacher, prefix, teacher_temperature)
     return (own.exp() * (own - other.detach())).sum()
 
 
-def everything_written(student: Table, teacher: Table, longest: int = 3, alpha: float = 0.0):
+class Naming(Teacher):
+    """A table that names k tokens, and the one that follows."""
+
+    answers = frozenset({"top_k_and_token"})
+    vocabulary_size = VOCABULARY
+
+    def __init__(self, table: Table, k: int, temperatures: tuple[float, ...] = (1.0,)) -> None:
+        self.table, self.k, self.temperatures = table, k, frozenset(temperatures)
+
+    @torch.no_grad()
+    def answer(self, batch, positions, *, kind, logits_backend):
+        scores = self.table(batch["input_ids"]).logits[positions.mask]
+        log_probs, places = scores.log_softmax(-1).sort(descending=True)
+        tails = {
+            tau: (scores / tau).log_softmax(-1).gather(-1, places)[:, self.k :].logsumexp(-1)
+            for tau in self.temperatures
+        }
+        own = scores.log_softmax(-1).gather(-1, positions.targets[:, None])[:, 0]
+        return TopKAndToken(places[:, : self.k], log_probs[:, : self.k], tails, label_log_probs=own)
+
+
+def everything_written(
+    student: Table,
+    teacher: Table,
+    longest: int = 3,
+    alpha: float = 0.0,
+    temperature: float = 1.0,
+):
     """A rollout of every completion once, and its probability under its models."""
     completions = all_completions(longest)
     rows = len(completions)
@@ -73,7 +115,7 @@ def everything_written(student: Table, teacher: Table, longest: int = 3, alpha: 
         for row, tokens in enumerate(completions):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
-            q, p = log_probs(student, tokens), log_probs(teacher, tokens)
+            q, p = (log_probs(model, tokens, temperature) for model in (student, teacher))
             own[row, : len(tokens)] = q
             mixture[row, : len(tokens)] = ((1 - alpha) * q.exp() + alpha * p.exp()).log()
     prompts = torch.full((rows, 1), PROMPT)
