@@ -113,6 +113,30 @@ def check_batch(batch: object) -> None:
         )
 
 
+def check_contents(batch: Batch) -> None:
+    """Validate the padding of a batch, and that it has no inputs that no model would be given.
+
+    Raises:
+        ValueError: If rows are not padded on the right, padding has labels, or positions come along.
+    """
+    unread = {"position_ids", "token_type_ids", "inputs_embeds"} & batch.keys()
+    if unread:
+        raise ValueError(
+            f"the batch has {', '.join(sorted(unread))}, which is not read: models get input_ids and "
+            "attention_mask. Leave it out"
+        )
+    mask, labels = batch["attention_mask"], batch["labels"]
+    if (mask[:, 1:] > mask[:, :-1]).any():
+        raise ValueError(
+            "the attention_mask is 0 before a 1: rows that are trained on or evaluated are padded on "
+            "the right, so that positions count from the first token"
+        )
+    if ((labels != IGNORE_INDEX) & (mask == 0)).any():
+        raise ValueError(
+            f"there are labels on padding, where attention_mask is 0; they must be {IGNORE_INDEX}"
+        )
+
+
 def copy_of(batch: _Batch) -> _Batch:
     """Return a batch that may be changed, with tensors of its own."""
     return cast(_Batch, apply_to_collection(batch, Tensor, Tensor.clone))

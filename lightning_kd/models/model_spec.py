@@ -138,6 +138,11 @@ class ModelSpec(Resumable):
             raise ValueError(
                 f"the {role} has 0 layers, so that it sees one token at a time; give 1"
             )
+        if getattr(model.config.get_text_config(), "is_decoder", True) is False:
+            raise ValueError(
+                f"the {role} is a {type(model).__name__} whose config has is_decoder: false, so each "
+                "token sees those after it, which it is to predict. Use a causal language model"
+            )
         if self.max_positions is not None:
             allow_positions(model, self.max_positions, role)
         return model

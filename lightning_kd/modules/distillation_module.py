@@ -126,7 +126,7 @@ class DistillationModule(StepCountingModule):
         torch.manual_seed(
             derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
         )
-        self.check_rows(batch)
+        self.check_rows(batch, batch_idx)
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
         terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
@@ -167,7 +167,7 @@ class DistillationModule(StepCountingModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""
-        self.check_rows(batch)
+        self.check_rows(batch, batch_idx)
         scores = self.score(batch)
         names = self._evaluation.terms
         terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -198,3 +200,14 @@ def test_adapters_and_the_model_under_them_are_checked(tokenizer):
 def test_a_real_checkpoint_is_whole(shared_data):
     source = StudentSpec(str(shared_data / "models" / "stories260K"))
     assert source.load(letter_tokenizer(), "student").config.num_hidden_layers == 5
+
+
+def test_a_model_that_sees_later_tokens_is_refused(tokenizer):
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "vocab_size": 18}
+    encoder = BertLMHeadModel(BertConfig(**sizes))
+    for spec, role in ((StudentSpec.of(encoder), "student"), (ModelSpec.of(encoder), "teacher")):
+        with pytest.raises(
+            ValueError, match=f"the {role} is a BertLMHeadModel .* is_decoder: false"
+        ):
+            spec.load(tokenizer, role)
+    ModelSpec.of(BertLMHeadModel(BertConfig(**sizes, is_decoder=True))).load(tokenizer, "teacher")

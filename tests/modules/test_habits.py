@@ -55,3 +55,26 @@ def test_a_batch_of_these_three_is_enough():
     fit = trainer(max_steps=1)
     fit.fit(module, datamodule=BatchList([needed]))
     assert torch.isfinite(fit.callback_metrics["train/loss"])
+
+
+MASK, LABELS = BATCH["attention_mask"], BATCH["labels"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_ids": MASK.cumsum(-1)}, "the batch has position_ids, which is not read"),
+        (
+            {"attention_mask": MASK.flip(-1), "labels": LABELS.flip(-1)},
+            "rows that are trained on or evaluated are padded on the right",
+        ),
+        ({"labels": torch.full_like(LABELS, 3)}, "labels on padding, where attention_mask is 0"),
+    ],
+    ids=["positions", "padding on the left", "labels on padding"],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+def test_batches_of_another_layout_are_refused(change, message, stage):
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
+    wrong = [BATCH | change]
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer(limit_val_batches=1.0), stage)(module, datamodule=BatchList(wrong, wrong))
