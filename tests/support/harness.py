@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_kd.batch import Batch
+from lightning_kd.batch import Batch, copy_of
 from lightning_kd.data import DistillationData, Example
 from lightning_kd.modules import DistillationModule
 from tests.support.toys import letter_tokenizer
@@ -43,7 +43,9 @@ class BatchList(L.LightningDataModule):
     def __init__(self, batches: Sequence[Batch], evaluate: Sequence[Batch] = ()) -> None:
         super().__init__()
         self.tokenizer = letter_tokenizer()
-        self.batches, self.evaluate = list(batches), list(evaluate)
+        # Of its own: some modules under test change what they are given.
+        self.batches = [copy_of(batch) for batch in batches]
+        self.evaluate = [copy_of(batch) for batch in evaluate]
 
     def train_dataloader(self) -> Listed:
         return Listed(self.batches)
