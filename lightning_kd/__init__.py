@@ -63,7 +63,7 @@ from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
 from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
-from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher, TeacherEnsemble
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher, TeacherEnsemble, TopKTeacher
 
 __version__ = version("lightning-kd")
 
@@ -127,6 +127,7 @@ __all__ = [
     "TeacherEnsemble",
     "TeacherModule",
     "TokenMean",
+    "TopKTeacher",
     "TransformersEngine",
     "WarmupCosine",
     "arithmetic_tokenizer",

@@ -1,4 +1,4 @@
-"""Teachers: one model, several teachers averaged, one for each row, or anything that answers."""
+"""Teachers: one model, several averaged, one for each row, k tokens of one, or what else answers."""
 
 from lightning_kd.teachers.contract import (
     Ability,
@@ -11,8 +11,9 @@ from lightning_kd.teachers.contract import (
 from lightning_kd.teachers.ensemble import TeacherEnsemble
 from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
+from lightning_kd.teachers.top_k import TopKTeacher
 
-TEACHERS: tuple[type[Teacher], ...] = (LocalTeacher, TeacherEnsemble, RoutedTeacher)
+TEACHERS: tuple[type[Teacher], ...] = (LocalTeacher, TeacherEnsemble, RoutedTeacher, TopKTeacher)
 """The teachers of the library."""
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "RoutedTeacher",
     "Teacher",
     "TeacherEnsemble",
+    "TopKTeacher",
     "check_ability",
     "checked_answer",
     "choose_kind",

@@ -31,8 +31,8 @@ from lightning_kd.fused import (
     TokenTerm,
     TopK,
     TopKAndToken,
-    top_k_of,
 )
+from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.generation import SamplingOptions, generate
 from lightning_kd.modules.reverse_kl_estimators import ReverseKLEstimator, SampledPositions
 from lightning_kd.policy import ImportanceSampling

@@ -9,7 +9,7 @@ from lightning_kd.generation import Completions, Engine, SamplingOptions
 from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
 from lightning_kd.modules import GKD, CorrectedTopK, OnPolicyDistillation, SampledToken
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import LocalTeacher, Teacher, TopKTeacher
 from tests.support.harness import BatchList, GradientProbe, Letters, trainer
 from tests.support.tabular import (
     TOKENS,
@@ -154,6 +154,15 @@ def test_gkd_corrects_what_is_sampled_at_any_temperature(options):
 def test_gkd_corrects_with_a_tempered_teacher():
     got = expected_gradient(corrected_gkd(teacher_temperature=0.5), temperatures=(1.0, 0.5))
     close(got, gradient_of_token_kls(teacher_temperature=0.5))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_teacher_in_the_process_can_tell_as_few_tokens(temperature):
+    teacher = TopKTeacher(LocalTeacher.of(Table(1)), k=1, temperatures=[1.0, 2.0])
+    options = {"temperature": temperature, "teacher": teacher}
+    both = dict.fromkeys(("student_temperature", "teacher_temperature"), temperature)
+    got = expected_gradient(corrected(temperature=temperature), **options)
+    close(got, gradient_of_token_kls(temperature=temperature, **both))
 
 
 def test_without_the_correction_it_is_biased():

@@ -1,0 +1,85 @@
+"""A teacher that tells k tokens of what another one knows."""
+
+from collections.abc import Mapping
+
+import torch
+
+from lightning_kd.batch import Batch
+from lightning_kd.fused import AnswerKind, FullDistribution, TopK
+from lightning_kd.fused.summaries import top_k_of
+from lightning_kd.models.logits_backend import LogitsBackend
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers.composite import CompositeTeacher
+from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
+from lightning_kd.teachers.local import LocalTeacher
+
+
+class TopKTeacher(CompositeTeacher):
+    """The k most likely tokens of a teacher, and the one that follows; the rest is one event.
+
+    It shows, with a teacher in this process, what a method learns from one that is served or cached
+    and tells no more. Completions are not generated from here.
+
+    Args:
+        teacher: A teacher that answers ``full_distribution``.
+        k: Tokens that are told at each position.
+        temperatures: Those at which the probability of the rest is told. Defaults to 1 alone.
+
+    Raises:
+        ValueError: If the teacher does not tell all tokens, or a value is out of its range.
+
+    Example:
+        >>> TopKTeacher(LocalTeacher("./teacher"), k=16, temperatures=[1.0, 2.0]).k
+        16
+    """
+
+    answers: frozenset[Ability] = frozenset({"top_k", "top_k_and_token"})
+
+    def __init__(
+        self,
+        teacher: LocalTeacher | Teacher,
+        *,
+        k: int,
+        temperatures: list[float] | None = None,
+    ) -> None:
+        self.teacher, self.k = teacher, k
+        self.check_members()
+        if "full_distribution" not in teacher.answers:
+            raise ValueError(
+                f"TopKTeacher needs a teacher that answers full_distribution; {self.described_answers}"
+            )
+        if k < 1:
+            raise ValueError(f"k is {k}; it is a number of tokens, 1 or more")
+        told = [1.0] if temperatures is None else temperatures
+        if not told or not all(temperature > 0 for temperature in told):
+            raise ValueError(f"temperatures are {told}; give one or more, all positive")
+        self._told = sorted(told)
+        self.temperatures = frozenset(told)
+
+    @property
+    def named_members(self) -> Mapping[str, Teacher]:
+        """The teacher."""
+        return {"whole": self.teacher}
+
+    @torch.no_grad()
+    def answer(
+        self,
+        batch: Batch,
+        positions: ScoredPositions,
+        *,
+        kind: AnswerKind = "top_k_and_token",
+        logits_backend: LogitsBackend,
+    ) -> TopK:
+        """Return the most likely tokens of the teacher's distribution.
+
+        Raises:
+            ValueError: If the teacher knows fewer tokens than k.
+        """
+        whole = checked_answer(
+            self.teacher, batch, positions, kind="full_distribution", logits_backend=logits_backend
+        )
+        assert isinstance(whole, FullDistribution)  # checked_answer compares the kind
+        short = top_k_of(whole, positions.targets, self.k, temperatures=self._told)
+        if kind == "top_k_and_token":
+            return short
+        return TopK(short.token_ids, short.log_probs, short.tail_log_probs)
