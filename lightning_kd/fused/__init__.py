@@ -9,6 +9,7 @@ from lightning_kd.fused.answers import (
 )
 from lightning_kd.fused.autograd import evaluate_no_grad, per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
+from lightning_kd.fused.draws import sampled_of, tail_draws_of
 from lightning_kd.fused.functional import FusedDivergence, fused_linear_divergence
 from lightning_kd.fused.lazy_logits import (
     LazyHeadLogits,
@@ -21,6 +22,7 @@ from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
 from lightning_kd.fused.student_rows import StudentRows
+from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.fused.tail_terms import SquaredScore, TailLoss
 from lightning_kd.fused.teacher_rows import (
     DistributionRows,
@@ -85,7 +87,10 @@ __all__ = [
     "evaluate_no_grad",
     "fused_linear_divergence",
     "per_token",
+    "sampled_of",
     "single_model_log_probs",
+    "tail_draws_of",
+    "top_k_of",
     "total_of",
     "weighted_sum",
 ]

@@ -85,9 +85,13 @@ class ChunkedPass:
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
                 theirs_here = teacher.rows(here, seen, width) if teacher is not None else None
                 chunk = LogitsChunk(here, own[part], theirs_here)
+                if not into:
+                    self._evaluate_chunk(chunk, weights, muting, values)
+                    continue
+                assert isinstance(student, LazyHeadLogits)
+                slope = student.slope(own[part])  # before the logits are overwritten
                 gradients = self._evaluate_chunk(chunk, weights, muting, values)
-                if into:
-                    self._leave_gradient(chunk.student_logits, gradients)
+                _leave_gradient(own[part], gradients, slope)
             if into:
                 assert isinstance(student, LazyHeadLogits)
                 student.add_gradients(rows, own[:length], into)
@@ -96,33 +100,31 @@ class ChunkedPass:
     def _evaluate_chunk(
         self, chunk: LogitsChunk, weights: Weights, muting: Sequence[bool], values: Tensor
     ) -> list[tuple[Tensor, Tensor]]:
-        """Store the values of a chunk, and return gradient and weight of each weighted term."""
-        gradients = []
-        for number, (token_term, weight) in enumerate(zip(self.token_terms, weights, strict=True)):
-            if weight is None:
-                values[number, chunk.rows] = values_of(token_term, chunk)
-            else:
-                here, gradient = token_term.values_and_gradient(chunk)
-                values[number, chunk.rows] = checked(token_term, here, chunk)
-                factors = weight[chunk.rows, None]
-                if muting[number]:  # of an infinite gradient a weight of 0 would leave NaN
-                    gradient = gradient.masked_fill(factors == 0, 0.0)
-                gradients.append((gradient, factors.to(gradient.dtype)))
-        return gradients
+        """Store the values of a chunk, and return gradient and weight of each weighted term.
 
-    def _leave_gradient(self, logits: Tensor, gradients: list[tuple[Tensor, Tensor]]) -> None:
-        """Write the weighted sum of the gradients over the logits, which are not needed any more."""
-        assert isinstance(self.student, LazyHeadLogits)
-        slope = self.student.slope(logits)
-        if not gradients:
-            logits.zero_()
-        for number, (gradient, weight) in enumerate(gradients):
-            if number == 0:
-                torch.mul(gradient, weight, out=logits)
-            else:
-                logits.addcmul_(gradient, weight)
-        if isinstance(slope, Tensor) or slope != 1:
-            logits.mul_(slope)
+        The gradient of the last of them may be in the place of the logits.
+        """
+        gradients: list[tuple[Tensor, Tensor]] = []
+        for number, weight in enumerate(weights):
+            if weight is None:
+                values[number, chunk.rows] = values_of(self.token_terms[number], chunk)
+        # What is only looked at came first: nothing reads the logits after the last gradient.
+        weighted = [number for number, weight in enumerate(weights) if weight is not None]
+        for number in weighted:
+            token_term, weight = self.token_terms[number], weights[number]
+            assert weight is not None  # by the choice of numbers
+            in_place = number == weighted[-1] and token_term.may_overwrite_logits
+            in_place &= not any(_share_memory(g, chunk.student_logits) for g, _ in gradients)
+            if in_place:
+                chunk.let_overwrite()
+            here, gradient = token_term.values_and_gradient(chunk)
+            values[number, chunk.rows] = checked(token_term, here, chunk)
+            factors = weight[chunk.rows, None]
+            if muting[number]:  # of an infinite gradient a weight of 0 would leave NaN
+                fill = gradient.masked_fill_ if in_place else gradient.masked_fill
+                gradient = fill(factors == 0, 0.0)
+            gradients.append((gradient, factors.to(gradient.dtype)))
+        return gradients
 
     @property
     def device(self) -> torch.device:
@@ -146,6 +148,26 @@ class ChunkedPass:
         fitting = max(1, _CACHE_BYTES // (self._first.shape[1] * self._first.dtype.itemsize))
         # A kernel launch costs more than a cache miss on an accelerator.
         return _slices(0, length, fitting if self.device.type == "cpu" else length)
+
+
+def _share_memory(first: Tensor, second: Tensor) -> bool:
+    return first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def _leave_gradient(
+    logits: Tensor, gradients: list[tuple[Tensor, Tensor]], slope: Tensor | float
+) -> None:
+    """Write the weighted sum of the gradients over the logits, which are not needed any more."""
+    if not gradients:
+        logits.zero_()
+    # The last may be in the place of the logits already.
+    for number, (gradient, weight) in enumerate(reversed(gradients)):
+        if number == 0:
+            torch.mul(gradient, weight, out=logits)
+        else:
+            logits.addcmul_(gradient, weight)
+    if isinstance(slope, Tensor) or slope != 1:
+        logits.mul_(slope)
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

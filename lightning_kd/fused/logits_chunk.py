@@ -32,6 +32,10 @@ class LogitsChunk:
         """The student's logits, ``(n, V)``."""
         return self._student.logits
 
+    def let_overwrite(self) -> None:
+        """Let the next gradient take the place of the logits, which nothing reads after it."""
+        self._student.may_be_overwritten = True
+
     def student(self, temperature: float = 1.0) -> Tensor:
         """The student's log-probabilities, ``(n, V)``."""
         return self._student.log_probs(temperature)
@@ -143,6 +147,11 @@ class TokenTerm(ABC):
     """
 
     needs_teacher: bool = False
+
+    @property
+    def may_overwrite_logits(self) -> bool:
+        """Whether :meth:`values_and_gradient` may leave the gradient in the place of the logits."""
+        return False
 
     @abstractmethod
     def values(self, chunk: LogitsChunk) -> Tensor:

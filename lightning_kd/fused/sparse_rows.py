@@ -19,6 +19,9 @@ class TopKRows(TeacherRows):
     :math:`g` in them is :math:`g_v` at a token of :math:`S` and
     :math:`g_{rest}\, q_v / \sum_{u \notin S} q_u` at any other.
 
+    The rest is summed by itself: what the k tokens leave of 1 would be all round-off where it is
+    small.
+
     Args:
         token_ids: ``(n, k)``, different in each row.
         log_probs: Of these tokens at temperature 1, ``(n, k)``.
@@ -63,18 +66,16 @@ class TopKRows(TeacherRows):
         self, student: StudentRows, student_temperature: float, teacher_temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Return the log-probabilities of the k tokens and of the rest."""
-        if student_temperature not in student.events:
-            log_probs = student.log_probs(student_temperature)
-            student.events[student_temperature] = self._events_of(log_probs)
-        own = student.events[student_temperature]
-        return own, self.log_probs(teacher_temperature).to(own.dtype)
 
-    def _events_of(self, log_probs: Tensor) -> Tensor:
-        known = log_probs.gather(-1, self._ids)
-        if self._tails is None:
-            return known
-        rest = log_probs.scatter(-1, self._ids, -torch.inf).logsumexp(-1, keepdim=True)
-        return torch.cat([known, rest], -1)
+        def compute() -> Tensor:
+            known = student.logits.gather(-1, self._ids) / student_temperature
+            rest = None
+            if self._tails is not None:
+                rest = student.log_normalizers(student_temperature, left_out=self._ids)
+            return _event_log_probs(known, rest)
+
+        own = student.events(student_temperature, compute)
+        return own, self.log_probs(teacher_temperature).to(own.dtype)
 
     def divergence_and_gradient(
         self,
@@ -84,16 +85,16 @@ class TopKRows(TeacherRows):
         teacher_temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """Return the divergence and its gradient, shared by the tokens of the rest."""
-        events = self.events(student, student_temperature, teacher_temperature)
-        values, gradient = divergence.value_and_logit_gradient(*events)
-        gradient = gradient / student_temperature
-        log_probs = student.log_probs(student_temperature)
         k = self._ids.shape[1]
-        if self._tails is None:
-            return values, torch.zeros_like(log_probs).scatter_(-1, self._ids, gradient)
-        # Of a rest that has no probability at all, no token has a share.
-        total = events[0][:, k:].clamp_min(torch.finfo(log_probs.dtype).min)
-        shares = (log_probs - total).exp_().mul_(gradient[:, k:])
+        known = student.logits.gather(-1, self._ids) / student_temperature
+        shares, sums, rest = student.exponentials(student_temperature, left_out=self._ids)
+        own = _event_log_probs(known, None if self._tails is None else rest)
+        theirs = self.log_probs(teacher_temperature).to(own.dtype)
+        values, gradient = divergence.value_and_logit_gradient(own, theirs)
+        gradient = gradient / student_temperature
+        if self._tails is not None:
+            # Of a rest that has no probability at all, no token has a share.
+            shares.mul_(gradient[:, k:] / sums.clamp_min(torch.finfo(sums.dtype).tiny))
         return values, shares.scatter_(-1, self._ids, gradient[:, :k])
 
     def top_tokens(self) -> Tensor:
@@ -140,11 +141,15 @@ class SampledRows(TeacherRows):
             ValueError: If the divergence is another one, or the temperature is not 1.
         """
         self._check(divergence, teacher_temperature)
-        log_probs = student.log_probs(student_temperature)
+        normalizers = student.log_normalizers(student_temperature)
+        logits = student.logits.gather(-1, self._ids) / student_temperature
+        return self._estimate(logits - normalizers)
+
+    def _estimate(self, log_probs: Tensor) -> Tensor:
         weights = self._weights.to(log_probs.dtype)
         # Masked before the product: 0 times an infinite value is NaN.
-        known = log_probs.gather(-1, self._ids).masked_fill(weights == 0, 0.0)
-        return -(weights * known).sum(-1) - self.entropies.to(log_probs.dtype)
+        products = weights * log_probs.masked_fill(weights == 0, 0.0)
+        return -products.sum(-1) - self.entropies.to(log_probs.dtype)
 
     def divergence_and_gradient(
         self,
@@ -154,12 +159,12 @@ class SampledRows(TeacherRows):
         teacher_temperature: float,
     ) -> tuple[Tensor, Tensor]:
         """Return the estimate of the forward KL and its gradient."""
-        values = self.divergence(divergence, student, student_temperature, teacher_temperature)
-        log_probs = student.log_probs(student_temperature)
-        weights = self._weights.to(log_probs.dtype)
-        gradient = log_probs.exp().mul_(weights.sum(-1, keepdim=True))
-        gradient.scatter_add_(-1, self._ids, -weights)
-        return values, gradient.div_(student_temperature)
+        self._check(divergence, teacher_temperature)
+        logits = student.logits.gather(-1, self._ids) / student_temperature
+        gradient, sums, normalizers = student.exponentials(student_temperature)
+        weights = self._weights.to(logits.dtype) / student_temperature
+        gradient.mul_(weights.sum(-1, keepdim=True) / sums).scatter_add_(-1, self._ids, -weights)
+        return self._estimate(logits - normalizers), gradient
 
     def top_tokens(self) -> Tensor:
         """Refuse: the most likely token may not be among the drawn ones.
@@ -183,3 +188,8 @@ class SampledRows(TeacherRows):
                 f"the teacher's temperature is {teacher_temperature}, but its tokens are drawn at "
                 "temperature 1; use 1"
             )
+
+
+def _event_log_probs(known: Tensor, rest: Tensor | None) -> Tensor:
+    """Normalize logits of events: of the named tokens, ``(n, k)``, and of the rest, ``(n, 1)``."""
+    return (known if rest is None else torch.cat([known, rest], -1)).log_softmax(-1)

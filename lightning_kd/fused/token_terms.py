@@ -38,6 +38,11 @@ class DivergenceTerm(TokenTerm):
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
 
+    @property
+    def may_overwrite_logits(self) -> bool:
+        """Whether a subclass leaves the gradient to this class, and reads no logits after it."""
+        return type(self).values_and_gradient is DivergenceTerm.values_and_gradient
+
     def values(self, chunk: LogitsChunk) -> Tensor:
         """The divergence."""
         return chunk.divergence(self.divergence, self.student_temperature, self.teacher_temperature)
