@@ -203,14 +203,20 @@ class OnPolicyGeneration(Resumable, Callback):
         window, place = loader_of(trainer).window_of(batch)
         if window.number != self._window:
             require_prompts(batch)
-            self._window, self._rollouts = window.number, []
+            # None until it is complete: a checkpoint of a run that fails meanwhile has no window.
+            self._window, self._rollouts = None, []
             self._on_policy = self.is_on_policy(window.number, trainer.global_step)
             self.statistics.begin()
             if self._on_policy or self.off_policy == "teacher":
                 self._generate_window(trainer, pl_module, window)
+            self._window = window.number
         if self._rollouts:
             batch.update(copy_of(self._rollouts[place]))
             pl_module.count_rollouts(batch, self._rollouts, place)
+        if isinstance(pl_module, TeacherModule) and pl_module.teacher.is_remote:
+            after = place + 1 if place + 1 < len(window) else 0
+            if after or not loader_of(trainer).ends_window:
+                pl_module.coming = self._rollouts[after] if self._rollouts else window[after]
 
     def on_train_batch_end(
         self,

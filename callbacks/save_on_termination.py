@@ -12,7 +12,14 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_kd.collectives import max_over_processes
-from lightning_kd.loops import SavesAfterStep, handler_before, requeues
+from lightning_kd.loops import (
+    SavesAfterStep,
+    at_last_step,
+    handler_before,
+    has_trained,
+    requeues,
+)
+from lightning_kd.teachers import TeacherUnavailableError
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 """Signals that terminate a run: from the cluster, by Ctrl-C, or of a closed terminal."""
@@ -20,6 +27,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 class SaveOnTermination(SavesAfterStep):
     """On SIGTERM, SIGHUP or Ctrl-C, finish the optimizer step, save ``last.ckpt``, and exit.
+
+    Where the run ends because a teacher on a server has failed, ``last.ckpt`` is saved too, as of the
+    last complete optimizer step.
 
     The exit code is the one that a shell reports for the signal: 143, 129 or 130. A second Ctrl-C
     ends the process immediately. It is enough if one process gets the signal: the others are told at
@@ -33,7 +43,7 @@ class SaveOnTermination(SavesAfterStep):
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
         self._received = 0
-        self._steps = 0
+        self._steps = self._started_at = 0
         self._previous: dict[int, Any] = {}
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -59,9 +69,10 @@ class SaveOnTermination(SavesAfterStep):
         They replace Lightning's, which starts a collective inside the signal handler, even if another
         collective is in progress.
         """
+        self._received, self._steps = 0, trainer.global_step
+        self._started_at = trainer.global_step
         if threading.current_thread() is not threading.main_thread():
             return  # Python allows signal handlers only there
-        self._received, self._steps = 0, trainer.global_step
 
         def handle(number: int, frame: FrameType | None) -> None:
             self._received = self._received or number
@@ -90,6 +101,29 @@ class SaveOnTermination(SavesAfterStep):
                 f"{directory / 'last.ckpt'}"
             )
             raise SystemExit(128 + number)
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Save the last optimizer step of a run whose teacher, outside of its processes, has failed.
+
+        Such a failure comes on all processes together; any other may have left them at different
+        places.
+        """
+        fitting = trainer.state.fn is TrainerFn.FITTING
+        if not (
+            fitting
+            and isinstance(exception, TeacherUnavailableError)
+            and has_trained(trainer, self._started_at)
+        ):
+            return
+        path = self._directory(trainer) / "last.ckpt"
+        with at_last_step(trainer) as possible:
+            if possible:
+                trainer.save_checkpoint(path, weights_only=False)
+                exception.add_note(
+                    f"{trainer.global_step} optimizer steps are saved; continue with --ckpt_path {path}"
+                )
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""

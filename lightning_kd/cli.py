@@ -38,8 +38,13 @@ from lightning_kd.modules import MiniLLMObjective
 from lightning_kd.named_checkpoints import find_checkpoint
 from lightning_kd.processes import end_together, wait_for
 from lightning_kd.run_directories import claim_version
+from lightning_kd.serving import serve
 
-EXTRA_COMMANDS: dict[str, Callable[..., object]] = {"demo": demo, "tokenizer": write_tokenizer}
+EXTRA_COMMANDS: dict[str, Callable[..., object]] = {
+    "demo": demo,
+    "tokenizer": write_tokenizer,
+    "serve": serve,
+}
 
 RUNS = "runs"
 """Default directory of runs."""
@@ -53,9 +58,10 @@ Give a method and its data in a YAML file (configs/ has one for each method) and
 the command line, for example:
   lightning-kd fit --config configs/supervised_kd.yaml --model.divergence GeneralizedJSD
   lightning-kd test --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
-Two commands stand beside those of the trainer; --help after them explains them:
+Three commands stand beside those of the trainer; --help after them explains them:
   lightning-kd demo        train a teacher on arithmetic and distill it, offline
   lightning-kd tokenizer   train a tokenizer on your own text
+  lightning-kd serve       serve a teacher to runs in other processes
 Errors are said in a few lines; with LIGHTNING_KD_TRACEBACK=1 they say where they come from.
 """
 

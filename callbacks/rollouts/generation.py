@@ -19,6 +19,7 @@ from lightning_kd.generation import (
     generate,
 )
 from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules.remote import ask_together
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability
 from lightning_kd.tokenization import padding_id
@@ -65,6 +66,8 @@ def complete(
         else:
             teacher = teacher_with("generation", module)
             source = partial(teacher.generate, **shared)
+            if teacher.is_remote:
+                source = partial(_on_all, source, prompts.device)
         size = rows_at_once or len(samples)
         slices = [slice(start, start + size) for start in range(0, len(samples), size)]
         parts = []
@@ -107,6 +110,13 @@ def check_teacher(module: L.LightningModule, mixture_alpha: float, generates: bo
         teacher_with("mixture", module)
     if generates:
         teacher_with("generation", module)
+
+
+def _on_all(
+    source: Callable[..., Completions], device: torch.device, *given: Any, seeds: list[int]
+) -> Completions:
+    """Generate on all processes, or fail on all of them."""
+    return ask_together(partial(source, *given, seeds=seeds), device)
 
 
 def _joined(values: Sequence[Tensor], fill: int) -> Tensor:

@@ -85,6 +85,8 @@ class TrainingLoader:
             len(rows) * self.plan.group_size, self.plan.micro_batches * self.samples_per_micro_batch
         )
         self._window: Window | None = None
+        self._next_window: Window | None = None
+        self._prepared: Iterator[Batch] = iter(())
         self.position = 0
         self.set_epoch(0)
 
@@ -114,16 +116,30 @@ class TrainingLoader:
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches after the last one, to the end of the epoch."""
         workers = (self.num_workers, self.worker_timeout)
-        self._window = None
+        self._window = self._next_window = None
         with closing(prepared_batches(self.rows, self._keys(), self.collate, *workers)) as prepared:
+            self._prepared = prepared
             for position in range(self.position, self.end):
-                number, place = self.plan.place(position)
-                if self._window is None or self._window.number != number:
-                    self._window = Window(number, self.plan.micro_batches, prepared)
+                self._window, place = self._place(position)
+                if self._window is self._next_window:
+                    self._next_window = None
                 batch = self._window[place]
                 # Counted before it is handed out: whoever has the batch sees it as consumed.
                 self.position += 1
                 yield batch
+
+    def following(self) -> Batch | None:
+        """Return the micro-batch that will be handed out next, before it counts as consumed.
+
+        Returns:
+            None at the end of an epoch.
+        """
+        if self.position >= self.end:
+            return None
+        window, place = self._place(self.position)
+        if window is not self._window:
+            self._next_window = window
+        return window[place]
 
     def window_of(self, batch: Batch) -> tuple[Window, int]:
         """Return the window of the batch that was handed out last, and its place there.
@@ -205,6 +221,19 @@ class TrainingLoader:
             f"the data has changed since the checkpoint was written: {', '.join(changed)}. Resume "
             "with the files as they were, or start anew from the exported student"
         )
+
+    def _place(self, position: int) -> tuple[Window, int]:
+        """Return the window at a position, and the place of its micro-batch there.
+
+        Windows draw from one iterator, so all of one is drawn before the next begins.
+        """
+        number, place = self.plan.place(position)
+        for known in (self._window, self._next_window):
+            if known is not None and known.number == number:
+                return known, place
+        if self._window is not None:
+            self._window[-1]
+        return Window(number, self.plan.micro_batches, self._prepared), place
 
     def _keys(self) -> Iterator[list[Key]]:
         """Yield the keys of each micro-batch once, from the start of the present window."""

@@ -70,6 +70,11 @@ class PairedLoader:
         """Micro-batches of the run up to the last that was handed out."""
         return self.main.position
 
+    @position.setter
+    def position(self, position: int) -> None:
+        """Go to a position, in both loaders."""
+        self.main.position = self.text.position = position
+
     @property
     def samples_per_micro_batch(self) -> int:
         """Samples of a micro-batch of the main loader, over all ranks."""

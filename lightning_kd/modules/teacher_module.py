@@ -1,6 +1,7 @@
 """Base of methods with a teacher."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -31,6 +32,7 @@ from lightning_kd.models import (
 from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
+from lightning_kd.modules.remote import ask_together, check_rows, following_batch
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
@@ -103,6 +105,9 @@ class TeacherModule(DistillationModule):
     width: int
     """Logits of student and teacher that are compared."""
 
+    coming: Batch | None = None
+    """The micro-batch that comes next, where it is known and the teacher wants to hear of it."""
+
     @property
     def answer_kind(self) -> AnswerKind:
         """Kind of the teacher's answers in this run.
@@ -125,6 +130,17 @@ class TeacherModule(DistillationModule):
     def teacher_divergences(self) -> Mapping[str, Divergence]:
         """Divergences from the teacher, by the name of their option."""
         return {}
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Look ahead in the data, for a teacher that wants to hear of it."""
+        if self.teacher.is_remote:
+            self.coming = following_batch(self.trainer)
+
+    def check_lengths(self) -> None:
+        """Validate the lengths of rows for the teacher, too."""
+        super().check_lengths()
+        if self._has_teacher:
+            check_rows(self.teacher, self.trainer)
 
     def setup(self, stage: str) -> None:
         """Load the teacher, if it is needed.
@@ -197,13 +213,15 @@ class TeacherModule(DistillationModule):
         Raises:
             ValueError: If what it answers is not about these positions.
         """
-        answer = checked_answer(
+        ask = partial(
+            checked_answer,
             self.teacher,
             batch,
             positions,
             kind=self.answer_kind,
             logits_backend=self.logits_backend,
         )
+        answer = ask_together(ask, self.device) if self.teacher.is_remote else ask()
         widest = max((source.shape[1] for source in answer.sources), default=0)
         if self.vocabulary == "equal" and widest > self.width:
             raise ValueError(
@@ -216,6 +234,10 @@ class TeacherModule(DistillationModule):
         """Run student and teacher on the same ids."""
         positions = self.positions(batch)
         teacher = self.teacher_answer(batch, positions)
+        if self.coming is not None:
+            # The teacher works on it while the student works on this one.
+            ahead, self.coming = self.coming, None
+            self.teacher.announce(ahead, self.positions(ahead), kind=self.answer_kind)
         uncut = Scores(positions, self.logits_backend.read(self.student, batch, positions), teacher)
         return Scores(
             positions, uncut.student.narrowed(self.width), teacher.narrowed(self.width), uncut

@@ -3,6 +3,7 @@
 from lightning_kd.teachers.contract import (
     Ability,
     Teacher,
+    TeacherUnavailableError,
     check_ability,
     checked_answer,
     choose_kind,
@@ -11,9 +12,16 @@ from lightning_kd.teachers.contract import (
 from lightning_kd.teachers.ensemble import TeacherEnsemble
 from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
+from lightning_kd.teachers.served import ServedTeacher
 from lightning_kd.teachers.top_k import TopKTeacher
 
-TEACHERS: tuple[type[Teacher], ...] = (LocalTeacher, TeacherEnsemble, RoutedTeacher, TopKTeacher)
+TEACHERS: tuple[type[Teacher], ...] = (
+    LocalTeacher,
+    TeacherEnsemble,
+    RoutedTeacher,
+    TopKTeacher,
+    ServedTeacher,
+)
 """The teachers of the library."""
 
 __all__ = [
@@ -21,8 +29,10 @@ __all__ = [
     "Ability",
     "LocalTeacher",
     "RoutedTeacher",
+    "ServedTeacher",
     "Teacher",
     "TeacherEnsemble",
+    "TeacherUnavailableError",
     "TopKTeacher",
     "check_ability",
     "checked_answer",

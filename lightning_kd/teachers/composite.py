@@ -82,6 +82,16 @@ class CompositeTeacher(Teacher):
         """Whether a member does."""
         return any(member.answers_collectively for member in self.named_members.values())
 
+    @property
+    def is_remote(self) -> bool:  # type: ignore[override]
+        """Whether a member is."""
+        return any(member.is_remote for member in self.named_members.values())
+
+    def check_rows(self, length: int, what: str) -> None:
+        """Let every member validate the rows."""
+        for member in self.named_members.values():
+            member.check_rows(length, what)
+
     def prepare(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -23,6 +23,10 @@ Ability = AnswerKind | Literal["generation", "mixture"]
 """A kind of answer; ``generation`` of completions; sampling from a ``mixture`` with the student."""
 
 
+class TeacherUnavailableError(ValueError):
+    """A teacher outside of this process does not answer, or answers something that is no answer."""
+
+
 class Teacher(Resumable, ABC):
     """Gives probabilities of next tokens, and never trains.
 
@@ -137,6 +141,30 @@ class Teacher(Resumable, ABC):
     def answers_collectively(self) -> bool:
         """Whether :meth:`answer` must be called on all processes at once, as with sharded weights."""
         return False
+
+    is_remote: bool = False
+    """Whether answers come from outside of this process, which may fail: then all processes of a run
+    hear of it together, and are told of micro-batches that come next."""
+
+    def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
+        """Hear of a micro-batch that will be asked about next, if :attr:`is_remote`.
+
+        Args:
+            batch: The rows, on any device.
+            positions: The positions that will be scored.
+            kind: Kind of the answer.
+        """
+
+    def check_rows(self, length: int, what: str) -> None:
+        """Validate that rows can be read; those of :attr:`local_models` are checked elsewhere.
+
+        Args:
+            length: Tokens of the longest row.
+            what: The rows, for the message.
+
+        Raises:
+            ValueError: If they are too long.
+        """
 
     def check_generation(self) -> None:
         """Validate, before the first step, that completions can be generated from here.

@@ -101,6 +101,11 @@ class TeacherEnsemble(CompositeTeacher):
         """The members, each with its number."""
         return {str(number): member for number, member in enumerate(self.members)}
 
+    def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
+        """Tell every member."""
+        for member in self.members:
+            member.announce(batch, positions, kind=kind)
+
     @torch.no_grad()
     def answer(
         self,

@@ -212,6 +212,32 @@ def test_what_is_written_into_a_batch_is_in_no_other_pass():
     assert seen == seen[:2] * 3
 
 
+@pytest.mark.parametrize("num_workers", [0, pytest.param(1, marks=pytest.mark.processes)])
+@pytest.mark.parametrize(
+    "plan", [RolloutPlan(), RolloutPlan(micro_batches=2), RolloutPlan(micro_batches=2, passes=3)]
+)
+@pytest.mark.parametrize("consumed", [0, 1, 5])
+def test_the_next_micro_batch_is_known_and_does_not_count_as_consumed(consumed, plan, num_workers):
+    def from_there(look):
+        loader = training(rows=20, plan=plan, num_workers=num_workers)
+        loader.load_state_dict(
+            loader.state_dict() | {"samples": consumed * loader.samples_per_micro_batch}
+        )
+        seen, told = [], []
+        for batch in loader:
+            seen.append(batch["input_ids"].tolist())
+            if look:
+                position = loader.position
+                following = loader.following()
+                assert loader.position == position
+                told.append(None if following is None else following["input_ids"].tolist())
+        return seen, told
+
+    seen, told = from_there(look=True)
+    assert told == [*seen[1:], None]
+    assert seen == from_there(look=False)[0]
+
+
 def test_a_batch_of_another_window_is_refused():
     loader = training(plan=PLAN)
     with pytest.raises(ValueError, match="of window 0 and the loader is at none"):

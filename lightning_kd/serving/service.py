@@ -1,0 +1,192 @@
+"""A teacher of this process, as its server uses it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.fused import FullDistribution
+from lightning_kd.generation import Completions, GenerationOptions
+from lightning_kd.models.context import context_length
+from lightning_kd.models.logits_backend import FusedLogits
+from lightning_kd.resuming import describe, tokenizer_digest
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.serving.limits import Limits
+from lightning_kd.serving.merging import divided, merged
+from lightning_kd.serving.payloads import payload_of, spot_check
+from lightning_kd.teachers import Teacher, checked_answer
+from lightning_kd.teachers.head_states import head_of, states_of
+from lightning_kd.tokenization import padding_id
+from lightning_kd.wire import Question
+from lightning_kd.wire.messages import PROTOCOL, Payload
+
+
+@dataclass(frozen=True)
+class CompletionOrder:
+    """Prompts to complete.
+
+    Attributes:
+        prompt_ids: Padded on the left, ``(B, P)``.
+        prompt_mask: 1 on real tokens, ``(B, P)``.
+        options: Length and sampling.
+        seeds: One for each row.
+        width: Tokens from here on are never generated; None allows all.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    options: GenerationOptions
+    seeds: tuple[int, ...]
+    width: int | None = None
+
+
+class TeacherService:
+    """Answers questions with a teacher, all from one thread.
+
+    Args:
+        teacher: Any teacher of this process.
+        tokenizer: Its tokenizer.
+        device: Where it runs.
+        limits: Of the server.
+
+    Raises:
+        ValueError: If the teacher cannot answer here, or nothing that can be served.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        limits: Limits,
+    ) -> None:
+        self.teacher, self.tokenizer, self.device = teacher, tokenizer, device
+        self._backend = FusedLogits()
+        teacher.prepare(tokenizer, device, "equal")
+        self.vocabulary_size = teacher.vocabulary_size
+        self.pad_id = padding_id(tokenizer)
+        self.length = self._longest(limits)
+        self.head: dict[str, Tensor] = {}
+        self._about_states: dict[str, Any] = {"refused": "the teacher gives no full distribution"}
+        self.payloads = self._payloads()
+        described = json.dumps(describe(teacher), sort_keys=True)
+        self.fingerprint = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
+        self._tokenizer_digest = tokenizer_digest(tokenizer)
+
+    def description(self) -> dict[str, Any]:
+        """Return what a client must know before it asks."""
+        return {
+            "protocol": PROTOCOL,
+            "teacher": type(self.teacher).__name__,
+            "fingerprint": self.fingerprint,
+            "vocabulary_size": self.vocabulary_size,
+            "payloads": sorted(self.payloads),
+            "generation": "generation" in self.teacher.answers,
+            "length": self.length,
+            "tokenizer": self._tokenizer_digest,
+            "states": self._about_states,
+        }
+
+    def compute(self, works: Sequence[Any]) -> list[Any]:
+        """Answer questions of one payload together, or complete the prompts of one order."""
+        with torch.no_grad():
+            if isinstance(works[0], CompletionOrder):
+                return [self._complete(order) for order in works]
+            return cast("list[Any]", self._answer(works))
+
+    def _answer(self, questions: Sequence[Question]) -> list[dict[str, Tensor]]:
+        asked = merged(questions, self.pad_id)
+        batch, positions = _batch_of(asked, self.device)
+        answer = checked_answer(
+            self.teacher,
+            batch,
+            positions,
+            kind=self.payloads[asked.payload],
+            logits_backend=self._backend,
+        ).narrowed(self.vocabulary_size)
+        parts = divided(payload_of(answer, asked, positions.targets), questions)
+        start = 0
+        for part, question in zip(parts, questions, strict=True):
+            part |= spot_check(answer, question, start)
+            start += len(question.targets)
+        return [{name: value.cpu() for name, value in part.items()} for part in parts]
+
+    def _complete(self, order: CompletionOrder) -> Completions:
+        return self.teacher.generate(
+            self.tokenizer,
+            order.prompt_ids.to(self.device),
+            order.prompt_mask.to(self.device),
+            order.options,
+            seeds=order.seeds,
+            width=order.width,
+        )
+
+    def _payloads(self) -> dict[Payload, Any]:
+        """Return what can be answered, each with the kind that the teacher is asked for."""
+        answers, found = self.teacher.answers, dict[Payload, Any]()
+        if "full_distribution" in answers:
+            found = {"top_k": "full_distribution", "token_log_probs": "full_distribution"}
+            probe = self._probe()
+            try:
+                self.head, layout = head_of(probe)
+                widths = [[*state.shape[1:], str(state.dtype)] for state in states_of(probe)]
+                self._about_states = {"layout": layout, "widths": widths}
+                found["hidden"] = "full_distribution"
+            except ValueError as error:
+                self._about_states = {"refused": str(error)}
+        else:
+            if "top_k" in answers:
+                found["top_k"] = "top_k"
+            if "token_log_probs" in answers:
+                found["token_log_probs"] = "token_log_probs"
+        if not found and "generation" not in answers:
+            raise ValueError(
+                f"{type(self.teacher).__name__} answers {', '.join(sorted(answers)) or 'nothing'}; a "
+                "server needs full_distribution, top_k, token_log_probs or generation"
+            )
+        return found
+
+    @torch.no_grad()
+    def _probe(self) -> FullDistribution:
+        """Return the teacher's answer at one position."""
+        ids = torch.full((1, 2), min(self.pad_id, self.vocabulary_size - 1))
+        real, asked = torch.ones_like(ids), torch.tensor([[True, False]])
+        batch, positions = _batch_of(Question(ids, real, asked, ids[0, :1], "hidden"), self.device)
+        answer = checked_answer(
+            self.teacher,
+            batch,
+            positions,
+            kind="full_distribution",
+            logits_backend=self._backend,
+        ).narrowed(self.vocabulary_size)
+        assert isinstance(answer, FullDistribution)  # its kind was checked
+        return answer
+
+    def _longest(self, limits: Limits) -> int | None:
+        """Return the longest row that is answered."""
+        lengths = [
+            length
+            for model in self.teacher.local_models.values()
+            if (length := context_length(model.config)) is not None
+        ]
+        return min([*lengths, *([limits.length] if limits.length else [])], default=None)
+
+
+def _batch_of(question: Question, device: torch.device) -> tuple[Batch, ScoredPositions]:
+    """Return a question as a micro-batch with its scored positions, on a device."""
+    positions = question.positions
+    following = positions.scattered(positions.targets).masked_fill(~question.mask, IGNORE_INDEX)
+    batch: Batch = {
+        "input_ids": question.input_ids.to(device),
+        "attention_mask": question.attention_mask.to(device),
+        "labels": F.pad(following[:, :-1], (1, 0), value=IGNORE_INDEX).to(device),
+        "row": torch.arange(len(following), device=device),
+    }
+    return batch, ScoredPositions(positions.mask.to(device), positions.targets.to(device))

@@ -1,0 +1,267 @@
+"""A teacher in another process, over HTTP."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.batch import Batch
+from lightning_kd.fused import AnswerKind, TeacherAnswer, TopK, TopKAndToken
+from lightning_kd.generation import Completions, Engine, GenerationOptions
+from lightning_kd.models.logits_backend import LogitsBackend
+from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers.contract import Ability, Teacher, TeacherUnavailableError
+from lightning_kd.teachers.servers import (
+    Ahead,
+    BackendName,
+    Description,
+    OwnServer,
+    backend_of,
+    check_payload,
+    handshake,
+)
+from lightning_kd.wire import Question, Servers, WireError
+from lightning_kd.wire.messages import Payload
+from lightning_kd.wire.servers import check_addresses, token_from
+
+Batching = Literal["alone", "merged"]
+
+_ABILITIES: dict[Payload, frozenset[Ability]] = {
+    "hidden": frozenset({"full_distribution"}),
+    "top_k": frozenset({"top_k", "top_k_and_token"}),
+    "token_log_probs": frozenset({"token_log_probs"}),
+}
+
+
+class ServedTeacher(Teacher):
+    """A teacher in another process or on another machine, asked over HTTP.
+
+    ``lightning-kd serve`` answers hidden states, and the output head once: every divergence at every
+    temperature is then that of the same model in this process, and so are the bits, where both run on
+    the same kind of device with the same number of threads. Servers of vLLM and SGLang answer the k
+    most likely tokens, at temperature 1.
+
+    Before the first step each server is asked whether it is up, has the same tokens, and gives one row
+    the same answer alone and in a batch. While a micro-batch is trained on, the next one is asked
+    about, where it is known. A server that fails, stalls or answers nonsense ends the run, after at
+    most ``(retries + 1) * timeout`` seconds and the pauses between attempts.
+
+    Args:
+        urls: Root of each server, such as ``http://127.0.0.1:8765``; requests go to them in turn, and
+            from one that fails to the next.
+        backend: What they are: ``lightning_kd``, ``vllm`` or ``sglang``.
+        payload: What answers hold: ``hidden`` states, ``top_k`` tokens with the following token's
+            log-probability, or ``token_log_probs`` alone.
+        k: Tokens at each position of ``top_k``.
+        temperatures: Temperatures at which the tail's mass is asked for with ``top_k``.
+        batching: ``alone`` has each micro-batch computed by itself, so that the answer does not depend
+            on what others ask; ``merged`` lets the server compute several together, which is faster
+            with many processes and rounds otherwise.
+        vocabulary_size: Tokens of the teacher's vocabulary, where the server does not say. Defaults
+            to those of the tokenizer.
+        model: Name of the model on a server that has several. Defaults to its first.
+        timeout: Seconds in which an attempt must be answered.
+        retries: Further attempts after a failure.
+        token_variable: Environment variable with the bearer token; none is sent where it is not set.
+
+    Raises:
+        ValueError: If the options do not go together.
+    """
+
+    answers: frozenset[Ability] = frozenset(
+        {"full_distribution", "top_k", "top_k_and_token", "token_log_probs", "generation"}
+    )
+
+    may_change_on_resume = frozenset(
+        {"urls", "timeout", "retries", "token_variable", "batching", "model"}
+    )
+
+    is_remote = True
+
+    def __init__(
+        self,
+        urls: list[str],
+        *,
+        backend: BackendName = "lightning_kd",
+        payload: Payload = "hidden",
+        k: int | None = None,
+        temperatures: list[float] | None = None,
+        batching: Batching = "alone",
+        vocabulary_size: int | None = None,
+        model: str | None = None,
+        timeout: float = 60.0,
+        retries: int = 3,
+        token_variable: str = "LIGHTNING_KD_TOKEN",
+    ) -> None:
+        check_addresses(urls, timeout, retries)
+        if batching not in get_args(Batching):
+            raise ValueError(f"unknown batching {batching!r}; choose one of {get_args(Batching)}")
+        self._speaks = backend_of(backend, model)
+        check_payload(backend, self._speaks, payload, k, temperatures or [])
+        self.payload: Payload = payload
+        self.k = k or 1
+        self._tail_temperatures = tuple(sorted({1.0, *(temperatures or [])}))
+        self.temperatures = None if payload == "hidden" else frozenset(self._tail_temperatures)
+        self.batching: Batching = batching
+        self.answers = _ABILITIES[payload]
+        if backend == "lightning_kd":
+            self.answers |= {"generation"}
+        self._given_size, self._size = vocabulary_size, 0
+        self._description: Description | None = None
+        self._device = torch.device("cpu")
+        self._servers = Servers(
+            urls, timeout=timeout, retries=retries, token=token_from(token_variable)
+        )
+        self._ahead = Ahead(self._ask)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Tokens that the teacher knows."""
+        return self._size
+
+    def prepare(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        device: torch.device,
+        policy: VocabularyPolicy,
+        mesh: DeviceMesh | None = None,
+        role: str = "teacher",
+    ) -> None:
+        """Ask every server what it is, and whether its answers are sound.
+
+        Raises:
+            TeacherUnavailableError: If one does not answer, or not so.
+        """
+        self._device, self._ahead = device, Ahead(self._ask)
+        before = self._description
+        try:
+            found = handshake(
+                self._speaks,
+                self._servers,
+                tokenizer,
+                payload=self.payload,
+                k=self.k,
+                temperatures=self._tail_temperatures,
+                device=device,
+            )
+        except WireError as error:
+            raise TeacherUnavailableError(f"the {role} cannot be used: {error}") from error
+        if before is not None and before.fingerprint != found.fingerprint:
+            raise TeacherUnavailableError(
+                f"the {role} was {before.fingerprint!r} and is {found.fingerprint!r} now: another "
+                "teacher is served"
+            )
+        known = max(tokenizer.get_vocab().values()) + 1
+        self._description = found
+        self._size = found.vocabulary_size or self._given_size or known
+        if self._given_size not in {None, self._size}:
+            raise ValueError(
+                f"vocabulary_size is {self._given_size}, but the server's {role} has {self._size}; "
+                "leave it out"
+            )
+        if known > self._size:
+            raise ValueError(
+                f"the tokenizer gives ids up to {known - 1}, but the {role} knows {self._size} "
+                f"tokens: use the tokenizer that belongs to the {role}"
+            )
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments and, once it was asked, the fingerprint of what is served."""
+        found = self._description
+        served = {} if found is None else {"teacher": found.fingerprint}
+        return super().resume_settings() | served
+
+    def check_rows(self, length: int, what: str) -> None:
+        """Refuse rows that are longer than the server reads."""
+        most = None if self._description is None else self._description.length
+        if most is not None and length > most:
+            raise ValueError(
+                f"{what} take up to {length} tokens, but the server of the teacher reads {most} at "
+                "most. Shorten them with the data's max_length or block_length, or start the server "
+                "for longer ones"
+            )
+
+    def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
+        """Ask about a micro-batch that comes next, in the background."""
+        self._ahead.begin(self._question(batch, positions))
+
+    def answer(
+        self,
+        batch: Batch,
+        positions: ScoredPositions,
+        *,
+        kind: AnswerKind = "full_distribution",
+        logits_backend: LogitsBackend,
+    ) -> TeacherAnswer:
+        """Ask a server, or take the answer to what was asked before.
+
+        Raises:
+            TeacherUnavailableError: If no sound answer came.
+        """
+        question = self._question(batch, positions)
+        self.check_rows(int(question.attention_mask.sum(-1).max()), "the rows of a batch")
+        try:
+            answer = self._ahead.result(question)
+            answer.check(len(question.targets), self.vocabulary_size)
+        except ValueError as error:
+            raise TeacherUnavailableError(f"the teacher cannot be asked: {error}") from error
+        if kind == "top_k" and isinstance(answer, TopKAndToken):
+            return TopK(answer.token_ids, answer.log_probs, answer.tail_log_probs)
+        return answer
+
+    def check_generation(self) -> None:
+        """Refuse a server whose teacher does not generate.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        if self._description is not None and not self._description.generates:
+            raise ValueError(
+                "the teacher is to generate, but what is served does not: serve a LocalTeacher"
+            )
+
+    def generate(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: Tensor,
+        prompt_mask: Tensor,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        engine: Engine | None = None,
+        width: int | None = None,
+    ) -> Completions:
+        """Have prompts completed by the server, with an engine of its own.
+
+        Raises:
+            TeacherUnavailableError: If no completions came.
+        """
+        assert isinstance(self._speaks, OwnServer)  # no other server lists the ability
+        self.check_generation()
+        longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
+        self.check_rows(longest, "prompts and max_new_tokens")
+        try:
+            return self._speaks.complete(
+                self._servers.ask, prompt_ids, prompt_mask, options, list(seeds), width
+            )
+        except ValueError as error:
+            raise TeacherUnavailableError(f"the teacher cannot be asked: {error}") from error
+
+    def _question(self, batch: Batch, positions: ScoredPositions) -> Question:
+        return Question(
+            batch["input_ids"].cpu(),
+            batch["attention_mask"].cpu(),
+            positions.mask.cpu(),
+            positions.targets.cpu(),
+            self.payload,
+            self.k,
+            self._tail_temperatures,
+            self.batching == "alone",
+        )
+
+    def _ask(self, question: Question) -> TeacherAnswer:
+        return self._speaks.answer(self._servers.ask, question, self._device)

@@ -1,0 +1,92 @@
+"""The contract of what speaks to a kind of server."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from lightning_kd.fused import TeacherAnswer
+from lightning_kd.wire import Question, Reply, Request
+from lightning_kd.wire.messages import Payload
+
+Ask = Callable[[Request], Reply]
+"""Sends a request, and returns its reply or raises a ``WireError``."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a server says of its teacher.
+
+    Attributes:
+        fingerprint: Equal where answers are.
+        payloads: What its answers can hold.
+        vocabulary_size: Tokens of the teacher; None where the server does not say.
+        length: Longest row; None where there is no limit, or it is not said.
+        most_k: Most tokens of a ``top_k`` answer; None where it is not said.
+        generates: Whether it completes prompts for this library.
+        tolerance: Difference in nats between the log-probabilities of a row alone and in a batch that
+            rounding explains.
+    """
+
+    fingerprint: str
+    payloads: frozenset[Payload]
+    vocabulary_size: int | None = None
+    length: int | None = None
+    most_k: int | None = None
+    generates: bool = False
+    tolerance: float = 0.25
+
+
+class Backend(ABC):
+    """Speaks to one kind of server."""
+
+    payloads: ClassVar[frozenset[Payload]]
+    """What such a server can be asked for."""
+
+    any_temperature: ClassVar[bool] = False
+    """Whether the tail's mass can be had at other temperatures than 1."""
+
+    adds_special_tokens: ClassVar[bool] = False
+    """Whether :meth:`token_ids` has the special tokens that the tokenizer puts around a text."""
+
+    repeats_exactly: ClassVar[bool] = False
+    """Whether it gives the same answer to the same question, bit for bit."""
+
+    def check_health(self, ask: Ask) -> None:
+        """Ask whether the server is up.
+
+        Raises:
+            WireError: If it is not.
+        """
+        ask(Request("GET", "/health"))
+
+    @abstractmethod
+    def describe(self, ask: Ask) -> Description:
+        """Ask what is served.
+
+        Raises:
+            WireError: If what came is no description.
+        """
+
+    @abstractmethod
+    def token_ids(self, ask: Ask, text: str) -> list[int]:
+        """Ask for the ids of a text.
+
+        Raises:
+            WireError: If what came is no list of ids.
+        """
+
+    @abstractmethod
+    def answer(self, ask: Ask, question: Question, device: torch.device) -> TeacherAnswer:
+        """Ask a question.
+
+        Args:
+            ask: Sends a request.
+            question: The question.
+            device: Of the answer.
+
+        Raises:
+            WireError: If what came is no answer to it.
+        """
