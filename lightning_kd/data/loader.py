@@ -121,8 +121,6 @@ class TrainingLoader:
             self._prepared = prepared
             for position in range(self.position, self.end):
                 self._window, place = self._place(position)
-                if self._window is self._next_window:
-                    self._next_window = None
                 batch = self._window[place]
                 # Counted before it is handed out: whoever has the batch sees it as consumed.
                 self.position += 1
@@ -230,6 +228,8 @@ class TrainingLoader:
         number, place = self.plan.place(position)
         for known in (self._window, self._next_window):
             if known is not None and known.number == number:
+                if known is not self._window:
+                    self._next_window = None
                 return known, place
         if self._window is not None:
             self._window[-1]

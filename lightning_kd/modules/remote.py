@@ -8,8 +8,8 @@ import torch
 
 from lightning_kd.batch import Batch
 from lightning_kd.collectives import any_process, gather_objects
-from lightning_kd.modules.student_module import generates_completions, longest_rows
-from lightning_kd.teachers import Teacher, TeacherUnavailableError
+from lightning_kd.modules.student_module import generates_completions
+from lightning_kd.teachers import TeacherUnavailableError
 
 _T = TypeVar("_T")
 
@@ -37,18 +37,6 @@ def following_batch(trainer: L.Trainer) -> Batch | None:
     if generates_completions(trainer) or not isinstance(loader, ForesightedLoader):
         return None
     return loader.following()
-
-
-def check_rows(teacher: Teacher, trainer: L.Trainer) -> None:
-    """Validate that a teacher can read the rows of a run, before its first step.
-
-    Raises:
-        ValueError: If some are too long.
-    """
-    rewritten = generates_completions(trainer)
-    for split, (row, _) in longest_rows(trainer).items():
-        if split != "predict" and not (split == "train" and rewritten):
-            teacher.check_rows(row, f"{split} rows")
 
 
 def ask_together(ask: Callable[[], _T], device: torch.device) -> _T:

@@ -32,7 +32,8 @@ from lightning_kd.models import (
 from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
-from lightning_kd.modules.remote import ask_together, check_rows, following_batch
+from lightning_kd.modules.origin import check_origin
+from lightning_kd.modules.remote import ask_together, following_batch
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
@@ -136,12 +137,6 @@ class TeacherModule(DistillationModule):
         if self.teacher.is_remote:
             self.coming = following_batch(self.trainer)
 
-    def check_lengths(self) -> None:
-        """Validate the lengths of rows for the teacher, too."""
-        super().check_lengths()
-        if self._has_teacher:
-            check_rows(self.teacher, self.trainer)
-
     def setup(self, stage: str) -> None:
         """Load the teacher, if it is needed.
 
@@ -150,7 +145,7 @@ class TeacherModule(DistillationModule):
         """
         super().setup(stage)
         if stage == "fit":
-            self._check_teacher()
+            check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
         if stage != "predict":
             check_temperatures(self.teacher, self.answer_kind, self.teacher_temperatures)
             check_divergences(self.teacher, self.answer_kind, self.teacher_divergences)
@@ -162,26 +157,6 @@ class TeacherModule(DistillationModule):
                 adapter_of(self.trainer).shard_mesh(),
             )
             self.teacher.check_data(getattr(self.trainer, "datamodule", None))
-
-    def _check_teacher(self) -> None:
-        """Refuse a teacher that is the student, from which there is nothing to learn.
-
-        Raises:
-            ValueError: If it is the same model object, or comes from where the student does.
-        """
-        student, teachers = self.student_spec, self.teacher.model_specs
-        if any(student.is_same_object(teacher) for teacher in teachers):
-            raise ValueError(
-                "student and teacher are one model object, which cannot also be frozen"
-            )
-        if self.learns_from_its_start or len(teachers) > 1:
-            return
-        if any(student.is_same_checkpoint(teacher) for teacher in teachers):
-            raise ValueError(
-                f"student and teacher are both {student.name_or_path!r}: the student starts as its "
-                "teacher, and nothing pulls it anywhere else. Give another teacher, or a copy of the "
-                "directory if that is what you want"
-            )
 
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""

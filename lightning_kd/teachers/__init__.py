@@ -1,10 +1,10 @@
 """Teachers: one model, several averaged, one for each row, k tokens of one, or what else answers."""
 
+from lightning_kd.teachers.abilities import check_ability
 from lightning_kd.teachers.contract import (
     Ability,
     Teacher,
     TeacherUnavailableError,
-    check_ability,
     checked_answer,
     choose_kind,
     temperatures_of,

@@ -87,11 +87,6 @@ class CompositeTeacher(Teacher):
         """Whether a member is."""
         return any(member.is_remote for member in self.named_members.values())
 
-    def check_rows(self, length: int, what: str) -> None:
-        """Let every member validate the rows."""
-        for member in self.named_members.values():
-            member.check_rows(length, what)
-
     def prepare(
         self,
         tokenizer: PreTrainedTokenizerBase,

@@ -175,8 +175,19 @@ class ServedTeacher(Teacher):
         served = {} if found is None else {"teacher": found.fingerprint}
         return super().resume_settings() | served
 
-    def check_rows(self, length: int, what: str) -> None:
-        """Refuse rows that are longer than the server reads."""
+    def check_data(self, data: object) -> None:
+        """Refuse rows that are longer than the server reads; those that are generated are not known.
+
+        Raises:
+            ValueError: If there are some.
+        """
+        longest = getattr(data, "longest", None)
+        rewritten = getattr(data, "rollout_plan", None) is not None
+        for split, (row, _) in (longest() if longest is not None else {}).items():
+            if split != "predict" and not (split == "train" and rewritten):
+                self._check_length(row, f"{split} rows")
+
+    def _check_length(self, length: int, what: str) -> None:
         most = None if self._description is None else self._description.length
         if most is not None and length > most:
             raise ValueError(
@@ -203,7 +214,7 @@ class ServedTeacher(Teacher):
             TeacherUnavailableError: If no sound answer came.
         """
         question = self._question(batch, positions)
-        self.check_rows(int(question.attention_mask.sum(-1).max()), "the rows of a batch")
+        self._check_length(int(question.attention_mask.sum(-1).max()), "the rows of a batch")
         try:
             answer = self._ahead.result(question)
             answer.check(len(question.targets), self.vocabulary_size)
@@ -243,7 +254,7 @@ class ServedTeacher(Teacher):
         assert isinstance(self._speaks, OwnServer)  # no other server lists the ability
         self.check_generation()
         longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
-        self.check_rows(longest, "prompts and max_new_tokens")
+        self._check_length(longest, "prompts and max_new_tokens")
         try:
             return self._speaks.complete(
                 self._servers.ask, prompt_ids, prompt_mask, options, list(seeds), width
