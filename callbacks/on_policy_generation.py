@@ -24,6 +24,7 @@ from lightning_kd.callbacks.rollouts.checks import (
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import check_teacher, complete
+from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
 from lightning_kd.data import RolloutPlan, Window
@@ -213,10 +214,7 @@ class OnPolicyGeneration(Resumable, Callback):
         if self._rollouts:
             batch.update(copy_of(self._rollouts[place]))
             pl_module.count_rollouts(batch, self._rollouts, place)
-        if isinstance(pl_module, TeacherModule) and pl_module.teacher.is_remote:
-            after = place + 1 if place + 1 < len(window) else 0
-            if after or not loader_of(trainer).ends_window:
-                pl_module.coming = self._rollouts[after] if self._rollouts else window[after]
+        tell_what_comes(pl_module, self._rollouts or window, place, loader_of(trainer).ends_window)
 
     def on_train_batch_end(
         self,

@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,7 @@ from lightning_kd.processes import end_together, wait_for
 from lightning_kd.run_directories import claim_version
 from lightning_kd.serving import serve
 
-EXTRA_COMMANDS: dict[str, Callable[..., object]] = {
-    "demo": demo,
-    "tokenizer": write_tokenizer,
-    "serve": serve,
-}
+EXTRA_COMMANDS: dict[str, Any] = {"demo": demo, "tokenizer": write_tokenizer, "serve": serve}
 
 RUNS = "runs"
 """Default directory of runs."""

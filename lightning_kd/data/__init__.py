@@ -5,7 +5,8 @@ from lightning_kd.data.chat import ChatData
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.encoding import Example, LengthLimit
-from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
+from lightning_kd.data.evaluation_loader import EvaluationLoader
+from lightning_kd.data.loader import TrainingLoader
 from lightning_kd.data.paired import PairedLoader, PromptsAndText
 from lightning_kd.data.plain_text import DocumentData, PackedTextData
 from lightning_kd.data.plan import Epochs, RolloutPlan

@@ -9,7 +9,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.collate import Collator
-from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
+from lightning_kd.data.evaluation_loader import EvaluationLoader
+from lightning_kd.data.loader import TrainingLoader
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows

@@ -9,7 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch, PairedBatch
 from lightning_kd.data.datamodule import DistillationData
-from lightning_kd.data.loader import EvaluationLoader, TrainingLoader
+from lightning_kd.data.evaluation_loader import EvaluationLoader
+from lightning_kd.data.loader import TrainingLoader
 from lightning_kd.data.plain_text import PackedTextData
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.window import Window

@@ -4,31 +4,30 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_kd.serving.limits import Limits, RefusedError
 
 
-@dataclass(frozen=True, eq=False)
 class Job:
     """A request that waits for the thread that computes.
 
-    Attributes:
+    Args:
         work: What is computed.
         group: Jobs of one group may be computed together; None is computed alone.
         rows: Rows of its batch.
         length: Tokens of its longest row.
+
+    Attributes:
+        done: Set when there is an outcome.
+        outcome: What was computed, or the error.
+        dropped: Set when nobody waits for it any more.
     """
 
-    work: Any
-    group: Hashable | None
-    rows: int
-    length: int
-    done: threading.Event = field(default_factory=threading.Event)
-    outcome: list[Any] = field(default_factory=list)
-    dropped: threading.Event = field(default_factory=threading.Event)
-    """Set when nobody waits for it any more."""
+    def __init__(self, work: Any, group: Hashable | None, rows: int, length: int) -> None:
+        self.work, self.group, self.rows, self.length = work, group, rows, length
+        self.done, self.dropped = threading.Event(), threading.Event()
+        self.outcome: Any = None
 
 
 class Batcher:
@@ -70,10 +69,9 @@ class Batcher:
             raise RefusedError(
                 504, f"the answer was not ready after {self._limits.answer_seconds:g} s"
             )
-        (outcome,) = job.outcome
-        if isinstance(outcome, Exception):
-            raise outcome
-        return outcome
+        if isinstance(job.outcome, Exception):
+            raise job.outcome
+        return job.outcome
 
     @property
     def alive(self) -> bool:
@@ -101,7 +99,7 @@ class Batcher:
             except Exception as error:  # the next request may be another one
                 outcomes = [error] * len(jobs)
             for job, outcome in zip(jobs, outcomes, strict=True):
-                job.outcome.append(outcome)
+                job.outcome = outcome
                 job.done.set()
             with self._changed:
                 self._busy = False
