@@ -1,7 +1,6 @@
 """The ``lightning-kd`` command: LightningCLI over the modules, data and callbacks of this library."""
 
 import os
-import re
 import signal
 import sys
 from importlib.metadata import version
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning
-import yaml
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -30,6 +28,7 @@ from lightning_kd.callbacks import (
     TokensPerSecond,
 )
 from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
+from lightning_kd.cli_arguments import Text, as_text, missing_arguments
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
@@ -53,26 +52,33 @@ Give a method and its data in a YAML file (configs/ has one for each method) and
 the command line, for example:
   lightning-kd fit --config configs/supervised_kd.yaml --model.divergence GeneralizedJSD
   lightning-kd test --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
-Three commands stand beside those of the trainer; --help after them explains them:
+The options of one method, divergence or teacher:
+  lightning-kd fit --model.help GKD
+Three more commands; add --help:
   lightning-kd demo        train a teacher on arithmetic and distill it, offline
   lightning-kd tokenizer   train a tokenizer on your own text
   lightning-kd serve       serve a teacher to runs in other processes
-Errors are said in a few lines; with LIGHTNING_KD_TRACEBACK=1 they say where they come from.
+Errors are short; LIGHTNING_KD_TRACEBACK=1 shows where they come from.
 """
+
+CHECKPOINT = "A checkpoint; or last or best, of the run whose config.yaml is given with --config."
 
 
 class DistillationCLI(LightningCLI):
     """LightningCLI in subclass mode, with the export and the predictions always at hand."""
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse a command line, in which a template is text whatever it looks like."""
+        """Parse a command line, and refuse one that leaves out what a class needs."""
         if args is not None:
             super().parse_arguments(parser, args)
             return
-        self.config = parser.parse_args(templates_as_text(sys.argv[1:]))
+        self.config = parser.parse_args(as_text(sys.argv[1:]))
         for name, value in list(self.config.items()):
-            if isinstance(value, _Text):
+            if isinstance(value, Text):
                 self.config[name] = str(value)
+        missing = list(missing_arguments(self.config))
+        if missing:
+            self.parser.error("\n".join(missing))
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the callbacks that every run has."""
@@ -91,6 +97,9 @@ class DistillationCLI(LightningCLI):
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = CHECKPOINT
         if subcommand == "predict":
             # The completions go to a file as they come; memory need not hold them too.
             parser.set_defaults({"return_predictions": False})
@@ -267,31 +276,3 @@ def _makes_directories(logger: Any) -> bool:
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
-
-
-class _Text(str):
-    """Text of the command line that is not read as YAML, which it may look like."""
-
-    __slots__ = ()
-
-
-yaml.SafeDumper.add_representer(_Text, yaml.SafeDumper.represent_str)
-
-
-def templates_as_text(arguments: list[str]) -> list[str]:
-    """Mark the templates of a command line, which YAML would take for mappings or lists.
-
-    Example:
-        >>> [type(a).__name__ for a in templates_as_text(["--data.prompt_template", "Q: {prompt}"])]
-        ['str', '_Text']
-    """
-    name = r"--(?:[\w.]+\.)?prompt_template"
-    given: list[str] = []
-    for argument in arguments:
-        if given and re.fullmatch(name, given[-1]):
-            given.append(_Text(argument))
-        elif found := re.fullmatch(f"({name})=(.*)", argument, re.DOTALL):
-            given += [found[1], _Text(found[2])]
-        else:
-            given.append(argument)
-    return given

@@ -15,6 +15,20 @@ import lightning
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_kd.imports import why_no_class
+
+_ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
+"""Errors that Python raises by itself; none of them is written as a message."""
+
+_ELSEWHERE = {
+    "lr": "--model.optimizer.lr",
+    "learning_rate": "--model.optimizer.lr",
+    "lmbda": "--on_policy.lmbda",
+    "beta": "--model.divergence.beta",
+    "max_new_tokens": "--on_policy.generation.max_new_tokens",
+}
+"""Where options are that other libraries have among those of the method."""
+
 
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the lines of the description as they stand."""
@@ -28,9 +42,12 @@ class ShortErrors(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the lines of ``message`` that help, and exit."""
-        text, names = shorten(message), unknown_names(message)
+        text, names = full_names(shorten(message), sys.argv[1:]), unknown_names(message)
+        reason = why_refused(message)
+        if reason:
+            text = f"{text.splitlines()[0]}\n  {reason}"
         lines = [text, *(suggestion(name, self._options(), sys.argv[1:]) for name in names)]
-        lines += classes_to_choose(message)
+        lines += [*classes_to_choose(message), *forms(message)]
         given = [f".{word}" for word in re.findall(r"[\w.]+", " ".join(sys.argv))]
         elsewhere = [n for n in names if not any(word.endswith(f".{n}") for word in given)]
         if elsewhere or re.match("Problems parsing config|Unexpected config", text):
@@ -91,8 +108,10 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
     """
     if name in options:
         return ""
-    spelled = [a.split("=")[0] for a in arguments if a.startswith("--")]
-    full = next((s for s in spelled if s.lstrip("-") == name or s.endswith(f".{name}")), name)
+    full = spelled_as(name, arguments)
+    known_as = _ELSEWHERE.get(name.rpartition(".")[2], full)
+    if full.startswith("--") and full != known_as:
+        return f"{full}: did you mean {known_as}?"
     before, parts, group = full.removesuffix(name), name.split("."), name.rpartition(".")[0]
     if name == "engine" and "max_new_tokens" in options:
         owner = before.removesuffix("generation.")
@@ -100,6 +119,7 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         return (
             f"{full}: an engine stands beside generation: {' or '.join(p + name for p in places)}"
         )
+    options = {o for o in options if not o.endswith("print_shtab")}
     beside = sorted(o for o in options if o.rpartition(".")[0] == group)
     meant = [option for option in beside if option.startswith(name)]
     if not meant:
@@ -117,7 +137,61 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
     if meant:
         return f"{full}: did you mean {' or '.join(before + option for option in meant)}?"
     choices = beside or sorted(o for o in options if "." not in o)
+    if not choices:
+        return f"{full}: the class that is chosen there has no options"
     return f"{full}: the choices are {', '.join(before + option for option in choices)}"
+
+
+def spelled_as(name: str, arguments: Sequence[str]) -> str:
+    """Return an option as the command line has it; as it is where it is not there.
+
+    Example:
+        >>> spelled_as("alpha", ["fit", "--model.alpha=half"])
+        '--model.alpha'
+    """
+    spelled = [a.split("=")[0] for a in arguments if a.startswith("--")]
+    return next((s for s in spelled if s.lstrip("-") == name or s.endswith(f".{name}")), name)
+
+
+def full_names(text: str, arguments: Sequence[str]) -> str:
+    """Put options of the command line in place of the keys of the parser within.
+
+    Example:
+        >>> full_names('Parser key "alpha": Expected a float', ["--model.alpha", "half"])
+        '--model.alpha: Expected a float'
+    """
+
+    def option(found: re.Match[str]) -> str:
+        full = spelled_as(found[1], arguments)
+        return full if full.startswith("--") else found[0]
+
+    return re.sub(r'Parser key "([\w.]+)"', option, text)
+
+
+def why_refused(message: str) -> str:
+    """Return why the class that a jsonargparse message refuses cannot be used; empty if unknown."""
+    if not re.search("given class_path|is abstract|does not correspond to a subclass", message):
+        return ""
+    paths = re.findall(r"(?:given class_path '|Given value: )(\w+(?:\.\w+)+)'?:?$", message, re.M)
+    bases = re.findall(r"<class '[\w.]*?(\w+)'>", message.partition("Errors:")[0])
+    bases = [base for base in bases if base != "NoneType"]
+    return why_no_class(paths[-1], bases[-1]) if paths and bases else ""
+
+
+def forms(message: str) -> list[str]:
+    """Return a line with the form of a value that came in another.
+
+    Example:
+        >>> print(*forms("Expected a <class 'list'>. Got value: corpus.txt"))
+        a list is written in brackets: '["corpus.txt"]'
+    """
+    if 'Parser key "members"' in message:
+        return [
+            "members: [{name_or_path: runs/a}, {name_or_path: runs/b}] for a TeacherEnsemble, and for "
+            "a RoutedTeacher, by values of its column, {math: {name_or_path: runs/a}, ...}"
+        ]
+    found = re.search(r"Expected a <class 'list'>\. Got value: ([\w./-]+)$", message, re.M)
+    return [f"a list is written in brackets: '[\"{found[1]}\"]'"] if found else []
 
 
 def classes_to_choose(message: str) -> list[str]:
@@ -164,19 +238,30 @@ def shorten(message: str) -> str:
           beta is 3.0; it must lie in [0, 1]
     """
     noise = re.compile(
-        r"NoneType|Subtypes:|Given value type|Given value: .{80}|Does not validate|Errors:"
+        r"\s*(- )?(Expected a <class 'NoneType'>|Subtypes:|Given value type|Given value: .{80}"
+        r"|Does not validate|Errors:$)"
     )
+    # Of several classes that may stand there, one does not fit; what the right one says comes with it.
+    aside = re.compile(
+        "Import path [\\w.]+ does not correspond|Expected a path but .* not accessible"
+    )
+    place = ("Parser key", "Problem", "Given value")
     # A text is often one of several choices; where it is the only one, it is what was expected.
-    lines = [line for line in message.splitlines() if line.strip() and not noise.search(line)]
+    lines = [line for line in message.splitlines() if line.strip() and not noise.match(line)]
     others = [line for line in lines if "Expected a <class 'str'>" not in line]
-    if all(line.startswith(("Parser key", "Problem")) for line in others):
+    if others != lines and all(line.startswith(place[:2]) for line in others):
         others = [*lines, 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"']
+    telling = [line for line in others if not aside.search(line)]
+    if not all(line.strip().removeprefix("- ").startswith(place) for line in telling):
+        others = telling
     texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in others))
     return "\n  ".join(texts) or message
 
 
 def is_for_the_user(error: BaseException) -> bool:
     """Return whether an error is a message of this library or Lightning, not a defect below them."""
+    if isinstance(error, _ACCIDENTS):
+        return False
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     home = Path(__file__).resolve().parent
     homes = (home, (home / "callbacks").resolve(), Path(lightning.__file__).resolve().parent)

@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"functions"},
+    {"functions", "imports"},
     {"batch", "collectives", "tokenization", "seeding", "resuming", "processes", "integrity"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"checkpoints", "filesystem", "loops", "wire"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"teachers"},
     {"data", "modules", "serving"},
     {"callbacks"},
-    {"demo", "run_directories", "cli_messages"},
+    {"demo", "run_directories", "cli_messages", "cli_arguments"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})

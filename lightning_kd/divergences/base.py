@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences.log_space import softmax_gradient
+from lightning_kd.imports import why_no_class
 from lightning_kd.resuming import Resumable
 
 ENTRY_POINT_GROUP = "lightning_kd.divergences"
@@ -159,8 +160,8 @@ def make_divergence(divergence: "Divergence | str", **parameters: float | bool) 
         parameters: Hyper-parameters for a name; an instance has its own already.
 
     Raises:
-        ValueError: If the name is unknown (the choices are listed), or if parameters come with an
-            instance.
+        ValueError: If it is neither, the name is unknown (the choices are listed), or parameters come
+            with an instance.
 
     Example:
         >>> make_divergence("generalized_jsd", beta=0.1)
@@ -190,6 +191,9 @@ def _load_entry_point(name: str) -> type[Divergence]:
                 f"the entry point {name!r} = {point.value} is not a subclass of Divergence"
             )
         return register_divergence(name)(cls)
+    reason = why_no_class(name, "Divergence") if "." in name else ""
+    if reason:
+        raise ValueError(f"unknown divergence {name!r}: {reason}")
     raise ValueError(
         f"unknown divergence {name!r}; choose one of {', '.join(available_divergences())}, or pass "
         "an instance of your own subclass of lightning_kd.divergences.Divergence"

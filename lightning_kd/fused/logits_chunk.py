@@ -44,14 +44,14 @@ class LogitsChunk:
         """The teacher's log-probabilities of all tokens, ``(n, V)``, without a gradient.
 
         Raises:
-            ValueError: If the teacher does not tell them all.
+            ValueError: If the teacher does not tell them all, or the term has not asked for it.
         """
-        if not isinstance(self._teacher, DistributionRows):
+        if not isinstance(self._answer, DistributionRows):
             raise ValueError(
                 "this term needs the teacher's log-probability of every token, and the teacher does "
                 "not answer full_distribution; say so in the needs of the method"
             )
-        return self._teacher.log_probs(temperature)
+        return self._answer.log_probs(temperature)
 
     def events(
         self, student_temperature: float = 1.0, teacher_temperature: float = 1.0
@@ -107,8 +107,8 @@ class LogitsChunk:
         Raises:
             ValueError: If the answer does not tell it.
         """
-        if isinstance(self._teacher, SampledRows):
-            return self._teacher.entropies
+        if isinstance(self._answer, SampledRows):
+            return self._answer.entropies
         return -expectation(self.teacher(), self.teacher())
 
     def on(self, student_logits: Tensor) -> "LogitsChunk":
@@ -117,7 +117,10 @@ class LogitsChunk:
 
     @property
     def _answer(self) -> TeacherRows:
-        assert self._teacher is not None  # a term that needs a teacher says so
+        if self._teacher is None:
+            raise ValueError(
+                "a term reads the teacher without asking for it: set needs_teacher = True in its class"
+            )
         return self._teacher
 
     def without_gradient_where(self, weight: Tensor) -> "LogitsChunk":
@@ -147,6 +150,7 @@ class TokenTerm(ABC):
     """
 
     needs_teacher: bool = False
+    """Whether :meth:`values` reads the teacher; where no term does, the teacher is not evaluated."""
 
     @property
     def may_overwrite_logits(self) -> bool:

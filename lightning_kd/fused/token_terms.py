@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
-from lightning_kd.divergences import Divergence
+from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.divergences.log_space import expectation, weighted
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 
@@ -20,21 +20,24 @@ class DivergenceTerm(TokenTerm):
     is an unbiased estimate of the forward KL, the only one they tell.
 
     Args:
-        divergence: Any divergence.
+        divergence: Any divergence, or its registered name.
         student_temperature: Divides the student's logits.
         teacher_temperature: Divides the teacher's.
+
+    Raises:
+        ValueError: If it is neither.
     """
 
     needs_teacher = True
 
     def __init__(
         self,
-        divergence: Divergence,
+        divergence: Divergence | str,
         *,
         student_temperature: float = 1.0,
         teacher_temperature: float = 1.0,
     ) -> None:
-        self.divergence = divergence
+        self.divergence = make_divergence(divergence)
         self.student_temperature = student_temperature
         self.teacher_temperature = teacher_temperature
 

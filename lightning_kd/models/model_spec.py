@@ -65,7 +65,8 @@ class ModelSpec(Resumable):
             got = "neither" if config is None else "both"
             raise ValueError(
                 f"a model needs either name_or_path (a directory or hub name) or config "
-                f"(a random start); {got} came"
+                f"(a random start); {got} came. A saved model in place of a config of the file takes "
+                "config: null beside it (--model.student.config null)"
             )
         self.name_or_path = name_or_path
         self.config = config

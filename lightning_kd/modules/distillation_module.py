@@ -16,20 +16,14 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
 from lightning_kd.modules.counts import StepCountingModule
-from lightning_kd.modules.loss import (
-    LossSums,
-    LossTerm,
-    MicroBatchLoss,
-    Scores,
-    by_name,
-    evaluate,
-)
+from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatchLoss, Scores, evaluate
 from lightning_kd.modules.optimization import (
     WarmupCosine,
     check_schedule,
     parameter_groups,
     with_schedule,
 )
+from lightning_kd.modules.term_checks import by_name, term_names
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import StrategyAdapter, adapter_of
@@ -84,7 +78,7 @@ class DistillationModule(StepCountingModule):
         self.normalization = make_normalization(normalization)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self.logits_backend = logits_backend or FusedLogits()
-        self._window = LossSums(self.terms)
+        self._window = LossSums(term_names(type(self), getattr(self, "terms", None)))
         self._evaluation = LossSums(self.evaluation_terms or self.terms)
         self.train_distribution = DistributionMetrics()
         self.eval_distribution = DistributionMetrics()

@@ -90,30 +90,6 @@ class MicroBatchLoss:
         return total
 
 
-def by_name(
-    terms: Mapping[str, LossTerm], names: Sequence[str], method: str
-) -> dict[str, LossTerm]:
-    """Put terms in the order of their names.
-
-    Args:
-        terms: As a method returned them.
-        names: As the method's class states them.
-        method: For the message.
-
-    Raises:
-        ValueError: If a term is missing or is not one of the names.
-    """
-    missing = [name for name in names if name not in terms]
-    unknown = [name for name in terms if name not in names]
-    if missing or unknown:
-        raise ValueError(
-            f"the loss of {method} has the terms {sorted(terms)}, the class states "
-            f"{sorted(names)}: missing {missing}, unknown {unknown}. Return one LossTerm for each "
-            "name, with coefficient 0 where there is nothing to add"
-        )
-    return {name: terms[name] for name in names}
-
-
 def evaluate(
     logits_backend: LogitsBackend,
     scores: Scores,
@@ -266,7 +242,10 @@ class LossSums:
             ValueError: If a normalization has counted nothing where there is something to divide.
         """
         if self._sums is None:
-            raise RuntimeError("an optimizer step without a training_step: nothing was added up")
+            raise RuntimeError(
+                "nothing was added up in this optimizer step: an own training_step has to call "
+                "super().training_step(batch, batch_idx); a method writes loss_terms or score instead"
+            )
         reduced = all_reduce(self._sums).cpu()
         self._sums = None
         sums, parts, counts = reduced[2:].reshape(-1, 3).unbind(-1)

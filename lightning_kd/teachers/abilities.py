@@ -34,6 +34,6 @@ def check_ability(
     came = "none" if teacher is None else type(teacher).__name__
     able = " or ".join(other.__name__ for other in others if ability in other.answers)
     raise ValueError(
-        f"{user} needs a teacher with the ability {ability!r}, got {came}; give one that has it, "
+        f"{user} needs a teacher that lists {ability!r} in answers, got {came}; give one that does, "
         f"such as {able}"
     )

@@ -655,7 +655,7 @@ def two_teachers():
         (
             lambda: GKD(student=StudentSpec.of(tiny_llama(0)), teacher=two_teachers()),
             {"mixture_alpha": 0.2},
-            "needs a teacher with the ability .mixture., got TeacherEnsemble; .* LocalTeacher",
+            "needs a teacher that lists .mixture. in answers, got TeacherEnsemble; .* LocalTeacher",
         ),
         (lambda: GKD(**models()), {"group_size": 3}, "4 rows .* group_size 3 does not divide"),
         (

@@ -380,7 +380,7 @@ def test_a_teacher_that_cannot_generate(options, ability):
     teacher = Remembers.of(tiny_llama(1), BATCH, 3)
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
     message = (
-        f"GKD with .* needs a teacher with the ability '{ability}', got Remembers; .*LocalTeacher"
+        f"GKD with .* a teacher that lists '{ability}' in answers, got Remembers; .*LocalTeacher"
     )
     refused(module, message, [writing(**options)])
 
