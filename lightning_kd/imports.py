@@ -37,7 +37,8 @@ def why_no_class(path: str, base: str) -> str:
     except Exception as error:  # whatever a module of the user's raises
         return f"cannot import {module}: {type(error).__name__}: {error}"
     if name not in names:
-        near = get_close_matches(name, names, n=1)
+        classes = [known for known, value in names.items() if inspect.isclass(value)]
+        near = get_close_matches(name, classes, n=1)
         return f"{module} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
     found = names[name]
     if not inspect.isclass(found) or base not in {cls.__name__ for cls in found.__mro__}:

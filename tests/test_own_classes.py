@@ -136,9 +136,9 @@ def test_a_class_that_cannot_be_used_is_named_with_the_reason(fails, option, pat
 
 
 def test_a_package_in_no_searched_directory_comes_with_the_ways_to_have_it_found():
-    Path("lab_nowhere.py").write_text("from lightning_kd import ForwardKL\n")
+    Path("lab_nowhere.py").write_text("from lightning_kd import Divergence\n")
     assert "PYTHONPATH=." in why_no_class("lab_nowhere.ForwardKL", "Divergence")
-    assert why_no_class("lightning_kd.ForwardKL", "Divergence") == ""
+    assert why_no_class("lightning_kd.divergences.ForwardKL", "Divergence") == ""
 
 
 def test_a_module_that_raises_is_said_to_raise(tmp_path, monkeypatch):
