@@ -80,7 +80,8 @@ class OnPolicyGeneration(Resumable, Callback):
         unshard: Gather the weights of sharded models on every process while completions are generated:
             faster, if there is memory for it.
         path: JSONL file that every generated completion is appended to, with the columns that
-            :class:`~lightning_kd.callbacks.JsonlPredictions` writes.
+            :class:`~lightning_kd.callbacks.JsonlPredictions` writes. Only a resumed run goes on in
+            one that exists.
 
     Raises:
         ValueError: If a value is out of its range, or module or data do not support the options.

@@ -103,7 +103,8 @@ def evaluate(
     """Evaluate all terms: the token terms over the batch, and its metrics, in one pass.
 
     Args:
-        logits_backend: Computes them.
+        logits_backend: Computes them: ``FusedLogits`` by a ``ChunkedPass``, whose gradients in hidden
+            states and head an ``autograd.Function`` hands on (``fused/autograd.py``).
         scores: Of the batch.
         terms: The loss.
         normalization: Gives each row its weight in the terms without one of their own.
