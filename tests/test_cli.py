@@ -1,6 +1,7 @@
 """The command line as a user types it: in this process where possible, in its own where needed."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -267,6 +268,16 @@ def test_prompts_and_text_through_minillm(cli, teacher):
 )
 def test_the_other_commands_take_no_abbreviations_either(fails, command, said):
     assert said in fails(*command)
+
+
+def test_a_saved_student_takes_the_place_of_a_configs_random_one(cli, teacher):
+    shutil.copytree(teacher, "student")
+    of_models = ("--model.teacher.name_or_path", teacher, "--model.student.name_or_path=student")
+    cli(*fit("supervised_kd", *of_models, "--model.student.config", "null"))
+    config = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
+    student = config["model"]["init_args"]["student"]["init_args"]
+    assert student["name_or_path"] == "student"
+    assert student["config"] is None
 
 
 def test_epochs_are_passes_over_the_data(cli):
