@@ -29,6 +29,7 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
 from lightning_kd.cli_arguments import Text, as_text, missing_arguments
+from lightning_kd.cli_cache import CachingTrainer
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
@@ -54,6 +55,9 @@ the command line, for example:
   lightning-kd test --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
 The options of one method, divergence or teacher:
   lightning-kd fit --model.help GKD
+A teacher that does not fit beside the student says all it knows about the data before training:
+  lightning-kd cache --config configs/supervised_kd.yaml --cache.dirpath runs/teacher_cache
+  lightning-kd fit --config configs/supervised_kd.yaml --config configs/overlays/cached_teacher.yaml
 Three more commands; add --help:
   lightning-kd demo        train a teacher on arithmetic and distill it, offline
   lightning-kd tokenizer   train a tokenizer on your own text
@@ -66,6 +70,11 @@ CHECKPOINT = "A checkpoint; or last or best, of the run whose config.yaml is giv
 
 class DistillationCLI(LightningCLI):
     """LightningCLI in subclass mode, with the export and the predictions always at hand."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's subcommands, and ``cache``."""
+        return LightningCLI.subcommands() | {"cache": {"model", "datamodule"}}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse a command line, and refuse one that leaves out what a class needs."""
@@ -96,7 +105,8 @@ class DistillationCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.set_defaults({"weights_only": True})
+        if subcommand != "cache":  # which loads no checkpoint
+            parser.set_defaults({"weights_only": True})
         for action in parser._actions:
             if action.dest == "ckpt_path":
                 action.help = CHECKPOINT
@@ -111,6 +121,9 @@ class DistillationCLI(LightningCLI):
         It is no part of the configuration that a run leaves: who uses that one means another.
         """
         options = self.config[self.config["subcommand"]]
+        self._checkpoint = None
+        if "ckpt_path" not in options:
+            return
         self._checkpoint, options["ckpt_path"] = options["ckpt_path"], None
         if self._checkpoint in {"last", "best"}:
             try:
@@ -146,6 +159,8 @@ class DistillationCLI(LightningCLI):
             kept = [x for x in _listed(trainer["logger"]) if not _makes_directories(x)]
             kwargs["logger"], self.save_config_callback = kept, None
         on_policy = self._get(self.config_init, "on_policy")
+        if self.subcommand == "cache":
+            return CachingTrainer.of_options(trainer, on_policy=on_policy)
         if on_policy is not None:
             # Behind the others, so that a clock that starts with a step counts generation.
             kwargs["callbacks"] = [*_listed(trainer["callbacks"]), on_policy]
@@ -185,7 +200,8 @@ class DistillationCLI(LightningCLI):
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._checkpoint}
+        given = super()._prepare_subcommand_kwargs(subcommand)
+        return given if subcommand == "cache" else given | {"ckpt_path": self._checkpoint}
 
     def _say(self, error: Exception, *, begun: bool) -> None:
         """Say an error in a few lines, unless it is a defect that shows in the middle of training."""
@@ -224,6 +240,7 @@ def main() -> None:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
+        trainer_class=CachingTrainer,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},

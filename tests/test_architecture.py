@@ -16,11 +16,12 @@ LAYERS = [
     {"strategies", "named_checkpoints"},
     {"fused"},
     {"models", "evaluation"},
-    {"generation"},
+    {"generation", "cache"},
     {"teachers"},
     {"data", "modules", "serving"},
     {"callbacks"},
-    {"demo", "run_directories", "cli_messages", "cli_arguments"},
+    {"demo", "run_directories", "cli_messages", "cli_arguments", "cache_writing"},
+    {"cli_cache"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})

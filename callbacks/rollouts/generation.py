@@ -20,6 +20,8 @@ from lightning_kd.generation import (
 )
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.modules.remote import ask_together
+from lightning_kd.modules.texts import check_own_samples
+from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability
 from lightning_kd.tokenization import padding_id
@@ -100,15 +102,26 @@ def teacher_with(ability: Ability, module: L.LightningModule) -> Teacher:
     return check_ability(getattr(module, "teacher", None), ability, user, TEACHERS)
 
 
-def check_teacher(module: L.LightningModule, mixture_alpha: float, generates: bool) -> None:
+def check_teacher(
+    module: L.LightningModule, mixture_alpha: float, off_policy: str, lmbda: Schedule
+) -> None:
     """Validate that the teacher can do what it is needed for.
+
+    Args:
+        module: The method.
+        mixture_alpha: Share of the teacher in the distribution that the student samples from.
+        off_policy: Source of what the student does not generate: ``dataset`` or ``teacher``.
+        lmbda: Share of windows that the student generates.
 
     Raises:
         ValueError: If it cannot.
     """
+    share = lmbda.value if isinstance(lmbda, Constant) else None
+    if isinstance(module, TeacherModule) and share != 0:
+        check_own_samples(module, module.teacher)
     if mixture_alpha > 0:
         teacher_with("mixture", module)
-    if generates:
+    if off_policy == "teacher" and share != 1:
         teacher_with("generation", module)
 
 

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.batch import Batch
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.evaluation_loader import EvaluationLoader
 from lightning_kd.data.loader import TrainingLoader
@@ -26,6 +27,9 @@ _SPLITS_OF: dict[str, tuple[Split, ...]] = {
     "test": ("test",),
     "predict": ("predict",),
 }
+
+_ROWS_AT_ONCE = 64
+"""Rows of a batch of texts that nobody trains on."""
 
 _MOST_ROWS, _MOST_WORKERS, _LONGEST_TIMEOUT = 2**16, 1024, 1_000_000
 
@@ -136,6 +140,32 @@ class DistillationData(Resumable, L.LightningDataModule):
             self._rows[split] = self.rows(split)
         if self._rows[split] is None and not optional:
             raise ValueError(f"{type(self).__name__} was not given data.{split}, which is needed")
+
+    def has(self, split: Split) -> bool:
+        """Return whether a split was given and has been read."""
+        return self._rows.get(split) is not None
+
+    def texts(self, split: Split) -> Iterator[Batch]:
+        """Yield every row of a split once, in its first pass, divided among the processes."""
+        if not self.has(split):
+            return
+        rows, trainer = self._ready(split), self._attached_trainer()
+        for start in range(trainer.global_rank, len(rows), trainer.world_size * _ROWS_AT_ONCE):
+            own = range(start, len(rows), trainer.world_size)[:_ROWS_AT_ONCE]
+            yield self._collator([(row, row, rows.example(row, 0)) for row in own])
+
+    def check_repeats(self, split: Split) -> None:
+        """Validate that every pass over a split has the same texts.
+
+        Raises:
+            ValueError: If it has not, as packed text at random offsets.
+        """
+        if getattr(self._rows.get(split), "changes_with_pass", False):
+            raise ValueError(
+                f"the {split} texts of {type(self).__name__} are other ones in each pass, for blocks "
+                "of packed text begin at random offsets, and a cache knows only texts that come again. "
+                "Use DocumentData, or data.offsets: fixed"
+            )
 
     @property
     def rollout_plan(self) -> RolloutPlan | None:

@@ -1,6 +1,6 @@
 """Data modules for plain text: documents alone, or packed into blocks."""
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import datasets
 from transformers import PreTrainedTokenizerBase
@@ -12,6 +12,8 @@ from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.seeding import run_seed
+
+Offsets = Literal["random", "fixed"]
 
 
 class PlainTextData(TextData):
@@ -163,15 +165,19 @@ class PackedTextData(PlainTextData):
 
     Args:
         block_length: Tokens of a block.
+        offsets: Where training blocks begin: at a ``random`` token in each pass, so that over the
+            passes every token sees every context length, or ``fixed``, the same blocks in every
+            pass, as a cache of a teacher needs them.
 
     Raises:
-        ValueError: If there are extra columns.
+        ValueError: If there are extra columns, or the offsets are unknown.
     """
 
     def __init__(
         self,
         *,
         block_length: int = 128,
+        offsets: Offsets = "random",
         text_column: str = "text",
         add_eos: bool = True,
         strip: bool = False,
@@ -208,13 +214,17 @@ class PackedTextData(PlainTextData):
                 f"extra_columns is {self.extra_columns}, but a block of packed text has parts of "
                 "several rows; leave it out, or use DocumentData"
             )
+        if offsets not in get_args(Offsets):
+            raise ValueError(f"unknown offsets {offsets!r}; choose one of {get_args(Offsets)}")
         self.block_length = block_length
+        self.offsets: Offsets = offsets
 
     def rows(self, split: Split) -> Rows | None:
-        """Blocks of a split; training blocks start elsewhere in each pass."""
+        """Blocks of a split; training blocks start elsewhere in each pass, unless they are fixed."""
         raw = self.load(split)
         if raw is None:
             return None
         texts = (rows[self.text_column] for rows in raw.iter(ROWS_AT_ONCE))
         tokens = pack(ids for some in texts for ids in self.encode(some))
-        return PackedRows(tokens, self.block_length, run_seed() if split == "train" else None)
+        moves = split == "train" and self.offsets == "random"
+        return PackedRows(tokens, self.block_length, run_seed() if moves else None)

@@ -153,7 +153,7 @@ class PackedRows:
     Args:
         tokens: All documents in a row, ``(tokens,)``.
         block_length: Tokens of a block.
-        seed: Decides the offsets; None for evaluation, which starts at 0.
+        seed: Decides the offsets; None to start at 0 in every pass, as evaluation does.
 
     Raises:
         ValueError: If the text is too short for a block.
@@ -173,6 +173,11 @@ class PackedRows:
             )
         self.tokens, self.block_length, self.seed, self.blocks = tokens, block_length, seed, blocks
         self.max_lengths = (block_length, 0)
+
+    @property
+    def changes_with_pass(self) -> bool:
+        """Whether the blocks of each pass begin elsewhere."""
+        return self.seed is not None
 
     def __len__(self) -> int:
         """Blocks in a pass."""

@@ -35,6 +35,7 @@ from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
 from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.remote import ask_together, following_batch
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
+from lightning_kd.modules.texts import check_texts
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
@@ -157,6 +158,7 @@ class TeacherModule(DistillationModule):
                 adapter_of(self.trainer).shard_mesh(),
             )
             self.teacher.check_data(getattr(self.trainer, "datamodule", None))
+            check_texts(self, self.teacher, stage)
 
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""

@@ -1,6 +1,7 @@
-"""Teachers: one model, several averaged, one for each row, k tokens of one, or what else answers."""
+"""Teachers: one model, several averaged, one for each row, one on disk, k tokens of one, or others."""
 
 from lightning_kd.teachers.abilities import check_ability
+from lightning_kd.teachers.cached import CachedTeacher
 from lightning_kd.teachers.contract import (
     Ability,
     Teacher,
@@ -21,12 +22,14 @@ TEACHERS: tuple[type[Teacher], ...] = (
     RoutedTeacher,
     TopKTeacher,
     ServedTeacher,
+    CachedTeacher,
 )
 """The teachers of the library."""
 
 __all__ = [
     "TEACHERS",
     "Ability",
+    "CachedTeacher",
     "LocalTeacher",
     "RoutedTeacher",
     "ServedTeacher",

@@ -1,16 +1,19 @@
 """Base of teachers that are made of teachers."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lightning_kd.batch import Batch
 from lightning_kd.fused import FullDistribution
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.resuming import Plain
+from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.contract import Ability, Teacher
 
 
@@ -86,6 +89,20 @@ class CompositeTeacher(Teacher):
     def is_remote(self) -> bool:  # type: ignore[override]
         """Whether a member is."""
         return any(member.is_remote for member in self.named_members.values())
+
+    @property
+    def answers_any_text(self) -> bool:
+        """Whether all members can be asked about any."""
+        return all(member.answers_any_text for member in self.named_members.values())
+
+    def check_texts(
+        self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
+    ) -> None:
+        """Let every member look at every text."""
+        for text in texts:
+            for member in self.named_members.values():
+                if not member.answers_any_text:
+                    member.check_texts([text], encoding)
 
     def prepare(
         self,

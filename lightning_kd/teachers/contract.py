@@ -18,6 +18,7 @@ from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers.text_coverage import TextCoverage
 
 Ability = AnswerKind | Literal["generation", "mixture"]
 """A kind of answer; ``generation`` of completions; sampling from a ``mixture`` with the student."""
@@ -27,7 +28,7 @@ class TeacherUnavailableError(ValueError):
     """A teacher outside of this process does not answer, or answers something that is no answer."""
 
 
-class Teacher(Resumable, ABC):
+class Teacher(Resumable, TextCoverage, ABC):
     """Gives probabilities of next tokens, and never trains.
 
     A subclass lists in :attr:`answers` what it can do and writes :attr:`vocabulary_size` and

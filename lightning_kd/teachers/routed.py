@@ -20,6 +20,7 @@ from lightning_kd.fused import (
     single_model_log_probs,
 )
 from lightning_kd.models.logits_backend import LogitsBackend
+from lightning_kd.resuming import Plain
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.composite import CompositeTeacher, same_width
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
@@ -97,6 +98,18 @@ class RoutedTeacher(CompositeTeacher):
                         f"{', '.join(self.members)}"
                     )
 
+    def check_texts(
+        self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
+    ) -> None:
+        """Let each member look at its own texts."""
+        for batch, positions in texts:
+            routes = self._routes(batch)
+            for number, member in enumerate(self.members.values()):
+                chosen = routes == number
+                if not member.answers_any_text and chosen.any():
+                    own = (rows_of(batch, chosen), _of_rows(positions, chosen))
+                    member.check_texts([own], encoding)
+
     @torch.no_grad()
     def answer(
         self,
@@ -112,7 +125,7 @@ class RoutedTeacher(CompositeTeacher):
         answers = []
         for number, member in enumerate(present.tolist()):
             chosen = routes == number
-            own = ScoredPositions(positions.mask[chosen], positions.targets[chosen[positions.rows]])
+            own = _of_rows(positions, chosen)
             answers.append(
                 checked_answer(
                     members[member],
@@ -207,6 +220,10 @@ class RoutedDistribution(FullDistribution):
             return log_probs
 
         return DistributionRows(logits, select)
+
+
+def _of_rows(positions: ScoredPositions, chosen: Tensor) -> ScoredPositions:
+    return ScoredPositions(positions.mask[chosen], positions.targets[chosen[positions.rows]])
 
 
 def rows_of(batch: Batch, chosen: Tensor) -> Batch:

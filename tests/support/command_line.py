@@ -13,6 +13,7 @@ SMALL = (
     "num_attention_heads: 2}"
 )
 DEBUG = ["--config", str(CONFIGS / "overlays" / "debug.yaml")]
+FROM_CACHE = ["--config", str(CONFIGS / "overlays" / "cached_teacher.yaml")]
 QUIET = [
     *("--trainer.accelerator", "cpu", "--trainer.devices", "1"),
     *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),

@@ -1,0 +1,208 @@
+"""The loop that asks a teacher about every batch and writes what it says."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_kd.batch import Batch
+from lightning_kd.cache import CacheWriter, ShardRows, row_keys
+from lightning_kd.cache_writing.options import CacheOptions
+from lightning_kd.cache_writing.plan import ShardPlan
+from lightning_kd.collectives import gather_objects
+from lightning_kd.data import DistillationData
+from lightning_kd.fused import TeacherAnswer
+from lightning_kd.modules import TeacherModule
+from lightning_kd.resuming import describe, tokenizer_digest
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import adapter_of
+from lightning_kd.teachers import checked_answer
+
+
+class Scribe:
+    """What writes a cache, a batch at a time.
+
+    Args:
+        method: The method whose teacher is asked, at its positions.
+        data: The texts.
+        options: What is written, and where.
+    """
+
+    def __init__(
+        self, method: TeacherModule, data: DistillationData, options: CacheOptions
+    ) -> None:
+        self.method, self._data, self._options = method, data, options
+        self._payload = options.payload()
+        self._writer: CacheWriter | None = None
+        self._plan = ShardPlan((), 1, 1)
+        self._complete: set[int] = set()
+        self._seen: set[bytes] = set()
+        self._group, self._rows = -1, ShardRows()
+        self._shared: dict[str, torch.Tensor] = {}
+
+    @property
+    def trainer(self) -> L.Trainer:
+        """The trainer whose processes write."""
+        return self.method.trainer
+
+    def prepare(self, trainer: L.Trainer) -> None:
+        """Prepare the teacher; the student is not built."""
+        self.method.trainer = trainer
+        self.method.teacher.prepare(
+            self.method.tokenizer,
+            self.trainer.strategy.root_device,
+            self.method.vocabulary,
+            adapter_of(self.trainer).shard_mesh(),
+        )
+
+    def take(self, batch: Batch, number: int, loader: int) -> int:
+        """Keep the rows of a batch that have not come before, and return how many."""
+        positions = self.method.positions(batch)
+        if self._writer is None:
+            self._begin(self._answer(batch, positions), positions)
+        seed = derive_seed(run_seed(), "cache", loader, number, self.trainer.global_rank)
+        group = self._plan.group(loader, number)
+        if group != self._group:
+            self._end_shard()
+            self._group, self._rows = group, ShardRows()
+        keys = row_keys(batch, positions)
+        new = _first_of(keys, self._seen)
+        if group in self._complete:
+            return 0
+        if any(new) or self.method.teacher.answers_collectively:
+            planes = self._payload.planes_of(self._answer(batch, positions), positions, seed)
+            lengths = positions.mask.sum(-1).tolist()
+            chosen = torch.tensor(new)[positions.rows.cpu()]
+            self._rows.add(
+                [key for key, is_new in zip(keys, new, strict=True) if key is not None and is_new],
+                [length for length, is_new in zip(lengths, new, strict=True) if is_new],
+                {name: plane.cpu()[chosen] for name, plane in planes.items()},
+            )
+        return sum(new)
+
+    def end(self) -> None:
+        """Write the last shard and, when all processes have, the manifest."""
+        self._end_shard()
+        gather_objects(None)
+        writer = self._writing()
+
+        def finish() -> None:
+            done = writer.finish(self._shared)
+            rank_zero_info(
+                f"{writer.directory} is complete: {done.rows:,} texts, {done.tokens:,} positions. "
+                "Train from it with model.teacher: CachedTeacher"
+            )
+
+        self._on_first_process(finish)
+
+    def close(self) -> None:
+        """Let others write to the directory."""
+        if self._writer is not None:
+            self._writer.__exit__(None, None, None)
+
+    def _begin(self, answer: TeacherAnswer, positions: ScoredPositions) -> None:
+        """Plan the shards by a first answer, and look at what is there; on all processes together."""
+        planes = self._payload.planes_of(answer, positions, seed=0)
+        self._shared, layout = self._payload.shared_of(answer)
+        stride = sum(p.element_size() * p.shape[1:].numel() for p in planes.values())
+        loaders: Any = self.trainer.predict_dataloaders
+        rows, tokens = self._count()
+        self._plan = ShardPlan.of_size(
+            [len(loader) for loader in loaders],
+            self.trainer.world_size,
+            size := tokens * stride,
+            self._options.shard_megabytes * 2**20,
+        )
+        about = {
+            "kind": self._options.kind,
+            "options": self._payload.settings(),
+            "planes": {n: [str(p.dtype), *p.shape[1:]] for n, p in sorted(planes.items())},
+            "layout": layout,
+            "vocabulary_size": self.method.teacher.vocabulary_size,
+            "teacher": describe(self.method.teacher),
+            "tokenizer": tokenizer_digest(self.method.tokenizer),
+            "data": describe(self._data),
+            "files": {split: self._data.files(split) for split in self._options.splits},
+            "plan": {
+                "seed": run_seed(),
+                "batch_size": self._data.batch_size,
+                "eval_batch_size": self._data.eval_batch_size,
+                "batches": list(self._plan.batches),
+                "batches_per_shard": self._plan.batches_per_shard,
+                "processes": self._plan.processes,
+            },
+        }
+        directory, shards = Path(self._options.dirpath).expanduser(), self._plan.shards
+        first = self.trainer.is_global_zero
+        writer = self._writer = CacheWriter(directory, about, shards, holds_lock=first)
+        self._on_first_process(writer.__enter__)
+        there = [number for number in range(shards) if writer.has(number)]
+        self._complete = self._plan.complete_groups(there)
+        gather_objects(None)  # nobody writes before all have looked
+        left = size * (1 - len(self._complete) * self._plan.processes / shards)
+        rank_zero_info(
+            f"{rows:,} texts with {tokens:,} scored positions of {stride:,} bytes: "
+            f"{size / 1e6:,.1f} MB in {shards} files in {directory}, of which {len(there)} are there; "
+            f"{left / 1e6:,.1f} MB are still to be written"
+        )
+        self._on_first_process(lambda: writer.check_space(left))
+
+    def _answer(self, batch: Batch, positions: ScoredPositions) -> TeacherAnswer:
+        return checked_answer(
+            self.method.teacher,
+            batch,
+            positions,
+            kind=self._payload.asks,
+            logits_backend=self.method.logits_backend,
+        )
+
+    def _count(self) -> tuple[int, int]:
+        """Return texts and their scored positions, of all processes."""
+        seen: set[bytes] = set()
+        rows = tokens = 0
+        for split in self._options.splits:
+            for batch in self._data.texts(split):
+                positions = self.method.positions(batch)
+                new = torch.tensor(_first_of(row_keys(batch, positions), seen))
+                rows += int(new.sum())
+                tokens += int(positions.mask.sum(-1)[new].sum())
+        counts = gather_objects((rows, tokens))
+        return sum(r for r, _ in counts), sum(t for _, t in counts)
+
+    def _end_shard(self) -> None:
+        if self._group >= 0 and self._group not in self._complete:
+            number = self._plan.shard(self._group, self.trainer.global_rank)
+            self._writing().write(number, self._rows)
+
+    def _writing(self) -> CacheWriter:
+        assert self._writer is not None  # _begin() has made it
+        return self._writer
+
+    def _on_first_process(self, action: Callable[[], object]) -> None:
+        """Do something on the first process; its error is everyone's."""
+        error: OSError | ValueError | None = None
+        if self.trainer.is_global_zero:
+            try:
+                action()
+            except (OSError, ValueError) as raised:
+                error = raised
+        said = gather_objects(None if error is None else (type(error), error.args))[0]
+        if error is not None:
+            raise error
+        if said is not None:
+            kind, arguments = said
+            raise kind(*arguments)
+
+
+def _first_of(keys: Sequence[bytes | None], seen: set[bytes]) -> list[bool]:
+    """Return which keys have not come before, and note them."""
+    new = []
+    for key in keys:
+        new.append(key is not None and key not in seen)
+        if key is not None:
+            seen.add(key)
+    return new

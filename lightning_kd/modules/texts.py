@@ -1,0 +1,74 @@
+"""Texts of a run, for teachers that know some texts and no others."""
+
+from collections.abc import Iterator
+from typing import Any, Protocol, runtime_checkable
+
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lightning_kd.batch import Batch
+from lightning_kd.collectives import gather_objects
+from lightning_kd.modules.distillation_module import DistillationModule
+from lightning_kd.resuming import describe
+from lightning_kd.teachers import Teacher
+
+
+@runtime_checkable
+class KnownTexts(Protocol):
+    """A data module that can show its texts before the first step."""
+
+    def texts(self, split: Any) -> Iterator[Batch]:
+        """Yield every row of a split once; none if the split was not given."""
+        ...
+
+    def check_repeats(self, split: Any) -> None:
+        """Refuse a split whose texts are other ones in each pass."""
+        ...
+
+
+def check_own_samples(module: DistillationModule, teacher: Teacher) -> None:
+    """Validate that a teacher can be asked about what a model generates on the way.
+
+    Raises:
+        ValueError: If it cannot.
+    """
+    if not teacher.answers_any_text:
+        raise ValueError(
+            f"{type(module).__name__} asks its teacher about completions that are generated on the "
+            f"way, and {type(teacher).__name__} knows only the texts that it was written for. Take a "
+            "teacher that answers for any text, such as LocalTeacher, or learn from the data's "
+            "completions: SupervisedKD, or GKD with on_policy: null"
+        )
+
+
+def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> None:
+    """Show the texts of a run to a teacher that does not know all texts.
+
+    The data of a user's own data module shows its texts as they come.
+
+    Raises:
+        ValueError: If the teacher cannot answer about one, on any process.
+    """
+    if teacher.answers_any_text:
+        return
+    if stage == TrainerFn.FITTING and module.needs_own_samples:
+        check_own_samples(module, teacher)
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, KnownTexts):
+        return
+    said = None
+    try:
+        for split in _splits(module, stage):
+            data.check_repeats(split)
+            texts = ((batch, module.positions(batch)) for batch in data.texts(split))
+            teacher.check_texts(texts, describe(data))
+    except ValueError as error:
+        said = f"data.{split}: {error}"
+    for refused in gather_objects(said):
+        if refused is not None:
+            raise ValueError(refused)
+
+
+def _splits(module: DistillationModule, stage: str) -> list[str]:
+    if stage != TrainerFn.FITTING:
+        return ["validation" if stage == TrainerFn.VALIDATING else "test"]
+    return ["train", "validation"] if module.trainer.limit_val_batches else ["train"]

@@ -1,0 +1,31 @@
+"""Which texts a teacher can be asked about."""
+
+from collections.abc import Iterable
+
+from lightning_kd.batch import Batch
+from lightning_kd.resuming import Plain
+from lightning_kd.scoring import ScoredPositions
+
+
+class TextCoverage:
+    """What answers about any text, unless a subclass says otherwise."""
+
+    @property
+    def answers_any_text(self) -> bool:
+        """Whether it can be asked about what a model has generated just now, too."""
+        return True
+
+    def check_texts(
+        self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
+    ) -> None:
+        """Validate, before the first step, that it can answer about the texts of a run.
+
+        It is called if :attr:`answers_any_text` is false.
+
+        Args:
+            texts: Batches of the run's texts with their scored positions, each text once.
+            encoding: Options of the data, by :func:`~lightning_kd.resuming.describe`.
+
+        Raises:
+            ValueError: If it cannot answer about one.
+        """

@@ -1,0 +1,141 @@
+"""Training from a cache is training from its teacher, bit for bit."""
+
+import pytest
+import torch
+
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.fused import TopK
+from lightning_kd.fused.summaries import top_k_of
+from lightning_kd.modules import GKD, BabyLlama, OnPolicyDistillation, SupervisedKD
+from lightning_kd.teachers import CachedTeacher, LocalTeacher, RoutedTeacher, TeacherEnsemble
+from tests.support.caches import ensemble, fitted, method, written
+from tests.support.harness import Letters, trainer
+from tests.support.toys import tiny_llama
+
+METHODS = {
+    "SupervisedKD": (SupervisedKD, {"temperature": 2.0}),
+    "GKD": (GKD, {"teacher_temperature": 0.5}),
+    "BabyLlama": (BabyLlama, {}),
+    "BabyLlama on the official scale": (BabyLlama, {"kl_scale": "batchmean"}),
+}
+
+
+def data(**options):
+    return Letters(100, batch_size=2, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_fifty_steps_from_hidden_states_equal_those_from_the_teacher_bit_for_bit(name, tmp_path):
+    kind, options = METHODS[name]
+
+    def teacher():
+        return ensemble() if kind is BabyLlama else LocalTeacher.of(tiny_llama(2))
+
+    steps = {"max_steps": 50, "limit_val_batches": 2}
+    losses, weights = fitted(method(teacher(), kind, **options), data(), **steps)
+    cache = CachedTeacher(
+        str(written(tmp_path / "cache", method(teacher(), kind, **options), data()))
+    )
+    cached_losses, cached = fitted(method(cache, kind, **options), data(), **steps)
+    assert len(losses) == 50
+    assert cached_losses == losses
+    assert all(map(torch.equal, cached, weights))
+
+
+def test_members_of_an_ensemble_and_a_route_may_be_caches(tmp_path):
+    def mixed(teacher):
+        return TeacherEnsemble([LocalTeacher.of(tiny_llama(2)), teacher], combine="probabilities")
+
+    local = LocalTeacher.of(tiny_llama(3))
+    cache = CachedTeacher(str(written(tmp_path / "cache", method(local), data())))
+    expected, _ = fitted(method(mixed(LocalTeacher.of(tiny_llama(3)))), data(), max_steps=3)
+    assert fitted(method(mixed(cache)), data(), max_steps=3)[0] == expected
+    assert not mixed(cache).answers_any_text
+    assert not RoutedTeacher({"a": cache}).answers_any_text
+    assert mixed(local).answers_any_text
+
+
+def test_a_method_that_learns_from_own_samples_is_refused(tmp_path):
+    cache = CachedTeacher(str(written(tmp_path / "cache")))
+    module = method(cache, OnPolicyDistillation)
+    with pytest.raises(ValueError, match=r"OnPolicyDistillation asks.*LocalTeacher.*SupervisedKD"):
+        trainer(callbacks=[OnPolicyGeneration()]).fit(module, datamodule=Letters(40, batch_size=2))
+
+
+def test_gkd_is_refused_where_the_student_generates_and_only_there(tmp_path):
+    cache = str(written(tmp_path / "cache"))
+    rows = {"datamodule": Letters(40, batch_size=2)}
+    never = trainer(callbacks=[OnPolicyGeneration(lmbda=0.0)], max_steps=1)
+    never.fit(method(CachedTeacher(cache), GKD), **rows)
+    sometimes = trainer(callbacks=[OnPolicyGeneration(lmbda=0.01)], max_steps=1)
+    with pytest.raises(ValueError, match=r"GKD asks.*on_policy: null"):
+        sometimes.fit(method(CachedTeacher(cache), GKD), **rows)
+
+
+def test_a_cache_serves_other_batches_orders_and_epochs(tmp_path):
+    cache = CachedTeacher(str(written(tmp_path / "cache")))
+    losses, _ = fitted(method(cache), Letters(40, batch_size=8), max_epochs=2)
+    expected, _ = fitted(
+        method(LocalTeacher.of(tiny_llama(2))), Letters(40, batch_size=8), max_epochs=2
+    )
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+TOP_K = {
+    "SupervisedKD": (SupervisedKD, {"temperature": 2.0}),
+    "GKD": (GKD, {}),
+}
+
+
+@pytest.mark.parametrize("name", TOP_K)
+def test_k_tokens_of_the_whole_vocabulary_are_the_full_distribution(name, tmp_path):
+    kind, options = TOP_K[name]
+    teacher = LocalTeacher.of(tiny_llama(2).double())
+    kept = {"kind": "top_k", "k": 18, "temperatures": [2.0]}
+    cache = written(tmp_path / "cache", method(teacher, kind, **options), data(), **kept)
+    expected, _ = fitted(method(teacher, kind, **options), data(), max_steps=4)
+    losses, _ = fitted(method(CachedTeacher(str(cache)), kind, **options), data(), max_steps=4)
+    assert losses == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_from_few_tokens_is_that_of_a_teacher_that_answers_as_many(tmp_path):
+    class Few(LocalTeacher):
+        answers = frozenset({"top_k"})
+        temperatures = frozenset({1.0, 2.0})
+
+        def answer(self, batch, positions, *, kind, logits_backend):
+            whole = super().answer(batch, positions, logits_backend=logits_backend)
+            top = top_k_of(whole, positions.targets, 4, temperatures=[1.0, 2.0])
+            return TopK(top.token_ids, top.log_probs, top.tail_log_probs)
+
+    given = {"temperature": 2.0}
+    local = LocalTeacher.of(tiny_llama(2))
+    kept = {"kind": "top_k", "k": 4, "temperatures": [2.0]}
+    cache = CachedTeacher(str(written(tmp_path / "cache", method(local), data(), **kept)))
+    assert cache.answers == {"top_k", "top_k_and_token"}
+    assert cache.temperatures == {1.0, 2.0}
+    few, weights = fitted(method(Few.of(tiny_llama(2)), **given), data(), max_steps=4)
+    losses, cached = fitted(method(cache, **given), data(), max_steps=4)
+    assert losses == few
+    assert all(map(torch.equal, cached, weights))
+    undeclared = method(cache, temperature=3.0)
+    with pytest.raises(ValueError, match=r"holds at temperature 1, 2 alone"):
+        fitted(undeclared, data(), max_steps=1)
+
+
+@pytest.mark.parametrize("k", [0, 4])
+def test_drawn_tokens_stand_in_for_the_forward_kl(k, tmp_path):
+    local = LocalTeacher.of(tiny_llama(2))
+    options = {"divergence": "forward_kl", "alpha": 0.0}
+    kept = {"kind": "sampled", "draws": 400, "k": k}
+    place = str(written(tmp_path / "cache", method(local, **options), data(), **kept))
+    expected, _ = fitted(method(local, **options), data(), max_steps=20)
+    losses, _ = fitted(method(CachedTeacher(place), **options), data(), max_steps=20)
+    assert sum(losses) == pytest.approx(sum(expected), rel=0.1)
+    again = written(tmp_path / "again", method(local, **options), data(), **kept)
+    for path in again.iterdir():
+        assert path.read_bytes() == (tmp_path / "cache" / path.name).read_bytes()
+    reverse = method(CachedTeacher(place), divergence="reverse_kl")
+    with pytest.raises(ValueError, match=r"answers sampled: .*forward_kl"):
+        fitted(reverse, data(), max_steps=1)
