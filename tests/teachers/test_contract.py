@@ -388,7 +388,8 @@ def test_a_teacher_that_cannot_generate(options, ability):
 def test_sequence_kd_needs_a_teacher_that_generates():
     teacher = TellsOneToken(tiny_llama(1))
     module = SequenceKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
-    with pytest.raises(ValueError, match=r"SequenceKD's predict needs a teacher that lists 'generation' in answers, got Tells"):
+    needs = r"SequenceKD's predict needs a teacher that lists 'generation' in answers, got Tells"
+    with pytest.raises(ValueError, match=needs):
         trainer().predict(module, datamodule=Letters(batch_size=4))
 
 
