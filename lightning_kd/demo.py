@@ -1,6 +1,7 @@
 """The offline demonstration: teachers, five students, a table and a picture."""
 
 import logging
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import Callback, TQDMProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -174,7 +176,10 @@ def _run(
         ],
     )
     started = time.time()
-    trainer.fit(module, datamodule=data)
+    try:
+        trainer.fit(module, datamodule=data)
+    except SIGTERMException as error:  # whose own code is that of success
+        raise SystemExit(128 + signal.SIGTERM) from error
     return Result(name, {}, started, time.time() - started)
 
 

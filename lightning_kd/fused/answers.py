@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_kd.fused.lazy_logits import LazyLogits, PaddedLogits
@@ -88,6 +89,16 @@ class FullDistribution(TeacherAnswer):
     def mixture(self) -> "FullDistribution":
         """The distribution itself."""
         return self
+
+    def computed(self, rows: slice) -> DistributionRows:
+        """Compute the logits at some positions, and return the distributions there."""
+        logits = []
+        for source in self.logits:
+            shape = (rows.stop - rows.start, source.shape[1])
+            out = torch.empty(shape, dtype=source.dtype, device=source.device)
+            source.fill(rows, out)
+            logits.append(out)
+        return self.rows(rows, logits, self.logits[0].shape[1])
 
     def padded(self, width: int) -> "FullDistribution":
         """The same distribution over more tokens, which have probability 0."""

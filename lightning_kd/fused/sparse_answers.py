@@ -78,6 +78,29 @@ class TopK(TeacherAnswer):
         """
         return self.rows(slice(None), (), width).log_probs(temperature)
 
+    def most_likely(self, k: int, width: int) -> Self:
+        """Return the answer with the k most likely of its tokens; the others join the tail.
+
+        Args:
+            k: Tokens at each position.
+            width: Tokens of the vocabulary.
+
+        Raises:
+            ValueError: If fewer tokens are named.
+        """
+        named = self.token_ids.shape[1]
+        if k > named:
+            raise ValueError(f"k is {k}; the teacher knows {named} tokens at each position")
+        if k == named:
+            return self
+        best = self.log_probs.topk(k, -1)
+        tails = {
+            t: self.at(t, width).scatter(-1, best.indices, -torch.inf).logsumexp(-1)
+            for t in {1.0, *self.tail_log_probs}
+        }
+        ids = self.token_ids.gather(-1, best.indices)
+        return replace(self, token_ids=ids, log_probs=best.values, tail_log_probs=tails)
+
     def with_tail(self, width: int) -> Self:
         """Return the answer, normalized, with the tail's probability at temperature 1 declared."""
         events = self.at(1.0, width)
@@ -161,6 +184,10 @@ class TopKAndToken(TopK):
             normalizer = self.log_probs[:, 0].to(after.dtype) / temperature - after
             tempered = self.label_log_probs.to(after.dtype) / temperature - normalizer
         return tempered.masked_fill(targets == IGNORE_INDEX, 0.0)
+
+    def without_label(self) -> TopK:
+        """Return the k tokens and the tail."""
+        return TopK(self.token_ids, self.log_probs, self.tail_log_probs)
 
     def check(self, positions: int, width: int) -> None:
         """Compare shapes, tokens and probabilities, also of the token that follows."""

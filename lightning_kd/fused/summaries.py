@@ -76,10 +76,4 @@ def distributions_of(answer: FullDistribution) -> Iterator[tuple[slice, Distribu
     size = max(1, CHUNK_BYTES // (width * 4 * (1 + len(answer.logits))))
     for start in range(0, max(1, count), size):
         rows = slice(start, min(start + size, count))
-        logits = []
-        for source in answer.logits:
-            shape = (rows.stop - rows.start, source.shape[1])
-            out = torch.empty(shape, dtype=source.dtype, device=source.device)
-            source.fill(rows, out)
-            logits.append(out)
-        yield rows, answer.rows(rows, logits, width)
+        yield rows, answer.computed(rows)

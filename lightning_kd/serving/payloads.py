@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.fused import (
     ChunkedPass,
     FullDistribution,
@@ -20,13 +19,16 @@ from lightning_kd.teachers.head_states import states_of
 from lightning_kd.wire import Question
 
 
-def payload_of(answer: TeacherAnswer, question: Question, targets: Tensor) -> dict[str, Tensor]:
+def payload_of(
+    answer: TeacherAnswer, question: Question, targets: Tensor, width: int
+) -> dict[str, Tensor]:
     """Return what a question asks for, each tensor with one row for each position.
 
     Args:
         answer: Of the teacher.
         question: The question.
         targets: Those of the question, on the device of the answer.
+        width: Tokens of the vocabulary.
 
     Raises:
         ValueError: If the answer does not hold it.
@@ -43,22 +45,15 @@ def payload_of(answer: TeacherAnswer, question: Question, targets: Tensor) -> di
             values = answer.values
         return {"values": values, "targets": targets}
     if isinstance(answer, FullDistribution):
-        known = targets.masked_fill(targets == IGNORE_INDEX, 0)
-        answer = top_k_of(answer, known, question.k, temperatures=question.temperatures)
+        answer = top_k_of(answer, targets, question.k, temperatures=question.temperatures)
     assert isinstance(answer, TopK)
-    return _top_k(answer, question, targets)
-
-
-def _top_k(answer: TopK, question: Question, targets: Tensor) -> dict[str, Tensor]:
-    held = answer.token_ids.shape[1]
-    if held < question.k:
-        raise RefusedError(400, f"k is {question.k}; the teacher knows {held} at each position")
-    best = answer.log_probs.topk(question.k, -1)
-    tensors = {"token_ids": answer.token_ids.gather(-1, best.indices), "log_probs": best.values}
+    try:
+        answer = answer.most_likely(question.k, width)
+    except ValueError as error:
+        raise RefusedError(400, str(error)) from error
+    tensors = {"token_ids": answer.token_ids, "log_probs": answer.log_probs}
     if isinstance(answer, TopKAndToken):
-        tensors["label_log_probs"] = answer.label_log_probs.masked_fill(
-            targets == IGNORE_INDEX, 0.0
-        )
+        tensors["label_log_probs"] = answer.label_log_probs
     return tensors | {f"tail.{t!r}": tail for t, tail in answer.tail_log_probs.items()}
 
 
@@ -84,12 +79,6 @@ def log_probs_at_ends(answer: FullDistribution, targets: Tensor, start: int = 0)
     found = []
     for place in (0, len(targets) - 1):
         row = slice(start + place, start + place + 1)
-        logits = []
-        for source in answer.logits:
-            out = torch.empty(1, source.shape[1], dtype=source.dtype, device=source.device)
-            source.fill(row, out)
-            logits.append(out)
-        width = answer.logits[0].shape[1]
-        log_probs = answer.rows(row, logits, width).log_probs(1.0)
+        log_probs = answer.computed(row).log_probs(1.0)
         found.append(log_probs[0, max(0, int(targets[place]))])
     return torch.stack(found).cpu()

@@ -111,7 +111,9 @@ class TeacherService:
             kind=self.payloads[asked.payload],
             logits_backend=self._backend,
         ).narrowed(self.vocabulary_size)
-        parts = divided(payload_of(answer, asked, positions.targets), questions)
+        parts = divided(
+            payload_of(answer, asked, positions.targets, self.vocabulary_size), questions
+        )
         start = 0
         for part, question in zip(parts, questions, strict=True):
             part |= spot_check(answer, question, start)

@@ -169,10 +169,9 @@ class TopTokens(Payload):
         """Return the tokens, with the label's log-probability if it is asked for."""
         ids, log_probs = planes["token_ids"].long(), planes["log_probs"]
         tails = {t: planes[name] for name, t in self._tails.items() if name in planes}
-        if kind == "top_k":
-            return TopK(ids, log_probs, tails)
         label = planes["label_log_probs"]
-        return TopKAndToken(ids, log_probs, tails, label_log_probs=label)
+        kept = TopKAndToken(ids, log_probs, tails, label_log_probs=label)
+        return kept if kind == "top_k_and_token" else kept.without_label()
 
     def settings(self) -> dict[str, Any]:
         """Return k and the temperatures."""

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
-from lightning_kd.fused import AnswerKind, TeacherAnswer, TopK, TopKAndToken
+from lightning_kd.fused import AnswerKind, TeacherAnswer, TopKAndToken
 from lightning_kd.generation import Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.vocabulary import VocabularyPolicy
@@ -221,7 +221,7 @@ class ServedTeacher(Teacher):
         except ValueError as error:
             raise TeacherUnavailableError(f"the teacher cannot be asked: {error}") from error
         if kind == "top_k" and isinstance(answer, TopKAndToken):
-            return TopK(answer.token_ids, answer.log_probs, answer.tail_log_probs)
+            return answer.without_label()
         return answer
 
     def check_generation(self) -> None:

@@ -80,6 +80,4 @@ class TopKTeacher(CompositeTeacher):
         )
         assert isinstance(whole, FullDistribution)  # checked_answer compares the kind
         short = top_k_of(whole, positions.targets, self.k, temperatures=self._told)
-        if kind == "top_k_and_token":
-            return short
-        return TopK(short.token_ids, short.log_probs, short.tail_log_probs)
+        return short if kind == "top_k_and_token" else short.without_label()

@@ -1,7 +1,6 @@
 """One module and one trainer's data, for an evaluation and a run after each other, as in a notebook."""
 
 import pytest
-import torch
 
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD, SequenceKD, SupervisedKD
@@ -28,9 +27,14 @@ def test_a_run_follows_an_evaluation_of_the_same_module(stage):
 
 @pytest.mark.parametrize("method", [GKD, SequenceKD])
 def test_predict_returns_completions(method):
-    (first, *_) = trainer().predict(method(**models()), datamodule=Letters(batch_size=4))
-    assert first.ids.shape == first.mask.shape
-    assert first.ended.dtype == torch.bool
+    """One for each row, with an EOS (1) at its end if it has ended and nowhere else."""
+    parts = trainer().predict(method(**models()), datamodule=Letters(batch_size=4))
+    rows = [row for part in parts for row in zip(part.ids, part.mask, part.ended, strict=True)]
+    assert len(rows) == 12
+    for ids, mask, ended in rows:
+        completion = ids[mask].tolist()
+        assert (completion[-1] == 1) == ended
+        assert 1 not in completion[:-1]
 
 
 def test_a_teacher_with_padded_logits_generates_tokens_that_the_tokenizer_has():

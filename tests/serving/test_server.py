@@ -14,7 +14,7 @@ from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.serving import Limits, TeacherServer
 from lightning_kd.serving.batching import Batcher, Job
 from lightning_kd.serving.limits import RefusedError
-from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher, TopKTeacher
 from lightning_kd.wire import Question, pack, unpack
 from tests.serving.conftest import served
 from tests.support.toys import ragged_batch, tiny_llama
@@ -344,3 +344,22 @@ def test_what_was_taken_is_answered_before_the_end():
 def test_limits_are_positive(name):
     with pytest.raises(ValueError, match=rf"limits\.{name} is 0; it must be above 0"):
         Limits(**{name: 0})
+
+
+def test_a_teacher_of_more_tokens_than_are_asked_for_tells_the_others_in_the_tail():
+    """By numpy, from the model's own probabilities."""
+    network = tiny_llama(1)
+    with served(TopKTeacher(LocalTeacher.of(network), k=6, temperatures=[1.0, 2.0])) as server:
+        asked = question(payload="top_k", k=3, temperatures=(1.0, 2.0))
+        status, body, _ = send(server, "/v1/answers", asked.message())
+    assert status == 200, body
+    tensors, _ = unpack(body)
+    expected = []
+    for ids, real, mask in zip(asked.input_ids, asked.attention_mask, asked.mask, strict=True):
+        own = log_probs(network, ids[real.bool()].tolist())
+        expected.append(own[mask[real.bool()].numpy()])
+    for temperature in (1.0, 2.0):
+        p = np.exp(np.concatenate(expected) / temperature)
+        p /= p.sum(-1, keepdims=True)
+        tail = np.log(np.sort(p, axis=-1)[:, :-3].sum(-1))
+        np.testing.assert_allclose(tensors[f"tail.{temperature!r}"], tail, atol=1e-5)

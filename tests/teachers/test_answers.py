@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import scipy.special
 import torch
 
 from lightning_kd.divergences import (
@@ -201,3 +202,28 @@ def test_rounded_answers_are_taken():
     torch.testing.assert_close(
         found[0], fused(DivergenceTerm(ForwardKL()), GOOD)[0], rtol=0.1, atol=0.02
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_tokens_that_are_left_out_join_the_tail(temperature):
+    """As an answer of fewer tokens has it, from the whole distribution by NumPy."""
+    tempered = scipy.special.log_softmax(TEACHER.numpy() / temperature, axis=-1)
+    whole = scipy.special.log_softmax(TEACHER.numpy(), axis=-1)
+    best = np.argsort(-whole, axis=-1)
+
+    def beyond(k, log_probs):
+        return scipy.special.logsumexp(np.take_along_axis(log_probs, best[:, k:], -1), axis=-1)
+
+    ids = torch.from_numpy(best[:, :6].copy())
+    tails = {temperature: torch.from_numpy(beyond(6, tempered))}
+    six = TopK(ids, torch.from_numpy(whole).gather(-1, ids), tails)
+    three = six.most_likely(3, V)
+    three.check(N, V)
+    assert three.token_ids.tolist() == best[:, :3].tolist()
+    for t, log_probs in ((1.0, whole), (temperature, tempered)):
+        np.testing.assert_allclose(three.tail_log_probs[t], beyond(3, log_probs), rtol=1e-9)
+        named = np.take_along_axis(log_probs, best[:, :3], -1)
+        np.testing.assert_allclose(three.at(t, V)[:, :3], named, rtol=1e-9)
+    assert six.most_likely(6, V) is six
+    with pytest.raises(ValueError, match="k is 7; the teacher knows 6 tokens at each position"):
+        six.most_likely(7, V)
