@@ -1,8 +1,32 @@
 """Tokenizers: loading them, their padding and what ends a sequence."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    TokenizerLike = str | PreTrainedTokenizerBase
+else:
+    # What a command line and its help offer: all that can be written there.
+    TokenizerLike = str
+
+
+def tokenizer_of(given: object) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that is given by name, or as it is.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if not isinstance(given, str):
+        what = f"class ({given.__name__})" if isinstance(given, type) else type(given).__name__
+        raise ValueError(
+            f"tokenizer is a {what}; give a directory, a hub name, or a tokenizer of transformers "
+            "(a processor has one as its .tokenizer)"
+        )
+    return load_tokenizer(given)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from lightning_kd.batch import Batch
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.supervised_kd import SupervisedKD
 from lightning_kd.normalization import BatchMean, Normalization
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 KLScale = Literal["token", "batchmean"]
 
@@ -66,10 +67,10 @@ class BabyLlama(SupervisedKD):
         alpha: float = 0.5,
         temperature: float = 2.0,
         kl_scale: KLScale = "token",
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

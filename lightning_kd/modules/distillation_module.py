@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lightning_kd.batch import Batch, Rollout
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import FusedLogits, LogitsBackend, StudentSpec
+from lightning_kd.models import FusedLogits, LogitsBackend, StudentLike
 from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatchLoss, Scores, evaluate
 from lightning_kd.modules.optimization import (
@@ -27,6 +27,7 @@ from lightning_kd.modules.term_checks import by_name, term_names
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import StrategyAdapter, adapter_of
+from lightning_kd.tokenization import TokenizerLike
 
 
 class DistillationModule(StepCountingModule):
@@ -36,8 +37,9 @@ class DistillationModule(StepCountingModule):
     in :meth:`loss_terms` what is computed at a token. Nothing else of a step is its business.
 
     Args:
-        student: The model that trains.
-        tokenizer: Directory or hub name. Defaults to the data module's.
+        student: The model that trains. In Python also its name, its configuration, or a model.
+        tokenizer: Directory or hub name; in Python also a tokenizer. Defaults to the data module's,
+            or else to that beside a student with a name.
         normalization: What the loss is divided by: ``token``, ``sequence``, ``batch``, or an
             instance of a :class:`~lightning_kd.normalization.Normalization`.
         optimizer: Built from the student's trainable weights; biases and norms get no weight decay.
@@ -65,8 +67,8 @@ class DistillationModule(StepCountingModule):
     def __init__(
         self,
         *,
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

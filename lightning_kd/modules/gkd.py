@@ -10,7 +10,7 @@ from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence, ReverseKL, make_divergence
 from lightning_kd.fused import AnswerKind, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import as_rollout
 from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK, SampledPositions
@@ -18,7 +18,8 @@ from lightning_kd.modules.student_module import generates_completions
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import ImportanceSampling
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 
 class GKD(TeacherModule):
@@ -63,10 +64,10 @@ class GKD(TeacherModule):
         divergence: Divergence | str = "generalized_jsd",
         teacher_temperature: float = 1.0,
         estimator: CorrectedTopK | None = None,
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

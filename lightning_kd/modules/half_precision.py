@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lightning_kd.checkpoints import RUN_KEY
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import StudentSpec
+from lightning_kd.models import StudentLike
 from lightning_kd.modules.student_module import StudentModule
 from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.tokenization import TokenizerLike
 
 _LONG = 1024
 """Tokens of a long row, where the data does not say how long a row may be."""
@@ -82,8 +83,8 @@ class ScaledSumModule(StudentModule):
     def __init__(
         self,
         *,
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         generation: GenerationOptions | None = None,
         engine: Engine | None = None,
     ) -> None:

@@ -16,7 +16,7 @@ from lightning_kd.fused import (
     ZeroTerm,
 )
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
@@ -25,7 +25,8 @@ from lightning_kd.modules.reverse_kl import teacher_log_probs_at
 from lightning_kd.normalization import Normalization, TokenMean
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 
 class MiniLLM(PolicyGradientModule):
@@ -70,10 +71,10 @@ class MiniLLM(PolicyGradientModule):
         surrogate: Surrogate | None = None,
         temperature: float = 1.0,
         dropout: Dropout = "none",
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

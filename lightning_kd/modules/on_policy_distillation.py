@@ -7,7 +7,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 
 from lightning_kd.batch import Rollout
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
 from lightning_kd.modules.reverse_kl_estimators import (
@@ -17,7 +17,8 @@ from lightning_kd.modules.reverse_kl_estimators import (
 )
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import Surrogate
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 
 class OnPolicyDistillation(PolicyGradientModule):
@@ -72,10 +73,10 @@ class OnPolicyDistillation(PolicyGradientModule):
         temperature: float = 1.0,
         surrogate: Surrogate | None = None,
         dropout: Dropout = "none",
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

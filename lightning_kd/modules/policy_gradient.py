@@ -21,14 +21,15 @@ from lightning_kd.fused import (
     evaluate_no_grad,
 )
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, training
 from lightning_kd.modules.loss import LossSums, LossTerm, Scores
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import ImportanceSampling, Surrogate
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 Dropout = Literal["none", "configured"]
 
@@ -78,10 +79,10 @@ class PolicyGradientModule(TeacherModule):
         temperature: float = 1.0,
         surrogate: Surrogate | None = None,
         dropout: Dropout = "none",
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

@@ -12,13 +12,14 @@ from torch import Tensor
 from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Rollout
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import Engine, GenerationOptions, completion_texts
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.policy import PPOClip, Surrogate, leave_one_out
 from lightning_kd.rewards import RewardFunction
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 
 class RLDistillation(PolicyGradientModule):
@@ -88,10 +89,10 @@ class RLDistillation(PolicyGradientModule):
         reward_normalization: Normalization | str = "batch",
         temperature: float = 1.0,
         dropout: Dropout = "none",
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
         logits_backend: LogitsBackend | None = None,

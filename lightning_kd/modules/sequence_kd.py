@@ -8,16 +8,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.generation import Completions, Engine, GenerationOptions, check_completions
-from lightning_kd.models import LogitsBackend, StudentSpec
+from lightning_kd.models import LogitsBackend, StudentLike
 from lightning_kd.modules.sft import SFT
 from lightning_kd.normalization import Normalization
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import (
     TEACHERS,
-    LocalTeacher,
-    Teacher,
+    TeachersLike,
     check_ability,
 )
+from lightning_kd.tokenization import TokenizerLike
 
 
 class SequenceKD(SFT):
@@ -44,9 +44,9 @@ class SequenceKD(SFT):
     def __init__(
         self,
         *,
-        teacher: LocalTeacher | Teacher,
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        teacher: TeachersLike,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

@@ -19,23 +19,25 @@ from lightning_kd.generation import (
     generate,
 )
 from lightning_kd.loops import for_evaluation, prepare_trainer
-from lightning_kd.models import StudentSpec
+from lightning_kd.models import StudentLike
 from lightning_kd.models.adapters import has_adapters
+from lightning_kd.models.given import student_of
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import shard
 from lightning_kd.modules.resume import Resumption
 from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import adapter_of, check_trainer
-from lightning_kd.tokenization import load_tokenizer
+from lightning_kd.tokenization import TokenizerLike, tokenizer_of
 
 
 class StudentModule(Resumable, L.LightningModule):
     """A student that completes prompts, and whose checkpoints name their method.
 
     Args:
-        student: The model that trains.
-        tokenizer: Directory or hub name. Defaults to the data module's.
+        student: The model that trains. In Python also its name, its configuration, or a model.
+        tokenizer: Directory or hub name; in Python also a tokenizer. Defaults to the data module's,
+            or else to that beside a student with a name.
         generation: How completions are generated in ``predict``.
         engine: What generates in ``predict`` and for samples. Defaults to ``CachedSampler``, to
             ``TransformersEngine`` for beam search.
@@ -48,27 +50,22 @@ class StudentModule(Resumable, L.LightningModule):
     def __init__(
         self,
         *,
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         generation: GenerationOptions | None = None,
         engine: Engine | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(student, StudentSpec):
-            raise ValueError(
-                f"student is a {type(student).__name__}; give StudentSpec(name_or_path=...), or "
-                "StudentSpec.of(model) for a model that you have built"
-            )
         if not isinstance(generation, GenerationOptions | None):
             raise ValueError(
                 f"generation is a {type(generation).__name__}; give GenerationOptions(...)"
             )
-        self.student_spec = student
+        self.student_spec = student_of(student)
         self.generation = generation or GenerationOptions()
         self.engine = engine
         engine_for(self.generation, engine)
         self._engine_updated_at: int | None = None
-        self._tokenizer_name = tokenizer
+        self._own_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.resumption = Resumption(self)
         self._has_weights = False
@@ -147,22 +144,23 @@ class StudentModule(Resumable, L.LightningModule):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that was named, or else the data module's.
+        """The tokenizer that was given, or else the data module's, or that beside the student.
 
         Raises:
-            ValueError: If there is neither.
+            ValueError: If there is none.
         """
         if self._tokenizer is None:
-            if self._tokenizer_name is not None:
-                self._tokenizer = load_tokenizer(self._tokenizer_name)
-            else:
-                data = getattr(self._trainer, "datamodule", None)
-                self._tokenizer = getattr(data, "tokenizer", None)
-        if self._tokenizer is None:
-            raise ValueError(
-                "no tokenizer: give the module tokenizer=... (a directory or hub name), or train "
-                "it with a data module that has one"
-            )
+            given = self._own_tokenizer
+            if given is None:
+                given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
+            if given is None:
+                given = self.student_spec.name_or_path
+            if given is None:
+                raise ValueError(
+                    "no tokenizer: give the module tokenizer=... (a directory, a hub name, or a "
+                    "tokenizer), or train it with a data module that has one"
+                )
+            self._tokenizer = tokenizer_of(given)
         return self._tokenizer
 
     @property

@@ -9,11 +9,12 @@ from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused import CrossEntropy, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
-from lightning_kd.models import LogitsBackend, StudentSpec, VocabularyPolicy
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
 
 
 class SupervisedKD(TeacherModule):
@@ -53,10 +54,10 @@ class SupervisedKD(TeacherModule):
         divergence: Divergence | str = "forward_kl",
         alpha: float = 0.5,
         temperature: float = 1.0,
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,

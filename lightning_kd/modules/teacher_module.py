@@ -24,7 +24,7 @@ from lightning_kd.fused import (
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import (
     LogitsBackend,
-    StudentSpec,
+    StudentLike,
     VocabularyPolicy,
     shared_vocabulary,
     vocabulary_size,
@@ -41,11 +41,12 @@ from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import (
     TEACHERS,
-    LocalTeacher,
-    Teacher,
+    TeachersLike,
     checked_answer,
     choose_kind,
 )
+from lightning_kd.teachers.ensemble import teacher_of
+from lightning_kd.tokenization import TokenizerLike
 
 _LARGE_MASS = 0.01
 """A probability beyond the shared vocabulary that padding does not have."""
@@ -57,7 +58,8 @@ class TeacherModule(DistillationModule):
     The other options are those of :class:`~lightning_kd.modules.DistillationModule`.
 
     Args:
-        teacher: One model, or any other :class:`~lightning_kd.teachers.Teacher`.
+        teacher: One model, or any other :class:`~lightning_kd.teachers.Teacher`. In Python also a
+            name, a configuration, a model, or a list of these, which are averaged.
         vocabulary: ``equal`` refuses logits of different widths; ``shared`` cuts both to the
             narrower one before the softmax, so that each is renormalized over the tokens that they
             share. What a wider side gives to its other tokens is not in the loss, and is logged as
@@ -73,10 +75,10 @@ class TeacherModule(DistillationModule):
     def __init__(
         self,
         *,
-        teacher: LocalTeacher | Teacher,
+        teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
-        student: StudentSpec,
-        tokenizer: str | None = None,
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
         normalization: Normalization | str = "token",
         optimizer: OptimizerCallable = torch.optim.AdamW,
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -94,12 +96,7 @@ class TeacherModule(DistillationModule):
             generation=generation,
             engine=engine,
         )
-        if not isinstance(teacher, Teacher):
-            raise ValueError(
-                f"teacher is a {type(teacher).__name__}; give LocalTeacher(name_or_path), "
-                "LocalTeacher.of(model) for a model that you have built, or another Teacher"
-            )
-        self.teacher = teacher
+        self.teacher = teacher_of(teacher)
         self.vocabulary: VocabularyPolicy = vocabulary
         self._warned_of: set[str] = set()
         self._has_teacher = False

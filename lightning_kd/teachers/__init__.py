@@ -11,6 +11,7 @@ from lightning_kd.teachers.contract import (
     temperatures_of,
 )
 from lightning_kd.teachers.ensemble import TeacherEnsemble
+from lightning_kd.teachers.given import TeachersLike
 from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.teachers.served import ServedTeacher
@@ -36,6 +37,7 @@ __all__ = [
     "Teacher",
     "TeacherEnsemble",
     "TeacherUnavailableError",
+    "TeachersLike",
     "TopKTeacher",
     "check_ability",
     "checked_answer",

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,11 @@ class CompositeTeacher(Teacher):
     @abstractmethod
     def named_members(self) -> Mapping[str, Teacher]:
         """Its members, each with its name in messages and in the seeds of random weights."""
+
+    def resume_settings(self) -> dict[str, Any]:
+        """Return the arguments that must not change, members as the teachers that they are."""
+        made = {n: vars(self)[n] for n in ("members", "teacher") if n in vars(self)}
+        return super().resume_settings() | made
 
     def check_members(self) -> None:
         """Validate the members.

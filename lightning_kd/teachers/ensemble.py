@@ -21,7 +21,7 @@ from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.composite import CompositeTeacher, same_width, wide
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
-from lightning_kd.teachers.local import LocalTeacher
+from lightning_kd.teachers.given import TeacherLike, as_teacher
 
 Averaging = Literal["logits", "probabilities", "log_probs"]
 
@@ -61,7 +61,7 @@ class TeacherEnsemble(CompositeTeacher):
 
     def __init__(
         self,
-        members: list[LocalTeacher | Teacher],
+        members: list[TeacherLike],
         *,
         combine: Averaging = "logits",
         weights: list[float] | None = None,
@@ -70,7 +70,7 @@ class TeacherEnsemble(CompositeTeacher):
             raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
         if not isinstance(members, list | tuple):
             raise ValueError(f"members is a {type(members).__name__}; give a list of teachers")
-        self.members = members
+        self.members = [as_teacher(member) for member in members]
         self.check_members()
         averaged: set[Ability] = {"full_distribution"}
         if combine == "probabilities":
@@ -131,6 +131,21 @@ class TeacherEnsemble(CompositeTeacher):
         return AveragedDistribution(
             logits, members=members, weights=weights, averaging=self.combine
         )
+
+
+def teacher_of(given: object) -> Teacher:
+    """Return the teacher of a module, given as such, as a model, or as a list that is averaged.
+
+    A model may be given by name, by configuration or as an object.
+
+    Raises:
+        ValueError: If it is none of these.
+
+    Example:
+        >>> teacher_of(["./one", "./other"]).combine
+        'logits'
+    """
+    return TeacherEnsemble(list(given)) if isinstance(given, list | tuple) else as_teacher(given)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from lightning_kd.resuming import Plain
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.composite import CompositeTeacher, same_width
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
-from lightning_kd.teachers.local import LocalTeacher
+from lightning_kd.teachers.given import TeacherLike, as_teacher
 
 
 @runtime_checkable
@@ -56,15 +56,14 @@ class RoutedTeacher(CompositeTeacher):
 
     answers: frozenset[Ability] = frozenset(get_args(AnswerKind))
 
-    def __init__(
-        self, members: dict[str, LocalTeacher | Teacher], *, column: str = "teacher"
-    ) -> None:
+    def __init__(self, members: dict[str, TeacherLike], *, column: str = "teacher") -> None:
         if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):
             raise ValueError(
                 f"members is {members!r:.80}; give a mapping from each value of the column, as text, "
                 "to its teacher"
             )
-        self.members, self.column = members, column
+        self.members = {name: as_teacher(member) for name, member in members.items()}
+        self.column = column
         self.check_members()
         self.answers = self.shared_answers & RoutedTeacher.answers
         self.temperatures = self.shared_temperatures

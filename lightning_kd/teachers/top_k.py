@@ -11,7 +11,7 @@ from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.composite import CompositeTeacher
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer
-from lightning_kd.teachers.local import LocalTeacher
+from lightning_kd.teachers.given import TeacherLike, as_teacher
 
 
 class TopKTeacher(CompositeTeacher):
@@ -37,14 +37,14 @@ class TopKTeacher(CompositeTeacher):
 
     def __init__(
         self,
-        teacher: LocalTeacher | Teacher,
+        teacher: TeacherLike,
         *,
         k: int,
         temperatures: list[float] | None = None,
     ) -> None:
-        self.teacher, self.k = teacher, k
+        self.teacher, self.k = as_teacher(teacher), k
         self.check_members()
-        if "full_distribution" not in teacher.answers:
+        if "full_distribution" not in self.teacher.answers:
             raise ValueError(
                 f"TopKTeacher needs a teacher that answers full_distribution; {self.described_answers}"
             )

@@ -6,7 +6,6 @@ import torch
 from lightning_kd.divergences import ReverseKL
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
-from lightning_kd.teachers import LocalTeacher
 from tests.support.harness import BatchList, trainer
 from tests.support.toys import ragged_batch, tiny_llama
 
@@ -16,19 +15,26 @@ BATCH = ragged_batch([(2, 3), (1, 5)])
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"student": "runs/student"}, r"student is a str; give StudentSpec\(name_or_path"),
-        ({"student": tiny_llama(0)}, r"student is a LlamaForCausalLM; .* StudentSpec.of\(model"),
-        ({"teacher": "runs/teacher"}, r"teacher is a str; give LocalTeacher\(name_or_path"),
-        ({"teacher": tiny_llama(1)}, r"teacher is a LlamaForCausalLM; .* LocalTeacher.of\(model"),
+        ({"student": 3}, "student is a int; give the name or directory of a model"),
+        ({"student": SFT}, r"student is a class \(SFT\)"),
+        ({"teacher": torch.nn.Linear(2, 2)}, "teacher is a Linear; give the name or directory"),
+        ({"teacher": [tiny_llama(1), 3]}, "teacher is a int"),
         ({"generation": {"max_new_tokens": 4}}, "generation is a dict; give GenerationOptions"),
         ({"divergence": ReverseKL}, "give a name or an instance, such as ReverseKL"),
     ],
-    ids=["a path", "a model", "teacher path", "teacher model", "a dict", "a class"],
+    ids=["a number", "a method", "a layer", "a number in a list", "a dict", "a class"],
 )
 def test_other_types_are_refused_when_the_module_is_made(options, message):
-    given = {"student": StudentSpec.of(tiny_llama(0)), "teacher": LocalTeacher.of(tiny_llama(1))}
+    given = {"student": tiny_llama(0), "teacher": tiny_llama(1)}
     with pytest.raises(ValueError, match=message):
         SupervisedKD(**given | options)
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_compiled_model_is_refused_with_what_to_compile(role):
+    given = {"student": tiny_llama(0), "teacher": tiny_llama(1)}
+    with pytest.raises(ValueError, match=f"the {role} is a model that torch.compile has wrapped"):
+        SupervisedKD(**given | {role: torch.compile(tiny_llama(2), backend="eager")})
 
 
 @pytest.mark.parametrize(
