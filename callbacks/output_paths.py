@@ -20,7 +20,8 @@ def check_output(trainer: L.Trainer, path: Path, option: str) -> None:
     """
     data: Any = getattr(trainer, "datamodule", None)
     parts = [data, getattr(data, "prompts", None), getattr(data, "text", None)]
-    named = [name for part in parts for name in getattr(part, "paths", {}).values() if name]
+    given = [source for part in parts for source in getattr(part, "paths", {}).values()]
+    named = [source for source in given if isinstance(source, str) and source]
     for file in (file for name in named for file in glob.glob(name, recursive=True)):
         if path.exists() and Path(file).samefile(path):
             raise ValueError(

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_chats
+from lightning_kd.data.objects import RowsLike
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, load_rows
 from lightning_kd.data.text import TextData
@@ -40,10 +41,10 @@ class ChatData(TextData):
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: RowsLike | None = None,
+        validation: RowsLike | None = None,
+        test: RowsLike | None = None,
+        predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase,

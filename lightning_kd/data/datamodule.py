@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
@@ -113,22 +113,30 @@ class DistillationData(Resumable, L.LightningDataModule):
             raise ValueError("the tokenizer has no EOS token; completions could not end")
         return self._tokenizer
 
-    def setup(self, stage: str) -> None:
-        """Read and tokenize the splits of a stage.
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenize the splits of a stage, or all that were given.
+
+        Without a trainer too: its loaders are then those of one process, and of steps of one
+        micro-batch.
 
         Raises:
             ValueError: If a split that the stage needs was not given, or limits of the trainer
                 cannot be kept.
         """
-        stage = TrainerFn(stage).value
+        if stage is None:
+            for split in get_args(Split):
+                self.read(split, optional=True)
+            return
+        stage, trainer = TrainerFn(stage).value, self.trainer
         if stage == "fit":
             self._rollout_plan = None  # that of an earlier run
-            prepare_trainer(self._attached_trainer())
+            if trainer is not None:
+                prepare_trainer(trainer)
         for split in _SPLITS_OF[stage]:
             self.read(split, optional=stage == "fit" and split == "validation")
-        if stage == "fit" and self._rows["validation"] is None:
+        if stage == "fit" and trainer is not None and self._rows["validation"] is None:
             # An empty loader in its place would make Lightning warn at every run.
-            self._attached_trainer().limit_val_batches = 0
+            trainer.limit_val_batches = 0
 
     def read(self, split: Split, *, optional: bool = False) -> None:
         """Read and tokenize a split, once.
@@ -149,9 +157,9 @@ class DistillationData(Resumable, L.LightningDataModule):
         """Yield every row of a split once, in its first pass, divided among the processes."""
         if not self.has(split):
             return
-        rows, trainer = self._ready(split), self._attached_trainer()
-        for start in range(trainer.global_rank, len(rows), trainer.world_size * _ROWS_AT_ONCE):
-            own = range(start, len(rows), trainer.world_size)[:_ROWS_AT_ONCE]
+        rows, (rank, world_size) = self._ready(split), self._process
+        for start in range(rank, len(rows), world_size * _ROWS_AT_ONCE):
+            own = range(start, len(rows), world_size)[:_ROWS_AT_ONCE]
             yield self._collator([(row, row, rows.example(row, 0)) for row in own])
 
     def check_repeats(self, split: Split) -> None:
@@ -214,17 +222,18 @@ class DistillationData(Resumable, L.LightningDataModule):
 
     def stream(self, plan: RolloutPlan | None = None) -> TrainingLoader:
         """Return the training rows in the windows of a plan. Defaults to optimizer steps."""
-        rows, trainer = self._ready("train"), self._attached_trainer()
+        rows, (rank, world_size) = self._ready("train"), self._process
+        accumulate = 1 if self.trainer is None else self.trainer.accumulate_grad_batches
         return TrainingLoader(
             rows,
             self._collator,
             batch_size=self.batch_size,
             seed=run_seed(),
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=rank,
+            world_size=world_size,
             num_workers=self.num_workers,
             worker_timeout=self.worker_timeout,
-            plan=plan or RolloutPlan(trainer.accumulate_grad_batches),
+            plan=plan or RolloutPlan(accumulate),
             files=self.files("train"),
         )
 
@@ -246,13 +255,13 @@ class DistillationData(Resumable, L.LightningDataModule):
         return Collator(self.tokenizer.eos_token_id if pad is None else pad)
 
     def _evaluation(self, split: Split) -> EvaluationLoader:
-        rows, trainer = self._ready(split), self._attached_trainer()
+        rows, (rank, world_size) = self._ready(split), self._process
         return EvaluationLoader(
             rows,
             self._collator,
             batch_size=self.eval_batch_size,
-            rank=trainer.global_rank,
-            world_size=trainer.world_size,
+            rank=rank,
+            world_size=world_size,
             num_workers=self.num_workers,
             worker_timeout=self.worker_timeout,
         )
@@ -265,7 +274,9 @@ class DistillationData(Resumable, L.LightningDataModule):
             )
         return rows
 
-    def _attached_trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise ValueError("the loaders follow the trainer: pass datamodule=... to trainer.fit")
-        return self.trainer
+    @property
+    def _process(self) -> tuple[int, int]:
+        """This process among those of the run, and how many there are."""
+        return (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )

@@ -157,11 +157,11 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         """The tokenizer of the prompts."""
         return self.prompts.tokenizer
 
-    def setup(self, stage: str) -> None:
-        """Read both."""
+    def setup(self, stage: str | None = None) -> None:
+        """Read both, without a trainer too."""
         self.prompts.trainer = self.trainer
         self.prompts.setup(stage)
-        if TrainerFn(stage) is TrainerFn.FITTING:
+        if stage is None or TrainerFn(stage) is TrainerFn.FITTING:
             self.text.trainer = self.trainer
             self.text.read("train")
 

@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
+from lightning_kd.data.objects import RowsLike
 from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import TextData
@@ -37,10 +38,10 @@ class PlainTextData(TextData):
         text_column: str = "text",
         add_eos: bool = True,
         strip: bool = False,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: RowsLike | None = None,
+        validation: RowsLike | None = None,
+        test: RowsLike | None = None,
+        predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase,
@@ -103,10 +104,10 @@ class DocumentData(PlainTextData):
         text_column: str = "text",
         add_eos: bool = True,
         strip: bool = False,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: RowsLike | None = None,
+        validation: RowsLike | None = None,
+        test: RowsLike | None = None,
+        predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase,
@@ -181,10 +182,10 @@ class PackedTextData(PlainTextData):
         text_column: str = "text",
         add_eos: bool = True,
         strip: bool = False,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: RowsLike | None = None,
+        validation: RowsLike | None = None,
+        test: RowsLike | None = None,
+        predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase,

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from lightning_kd.data.objects import RowsLike, content_digest, of_list
 from lightning_kd.data.readers import READERS, Row
 
 WHERE = "__where__"
@@ -21,7 +22,7 @@ _FORMAT = 3
 
 
 def load_rows(
-    path: str,
+    path: RowsLike,
     required: dict[str, type],
     *,
     optional: Mapping[str, type] | None = None,
@@ -32,11 +33,12 @@ def load_rows(
 
     Args:
         path: A ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file, a glob of such files,
-            a directory that ``datasets`` wrote or understands, or the name of a data set on the hub.
+            a directory that ``datasets`` wrote or understands, the name of a data set on the hub, or
+            rows themselves.
         required: Columns that must be there, and the type of their values: ``str``, ``list`` or
             ``bool``.
         optional: Columns that are taken along where they exist, and their types.
-        split: Split of a hub data set or directory; a file is one split.
+        split: Split of a hub data set or directory; a file is one split. Names rows that were given.
         subset: Configuration of a hub data set.
 
     Returns:
@@ -48,9 +50,15 @@ def load_rows(
             is not JSON, or there are no rows. The message names file and line.
     """
     optional = optional or {}
-    if path.startswith("~"):
+    if isinstance(path, str) and path.startswith("~"):
         path = str(Path(path).expanduser())
-    if has_magic(path) or Path(path).suffix in READERS:
+    if not isinstance(path, str) and len(path) == 0:
+        raise ValueError(f"{split} has no rows; training and evaluation need at least one")
+    if isinstance(path, datasets.Dataset):
+        rows = _of_columns(path.with_format(None), split, required, optional)
+    elif not isinstance(path, str):
+        rows = _table(of_list, required, optional, rows=path, name=split)
+    elif has_magic(path) or Path(path).suffix in READERS:
         rows = datasets.concatenate_datasets(
             [_from_file(name, required, optional) for name in _files(path)]
         )
@@ -61,12 +69,15 @@ def load_rows(
     return rows
 
 
-def digests(path: str) -> dict[str, str]:
+def digests(path: RowsLike, split: str) -> dict[str, str]:
     """Return a digest of each local file of a path; nothing for a data set of the hub.
 
     Args:
         path: As for :func:`load_rows`.
+        split: Names rows that were given.
     """
+    if not isinstance(path, str):
+        return {split: content_digest(path)}
     path = str(Path(path).expanduser())
     if Path(path).is_dir():
         files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
@@ -142,13 +153,19 @@ def _from_datasets(
         raise ValueError(
             f"cannot load the data set {path!r}: {error.__cause__ or error}{nowhere}"
         ) from error
-    wanted = [name for name in (*required, *optional) if name in rows.column_names]
-    missing = [name for name in required if name not in wanted]
+    return _of_columns(rows, path, required, optional)
+
+
+def _of_columns(
+    rows: datasets.Dataset, name: str, required: dict[str, type], optional: Mapping[str, type]
+) -> datasets.Dataset:
+    wanted = [column for column in (*required, *optional) if column in rows.column_names]
+    missing = [column for column in required if column not in wanted]
     if missing:
         raise ValueError(
-            f"{path}: column {missing[0]!r} is missing; there are {sorted(rows.column_names)}"
+            f"{name}: column {missing[0]!r} is missing; there are {sorted(rows.column_names)}"
         )
-    return _table(_of_rows, required, optional, rows=rows.select_columns(wanted), name=path)
+    return _table(_of_rows, required, optional, rows=rows.select_columns(wanted), name=name)
 
 
 def _of_rows(rows: datasets.Dataset, name: str) -> Iterator[Row]:

@@ -17,6 +17,7 @@ from lightning_kd.data.encoding import (
     encode_prompts,
 )
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
+from lightning_kd.data.objects import RowsLike, check_source
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, digests, load_rows
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
@@ -29,7 +30,8 @@ class TextData(DistillationData):
 
     Args:
         train: A ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file, a glob of files, a
-            directory of ``datasets``, or a hub name.
+            directory of ``datasets``, or a hub name; in Python also a ``datasets.Dataset``, or a list
+            of dicts.
         validation: The same, for validation.
         test: The same, for ``test``.
         predict: The same, for ``predict``.
@@ -43,10 +45,10 @@ class TextData(DistillationData):
     def __init__(
         self,
         *,
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: RowsLike | None = None,
+        validation: RowsLike | None = None,
+        test: RowsLike | None = None,
+        predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase,
@@ -62,26 +64,36 @@ class TextData(DistillationData):
             num_workers=num_workers,
             worker_timeout=worker_timeout,
         )
-        self.paths: dict[Split, str | None] = {
+        self.paths: dict[Split, RowsLike | None] = {
             "train": train,
             "validation": validation,
             "test": test,
             "predict": predict,
         }
+        for name, source in self.paths.items():
+            check_source(source, name)
+        self._digests: dict[Split, dict[str, str]] = {}
         self.subset = subset
         self.extra_columns = extra_columns or []
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the arguments that a resumed run must not change; files by their contents."""
         settings, train = super().resume_settings(), self.paths["train"]
-        if train is not None and (has_magic(train) or Path(train).expanduser().exists()):
-            del settings["train"]  # the loader compares a digest of each file
+        rows = train is not None and not isinstance(train, str)
+        if rows or (train and (has_magic(train) or Path(train).expanduser().exists())):
+            del settings["train"]  # the loader compares a digest of each file, or of the rows
         return settings
 
     def files(self, split: Split) -> dict[str, str]:
-        """Names and digests of the local files of a split."""
+        """Names and digests of the local files of a split, or a digest of its rows."""
         path = self.paths[split]
-        return {} if path is None else digests(path)
+        if path is None:
+            return {}
+        if isinstance(path, str):
+            return digests(path, split)
+        if split not in self._digests:
+            self._digests[split] = digests(path, split)
+        return self._digests[split]
 
 
 class PromptCompletionData(TextData):
@@ -128,10 +140,10 @@ class PromptCompletionData(TextData):
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
-        train: str | None = None,
-        validation: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: RowsLike | None = None,
+        validation: RowsLike | None = None,
+        test: RowsLike | None = None,
+        predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
         tokenizer: str | PreTrainedTokenizerBase,

@@ -70,7 +70,10 @@ class TeacherEnsemble(CompositeTeacher):
             raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
         if not isinstance(members, list | tuple):
             raise ValueError(f"members is a {type(members).__name__}; give a list of teachers")
-        self.members = [as_teacher(member) for member in members]
+        self.members = [
+            as_teacher(member, f"member {number} of TeacherEnsemble")
+            for number, member in enumerate(members)
+        ]
         self.check_members()
         averaged: set[Ability] = {"full_distribution"}
         if combine == "probabilities":

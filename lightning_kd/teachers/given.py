@@ -18,11 +18,15 @@ else:
     TeachersLike = TeacherLike
 
 
-def as_teacher(given: object) -> Teacher:
+def as_teacher(given: object, role: str = "teacher") -> Teacher:
     """Return the teacher of a model that is given by name, by configuration or as an object.
 
+    Args:
+        given: One of these, or a teacher.
+        role: What it is given for, for messages.
+
     Raises:
-        ValueError: If it is none of these.
+        ValueError: If it is something else.
 
     Example:
         >>> as_teacher("./teacher").name_or_path
@@ -30,10 +34,10 @@ def as_teacher(given: object) -> Teacher:
     """
     if isinstance(given, Teacher):
         return given
-    spec = spec_of(given, LocalTeacher, "teacher")
+    spec = spec_of(given, LocalTeacher, role)
     if spec is None:
         raise ValueError(
-            f"teacher is a {kind_of(given)}; give the name or directory of a model, its configuration, "
+            f"{role} is a {kind_of(given)}; give the name or directory of a model, its configuration, "
             "a model of transformers or peft, or a Teacher such as LocalTeacher(...) or "
             "TeacherEnsemble([...])"
         )

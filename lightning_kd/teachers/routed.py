@@ -62,7 +62,10 @@ class RoutedTeacher(CompositeTeacher):
                 f"members is {members!r:.80}; give a mapping from each value of the column, as text, "
                 "to its teacher"
             )
-        self.members = {name: as_teacher(member) for name, member in members.items()}
+        self.members = {
+            name: as_teacher(member, f"member {name!r} of RoutedTeacher")
+            for name, member in members.items()
+        }
         self.column = column
         self.check_members()
         self.answers = self.shared_answers & RoutedTeacher.answers

@@ -42,7 +42,7 @@ class TopKTeacher(CompositeTeacher):
         k: int,
         temperatures: list[float] | None = None,
     ) -> None:
-        self.teacher, self.k = as_teacher(teacher), k
+        self.teacher, self.k = as_teacher(teacher, "the teacher of TopKTeacher"), k
         self.check_members()
         if "full_distribution" not in self.teacher.answers:
             raise ValueError(

@@ -161,8 +161,8 @@ def test_wrong_ensembles_are_refused():
     members = [*map(Noted, noted())]
     with pytest.raises(ValueError, match="TeacherEnsemble needs at least one member; got none"):
         TeacherEnsemble([])
-    with pytest.raises(ValueError, match="member 0 of TeacherEnsemble is a str; give a teacher"):
-        TeacherEnsemble(["runs/teacher"])
+    with pytest.raises(ValueError, match="member 0 of TeacherEnsemble is a int; give the name"):
+        TeacherEnsemble([3])
     with pytest.raises(ValueError, match="2 weights came for 3 members"):
         TeacherEnsemble(members, weights=[1.0, 1.0])
     with pytest.raises(ValueError, match="not all 0"):
