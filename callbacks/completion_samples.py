@@ -1,14 +1,12 @@
 """Evaluation and logging of the student's completions."""
 
-import html
-from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.batch import FILLER_ROW, Batch, has_prompts
+from lightning_kd.callbacks.text_tables import log_table
 from lightning_kd.collectives import any_process
 from lightning_kd.evaluation import ExactMatch
 from lightning_kd.generation import GenerationOptions
@@ -23,8 +21,9 @@ Stage = Literal["val", "test"]
 class CompletionSamples(Callback):
     """Complete validation prompts greedily; log the share of exact matches and a table of samples.
 
-    Logs ``val/exact_match`` (``test/exact_match``) over the first ``batches`` batches, and, to
-    TensorBoard, the text ``val/samples``. Batches without prompts are skipped.
+    Logs ``val/exact_match`` (``test/exact_match``) over the first ``batches`` batches, and the table
+    ``val/samples`` to each logger that can show one (TensorBoard, Weights & Biases). Batches without
+    prompts are skipped.
 
     Args:
         max_new_tokens: Largest number of tokens of a completion.
@@ -128,30 +127,8 @@ class CompletionSamples(Callback):
             self._metric.to(module.device).update([], [])
             share = self._metric.compute()
             module.log(f"{stage}/exact_match", share, prog_bar=True, sync_dist=True)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and self._table:
-                text = markdown_table(("prompt", "completion", "reference"), self._table)
-                logger.experiment.add_text(f"{stage}/samples", text, trainer.global_step)
+        if self._table:
+            header = ("prompt", "completion", "reference")
+            log_table(trainer, f"{stage}/samples", header, self._table, trainer.global_step)
         self._metric.reset()
         self._table = []
-
-
-def markdown_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    r"""Return a markdown table whose cells are shown literally, without interpreting markup.
-
-    Example:
-        >>> print(markdown_table(("a", "b"), [("<b>|x|", "1\n2")]))
-        | a | b |
-        | --- | --- |
-        | &lt;b&gt;&#124;x&#124; | 1<br>2 |
-    """
-    lines = ["| " + " | ".join(header) + " |", "| " + " | ".join("---" for _ in header) + " |"]
-    lines += ["| " + " | ".join(_cell(text) for text in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def _cell(text: str) -> str:
-    escaped = html.escape(text, quote=False)
-    for markup in "|*_`[]!\\":
-        escaped = escaped.replace(markup, f"&#{ord(markup)};")
-    return escaped.replace("\n", "<br>")

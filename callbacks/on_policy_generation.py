@@ -58,7 +58,7 @@ class OnPolicyGeneration(Resumable, Callback):
     Logs under ``rollout/``, at logged steps: ``on_policy`` (1 if the student generated), the
     completions' ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
     ``distinct_1`` and ``distinct_2`` (share of distinct n-grams, first rank), ``tokens_per_second``
-    of generation and its ``time_share`` of the window; histograms and a table to TensorBoard.
+    of generation and its ``time_share`` of the window; histograms (TensorBoard), a table.
 
     Args:
         lmbda: Share of windows that the student generates (GKD's :math:`\lambda`), in [0, 1], or a

@@ -76,10 +76,14 @@ class Resumable:
             n for cls in type(self).__mro__ for n in vars(cls).get("may_change_on_resume", ())
         }
         settings: dict[str, Any] = {}
-        for name, given in {**_defaults(type(self)), **self._arguments}.items():
+        for name, given in self.constructor_arguments().items():
             made = vars(self).get(name, vars(self).get(f"_{name}"))
             settings[name] = made if isinstance(made, Resumable) or is_dataclass(made) else given
         return {name: value for name, value in settings.items() if name not in allowed}
+
+    def constructor_arguments(self) -> dict[str, Any]:
+        """Return all arguments of the constructor as they were given, by name, defaults included."""
+        return {**_defaults(type(self)), **self._arguments}
 
     _arguments: dict[str, Any]
 

@@ -1,8 +1,25 @@
 """What users of Lightning, Hugging Face and TRL type in Python, each checked for its result."""
 
+import csv
+import sys
+from functools import partial
+from pathlib import Path
+
 import datasets
 import pytest
 import torch
+import yaml
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelSummary,
+    RichProgressBar,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger, Logger
+from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from lightning_kd import (
@@ -10,7 +27,9 @@ from lightning_kd import (
     SFT,
     BabyLlama,
     DocumentData,
+    GenerationOptions,
     LocalTeacher,
+    LoRA,
     MiniLLM,
     OnPolicyDistillation,
     PackedTextData,
@@ -20,10 +39,13 @@ from lightning_kd import (
     SupervisedKD,
     TeacherEnsemble,
     TopKTeacher,
+    WarmupCosine,
 )
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import CompletionSamples, OnPolicyGeneration
+from lightning_kd.divergences import GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
 from tests.support.caches import Losses
+from tests.support.command_line import fit
 from tests.support.harness import Letters, trainer
 from tests.support.toys import letter_tokenizer, tiny_llama
 
@@ -54,8 +76,8 @@ def sgd(parameters):
 def losses(module, data=None, *, callbacks=(), **settings):
     """The loss of each of three steps."""
     seen = Losses()
-    fit = trainer(callbacks=[*callbacks, seen], **{"max_steps": 3} | settings)
-    fit.fit(module, datamodule=data or Letters(12, batch_size=2))
+    run = trainer(callbacks=[*callbacks, seen], **{"max_steps": 3} | settings)
+    run.fit(module, datamodule=data or Letters(12, batch_size=2))
     return seen.values
 
 
@@ -290,3 +312,346 @@ class TestData:
         module = {"student": tiny_llama(0), "optimizer": sgd}
         again = {"student": tiny_llama(0), "optimizer": sgd}
         assert losses(SFT(**module), looked) == losses(SFT(**again), rows_data())
+
+
+def trained(module, tmp_path, **settings):
+    """A module after two steps, and its checkpoint."""
+    run = trainer(**{"max_steps": 2} | settings)
+    run.fit(module, datamodule=Letters(8, batch_size=2))
+    run.save_checkpoint(tmp_path / "it.ckpt")
+    return module, tmp_path / "it.ckpt"
+
+
+def assert_same_student(one, other):
+    ours, theirs = one.student.state_dict(), other.student.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def measured(module):
+    data = Letters(8, batch_size=2)
+    return trainer(limit_val_batches=1.0).validate(module, datamodule=data, verbose=False)
+
+
+LORA = LoRA(r=2)
+
+
+class TestCheckpoints:
+    """``load_from_checkpoint`` and ``hparams``."""
+
+    def test_a_checkpoint_alone_is_enough(self, saved, other, tmp_path):
+        made = SupervisedKD(
+            student=saved,
+            teacher=LocalTeacher(other, dtype="float64"),
+            divergence=GeneralizedJSD(beta=0.3),
+            alpha=0.25,
+            optimizer=partial(torch.optim.SGD, lr=0.125),
+            generation=GenerationOptions(max_new_tokens=3),
+        )
+        made, path = trained(made, tmp_path)
+        back = SupervisedKD.load_from_checkpoint(path)
+        assert_same_student(made, back)
+        assert (back.alpha, back.divergence.beta) == (0.25, 0.3)
+        assert back.teacher.dtype == "float64"
+        assert back.generation == made.generation
+        assert measured(back) == measured(made)
+        assert back.configure_optimizers().param_groups[0]["lr"] == 0.125
+
+    def test_arguments_take_the_place_of_saved_ones(self, saved, other, tmp_path):
+        _, path = trained(SupervisedKD(student=saved, teacher=other, alpha=0.25), tmp_path)
+        assert SupervisedKD.load_from_checkpoint(path, alpha=0.75).hparams.alpha == 0.75
+
+    def test_what_it_cannot_hold_is_asked_for_by_name(self, tmp_path):
+        made = SupervisedKD(
+            student=tiny_llama(0),
+            teacher=tiny_llama(1),
+            optimizer=sgd,
+            tokenizer=letter_tokenizer(),
+        )
+        made, path = trained(made, tmp_path)
+        with pytest.raises(ValueError, match=r"does not hold teacher, .* teacher=\.\.\."):
+            SupervisedKD.load_from_checkpoint(path)
+        back = SupervisedKD.load_from_checkpoint(path, teacher=tiny_llama(1))
+        assert_same_student(made, back)
+        assert measured(back) == measured(made)
+        with pytest.raises(ValueError, match="optimizer of the saved run was a function without"):
+            trainer(max_steps=1).fit(back, datamodule=Letters())
+        back = SupervisedKD.load_from_checkpoint(path, teacher=tiny_llama(1), optimizer=sgd)
+        trainer(max_steps=1).fit(back, datamodule=Letters())
+
+    def test_the_student_keeps_its_generation_config(self, tmp_path):
+        student = tiny_llama(0)
+        student.generation_config.eos_token_id = [1, 5]
+        _, path = trained(SFT(student=student), tmp_path)
+        back = SFT.load_from_checkpoint(path)
+        assert back.student.generation_config.eos_token_id == [1, 5]
+
+    def test_adapters(self, saved, tmp_path):
+        peft = pytest.importorskip("peft")
+        made, path = trained(SFT(student=StudentSpec(saved, lora=LORA)), tmp_path)
+        assert_same_student(made, SFT.load_from_checkpoint(path))
+
+        def adapted():
+            config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
+            return peft.get_peft_model(tiny_llama(0), config)
+
+        made, path = trained(SFT(student=adapted()), tmp_path)
+        with pytest.raises(
+            ValueError, match=r"with adapters that was handed over .* student=\.\.\."
+        ):
+            SFT.load_from_checkpoint(path)
+        tokenizer = letter_tokenizer()
+        back = SFT.load_from_checkpoint(path, student=adapted(), tokenizer=tokenizer)
+        assert_same_student(made, back)
+
+    def test_of_another_method_or_student_it_is_refused(self, saved, other, tmp_path):
+        _, path = trained(SupervisedKD(student=saved, teacher=other), tmp_path)
+        with pytest.raises(ValueError, match="written by SupervisedKD, this is SFT"):
+            SFT.load_from_checkpoint(path)
+        with pytest.raises(ValueError, match="the checkpoint is of another student"):
+            SupervisedKD.load_from_checkpoint(
+                path, student=tiny_llama(0, hidden_size=8), tokenizer=saved
+            )
+
+    def test_a_class_of_ones_own(self, saved, other, tmp_path):
+        made, path = trained(Mine(bonus=2.0, student=saved, teacher=other), tmp_path)
+        back = Mine.load_from_checkpoint(path)
+        assert back.bonus == back.hparams.bonus == 2.0
+        assert_same_student(made, back)
+
+    def test_nothing_in_a_checkpoint_is_called_or_imported(self, saved, tmp_path):
+        _, path = trained(SFT(student=saved), tmp_path)
+        checkpoint = torch.load(path, weights_only=True)
+        for name in ("os.system", "turtle.Turtle", "subprocess.Popen"):
+            harm = {"class_path": name, "init_args": {"args": "touch harmed"}}
+            checkpoint["hyper_parameters"]["normalization"] = harm
+            torch.save(checkpoint, tmp_path / "bad.ckpt")
+            with pytest.raises(ValueError, match=f"written with {name}, which is no class"):
+                SFT.load_from_checkpoint(tmp_path / "bad.ckpt")
+        assert not (tmp_path / "harmed").exists()
+        assert "turtle" not in sys.modules
+
+    def test_loggers_show_the_arguments(self, saved, other, tmp_path):
+        logger = CSVLogger(tmp_path)
+        made = SupervisedKD(student=saved, teacher=TopKTeacher(tiny_llama(1), k=18), alpha=0.25)
+        trained(made, tmp_path, logger=logger)
+        logged = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+        assert logged["alpha"] == 0.25
+        assert logged["student"] == saved
+        assert "teacher" not in logged
+
+    @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+    @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+    def test_a_run_of_the_command_line(self, cli, teacher, tmp_path):
+        cli(
+            *fit("supervised_kd", "--model.teacher.name_or_path", teacher),
+            *("--trainer.enable_checkpointing", "true", "--model.optimizer", "torch.optim.SGD"),
+            *("--model.optimizer.lr", "0.5", "--export.dirpath", tmp_path / "student"),
+        )
+        (path,) = tmp_path.rglob("*.ckpt")
+        back = SupervisedKD.load_from_checkpoint(path)
+        exported = load_file(tmp_path / "student" / "model.safetensors")
+        own = back.student.state_dict()
+        assert all(torch.equal(own[name], weight) for name, weight in exported.items())
+        assert back.configure_optimizers()["optimizer"].defaults["lr"] == 0.5
+
+
+class Mine(SupervisedKD):
+    """A method of a user, who saves hyperparameters as Lightning's pages say."""
+
+    def __init__(self, bonus=0.1, **base):
+        super().__init__(**base)
+        self.save_hyperparameters()
+        self.bonus = bonus
+
+
+def method(**options):
+    """A method with a student and a teacher that are the same in every call."""
+    given = {"student": tiny_llama(0), "teacher": tiny_llama(1), "optimizer": sgd}
+    return SupervisedKD(**given | options)
+
+
+def logged(logger):
+    """The rows of a CSVLogger."""
+    text = (Path(logger.log_dir) / "metrics.csv").read_text()
+    return list(csv.DictReader(text.splitlines()))
+
+
+class Shows(Logger):
+    """A logger with one of the methods by which others show tables."""
+
+    name, version = "shows", 0
+
+    def __init__(self, way):
+        super().__init__()
+        self.tables = {}
+        if way:
+            setattr(self, way, self.keep)
+
+    def keep(self, key, columns, data, *, step):
+        self.tables.setdefault(key, []).append((columns, data, step))
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
+class TestTrainer:
+    """What Lightning's trainer can do, on a method of this library."""
+
+    def test_predictions_are_greedy_completions(self):
+        module, data = (
+            method(generation=GenerationOptions(max_new_tokens=4)),
+            rows_data(predict=ROWS),
+        )
+        completions = trainer().predict(module, datamodule=data)
+        for own, batch in zip(completions, data.predict_dataloader(), strict=True):
+            ids, mask = batch["prompt_ids"], batch["prompt_mask"]
+            theirs = module.student.generate(
+                ids, attention_mask=mask, max_new_tokens=4, do_sample=False, pad_token_id=0
+            )[:, ids.shape[1] :]
+            assert own.texts(letter_tokenizer()) == letter_tokenizer().batch_decode(
+                theirs, skip_special_tokens=True
+            )
+
+    @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
+    def test_the_best_checkpoint_is_validated_and_tested(self, tmp_path):
+        best = ModelCheckpoint(tmp_path, monitor="val/loss")
+        settings = {"enable_checkpointing": True, "limit_val_batches": 1.0, "max_steps": 4}
+        run = trainer(callbacks=[best], val_check_interval=2, **settings)
+        module, data = method(), Letters(8, batch_size=2)
+        run.fit(module, datamodule=data)
+        score = best.best_model_score.item()
+        (tested,) = run.test(module, datamodule=data, ckpt_path="best", verbose=False)
+        (path,) = {best.best_model_path}
+        fresh = trainer(limit_val_batches=1.0)
+        (validated,) = fresh.validate(method(), datamodule=data, ckpt_path=path, verbose=False)
+        assert tested["test/loss"] == validated["val/loss"] == pytest.approx(score, rel=1e-6)
+
+    def test_csv_logger(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        run = trainer(logger=logger, max_steps=3)
+        run.fit(method(), datamodule=Letters(12, batch_size=2))
+        rows = logged(logger)
+        assert [float(row["train/loss"]) for row in rows] == pytest.approx(losses(method()))
+
+    @pytest.mark.parametrize("ways", [["log_table"], ["log_text"], ["log_table", None, "log_text"]])
+    def test_tables_of_completions_go_to_every_logger_that_shows_them(self, ways):
+        loggers = [Shows(way) for way in ways]
+        run = trainer(
+            logger=loggers,
+            callbacks=[
+                CompletionSamples(max_new_tokens=3, samples=2),
+                OnPolicyGeneration(
+                    generation=SamplingOptions(max_new_tokens=3), table_every=1, table_rows=2
+                ),
+            ],
+            limit_val_batches=1.0,
+            val_check_interval=1,
+            max_steps=1,
+        )
+        module = GKD(student=tiny_llama(0), teacher=tiny_llama(1), optimizer=sgd)
+        run.fit(module, datamodule=rows_data(validation=ROWS))
+        for way, logger in zip(ways, loggers, strict=True):
+            assert set(logger.tables) == ({"val/samples", "rollout/samples"} if way else set())
+        for logger in (x for x in loggers if x.tables):
+            ((columns, rows, step),) = logger.tables["val/samples"]
+            assert (columns, step, len(rows)) == (["prompt", "completion", "reference"], 1, 2)
+            assert [row[::2] for row in rows] == [list(r.values()) for r in ROWS[:2]]
+            ((columns, rows, step),) = logger.tables["rollout/samples"]
+            assert (columns[:2], step, len(rows)) == (["prompt", "completion"], 0, 2)
+
+    def test_summaries_count_the_student_and_not_the_teacher(self):
+        seen = {}
+
+        class Summary(ModelSummary):
+            def summarize(self, summary_data, total_parameters, *_, **__):
+                seen.update(total=total_parameters, names=dict(summary_data)["Name"])
+
+        module = method()
+        trainer(callbacks=[Summary(max_depth=2)], max_steps=1).fit(module, datamodule=Letters())
+        assert seen["total"] == sum(p.numel() for p in module.student.parameters())
+        assert "student.model" in seen["names"]
+
+    def test_the_rich_progress_bar(self):
+        bar = RichProgressBar()
+        module = method()
+        run = trainer(callbacks=[bar], enable_progress_bar=True, max_steps=3)
+        run.fit(module, datamodule=Letters(12, batch_size=2))
+        assert bar.train_progress_bar.completed == 3
+        assert "train/loss" in bar.get_metrics(run, module)
+
+    def test_early_stopping(self):
+        stopping = EarlyStopping("val/loss", patience=1, min_delta=100.0)
+        run = trainer(callbacks=[stopping], max_epochs=8, max_steps=-1, limit_val_batches=1.0)
+        run.fit(method(), datamodule=Letters(4, batch_size=2))
+        assert (run.current_epoch, run.global_step) == (2, 4)
+
+    def test_the_learning_rate_monitor(self, tmp_path):
+        logger = CSVLogger(tmp_path)
+        monitor = LearningRateMonitor()
+        rate = lambda optimizer: WarmupCosine(optimizer, warmup_steps=2)  # noqa: E731
+        run = trainer(logger=logger, callbacks=[monitor], max_steps=4)
+        run.fit(method(lr_scheduler=rate), datamodule=Letters(8, batch_size=2))
+        rows = logged(logger)
+        own = [float(row["train/lr"]) for row in rows if row["train/lr"]]
+        watched = [float(row["lr-SGD/pg1"]) for row in rows if row.get("lr-SGD/pg1")]
+        assert own == pytest.approx(watched)
+        assert own[0] == pytest.approx(0.025)
+
+    @pytest.mark.parametrize(
+        ("settings", "steps"),
+        [
+            ({"fast_dev_run": True}, 1),
+            ({"limit_train_batches": 2, "max_epochs": 3}, 6),
+            ({"limit_train_batches": 0.5, "max_epochs": 2}, 4),
+            ({"max_epochs": 2, "accumulate_grad_batches": 2}, 4),
+        ],
+    )
+    def test_limits(self, settings, steps):
+        run = trainer(max_steps=-1, **settings)
+        run.fit(method(), datamodule=Letters(8, batch_size=2))
+        assert run.global_step == steps
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"overfit_batches": 1}, "Give data.train only the rows to overfit"),
+            ({"callbacks": [StochasticWeightAveraging(1e-3)]}, "use WeightAveraging"),
+            ({"callbacks": [GradientAccumulationScheduler({0: 2})]}, "accumulate_grad_batches"),
+        ],
+        ids=["overfit_batches", "SWA", "scheduled accumulation"],
+    )
+    def test_what_cannot_work_is_refused_with_what_does(self, settings, message):
+        with pytest.raises(ValueError, match=message):
+            trainer(max_steps=4, **settings).fit(method(), datamodule=Letters())
+
+    @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+    def test_detecting_anomalies_changes_nothing(self):
+        assert losses(method(), detect_anomaly=True) == losses(method())
+
+    def test_the_simple_profiler(self):
+        run = trainer(profiler="simple", max_steps=3)
+        run.fit(method(), datamodule=Letters(12, batch_size=2))
+        assert len(run.profiler.recorded_durations["run_training_batch"]) == 3
+
+    def test_a_compiled_module_is_refused(self):
+        with pytest.raises(ValueError, match="compile the layers of its models in place"):
+            trainer(max_steps=1).fit(torch.compile(method(), backend="eager"), datamodule=Letters())
+
+    @pytest.mark.slow
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+    def test_layers_compiled_in_place(self):
+        graphs = []
+
+        def backend(graph, _):
+            graphs.append(graph)
+            return graph.forward
+
+        student = tiny_llama(0)
+        for layer in student.model.layers:
+            layer.compile(backend=backend)
+        assert losses(method(student=student)) == pytest.approx(losses(method()), rel=1e-6)
+        assert graphs

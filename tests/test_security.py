@@ -11,7 +11,7 @@ import torch.distributed.checkpoint
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_kd.callbacks import OnPolicyGeneration
-from lightning_kd.callbacks.completion_samples import markdown_table
+from lightning_kd.callbacks.text_tables import markdown_table
 from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import ChatData, PromptCompletionData, arithmetic_tokenizer
 from lightning_kd.integrity import checksums, write_about

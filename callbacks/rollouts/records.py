@@ -1,4 +1,4 @@
-"""Writing of generated completions to a JSONL file and to a table in TensorBoard."""
+"""Writing of generated completions to a JSONL file and to a table in loggers."""
 
 import json
 from collections.abc import Sequence
@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from lightning_kd.batch import Rollout
-from lightning_kd.callbacks.completion_samples import markdown_table
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.callbacks.rollouts.statistics import passes_multiple
+from lightning_kd.callbacks.text_tables import log_table, loggers_of_tables
 from lightning_kd.collectives import gather_objects
 from lightning_kd.data.generated import (
     COMPLETION_IDS,
@@ -27,7 +26,7 @@ from lightning_kd.strategies import adapter_of
 
 
 class RolloutRecords:
-    """Writer of generated completions to a file and to TensorBoard.
+    """Writer of generated completions to a file and to loggers that show tables.
 
     Args:
         table_every: Optimizer steps between tables; 0 for none.
@@ -113,8 +112,7 @@ class RolloutRecords:
     def log_table(self, trainer: L.Trainer, module: TeacherModule, batch: Rollout) -> None:
         """Log a table of the first rows with the reverse KL of every token, if it is due."""
         step = trainer.global_step
-        loggers = [x for x in trainer.loggers if isinstance(x, TensorBoardLogger)]
-        if not loggers or not passes_multiple(step - 1, step, self.table_every):
+        if not loggers_of_tables(trainer) or not passes_multiple(step - 1, step, self.table_every):
             return
         first: Rollout = {**batch}
         for name in ("input_ids", "attention_mask", "labels", "completion_mask", "row"):
@@ -133,9 +131,8 @@ class RolloutRecords:
             per_token = " ".join(f"{token}:{value:.2f}" for token, value in pairs)
             cells.append((batch["prompt"][number], text, per_token))
         shown = name.replace("_kl", " KL").replace("_", " ")
-        table = markdown_table(("prompt", "completion", f"{shown} per token"), cells)
-        for logger in loggers:
-            logger.experiment.add_text("rollout/samples", table, step - 1)
+        header = ("prompt", "completion", f"{shown} per token")
+        log_table(trainer, "rollout/samples", header, cells, step - 1)
 
 
 def _records(batch: Rollout, module: DistillationModule, window: int) -> list[dict[str, Any]]:

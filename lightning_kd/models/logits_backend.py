@@ -24,10 +24,11 @@ from lightning_kd.fused import (
 from lightning_kd.fused.chunked_pass import Weights
 from lightning_kd.fused.logits_chunk import values_of
 from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
+from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
 
 
-class LogitsBackend(ABC):
+class LogitsBackend(Resumable, ABC):
     """Runs models, and evaluates token terms at scored positions."""
 
     @abstractmethod

@@ -124,6 +124,10 @@ class StudentSpec(ModelSpec):
         """
         model = self.load(tokenizer, "student")
         check_ids(tokenizer, model, "student")
+        return self.prepared(model)
+
+    def prepared(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Add to a model what training asks for."""
         if self.gradient_checkpointing:
             # Renamed in transformers 5.23; the lower bound has the old name only.
             enable = getattr(model, "activation_checkpointing_enable", None)

@@ -23,15 +23,15 @@ from lightning_kd.models import StudentLike
 from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.given import student_of
 from lightning_kd.models.positions import check_length
-from lightning_kd.models.sharding import shard
+from lightning_kd.models.sharding import is_sharded, shard
+from lightning_kd.modules.restoring import RestorableModule, check_method
 from lightning_kd.modules.resume import Resumption
-from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import adapter_of, check_trainer
 from lightning_kd.tokenization import TokenizerLike, tokenizer_of
 
 
-class StudentModule(Resumable, L.LightningModule):
+class StudentModule(RestorableModule):
     """A student that completes prompts, and whose checkpoints name their method.
 
     Args:
@@ -42,8 +42,6 @@ class StudentModule(Resumable, L.LightningModule):
         engine: What generates in ``predict`` and for samples. Defaults to ``CachedSampler``, to
             ``TransformersEngine`` for beam search.
     """
-
-    student: PreTrainedModel
 
     may_change_on_resume = frozenset({"generation", "engine"})
 
@@ -69,6 +67,7 @@ class StudentModule(Resumable, L.LightningModule):
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.resumption = Resumption(self)
         self._has_weights = False
+        self.save_hyperparameters()
 
     def configure_callbacks(self) -> list[Callback]:
         """Prepare a trainer for fitting, before its loggers open their files; adds no callback.
@@ -107,11 +106,12 @@ class StudentModule(Resumable, L.LightningModule):
                 model takes.
         """
         if not hasattr(self, "student"):
-            self._build()
+            self.student = self.student_spec.build(self.tokenizer)
+        if not is_sharded(self.student):
+            self._shard()
         self.check_lengths()
 
-    def _build(self) -> None:
-        self.student = self.student_spec.build(self.tokenizer)
+    def _shard(self) -> None:
         adapted = self.student_spec.is_given and has_adapters(self.student)
         if adapted and adapter_of(self.trainer).shards_weights:
             raise ValueError(
@@ -261,7 +261,8 @@ class StudentModule(Resumable, L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save the name of the method and the settings of the run."""
-        checkpoint[RUN_KEY] = {"method": type(self).__name__, **self.resumption.record}
+        method, settings = {"method": type(self).__name__}, self.resumption.record
+        checkpoint[RUN_KEY] = method | settings | self.restoration()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the checkpoint of another method, or of another model.
@@ -269,13 +270,7 @@ class StudentModule(Resumable, L.LightningModule):
         Raises:
             ValueError: If method or weights are another's.
         """
-        method = checkpoint.get(RUN_KEY, {}).get("method", "something else")
-        if method != type(self).__name__:
-            raise ValueError(
-                f"the checkpoint was written by {method}, this is {type(self).__name__}. To go on "
-                "from its weights, give the directory that the run exported as "
-                "model.student.name_or_path"
-            )
+        check_method(checkpoint.get(RUN_KEY, {}), type(self).__name__)
         if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
             compare_weights(checkpoint["state_dict"], self.state_dict())
         self._has_weights = True

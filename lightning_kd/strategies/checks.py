@@ -22,4 +22,10 @@ def check_trainer(trainer: L.Trainer) -> None:
                 "rollouts of this library follow the steps that were taken. Leave it out, and compare "
                 "short runs with other values of data.batch_size or model.optimizer.lr"
             )
+    if getattr(trainer.lightning_module, "_compiler_ctx", None) is not None:
+        raise ValueError(
+            "torch.compile of a whole module would compile its steps, logs and checks as well; hand "
+            "over the module itself, and compile the layers of its models in place: for layer in "
+            "model.model.layers: layer.compile()"
+        )
     adapter_of(trainer).check()

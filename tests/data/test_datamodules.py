@@ -245,8 +245,6 @@ def test_what_is_missing_is_named():
         RolloutPlan(micro_batches=10**9)
     with pytest.raises(ValueError, match=r"no validation rows: .* setup was not called"):
         data().val_dataloader()
-    with pytest.raises(ValueError, match="pass datamodule="):
-        data().setup("fit")
     with pytest.raises(ValueError, match=r"empty\.jsonl:1: the prompt has no tokens"):
         data(train=jsonl({"prompt": "", "completion": "a"}, name="empty.jsonl")).rows("train")
     with pytest.raises(ValueError, match="lacks the place of"):

@@ -18,7 +18,7 @@ BATCH = ragged_batch([(2, 3), (1, 5)])
         ({"student": 3}, "student is a int; give the name or directory of a model"),
         ({"student": SFT}, r"student is a class \(SFT\)"),
         ({"teacher": torch.nn.Linear(2, 2)}, "teacher is a Linear; give the name or directory"),
-        ({"teacher": [tiny_llama(1), 3]}, "teacher is a int"),
+        ({"teacher": [tiny_llama(1), 3]}, "member 1 of TeacherEnsemble is a int"),
         ({"generation": {"max_new_tokens": 4}}, "generation is a dict; give GenerationOptions"),
         ({"divergence": ReverseKL}, "give a name or an instance, such as ReverseKL"),
     ],
