@@ -1,31 +1,48 @@
 """Data modules for chats."""
 
-import json
-from typing import Any
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
+import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.data.chat_encoding import encode_chats
+from lightning_kd.data.conversations import COLUMNS, MESSAGES, TOOLS, TrainOn, read_chats
 from lightning_kd.data.datamodule import Split
-from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_chats
+from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy
 from lightning_kd.data.objects import RowsLike
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, load_rows
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 
+_RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
+
 
 class ChatData(TextData):
     """Rows with a list of messages, rendered by the tokenizer's chat template.
 
-    The last message, which must be the assistant's, is the completion; all before it is the prompt.
-    Names of special tokens in a text are read as those tokens; what a completion has behind its
-    first EOS is left out, counted and logged. The template is rendered within limits on time and
-    memory (:class:`~lightning_kd.data.rendering.RenderLimits`).
+    The last message, the assistant's, is the completion; all before it is the prompt, with what the
+    template puts before an answer. Names of special tokens in a text are read as those tokens; what
+    a completion has behind its first EOS is left out, counted and logged. The template is rendered
+    within limits on time and memory (:class:`~lightning_kd.data.rendering.RenderLimits`).
+
+    A message is ``{role, content}``, with whatever else the template reads (``tool_calls``,
+    ``reasoning_content``), a content text or a list of ``{type: text, text}``. Without the column
+    ``messages`` a row may have ``prompt`` and ``completion``, lists of messages, or
+    ``conversations``, ShareGPT's ``{from, value}``. A column ``tools`` goes to the template.
 
     The other options are those of :class:`~lightning_kd.data.text.TextData`.
 
     Args:
-        messages_column: Column with the messages: a list of ``{role, content}``.
+        messages_column: Column with the messages.
+        train_on: Answers of the assistant that are trained on: ``last``; ``all`` of a chat, in one
+            row; ``each``, in a row of its own with all that was before it, as a model would give it;
+            or ``none``, where only a model answers.
+        chat_template_kwargs: Further variables of the template, such as ``{enable_thinking: false}``.
+        eos_token: Token that ends an answer, in place of the tokenizer's EOS, where the template
+            ends turns with another one, as Gemma's does with ``<end_of_turn>``.
         max_length: Longest prompt and completion together, in tokens.
         max_prompt_length: Longest prompt, in tokens.
         truncation: What happens to longer rows, as in :class:`PromptCompletionData`.
@@ -37,7 +54,10 @@ class ChatData(TextData):
     def __init__(
         self,
         *,
-        messages_column: str = "messages",
+        messages_column: str = MESSAGES,
+        train_on: TrainOn = "last",
+        chat_template_kwargs: dict[str, Any] | None = None,
+        eos_token: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
@@ -66,22 +86,88 @@ class ChatData(TextData):
             num_workers=num_workers,
             worker_timeout=worker_timeout,
         )
-        self.messages_column = messages_column
+        if train_on not in get_args(TrainOn):
+            raise ValueError(f"unknown train_on {train_on!r}; choose one of {get_args(TrainOn)}")
+        refused = sorted(_RESERVED & (chat_template_kwargs or {}).keys())
+        if refused:
+            raise ValueError(
+                f"chat_template_kwargs has {refused[0]!r}, which is given to the template for each "
+                "row; leave it out"
+            )
+        self.messages_column, self.train_on = messages_column, train_on
+        self.chat_template_kwargs, self.eos_token = chat_template_kwargs or {}, eos_token
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with ``eos_token`` as its EOS.
+
+        Raises:
+            ValueError: If there is none, or it has no such token.
+        """
+        tokenizer = super().tokenizer
+        if self.eos_token in {None, tokenizer.eos_token}:
+            return tokenizer
+        if self.eos_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f"data.eos_token is {self.eos_token!r}, which is no token of the tokenizer; its EOS is "
+                f"{tokenizer.eos_token!r}"
+            )
+        self._tokenizer = copy.deepcopy(tokenizer)  # one that was handed over stays as it is
+        self._tokenizer.eos_token = self.eos_token
+        return self._tokenizer
 
     def rows(self, split: Split) -> Rows | None:
         """Chats of a split."""
         path = self.paths[split]
         if path is None:
             return None
-        columns: dict[str, type] = {
-            self.messages_column: list,
-            **dict.fromkeys(self.extra_columns, str),
-        }
-        raw = load_rows(path, columns, split=split, subset=self.subset)
+        # Any type: a column that stands beside the messages may hold something else, as an id.
+        others = [TOOLS, *(COLUMNS if self.messages_column == MESSAGES else ())]
+        optional: dict[str, type] = {self.messages_column: object, **dict.fromkeys(others, object)}
+        extra: dict[str, type] = dict.fromkeys(self.extra_columns, str)
+        raw = load_rows(
+            path,
+            extra,
+            optional={name: kind for name, kind in optional.items() if name not in extra},
+            split=split,
+            subset=self.subset,
+        )
+        train_on = "none" if split == "predict" else self.train_on
+        chats = ChatRows(raw, self.messages_column, train_on, self.extra_columns)
+        return EncodedRows(chats, self._encode, self.limit, self.extra_columns)
 
-        def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
-            chats = [json.loads(text) for text in columns[self.messages_column]]
-            return encode_chats(chats, self.tokenizer, columns[WHERE])
+    def _encode(self, columns: Mapping[str, list[Any]]) -> list[Encoded]:
+        return encode_chats(columns[CHAT], self.tokenizer, self.chat_template_kwargs)
 
-        return EncodedRows(raw, encode, self.limit, self.extra_columns)
+
+CHAT = "__chat__"
+"""Column of conversations, as they were read."""
+
+
+class ChatRows:
+    """Conversations of rows, of which each may hold several to train on.
+
+    Args:
+        raw: The rows.
+        messages_column: Column with the messages.
+        train_on: Answers that are trained on.
+        extra: Columns that go along.
+    """
+
+    def __init__(
+        self, raw: datasets.Dataset, messages_column: str, train_on: TrainOn, extra: list[str]
+    ) -> None:
+        self._raw, self._messages_column = raw, messages_column
+        self._train_on, self._extra = train_on, extra
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+        """Yield conversations, their places and the columns that go along."""
+        for columns in self._raw.iter(batch_size):
+            given = {n: column for n, column in columns.items() if n not in {WHERE, *self._extra}}
+            found = list(read_chats(given, self._messages_column, columns[WHERE], self._train_on))
+            yield {
+                CHAT: [chat for _, chat in found],
+                WHERE: [chat.where for _, chat in found],
+                **{name: [columns[name][row] for row, _ in found] for name in self._extra},
+            }

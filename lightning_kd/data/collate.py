@@ -57,9 +57,13 @@ class Collator:
 
 
 def _labels(number: int, example: Example) -> list[int]:
-    trained = 0 if number == FILLER_ROW else len(example.input_ids) - example.prompt_length
-    ignored = len(example.input_ids) - trained
-    return [IGNORE_INDEX] * ignored + example.input_ids[ignored:]
+    ids, prompt_length = example.input_ids, example.prompt_length
+    if number == FILLER_ROW:
+        return [IGNORE_INDEX] * len(ids)
+    if not example.trained:
+        return [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
+    pairs = zip(ids, example.trained, strict=True)
+    return [token if trained else IGNORE_INDEX for token, trained in pairs]
 
 
 def _pad(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:

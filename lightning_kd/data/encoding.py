@@ -2,19 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.data.rendering import render_chats
-
 TruncationPolicy = Literal["error", "drop", "left", "right"]
-ROLES = ("system", "user", "assistant", "tool")
+
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True)
 class Example:
-    """The tokens of a row; the loss is on those from ``prompt_length`` on."""
+    """The tokens of a row, and which of them the loss is on."""
 
     input_ids: list[int]
     prompt_length: int = 0
@@ -23,6 +22,8 @@ class Example:
     completion: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Further columns of the row."""
+    trained: Sequence[bool] = ()
+    """Whether the loss is on each token; empty for those from ``prompt_length`` on."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,14 @@ class LengthLimit:
                 raise ValueError(f"{name} is {value}; it must be 1 or more")
 
     def apply(
-        self, prompt: list[int], completion: list[int], where: str
-    ) -> tuple[list[int], list[int]] | None:
+        self, prompt: list[_Item], completion: list[_Item], where: str
+    ) -> tuple[list[_Item], list[_Item]] | None:
         """Return prompt and completion within the limits, or None for a dropped row.
+
+        Args:
+            prompt: Tokens, or anything that stands for one each.
+            completion: The same.
+            where: The place of the row.
 
         Raises:
             ValueError: If the row is too long and the policy is ``error``.
@@ -72,7 +78,8 @@ class LengthLimit:
         if len(prompt) <= longest_prompt and len(prompt) + len(completion) <= self.max_length:
             return prompt, completion
         if self.truncation == "error":
-            raise ValueError(f"{where}: {self._too_long(prompt, completion, longest_prompt)}")
+            lengths = len(prompt), len(completion)
+            raise ValueError(f"{where}: {self._too_long(*lengths, longest_prompt)}")
         if self.truncation == "drop":
             return None
         if self.truncation == "left":
@@ -85,14 +92,14 @@ class LengthLimit:
         nothing_to_learn = completion and not kept[1]
         return None if nothing_to_learn else kept
 
-    def _too_long(self, prompt: list[int], completion: list[int], longest_prompt: int) -> str:
+    def _too_long(self, prompt: int, completion: int, longest_prompt: int) -> str:
         if not prompt:
             return (
-                f"the document has {len(completion)} tokens; allowed are {self.max_length}. Raise "
+                f"the document has {completion} tokens; allowed are {self.max_length}. Raise "
                 "max_length, or choose truncation: drop or right"
             )
         return (
-            f"the prompt has {len(prompt)} tokens and the completion {len(completion)}; allowed are "
+            f"the prompt has {prompt} tokens and the completion {completion}; allowed are "
             f"{longest_prompt} for the prompt and {self.max_length} together. Raise max_length or "
             "max_prompt_length, or choose truncation: drop, left or right"
         )
@@ -110,6 +117,10 @@ class Encoded:
     completion_text: str = ""
     after_eos: str = ""
     """Text after the first EOS of the completion, which is left out."""
+    trained: Sequence[bool] = ()
+    """Whether each token of both is trained on; empty for those of the completion."""
+    remarks: Sequence[str] = ()
+    """What else to say of the row, in words that follow "of 10 rows, 3"."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +167,7 @@ def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[i
     return batch
 
 
-def _bare(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return tokens of texts, nothing added; refuses those that the tokenizer turns into padding.
 
     Raises:
@@ -197,14 +208,14 @@ def encode_documents(
     with_eos = after if eos in after else [*after, eos]
     return [
         _begun(ids, before) + (with_eos if add_eos and ids[-1:] != [eos] else without_eos)
-        for ids in _bare(texts, tokenizer)
+        for ids in tokens_of(texts, tokenizer)
     ]
 
 
 def encode_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Return tokens of prompts, with the tokens that begin a text, without those that end one."""
     before, _ = special_token_frame(tokenizer)
-    return [_begun(ids, before) for ids in _bare(texts, tokenizer)]
+    return [_begun(ids, before) for ids in tokens_of(texts, tokenizer)]
 
 
 def encode_completions(
@@ -219,7 +230,7 @@ def encode_completions(
     """
     return [
         end_with_eos(ids, tokenizer, ended=ended is None or ended[number])
-        for number, ids in enumerate(_bare(texts, tokenizer))
+        for number, ids in enumerate(tokens_of(texts, tokenizer))
     ]
 
 
@@ -234,53 +245,3 @@ def end_with_eos(
     # A template's own line break behind the EOS is no text that anyone would miss.
     rest = tokenizer.decode(ids[end:], skip_special_tokens=True).strip()
     return EncodedCompletion(ids[:end], rest)
-
-
-def encode_chats(
-    chats: list[list[dict[str, Any]]], tokenizer: PreTrainedTokenizerBase, where: list[str]
-) -> list[Encoded]:
-    """Return tokens and texts of prompts and completions, by the tokenizer's chat template.
-
-    The completion is the last message, the assistant's; the prompt is everything before it.
-
-    Raises:
-        ValueError: If the messages are not a chat that ends with the assistant, the tokenizer has no
-            template, or its template changes earlier messages when one is added, takes too long or
-            writes too much.
-    """
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use one that has, or prompt columns")
-    for chat, place in zip(chats, where, strict=True):
-        _check_messages(chat, place)
-    rendered = render_chats(chats, tokenizer, where)
-    texts = [_split(*both, place) for both, place in zip(rendered, where, strict=True)]
-    prompts = _bare([prompt for prompt, _ in texts], tokenizer)
-    completions = encode_completions([completion for _, completion in texts], tokenizer)
-    return [
-        Encoded(prompt, completion.ids, text, str(chat[-1]["content"]), completion.after_eos)
-        for prompt, completion, (text, _), chat in zip(
-            prompts, completions, texts, chats, strict=True
-        )
-    ]
-
-
-def _split(prompt: str, chat: str, where: str) -> tuple[str, str]:
-    """Return texts of prompt and completion, with the template's own marks."""
-    if not chat.startswith(prompt):
-        raise ValueError(
-            f"{where}: the chat template does not render the prompt as the beginning of the whole "
-            f"chat, so prompt and completion cannot be told apart: {prompt[-60:]!r}"
-        )
-    return prompt, chat[len(prompt) :]
-
-
-def _check_messages(messages: list[dict[str, Any]], where: str) -> None:
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-            raise ValueError(f"{where}: a message needs role and content, got {message!r:.80}")
-        if message.get("role") not in ROLES:
-            raise ValueError(
-                f"{where}: unknown role {message.get('role')!r}; choose one of {ROLES}"
-            )
-    if len(messages) < 2 or messages[-1]["role"] != "assistant":
-        raise ValueError(f"{where}: a chat needs a prompt and, at its end, the assistant's message")

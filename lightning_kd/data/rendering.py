@@ -6,13 +6,16 @@ import select
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.data.conversations import Chat
+from lightning_kd.data.turns import ChatTemplate, RenderedChat, TemplateMisfitError
 
 try:
     import resource
@@ -36,12 +39,12 @@ class RenderLimits:
 
 
 def render_chats(
-    chats: list[list[dict[str, Any]]],
+    chats: Sequence[Chat],
     tokenizer: PreTrainedTokenizerBase,
-    where: list[str],
+    arguments: Mapping[str, Any] | None = None,
     limits: RenderLimits | None = None,
-) -> list[tuple[str, str]]:
-    """Render each chat without its last message, as a prompt, and with it.
+) -> list[RenderedChat]:
+    """Render each conversation, with what is trained on of it.
 
     A template is a program: its loops can be endless for all practical purposes, a single
     expression of it can ask for any amount of memory, and neither can be stopped from within Python.
@@ -49,65 +52,62 @@ def render_chats(
     where this process is a worker or this thread not the main one.
 
     Args:
-        chats: The messages of each.
+        chats: The conversations.
         tokenizer: Has the template.
-        where: The place of each chat, for messages.
+        arguments: Further variables of the template.
         limits: Limits of a chat. Defaults to those of :class:`RenderLimits`.
 
-    Returns:
-        For each chat, the text of its prompt and of all of it.
-
     Raises:
-        ValueError: If the template refuses a chat, fails, or exceeds the limits.
+        ValueError: If the template refuses a chat, fails, or exceeds the limits, or turns of the
+            chat cannot be told apart in what it renders.
     """
     if resource is None or not hasattr(os, "fork"):
         raise ValueError(
             "chat templates are rendered in a child process with limits on time and memory, which "
             "this system does not have; render the chats elsewhere and give prompt columns"
         )
-    limits = limits or RenderLimits()
-    texts: list[tuple[str, str]] = []
-    with _child(lambda write: _render_all(chats, tokenizer, limits, write)) as answers:
+    limits, template = limits or RenderLimits(), ChatTemplate(tokenizer, arguments)
+    rendered: list[RenderedChat] = []
+    with _child(lambda write: _render_all(chats, template, limits, write)) as answers:
         for answer in answers(limits.seconds * 3):
             if "error" in answer:
-                raise ValueError(f"{where[len(texts)]}: the chat template {answer['error']}")
-            texts.append((answer["prompt"], answer["chat"]))
-    if len(texts) < len(chats):
+                raise ValueError(
+                    f"{chats[len(rendered)].where}: the chat template {answer['error']}"
+                )
+            spans = [(start, end) for start, end in answer["spans"]]
+            rendered.append(RenderedChat(**answer | {"spans": spans}))
+    if len(rendered) < len(chats):
         raise ValueError(
-            f"{where[len(texts)]}: the chat template takes more than {limits.seconds} seconds for "
-            f"this chat, or more than {limits.megabytes} MB; look for nested loops, repeated strings "
-            "and large powers in it"
+            f"{chats[len(rendered)].where}: the chat template takes more than {limits.seconds} "
+            f"seconds for this chat, or more than {limits.megabytes} MB; look for nested loops, "
+            "repeated strings and large powers in it"
         )
-    return texts
+    return rendered
 
 
-Write = Callable[[dict[str, str]], None]
+Write = Callable[[dict[str, Any]], None]
 
 
 def _render_all(
-    chats: list[list[dict[str, Any]]],
-    tokenizer: PreTrainedTokenizerBase,
-    limits: RenderLimits,
-    write: Write,
+    chats: Sequence[Chat], template: ChatTemplate, limits: RenderLimits, write: Write
 ) -> None:
     """Render in the child, and return each chat through a pipe until one fails."""
     _limit_memory(limits.megabytes)
-    for messages in chats:
+    for chat in chats:
         _limit_processor(limits.seconds)
         try:
-            prompt = tokenizer.apply_chat_template(
-                messages[:-1], tokenize=False, add_generation_prompt=True
-            )
-            chat = tokenizer.apply_chat_template(messages, tokenize=False)
+            rendered = template.rendered(chat)
+        except TemplateMisfitError as error:
+            return write({"error": str(error)})
         except TemplateError as error:
             return write({"error": f"refuses the messages: {error}"})
         except MemoryError:
             return write({"error": f"needs more than {limits.megabytes} MB for this chat"})
         except Exception as error:  # whatever it is, the parent raises it with its place
             return write({"error": f"fails: {type(error).__name__}: {error!s:.500}"})
-        if len(chat) > limits.characters or len(prompt) > limits.characters:
+        if len(rendered.text) > limits.characters:
             return write({"error": f"renders more than {limits.characters:,} characters"})
-        write({"prompt": prompt, "chat": chat})
+        write(asdict(rendered))
     return None
 
 
@@ -130,7 +130,7 @@ def _limit_processor(seconds: int) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
 
 
-Answers = Callable[[float], Iterator[dict[str, str]]]
+Answers = Callable[[float], Iterator[dict[str, Any]]]
 
 
 @contextmanager
@@ -163,7 +163,7 @@ def _run(task: Callable[[Write], None], writing: int) -> NoReturn:
             signal.signal(number, signal.SIG_DFL)
         with open(writing, "w", encoding="utf-8", errors="surrogatepass") as file:
 
-            def write(answer: dict[str, str]) -> None:
+            def write(answer: dict[str, Any]) -> None:
                 file.write(json.dumps(answer) + "\n")
                 file.flush()
 
@@ -173,7 +173,7 @@ def _run(task: Callable[[Write], None], writing: int) -> NoReturn:
         os._exit(code)
 
 
-def _answers(reading: int, seconds: float) -> Iterator[dict[str, str]]:
+def _answers(reading: int, seconds: float) -> Iterator[dict[str, Any]]:
     """Yield lines of a pipe, until it ends or a line takes too long."""
     buffer, deadline = bytearray(), time.monotonic() + seconds
     while select.select([reading], [], [], max(0.0, deadline - time.monotonic()))[0]:

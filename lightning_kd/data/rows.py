@@ -3,7 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import torch
@@ -22,6 +22,14 @@ Encode = Callable[[dict[str, list[Any]]], list[Encoded]]
 """Columns of some rows to the tokens and texts of their prompts and completions."""
 
 
+class RawRows(Protocol):
+    """Rows before they are tokenized, as a :class:`datasets.Dataset` is, some columns at a time."""
+
+    def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
+        """Yield columns of rows, with their places in :data:`~lightning_kd.data.sources.WHERE`."""
+        ...
+
+
 class EncodedRows:
     """Rows of prompt and completion, or documents, tokenized once, within a length limit.
 
@@ -37,17 +45,19 @@ class EncodedRows:
 
     def __init__(
         self,
-        raw: datasets.Dataset,
+        raw: RawRows,
         encode: Encode,
         limit: LengthLimit,
         extra: Sequence[str] = (),
     ) -> None:
         self._extra = extra
         columns: dict[str, list[Any]] = defaultdict(list)
+        remarks: list[tuple[str, str]] = []
         for rows in raw.iter(ROWS_AT_ONCE):
             for encoded, where in zip(encode(rows), rows[WHERE], strict=True):
                 for name, value in _limited(encoded, limit, where).items():
                     columns[name].append(value)
+                remarks += [(remark, where) for remark in encoded.remarks]
             for name in extra:
                 columns[f"extra:{name}"] += rows[name]
         self.max_lengths = (max(map(len, columns["input_ids"])), max(columns["prompt_length"]))
@@ -62,6 +72,11 @@ class EncodedRows:
         self._tokenized = tokenized if not self.dropped else tokenized.select(keep)
         self.cut = sum(self._tokenized["cut"])
         self.cut_at_eos = self._count_cut_at_eos()
+        for remark in dict.fromkeys(remark for remark, _ in remarks):
+            places = [where for said, where in remarks if said == remark]
+            log.warning(
+                "of %d rows, %d %s. The first is %s", len(tokenized), len(places), remark, places[0]
+            )
         if self.dropped or self.cut:
             log.warning(
                 "of %d rows, %d were dropped and %d cut (max_length=%d, truncation=%s)",
@@ -80,7 +95,8 @@ class EncodedRows:
             log.warning(
                 "of %d rows, %d have text behind an EOS inside their completion, and that text is "
                 "left out: generation would have stopped there. The first is %s, which goes on with "
-                "%r; names of special tokens in a text are read as those tokens",
+                "%r. Names of special tokens in a text are read as those tokens: take them out of the "
+                "text, or make a row of what stands before and one of what stands behind",
                 len(self._tokenized),
                 len(behind),
                 first["where"],
@@ -114,6 +130,7 @@ class EncodedRows:
             found["prompt"],
             found["completion"],
             {name: found[f"extra:{name}"] for name in self._extra},
+            found["trained"],
         )
 
 
@@ -129,10 +146,16 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
             f"{where}: the prompt has no tokens, so nothing predicts the first of the completion; "
             "leave the row out, or give a prompt_template with some text"
         )
-    kept = limit.apply(prompt, completion, where)
-    ids = [*kept[0], *kept[1]] if kept else []
+    # A token and whether it is trained on are cut together.
+    marks = encoded.trained or [False] * len(prompt) + [True] * len(completion)
+    tokens = list(zip([*prompt, *completion], marks, strict=True))
+    kept = limit.apply(tokens[: len(prompt)], tokens[len(prompt) :], where)
+    if kept is not None and encoded.trained and not any(mark for part in kept for _, mark in part):
+        kept = None  # nothing is left to learn
+    ids, trained = zip(*(kept[0] + kept[1]), strict=True) if kept else ((), ())
     return {
         "input_ids": ids,
+        "trained": trained if encoded.trained else (),
         "prompt_length": len(kept[0]) if kept else 0,
         "prompt": encoded.prompt_text,
         "completion": encoded.completion_text,

@@ -10,24 +10,12 @@ from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import (
     Example,
     LengthLimit,
-    encode_chats,
     encode_completions,
     encode_documents,
     encode_prompts,
 )
 
-TEMPLATE = (
-    "{% for m in messages %}{{ 'n' if m['role'] == 'user' else 'a' }}{{ m['content'] }}"
-    "{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}a{% endif %}"
-)
 EOS, PAD = 1, 0
-
-
-@pytest.fixture
-def chat(tokenizer):
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
 
 
 def ids(tokenizer, text):
@@ -55,48 +43,6 @@ def test_long_texts_are_tokenized_without_a_warning_that_they_reach_no_model(tok
         assert "longer than the specified maximum" in caplog.text
     finally:
         logger.removeHandler(caplog.handler)
-
-
-def test_a_chat_is_split_before_the_last_answer(chat):
-    messages = [
-        {"role": "user", "content": "bc"},
-        {"role": "assistant", "content": "d"},
-        {"role": "user", "content": "e"},
-        {"role": "assistant", "content": "fg"},
-    ]
-    (row,) = encode_chats([messages], chat, ["row"])
-    assert row.prompt_text == "nbc<eos>ad<eos>ne<eos>a"
-    assert row.completion == [*ids(chat, "fg"), EOS]
-    assert row.prompt[-1] == ids(chat, "a")[0]
-    assert row.completion_text == "fg"
-
-
-@pytest.mark.parametrize(
-    ("messages", "message"),
-    [
-        ([{"role": "user", "content": "a"}], "at its end, the assistant's message"),
-        ([{"role": "assistant", "content": "a"}], "needs a prompt"),
-        ([{"role": "robot", "content": "a"}], "unknown role 'robot'"),
-        ([{"role": "user"}], "needs role and content"),
-        (["hello"], "needs role and content"),
-    ],
-)
-def test_what_is_no_chat_is_refused_with_its_place(chat, messages, message):
-    with pytest.raises(ValueError, match=f"file:3: .*{message}"):
-        encode_chats([messages], chat, ["file:3"])
-
-
-def test_a_template_that_rewrites_the_past_is_refused(tokenizer):
-    tokenizer.chat_template = "{{ messages | length }}"
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    with pytest.raises(ValueError, match="cannot be told apart"):
-        encode_chats([messages], tokenizer, ["row"])
-    tokenizer.chat_template = "{{ raise_exception('users and assistants alternate') }}"
-    with pytest.raises(ValueError, match=r"file:3: the chat template refuses .* alternate"):
-        encode_chats([messages], tokenizer, ["file:3"])
-    tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="no chat template"):
-        encode_chats([messages], tokenizer, ["row"])
 
 
 PROMPT, COMPLETION = [2, 3, 4, 5], [6, 7, 1]

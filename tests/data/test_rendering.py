@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_kd.data import ChatData
+from lightning_kd.data.conversations import Chat
 from lightning_kd.data.rendering import RenderLimits, render_chats
 from tests.support.toys import letter_tokenizer
 
@@ -26,6 +27,10 @@ def with_template(template):
     return tokenizer
 
 
+def chat(messages, where):
+    return Chat(messages, where, (len(messages) - 1,))
+
+
 def test_it_renders_what_transformers_does():
     tokenizer = with_template(PLAIN)
     chats = [CHAT, [CHAT[0], CHAT[1], CHAT[0], CHAT[1]]]
@@ -36,7 +41,8 @@ def test_it_renders_what_transformers_does():
         )
         for chat in chats
     ]
-    assert render_chats(chats, tokenizer, ["a", "b"]) == expected
+    rendered = render_chats([chat(chats[0], "a"), chat(chats[1], "b")], tokenizer)
+    assert [(each.text[: each.prompt], each.text) for each in rendered] == expected
     assert expected[0][1] == "user: ab<eos>assistant: c\u20ac<eos>"
 
 
@@ -53,7 +59,7 @@ ATTACKS = {
         "needs more than 200 MB",
     ),
     "calls of itself": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    "long text": ("{{ 'a' * 100001 }}", "renders more than 100,000 characters"),
+    "long text": ("{{ 'a' * 100001 }}" + PLAIN, "renders more than 100,000 characters"),
     "an error": ("{{ 1 / 0 }}", "fails: ZeroDivisionError"),
 }
 
@@ -70,8 +76,9 @@ def test_it_ends_in_bounded_time_and_memory_and_names_the_row(attack):
     template, message = ATTACKS[attack]
     others = children()
     before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    chats = [chat(CHAT, "file:1"), chat(CHAT, "file:2")]
     with pytest.raises(ValueError, match=rf"file:1: the chat template .*{message}"):
-        render_chats([CHAT, CHAT], with_template(template), ["file:1", "file:2"], SMALL)
+        render_chats(chats, with_template(template), limits=SMALL)
     assert time.monotonic() - start < 30  # three times the limit, and a busy machine
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # in KB
     assert children() <= others
@@ -81,8 +88,9 @@ def test_it_ends_in_bounded_time_and_memory_and_names_the_row(attack):
 def test_the_chat_that_takes_too_long_is_named_not_the_first():
     template = f"{{% if messages[0]['content'] == 'b' %}}{ENDLESS}{{% endif %}}{PLAIN}"
     chats = [CHAT, [CHAT[0] | {"content": "b"}, CHAT[1]], CHAT]
+    chats = [chat(messages, f"file:{line}") for line, messages in enumerate(chats, 1)]
     with pytest.raises(ValueError, match="file:2: the chat template takes more than 1 seconds"):
-        render_chats(chats, with_template(template), ["file:1", "file:2", "file:3"], SMALL)
+        render_chats(chats, with_template(template), limits=SMALL)
 
 
 @pytest.mark.slow
@@ -91,7 +99,7 @@ def test_a_thread_that_is_not_the_main_one_is_no_way_around(monkeypatch):
 
     def render():
         try:
-            render_chats([CHAT], with_template(ENDLESS), ["file:1"], SMALL)
+            render_chats([chat(CHAT, "file:1")], with_template(ENDLESS), limits=SMALL)
         except ValueError as error:
             said.append(str(error))
 
