@@ -30,6 +30,8 @@ def as_text(arguments: list[str]) -> list[str]:
     Example:
         >>> [type(a).__name__ for a in as_text(["--data.prompt_template", "Q: {prompt}"])]
         ['str', 'Text']
+        >>> [type(a).__name__ for a in as_text(["--data.prompt_template", '["{a}: {b}", "{a}"]'])]
+        ['str', 'str']
         >>> [type(a).__name__ for a in as_text(["--model.student.config", "null"])]
         ['str', 'Text']
     """
@@ -44,6 +46,8 @@ def as_text(arguments: list[str]) -> list[str]:
 
 
 def _is_text(name: str, value: str) -> bool:
+    if value.startswith(('["', "['")):  # a list of templates
+        return False
     handed_on = value == "null" and re.fullmatch(_OPTION_OF_OPTION, name)
     return bool(handed_on or re.fullmatch(_TEMPLATE, name))
 

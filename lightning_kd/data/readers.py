@@ -1,8 +1,11 @@
 """Readers of files, row by row; errors name the place of the row."""
 
 import csv
+import gzip
 import json
+import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ def read_json(path: str) -> Iterator[Row]:
         ValueError: If a line is not JSON or holds no object.
     """
     first = next((line for _, line in _lines(path) if line.strip()), "")
-    if Path(path).suffix == ".json" and first.lstrip().startswith("["):
+    if ending(path) == ".json" and first.lstrip().startswith("["):
         text = "".join(line for _, line in _lines(path))
         for number, row in enumerate(_parsed(text, path, 1), 1):
             yield f"{path}: row {number}", _object(row, f"{path}: row {number}")
@@ -32,7 +35,7 @@ def read_json(path: str) -> Iterator[Row]:
             yield f"{path}:{number}", _object(_parsed(line, path, number), f"{path}:{number}")
 
 
-def read_csv(path: str) -> Iterator[Row]:
+def read_csv(path: str, delimiter: str = ",") -> Iterator[Row]:
     """A header, and one row for each record; every cell is text.
 
     Raises:
@@ -40,7 +43,8 @@ def read_csv(path: str) -> Iterator[Row]:
             not CSV.
     """
     csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    lines = (line for _, line in _lines(path))
+    reader = csv.reader(lines, delimiter=delimiter, strict=True)
     header: list[str] | None = None
     end = 0
     try:
@@ -88,25 +92,50 @@ def read_text(path: str) -> Iterator[Row]:
 
 READERS: dict[str, Callable[[str], Iterator[Row]]] = {
     ".jsonl": read_json,
+    ".ndjson": read_json,
     ".json": read_json,
     ".csv": read_csv,
+    ".tsv": partial(read_csv, delimiter="\t"),
     ".parquet": read_parquet,
     ".txt": read_text,
 }
 """Reader of a file, by its ending."""
 
+_COMPRESSED = ".gz"
+
+KNOWN_ENDINGS = f"{', '.join(READERS)}; also with {_COMPRESSED} behind, but for .parquet"
+
+
+def ending(path: str) -> str:
+    """Return the ending of a file in :data:`READERS`, without that of its compression, or none.
+
+    Example:
+        >>> ending("train.jsonl.gz"), ending("train.parquet"), ending("train.xlsx")
+        ('.jsonl', '.parquet', '')
+    """
+    name = Path(path).name
+    bare = name.removesuffix(_COMPRESSED)
+    found = Path(bare).suffix
+    compressed_inside = found == ".parquet" and bare != name
+    return found if found in READERS and not compressed_inside else ""
+
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    with Path(path).open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
+    number = 0
+    try:
+        with gzip.open(path) if path.endswith(_COMPRESSED) else Path(path).open("rb") as file:
+            for number, line in enumerate(file, 1):
                 # Spreadsheets write a byte order mark, which belongs to no column.
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1} "
-                    "of the line; convert the file to UTF-8"
-                ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1} "
+            "of the line; convert the file to UTF-8"
+        ) from error
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(
+            f"{path}:{number + 1}: not a whole gzip file: {error}; compress it again, or copy it again"
+        ) from error
 
 
 def _parsed(text: str, path: str, first_line: int) -> Any:

@@ -11,7 +11,7 @@ import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from lightning_kd.data.objects import RowsLike, content_digest, of_list
-from lightning_kd.data.readers import READERS, Row
+from lightning_kd.data.readers import KNOWN_ENDINGS, READERS, Row, ending
 
 WHERE = "__where__"
 """Column with the place of each row: ``train.jsonl:17``."""
@@ -58,7 +58,7 @@ def load_rows(
         rows = _of_columns(path.with_format(None), split, required, optional)
     elif not isinstance(path, str):
         rows = _table(of_list, required, optional, rows=path, name=split)
-    elif has_magic(path) or Path(path).suffix in READERS:
+    elif has_magic(path) or ending(path) or Path(path).is_file():
         rows = datasets.concatenate_datasets(
             [_from_file(name, required, optional) for name in _files(path)]
         )
@@ -81,7 +81,7 @@ def digests(path: RowsLike, split: str) -> dict[str, str]:
     path = str(Path(path).expanduser())
     if Path(path).is_dir():
         files = sorted(str(file) for file in Path(path).rglob("*") if file.is_file())
-    elif has_magic(path) or Path(path).suffix in READERS:
+    elif has_magic(path) or ending(path):
         files = _files(path)
     else:
         files = []
@@ -98,9 +98,9 @@ def _files(path: str) -> list[str]:
     missing = [name for name in found if not Path(name).is_file()]
     if missing or not found:
         raise ValueError(f"the data file {path!r} does not exist (working directory: {Path.cwd()})")
-    unknown = [name for name in found if Path(name).suffix not in READERS]
+    unknown = [name for name in found if not ending(name)]
     if unknown:
-        raise ValueError(f"cannot read {unknown[0]!r}; known endings: {', '.join(READERS)}")
+        raise ValueError(f"cannot read {unknown[0]!r}; known endings: {KNOWN_ENDINGS}")
     return found
 
 
@@ -122,7 +122,7 @@ def _from_file(
 
 def _of_file(path: str, stamp: tuple[int | str, ...]) -> Iterator[Row]:
     empty = True
-    for row in READERS[Path(path).suffix](path):
+    for row in READERS[ending(path)](path):
         empty = False
         yield row
     if empty:
@@ -140,11 +140,13 @@ def _from_datasets(
     looks_local = not path or path.startswith((".", "/")) or path.count("/") > 1
     if looks_local and not here:
         raise ValueError(
-            f"the data {path!r} does not exist; give a file ({', '.join(READERS)}), a directory, "
+            f"the data {path!r} does not exist; give a file ({KNOWN_ENDINGS}), a directory, "
             "or a hub name such as 'openai/gsm8k'"
         )
     try:
-        if (Path(path) / "state.json").exists():
+        if (Path(path) / "dataset_dict.json").exists():
+            rows = _split_of(datasets.load_from_disk(path), split, path)
+        elif (Path(path) / "state.json").exists():
             rows = datasets.load_from_disk(path)
         else:
             rows = datasets.load_dataset(path, subset, split=split)
@@ -165,7 +167,21 @@ def _of_columns(
         raise ValueError(
             f"{name}: column {missing[0]!r} is missing; there are {sorted(rows.column_names)}"
         )
+    if not wanted:
+        raise ValueError(
+            f"{name} has none of the columns {', '.join(optional)}; there are "
+            f"{sorted(rows.column_names)}"
+        )
     return _table(_of_rows, required, optional, rows=rows.select_columns(wanted), name=name)
+
+
+def _split_of(splits: datasets.DatasetDict, split: str, path: str) -> datasets.Dataset:
+    if split not in splits:
+        raise ValueError(
+            f"the directory has no split {split!r}, only {sorted(splits)}; to use one of them, give "
+            f"its own directory, as {path}/{min(splits)}"
+        )
+    return splits[split]
 
 
 def _of_rows(rows: datasets.Dataset, name: str) -> Iterator[Row]:

@@ -20,6 +20,7 @@ from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROM
 from lightning_kd.data.objects import RowsLike, check_source
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, digests, load_rows
+from lightning_kd.data.templates import PromptTemplate
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 
 
@@ -119,7 +120,9 @@ class PromptCompletionData(TextData):
         use_token_ids: Whether rows with the columns ``prompt_ids`` and ``completion_ids`` are
             trained on these. They must be of the same tokenizer, by ``tokenizer_fingerprint``; with
             another one, false tokenizes the texts.
-        prompt_template: Text around the prompt, which takes the place of ``{prompt}``.
+        prompt_template: Text around the prompt, which takes the place of ``{prompt}``; ``{name}``
+            is the column of that name. Of a list, the first whose columns all have text in the row,
+            as ``["{instruction}: {input}", "{instruction}"]``. Other braces stand for themselves.
         max_length: Longest prompt and completion together, in tokens.
         max_prompt_length: Longest prompt, in tokens.
         truncation: What happens to longer rows: ``error``, ``drop`` (the row), ``left`` (cut the
@@ -136,7 +139,7 @@ class PromptCompletionData(TextData):
         completion_column: str | None = "completion",
         ended_column: str | None = ENDED,
         use_token_ids: bool = True,
-        prompt_template: str = "{prompt}",
+        prompt_template: str | list[str] = "{prompt}",
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
@@ -165,11 +168,10 @@ class PromptCompletionData(TextData):
             num_workers=num_workers,
             worker_timeout=worker_timeout,
         )
-        if "{prompt}" not in prompt_template:
-            raise ValueError(f"prompt_template {prompt_template!r} lacks the place of {{prompt}}")
         self.prompt_column, self.completion_column = prompt_column, completion_column
         self.ended_column, self.use_token_ids = ended_column, use_token_ids
-        self.prompt_template = prompt_template
+        templates = [prompt_template] if isinstance(prompt_template, str) else prompt_template
+        self.template = PromptTemplate(tuple(templates), prompt_column)
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
 
     def rows(self, split: Split) -> Rows | None:
@@ -178,8 +180,9 @@ class PromptCompletionData(TextData):
         if path is None:
             return None
         completed = self.completion_column is not None and split != "predict"
-        required = [self.prompt_column, *self.extra_columns]
+        required = [*self.template.required, *self.extra_columns]
         optional: dict[str, type] = {FINGERPRINT: str}
+        optional |= dict.fromkeys([self.prompt_column, *self.template.columns], str)
         if self.use_token_ids:
             optional[PROMPT_IDS] = list
         if self.completion_column is not None and completed:
@@ -195,6 +198,13 @@ class PromptCompletionData(TextData):
             split=split,
             subset=self.subset,
         )
+        maybe = set(self.template.columns) - set(required)
+        unknown = [name for name in sorted(maybe) if not any(raw[name])]
+        if unknown:
+            raise ValueError(
+                f"no row of data.{split} has text in the column {unknown[0]!r}, which data.prompt_template "
+                "names; correct it, or leave that template out"
+            )
         encode = self._encode if completed else self._encode_prompts
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
 
@@ -222,13 +232,12 @@ class PromptCompletionData(TextData):
         return rows
 
     def _encode_prompts(self, columns: dict[str, list[Any]]) -> list[Encoded]:
-        # replace, not format: the text of a row is never a format string. What predict wrote has
-        # the template in it already.
+        # What predict wrote has the template in it already.
         texts = [
-            text if fingerprint else self.prompt_template.replace("{prompt}", text)
-            for text, fingerprint in zip(
-                columns[self.prompt_column], columns[FINGERPRINT], strict=True
-            )
+            columns[self.prompt_column][row] or ""
+            if fingerprint
+            else self.template.fill({name: columns[name][row] for name in self.template.columns})
+            for row, fingerprint in enumerate(columns[FINGERPRINT])
         ]
         references = columns.get(self.completion_column or "") or [""] * len(texts)
         given = given_ids(columns, PROMPT_IDS, self.tokenizer)

@@ -1,9 +1,10 @@
+import gzip
 import json
 from pathlib import Path
 
 import pytest
 
-from lightning_kd.data.readers import READERS, read_csv, read_json, read_parquet, read_text
+from lightning_kd.data.readers import READERS, ending, read_csv, read_json, read_parquet, read_text
 
 ROW = '{"prompt": "a"}\n'
 
@@ -14,7 +15,7 @@ def write(name, content):
 
 
 def read(name):
-    return list(READERS[Path(name).suffix](name))
+    return list(READERS[ending(name)](name))
 
 
 def test_a_json_file_is_a_list_or_lines():
@@ -64,8 +65,35 @@ def test_text_is_one_document_with_plain_line_ends():
 
 
 @pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", ROW * 2),
+        ("a.ndjson", ROW * 2),
+        ("a.json", f"[{ROW}, {ROW}]"),
+        ("a.csv", "prompt\na\na\n"),
+        ("a.tsv", "prompt\tb, c\na\t\na\t\n"),
+    ],
+)
+def test_a_compressed_file_has_the_rows_and_lines_of_the_plain_one(name, content):
+    write(name, content)
+    write(f"{name}.gz", gzip.compress(content.encode()))
+    plain = read(name)
+    assert [row["prompt"] for _, row in plain] == ["a", "a"]
+    assert read(f"{name}.gz") == [(w.replace(name, f"{name}.gz"), row) for w, row in plain]
+
+
+def test_compressed_text_is_one_document_and_a_table_of_tabs_keeps_its_commas():
+    write("a.txt.gz", gzip.compress(b"one\ntwo\n"))
+    assert read("a.txt.gz") == [("a.txt.gz", {"text": "one\ntwo\n"})]
+    assert read(write("a.tsv", "x\ty\n1,2\t3\n")) == [("a.tsv:2", {"x": "1,2", "y": "3"})]
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("a.jsonl.gz", ROW.encode(), r"a\.jsonl\.gz:1: not a whole gzip file: Not a gzipped file"),
+        ("b.jsonl.gz", gzip.compress(ROW.encode() * 9)[:-12], r"not a whole gzip file: .*end"),
+        ("c.jsonl.gz", gzip.compress(ROW.encode() + b"no"), r"c\.jsonl\.gz:2: not valid JSON"),
         ("a.jsonl", ROW.encode() + b'{"prompt": "\xff"}', r"a\.jsonl:2: not UTF-8 .* byte 13 of"),
         ("a.csv", b"prompt\na\n\xff\n", r"a\.csv:3: not UTF-8"),
         ("a.txt", b"one\n\xff", r"a\.txt:2: not UTF-8"),

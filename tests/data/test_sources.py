@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from pathlib import Path
@@ -6,7 +7,7 @@ import datasets
 import pytest
 
 from lightning_kd.data.readers import READERS
-from lightning_kd.data.sources import WHERE, load_rows
+from lightning_kd.data.sources import WHERE, digests, load_rows
 
 BOTH = {"prompt": str, "completion": str}
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
@@ -25,7 +26,9 @@ def plain(rows):
     return [{k: row[k] for k in ("prompt", "completion")} for row in rows]
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "directory", "saved"])
+@pytest.mark.parametrize(
+    "kind", ["jsonl", "json", "csv", "parquet", "directory", "saved", "splits"]
+)
 def test_every_kind_of_file_gives_the_same_rows(kind):
     if kind == "jsonl":
         path = jsonl("rows.jsonl", ROWS[0], "", ROWS[1])
@@ -40,9 +43,14 @@ def test_every_kind_of_file_gives_the_same_rows(kind):
         Path("folder").mkdir()
         jsonl("folder/train.jsonl", *ROWS)
         path = "./folder"
-    else:
+    elif kind == "saved":
         path = "./rows"
         datasets.Dataset.from_list(ROWS).save_to_disk(path)
+    else:
+        path = "./splits"
+        datasets.DatasetDict(train=datasets.Dataset.from_list(ROWS)).save_to_disk(path)
+        with pytest.raises(ValueError, match=r"no split 'test', only \['train'\]; .*splits/train"):
+            load_rows(path, BOTH, split="test")
     assert plain(load_rows(path, BOTH)) == ROWS
 
 
@@ -52,6 +60,24 @@ def test_a_glob_joins_files_and_each_row_knows_its_line():
     rows = load_rows("[ab].jsonl", BOTH)
     assert plain(rows) == ROWS
     assert list(rows[WHERE]) == ["a.jsonl:1", "b.jsonl:2"]
+
+
+@pytest.mark.parametrize("name", ["rows.xlsx", "rows.parquet.gz", "rows"])
+def test_a_file_of_an_unknown_ending_is_refused_with_the_known_ones(name):
+    write(name, "x")
+    with pytest.raises(
+        ValueError, match=rf"cannot read '{name}'; known endings: \.jsonl, \.ndjson"
+    ):
+        load_rows(name, BOTH)
+
+
+def test_a_compressed_file_is_found_by_name_and_by_glob():
+    with gzip.open("rows.jsonl.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, ROWS)))
+    assert plain(load_rows("rows.jsonl.gz", BOTH)) == ROWS
+    rows = load_rows("*.jsonl.gz", BOTH)
+    assert list(rows[WHERE]) == ["rows.jsonl.gz:1", "rows.jsonl.gz:2"]
+    assert list(digests("rows.jsonl.gz")) == ["rows.jsonl.gz"]
 
 
 def test_a_text_file_is_one_document():
@@ -152,7 +178,7 @@ def test_numbers_in_a_csv_stay_text():
         ),
         ("a.jsonl", "", r"a\.jsonl has no rows"),
         ("a.csv", "prompt,completion\n", r"a\.csv has no rows"),
-        ("a.xml", "<a/>", "cannot load the data set 'a.xml'"),
+        ("a.xml", "<a/>", "cannot read 'a.xml'; known endings"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_place(name, text, message):
