@@ -1,5 +1,6 @@
 """Which of Lightning's options go together with epochs that end with a step."""
 
+import logging
 import math
 
 import lightning as L
@@ -22,6 +23,8 @@ from lightning_kd.loops.fit import (
     limited,
     validation_interval,
 )
+
+log = logging.getLogger(__name__)
 
 _EPOCHS_LOOKED_AT = 1000
 """Epochs have two lengths; more than this many are not looked through for the second."""
@@ -215,10 +218,10 @@ def _check_lengths(trainer: L.Trainer, loader: EpochLoader) -> None:
             "trainer.check_val_every_n_epoch: null"
         )
     run = _micro_batches(trainer, loader)
-    if not by_epoch and interval > run > 0:
-        raise ValueError(
-            f"trainer.val_check_interval is {interval} micro-batches, and the run has {run}: there "
-            f"would be no validation. Use {run} or less, or trainer.limit_val_batches: 0"
+    if not by_epoch and interval > run > 0 and trainer.is_global_zero:
+        log.warning(
+            f"trainer.val_check_interval is {interval} micro-batches, and the run has {run}: nothing "
+            f"is validated. For a validation at its end set trainer.val_check_interval: {run}"
         )
 
 

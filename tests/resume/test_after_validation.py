@@ -191,12 +191,12 @@ def test_early_stopping_where_validation_goes_by_time_also_on_a_resume(tmp_path,
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"max_epochs": 1}, "val_check_interval is 1000 micro-batches, and the run has 5:"),
+        ({"max_epochs": 1}, r"ends, by trainer\.max_epochs 1, before its first validation"),
         (
             {"max_epochs": 2, "limit_train_batches": 3},
-            "val_check_interval is 1000 micro-batches, and the run has 6:",
+            r"ends, by trainer\.max_epochs 2, before its first validation, after 1000",
         ),
-        ({"max_epochs": 2, "max_steps": 7}, "and the run has 7:"),
+        ({"max_epochs": 2, "max_steps": 7}, r"ends, by trainer\.max_steps 7, before its first"),
     ],
 )
 @pytest.mark.parametrize("callback", [EarlyStopping, ModelCheckpoint])

@@ -5,6 +5,7 @@ that is not killed covers a kill anywhere.
 """
 
 import csv
+import logging
 import math
 import shutil
 from datetime import timedelta
@@ -437,19 +438,22 @@ def refused(match, module=plain, **settings):
             {"val_check_interval": 6},
             "val_check_interval is 6 .* epochs have 5.*every_n_epoch: null",
         ),
-        (
-            {"val_check_interval": 9, "check_val_every_n_epoch": None, "max_steps": 4},
-            "val_check_interval is 9 micro-batches, and the run has 4.*limit_val_batches",
-        ),
-        (
-            {"val_check_interval": 2, "check_val_every_n_epoch": None, "max_steps": 1},
-            "val_check_interval is 2 micro-batches, and the run has 1: .*limit_val_batches",
-        ),
         ({"max_epochs": -1}, "the run has no end.*one pass is 5 optimizer steps.*EarlyStopping"),
     ],
 )
 def test_what_cannot_be_kept_is_refused_before_the_first_step(settings, match):
     refused(match, **settings)
+
+
+@pytest.mark.parametrize(("interval", "steps"), [(9, 4), (2, 1)])
+def test_a_run_that_ends_before_its_first_validation_says_so(caplog, interval, steps):
+    with caplog.at_level(logging.WARNING):
+        _, seen, *_ = run(
+            plain(), val_check_interval=interval, check_val_every_n_epoch=None, max_steps=steps
+        )
+    assert not any(event[0] == "validation" for event in seen)
+    assert f"{interval} micro-batches, and the run has {steps}: nothing is validated" in caplog.text
+    assert f"set trainer.val_check_interval: {steps}" in caplog.text
 
 
 def test_limits_that_say_none_are_allowed():
