@@ -33,6 +33,7 @@ from lightning_kd.cli_cache import CachingTrainer
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
+from lightning_kd.imports import OwnModules
 from lightning_kd.modules import MiniLLMObjective
 from lightning_kd.named_checkpoints import find_checkpoint
 from lightning_kd.processes import end_together, wait_for
@@ -219,6 +220,8 @@ class DistillationCLI(LightningCLI):
 def main() -> None:
     """Entry point of ``lightning-kd`` and ``python -m lightning_kd``."""
     end_together()
+    for hidden in filter(None, OwnModules.of_arguments(sys.argv[1:]).install()):
+        sys.stderr.write(f"lightning-kd: {hidden}\n")
     # A data class is otherwise only taken for itself, never for a preset that derives from it.
     set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:

@@ -1,13 +1,74 @@
-"""Import paths of classes that a user wrote, and why one of them gives no class."""
+"""Import paths of classes that a user wrote: where they are found, and why one gives no class."""
 
 import inspect
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
 
 FOUND_WHERE = (
-    "a package of your own is found where it is installed (pip install -e .) or where PYTHONPATH has "
-    "its directory (PYTHONPATH=. lightning-kd ...)"
+    "a package of your own is found beside a file of --config, in the working directory, where it is "
+    "installed (pip install -e .) or where PYTHONPATH has its directory (PYTHONPATH=. lightning-kd ...)"
 )
+
+_DOTTED = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)(?:\.\w+)+")
+
+
+class OwnModules(MetaPathFinder):
+    """Finder of modules that a command line names, in some directories, behind all other finders.
+
+    It finds nothing else there: a directory ``wandb`` in the working directory is no package.
+
+    Args:
+        directories: The first that has a module gives it.
+        names: Modules and packages, without what is in them.
+    """
+
+    def __init__(self, directories: Sequence[str], names: frozenset[str]) -> None:
+        self.directories, self.names = directories, names
+
+    @classmethod
+    def of_arguments(cls, arguments: Sequence[str]) -> "OwnModules":
+        """Look beside the configs of a command line, the last first, and in the working directory."""
+        words = [word for a in arguments for word in (a, a.partition("=")[2])]
+        files = [Path(word) for word in words if word.endswith((".yaml", ".yml"))]
+        files = [file for file in files if file.is_file()]
+        beside = [str(file.resolve().parent) for file in reversed(files)]
+        texts = [*words, *(file.read_text(errors="replace") for file in files)]
+        names = {name for text in texts for name in _DOTTED.findall(text)}
+        return cls(list(dict.fromkeys([*beside, str(Path.cwd())])), frozenset(names))
+
+    def install(self) -> Iterator[str]:
+        """Begin to find modules; yield what to say of those that are hidden by installed ones."""
+        sys.meta_path[:] = [f for f in sys.meta_path if not isinstance(f, OwnModules)]
+        yield from map(self._hidden, sorted(self.names))
+        sys.meta_path.append(self)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Find a module by its name."""
+        if path is not None or fullname not in self.names:
+            return None
+        return PathFinder.find_spec(fullname, self.directories)
+
+    def _hidden(self, name: str) -> str:
+        own, installed = PathFinder.find_spec(name, self.directories), None
+        with suppress(ImportError, ValueError):
+            installed = find_spec(name)
+        if own is None or own.origin is None or installed is None or installed.origin == own.origin:
+            return ""
+        return (
+            f"{name} is the installed module {installed.origin}, and {own.origin} is not read; rename "
+            "yours to have it read"
+        )
 
 
 def why_no_class(path: str, base: str) -> str:
