@@ -63,9 +63,6 @@ def shrink(command):
         small += ["--trainer.callbacks", json.dumps([SAVE])]
         small += [] if "--trainer.devices" in text else ["--trainer.devices", "1"]
         small += ["--trainer.enable_checkpointing", "true"]
-    if "gsm8k" in text:
-        small += ["--data.tokenizer", "runs/teacher", "--data.max_length", "4096"]
-        small += ["--data.prompt_template", "{prompt}"]
     return [*command, *small]
 
 
@@ -78,7 +75,7 @@ def workplace(tmp_path, monkeypatch):
         (tmp_path / name).write_text(text)
     (tmp_path / "gsm8k").mkdir()
     for name in ("train", "test"):
-        row = json.dumps({"question": "1+1=", "answer": "2"})
+        row = json.dumps({"question": "What is 1+1?", "answer": "It is 2.\n#### 2"})
         (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join([row] * 4))
     for seed, name in enumerate(("teacher_llama", "teacher_gpt2")):
         sizes = {"vocab_size": 280, "max_position_embeddings": 128}

@@ -47,15 +47,18 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def write_tokenizer(
-    files: list[str], output: str, vocab_size: int = 16_000, columns: list[str] | None = None
+    files: list[str] | str,
+    output: str,
+    vocab_size: int = 16_000,
+    columns: list[str] | str | None = None,
 ) -> None:
     """Train a byte-level BPE tokenizer on your text and save it as a Hugging Face directory.
 
     Args:
-        files: Text files, or tables (.jsonl, .csv, .parquet).
+        files: Text files, or tables (.jsonl, .csv, .parquet): one, a glob, or a list.
         output: The directory.
         vocab_size: Tokens in all, 258 or more.
-        columns: Columns of a table. Defaults to ``text``.
+        columns: Column of a table, or a list of them. Defaults to ``text``.
 
     Raises:
         ValueError: If there is a model in the directory, whose tokenizer would be another one then.
@@ -65,10 +68,10 @@ def write_tokenizer(
             f"there is a model in {output!r}, whose tokens would mean something else; choose another "
             "directory"
         )
-    wanted = columns or ["text"]
+    wanted = [columns] if isinstance(columns, str) else columns or ["text"]
     texts = [
         row[column]
-        for path in files
+        for path in ([files] if isinstance(files, str) else files)
         for row in load_rows(path, dict.fromkeys(wanted, str))
         for column in wanted
     ]
