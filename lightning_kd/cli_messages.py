@@ -30,6 +30,9 @@ _ELSEWHERE = {
 """Where options are that other libraries have among those of the method."""
 
 
+_NEEDS_QUOTES = 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"'
+
+
 class HelpFormatter(RawDescriptionHelpFormatter, DefaultHelpFormatter):
     """jsonargparse's help, with the lines of the description as they stand."""
 
@@ -190,6 +193,8 @@ def forms(message: str) -> list[str]:
             "members: [{name_or_path: runs/a}, {name_or_path: runs/b}] for a TeacherEnsemble, and for "
             "a RoutedTeacher, by values of its column, {math: {name_or_path: runs/a}, ...}"
         ]
+    if 'Parser key "prompt_template"' in message:
+        return [_NEEDS_QUOTES]
     found = re.search(r"Expected a <class 'list'>\. Got value: ([\w./-]+)$", message, re.M)
     return [f"a list is written in brackets: '[\"{found[1]}\"]'"] if found else []
 
@@ -250,7 +255,7 @@ def shorten(message: str) -> str:
     lines = [line for line in message.splitlines() if line.strip() and not noise.match(line)]
     others = [line for line in lines if "Expected a <class 'str'>" not in line]
     if others != lines and all(line.startswith(place[:2]) for line in others):
-        others = [*lines, 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"']
+        others = [*lines, _NEEDS_QUOTES]
     telling = [line for line in others if not aside.search(line)]
     if not all(line.strip().removeprefix("- ").startswith(place) for line in telling):
         others = telling

@@ -337,8 +337,8 @@ def test_gsm8k_end_to_end(cli, shared_data):
     Path("gsm8k/train.jsonl").write_text("\n".join(lines[:400]))
     Path("gsm8k/test.jsonl").write_text("\n".join(lines[400:420]))
     cli(
-        *("tokenizer", "--files", '["gsm8k/train.jsonl"]', "--columns", '["question","answer"]'),
-        *("--vocab_size", 400, "--output", "runs/tokenizer"),
+        *("tokenizer", "--files", "gsm8k/train.jsonl", "--columns", '["question","answer"]'),
+        *("--vocab_size", 400, "--output", "runs/gsm8k_tokenizer"),
     )
     config = ["--config", CONFIGS / "supervised_kd.yaml", "--config"]
     config += [CONFIGS / "overlays" / "gsm8k.yaml", *QUIET, "--model.student.config", SMALL]
@@ -392,13 +392,13 @@ def test_gsm8k_on_policy(cli, shared_data, config, more):
     Path("gsm8k/train.jsonl").write_text("\n".join(lines[:200]))
     Path("gsm8k/test.jsonl").write_text("\n".join(lines[200:204]))
     cli(
-        *("tokenizer", "--files", '["gsm8k/train.jsonl"]', "--columns", '["question","answer"]'),
-        *("--vocab_size", 400, "--output", "runs/tokenizer"),
+        *("tokenizer", "--files", "gsm8k/train.jsonl", "--columns", '["question","answer"]'),
+        *("--vocab_size", 400, "--output", "runs/gsm8k_tokenizer"),
     )
     for seed, name in enumerate(("student", "teacher")):
         long = {"vocab_size": 400, "max_position_embeddings": 1024, "pad_token_id": None}
         tiny_llama(seed, **long).save_pretrained(f"runs/{name}")
-        AutoTokenizer.from_pretrained("runs/tokenizer").save_pretrained(f"runs/{name}")
+        AutoTokenizer.from_pretrained("runs/gsm8k_tokenizer").save_pretrained(f"runs/{name}")
     own = ["--model.student.name_or_path", "runs/student"]
     if config == "gkd":
         own = ["--model.student.config", SMALL]

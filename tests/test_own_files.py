@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, QUIET, SMALL, fit, scalars
 from tests.support.templates import family_tokenizer
+from tests.support.toys import tiny_llama
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -135,19 +136,29 @@ def test_templates_of_the_command_line(cli, capsys, given, expected):
     ],
 )
 def test_chats_are_trained_on_and_answered(cli, train_on, options):
-    family_tokenizer("chatml").save_pretrained("tokenizer")
+    tokenizer = family_tokenizer("chatml")
+    tokenizer.save_pretrained("tokenizer")
     ask, tell = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     Path("chats.jsonl").write_text(json.dumps({"messages": [ask, tell, ask, tell]}))
     Path("prompts.jsonl").write_text(json.dumps({"prompt": [ask]}))
     train = "prompts.jsonl" if train_on == "none" else "chats.jsonl"
     model = ["--model", "SFT", "--model.student.config", SMALL]
     if train_on == "none":
-        cli(*fit("sft", *QUIET), *model[2:], *chat_data("chats.jsonl", "last"), *exported("start"))
-        model = ["--model", "GKD", "--model.student.name_or_path", "start"]
-        model += ["--model.teacher.name_or_path", "start"]
+        tiny_llama(1, vocab_size=len(tokenizer)).save_pretrained("teacher")
+        tokenizer.save_pretrained("teacher")
+        model[1:2] = ["GKD", "--model.teacher.name_or_path", "teacher"]
     cli(
-        *("fit", *QUIET, *model, *chat_data(train, train_on), *options),
-        *("--trainer.max_steps", 2, "--trainer.limit_val_batches", 0, *exported("student")),
+        *("fit", *QUIET, *model, "--trainer.max_steps", 2),
+        *("--data", "ChatData", "--data.tokenizer", "tokenizer", "--data.batch_size", 1),
+        *(
+            "--data.train",
+            train,
+            "--data.train_on",
+            train_on,
+            *options,
+            "--export.dirpath",
+            "student",
+        ),
     )
     cli(
         *("predict", *QUIET, "--model", "SFT", "--model.student.name_or_path", "student"),
@@ -157,12 +168,3 @@ def test_chats_are_trained_on_and_answered(cli, train_on, options):
     )
     (row,) = map(json.loads, Path("written.jsonl").read_text().splitlines())
     assert row["prompt"] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
-
-
-def chat_data(train, train_on):
-    given = ["--data", "ChatData", "--data.tokenizer", "tokenizer", "--data.batch_size", 1]
-    return [*given, "--data.train", train, "--data.train_on", train_on]
-
-
-def exported(directory):
-    return ["--export.dirpath", directory]

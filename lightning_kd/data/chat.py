@@ -122,6 +122,10 @@ class ChatData(TextData):
         path = self.paths[split]
         if path is None:
             return None
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template; use one that has, or prompt columns"
+            )
         # Any type: a column that stands beside the messages may hold something else, as an id.
         others = [TOOLS, *(COLUMNS if self.messages_column == MESSAGES else ())]
         optional: dict[str, type] = {self.messages_column: object, **dict.fromkeys(others, object)}

@@ -40,11 +40,9 @@ def encode_chats(
         arguments: Further variables of the template.
 
     Raises:
-        ValueError: If the tokenizer has no template, or its template refuses a conversation, renders
-            it so that its turns cannot be told apart, takes too long or writes too much.
+        ValueError: If the template refuses a conversation, renders it so that its turns cannot be told
+            apart, takes too long or writes too much.
     """
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use one that has, or prompt columns")
     rendered = render_chats(chats, tokenizer, arguments)
     whole = tokens_of([chat.text for chat in rendered], tokenizer)
     return [

@@ -85,12 +85,8 @@ class LengthLimit:
         if self.truncation == "left":
             room = min(longest_prompt, self.max_length - len(completion))
             return None if room < 1 else (prompt[-room:], completion)
-        kept = (
-            prompt[:longest_prompt],
-            completion[: max(0, self.max_length - len(prompt[:longest_prompt]))],
-        )
-        nothing_to_learn = completion and not kept[1]
-        return None if nothing_to_learn else kept
+        kept_prompt = prompt[:longest_prompt]
+        return kept_prompt, completion[: max(0, self.max_length - len(kept_prompt))]
 
     def _too_long(self, prompt: int, completion: int, longest_prompt: int) -> str:
         if not prompt:

@@ -150,7 +150,7 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
     marks = encoded.trained or [False] * len(prompt) + [True] * len(completion)
     tokens = list(zip([*prompt, *completion], marks, strict=True))
     kept = limit.apply(tokens[: len(prompt)], tokens[len(prompt) :], where)
-    if kept is not None and encoded.trained and not any(mark for part in kept for _, mark in part):
+    if kept is not None and any(marks) and not any(mark for part in kept for _, mark in part):
         kept = None  # nothing is left to learn
     ids, trained = zip(*(kept[0] + kept[1]), strict=True) if kept else ((), ())
     return {

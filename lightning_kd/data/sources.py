@@ -239,6 +239,8 @@ _KINDS = {str: "text", list: "a list", bool: "true or false"}
 def _as_text(value: Any, expected: type, place: str) -> str:
     if not isinstance(value, expected):
         got = "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
+        if expected is str and isinstance(value, list) and value and isinstance(value[0], dict):
+            got += "; lists of messages are read by ChatData"
         raise ValueError(f"{place} must be {_KINDS[expected]}, got {got}")
     try:
         text = str(value) if expected is str else json.dumps(value, ensure_ascii=False)

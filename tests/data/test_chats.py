@@ -335,6 +335,11 @@ def test_what_is_cut_keeps_its_labels(caplog):
     assert list(left.example(0, 0).trained) == list(whole.trained[20:])
     right, _ = rows("llama3", row, train_on="all", max_length=length - 1, truncation="right")
     assert list(right.example(0, 0).trained) == list(whole.trained[:-1])
+    # The last answer is gone, the first is still there; trained on alone, it leaves nothing.
+    short = {"max_length": whole.prompt_length, "truncation": "right"}
+    assert any(rows("llama3", row, train_on="all", **short)[0].example(0, 0).trained)
+    with pytest.raises(ValueError, match="all 1 rows are longer"):
+        rows("llama3", row, **short)
 
 
 def test_a_template_that_rewrites_the_past_is_refused():

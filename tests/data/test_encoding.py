@@ -59,7 +59,7 @@ PROMPT, COMPLETION = [2, 3, 4, 5], [6, 7, 1]
         (LengthLimit(3, truncation="left"), None),
         (LengthLimit(6, truncation="right"), (PROMPT, [6, 7])),
         (LengthLimit(9, 2, truncation="right"), ([2, 3], COMPLETION)),
-        (LengthLimit(4, truncation="right"), None),
+        (LengthLimit(4, truncation="right"), (PROMPT, [])),
     ],
 )
 def test_truncation(limit, expected):

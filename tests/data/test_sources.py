@@ -71,6 +71,14 @@ def test_a_file_of_an_unknown_ending_is_refused_with_the_known_ones(name):
         load_rows(name, BOTH)
 
 
+def test_a_list_of_messages_is_sent_to_the_chats():
+    path = jsonl("a.jsonl", {"prompt": [{"role": "user", "content": "a"}], "completion": "b"})
+    with pytest.raises(
+        ValueError, match=r"must be text, got list .*; lists of messages are read by"
+    ):
+        load_rows(path, BOTH)
+
+
 def test_a_compressed_file_is_found_by_name_and_by_glob():
     with gzip.open("rows.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, ROWS)))
