@@ -128,6 +128,15 @@ def test_templates_of_the_command_line(cli, capsys, given, expected):
     assert printed["data"]["init_args"]["prompt_template"] == expected
 
 
+def test_prompts_alone_need_somebody_to_complete_them(fails):
+    family_tokenizer("chatml").save_pretrained("tokenizer")
+    Path("prompts.jsonl").write_text(json.dumps({"prompt": [{"role": "user", "content": "a"}]}))
+    data = ["--data", "ChatData", "--data.tokenizer", "tokenizer", "--data.train", "prompts.jsonl"]
+    assert "set data.train_on: none" in fails(*fit("sft", *data))
+    said = fails(*fit("sft", *data, "--data.train_on", "none"))
+    assert "the training rows are prompts alone: give on_policy" in said
+
+
 @pytest.mark.parametrize(
     ("train_on", "options"),
     [

@@ -202,8 +202,8 @@ class PromptCompletionData(TextData):
         unknown = [name for name in sorted(maybe) if not any(raw[name])]
         if unknown:
             raise ValueError(
-                f"no row of data.{split} has text in the column {unknown[0]!r}, which data.prompt_template "
-                "names; correct it, or leave that template out"
+                f"no row of data.{split} has text in the column {unknown[0]!r}, which "
+                "data.prompt_template names; correct it, or leave that template out"
             )
         encode = self._encode if completed else self._encode_prompts
         return EncodedRows(raw, encode, self.limit, self.extra_columns)

@@ -128,10 +128,11 @@ class StudentModule(RestorableModule):
         return {"student": self.student}
 
     def check_lengths(self) -> None:
-        """Validate that rows are not longer than the positions of the models that read them.
+        """Validate that rows fit the positions of the models, and are more than prompts to train on.
 
         Raises:
-            ValueError: If rows, or prompts with their completions, are longer.
+            ValueError: If rows, or prompts with their completions, are longer, or nothing completes
+                the prompts.
         """
         rewritten = generates_completions(self.trainer)
         for split, (row, prompt) in longest_rows(self.trainer).items():
@@ -141,6 +142,10 @@ class StudentModule(RestorableModule):
                 check_length(self.generating_models, length, what)
             elif split != "train" or not rewritten:
                 check_length(self.models, row, f"{split} rows")
+                if split == "train" and row == prompt:
+                    raise ValueError(
+                        "the training rows are prompts alone: give on_policy, or data with completions"
+                    )
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
