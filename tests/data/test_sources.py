@@ -85,7 +85,7 @@ def test_a_compressed_file_is_found_by_name_and_by_glob():
     assert plain(load_rows("rows.jsonl.gz", BOTH)) == ROWS
     rows = load_rows("*.jsonl.gz", BOTH)
     assert list(rows[WHERE]) == ["rows.jsonl.gz:1", "rows.jsonl.gz:2"]
-    assert list(digests("rows.jsonl.gz")) == ["rows.jsonl.gz"]
+    assert list(digests("rows.jsonl.gz", "train")) == ["rows.jsonl.gz"]
 
 
 def test_a_text_file_is_one_document():
