@@ -20,7 +20,7 @@ from lightning_kd.fused.lazy_logits import (
 )
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
-from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
+from lightning_kd.fused.sparse_rows import SampledRows, TopKRows, check_estimable
 from lightning_kd.fused.student_rows import StudentRows
 from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.fused.tail_terms import SquaredScore, TailLoss
@@ -84,6 +84,7 @@ __all__ = [
     "WeightedSum",
     "ZeroTerm",
     "are_log_probs",
+    "check_estimable",
     "evaluate_no_grad",
     "fused_linear_divergence",
     "per_token",

@@ -10,6 +10,12 @@ from lightning_kd.divergences import Divergence, ForwardKL
 from lightning_kd.fused.student_rows import StudentRows
 from lightning_kd.fused.teacher_rows import TeacherRows
 
+_FORWARD_KL_ALONE = (
+    "tokens drawn from its distribution, from which the forward KL can be estimated and no other "
+    "divergence, not even one that derives from it. Take forward_kl, or a teacher that answers "
+    "full_distribution or top_k"
+)
+
 
 class TopKRows(TeacherRows):
     r"""The teacher's k tokens are events, and all others together are one more.
@@ -123,9 +129,7 @@ class SampledRows(TeacherRows):
     ) -> tuple[Tensor, Tensor]:
         """Refuse: tokens drawn at random are no distribution."""
         raise ValueError(
-            "the teacher answers tokens drawn from its distribution (sampled), from which the forward "
-            "KL can be estimated and no other divergence; use forward_kl, or a teacher that answers "
-            "full_distribution or top_k"
+            f"a term compares distributions, but the teacher answers sampled: {_FORWARD_KL_ALONE}"
         )
 
     def divergence(
@@ -178,16 +182,30 @@ class SampledRows(TeacherRows):
         )
 
     def _check(self, divergence: Divergence, teacher_temperature: float) -> None:
-        if not isinstance(divergence, ForwardKL):
-            raise ValueError(
-                f"{divergence!r} cannot be estimated from tokens drawn from the teacher's "
-                "distribution (sampled); the forward KL can: use forward_kl"
-            )
+        check_estimable("the divergence", divergence, "the teacher")
         if teacher_temperature != 1:
             raise ValueError(
                 f"the teacher's temperature is {teacher_temperature}, but its tokens are drawn at "
                 "temperature 1; use 1"
             )
+
+
+def check_estimable(option: str, divergence: Divergence, teacher: str) -> None:
+    """Refuse a divergence that cannot be estimated from drawn tokens.
+
+    Args:
+        option: What it was given as.
+        divergence: The divergence.
+        teacher: Name of what answers drawn tokens.
+
+    Raises:
+        ValueError: If it is any other than :class:`~lightning_kd.divergences.ForwardKL`, a class that
+            derives from it included: its own formula would not be read.
+    """
+    if type(divergence) is not ForwardKL:
+        raise ValueError(
+            f"{option} is {divergence!r}, but {teacher} answers sampled: {_FORWARD_KL_ALONE}"
+        )
 
 
 def _event_log_probs(known: Tensor, rest: Tensor | None) -> Tensor:

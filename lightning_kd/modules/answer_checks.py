@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
-from lightning_kd.divergences import Divergence, ForwardKL
-from lightning_kd.fused import AnswerKind
+from lightning_kd.divergences import Divergence
+from lightning_kd.fused import AnswerKind, check_estimable
 from lightning_kd.teachers import Teacher, temperatures_of
 
 
@@ -47,13 +47,6 @@ def check_divergences(
     Raises:
         ValueError: If there is one.
     """
-    if kind != "sampled":
-        return
-    for name, divergence in divergences.items():
-        if not isinstance(divergence, ForwardKL):
-            raise ValueError(
-                f"model.{name} is {divergence!r}, but {type(teacher).__name__} answers sampled: "
-                "tokens drawn from its distribution, from which the forward KL can be estimated and "
-                f"no other divergence. Set model.{name}: forward_kl, or take a teacher that answers "
-                "full_distribution or top_k"
-            )
+    if kind == "sampled":
+        for name, divergence in divergences.items():
+            check_estimable(f"model.{name}", divergence, type(teacher).__name__)

@@ -11,8 +11,9 @@ from lightning_kd.divergences import Divergence, ReverseKL, make_divergence
 from lightning_kd.fused import AnswerKind, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
-from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.loss import LossSums, LossTerm, Scores
 from lightning_kd.modules.policy_gradient import as_rollout
+from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES
 from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK, SampledPositions
 from lightning_kd.modules.student_module import generates_completions
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
@@ -44,6 +45,8 @@ class GKD(TeacherModule):
             :class:`CorrectedTopK`, which needs completions of the student alone (``lmbda: 1``,
             sampled without ``top_k`` and ``top_p``) and ``divergence: ReverseKL``. Without it, the
             divergence from k tokens is over these and one event for all others: a lower bound.
+            Validation measures that bound in any case; with an estimator, whose ``train/divergence``
+            is of all tokens, it is ``val/top_k_reverse_kl``.
 
     Raises:
         ValueError: If the temperature is not positive, the divergence unknown, or an estimator given
@@ -55,7 +58,7 @@ class GKD(TeacherModule):
     """
 
     terms: tuple[str, ...] = ("divergence",)
-    evaluation_terms = ("divergence",)
+    evaluation_terms: tuple[str, ...] = ("divergence",)
     needs: tuple[AnswerKind, ...] = ("full_distribution", "top_k", "top_k_and_token", "sampled")
 
     def __init__(
@@ -92,10 +95,11 @@ class GKD(TeacherModule):
         self.teacher_temperature = teacher_temperature
         self.estimator = estimator
         if estimator is not None:
-            if not isinstance(self.divergence, ReverseKL):
+            if type(self.divergence) is not ReverseKL:
                 raise ValueError(
                     f"estimator: CorrectedTopK estimates the reverse KL, and the divergence is "
-                    f"{self.divergence!r}; set divergence: ReverseKL, or leave estimator out"
+                    f"{self.divergence!r}, whose own formula it would not read; set divergence: "
+                    "ReverseKL, or leave estimator out"
                 )
             self.needs, self.needs_own_samples = estimator.needs, True
             self.terms = (*self.terms, *estimator.watched)
@@ -109,6 +113,13 @@ class GKD(TeacherModule):
     def teacher_divergences(self) -> Mapping[str, Divergence]:
         """The divergence."""
         return {"divergence": self.divergence}
+
+    def setup(self, stage: str) -> None:
+        """Name validation's metric by what it measures, where an estimator trains on another."""
+        super().setup(stage)
+        if self.estimator is not None and stage != "predict":
+            self.evaluation_terms = (self._measured,)
+            self._evaluation = LossSums(self.evaluation_terms)
 
     def on_fit_start(self) -> None:
         """Warn if the student generates nothing."""
@@ -131,12 +142,20 @@ class GKD(TeacherModule):
         positions = SampledPositions.of(
             rollout, scores, teacher_temperature=self.teacher_temperature
         )
-        loss = self.estimator.loss(positions, ImportanceSampling(), 1.0)
-        return {"divergence": LossTerm(loss), **self.estimator.watch(positions)}
+        unclipped = ImportanceSampling()
+        loss = self.estimator.loss(positions, unclipped, 1.0)
+        return {"divergence": LossTerm(loss), **self.estimator.watch(positions, unclipped, 1.0)}
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Return the divergence at each token, as the teacher's answer tells it."""
         divergence_term = DivergenceTerm(
             self.divergence, teacher_temperature=self.teacher_temperature
         )
-        return {"divergence": LossTerm(divergence_term)}
+        return {self._measured: LossTerm(divergence_term)}
+
+    @property
+    def _measured(self) -> str:
+        """Name of the divergence that the teacher's answer tells by itself."""
+        if self.estimator is None or self.answer_kind == "full_distribution":
+            return "divergence"
+        return REVERSE_KL_NAMES[self.answer_kind]

@@ -117,5 +117,6 @@ class OnPolicyDistillation(PolicyGradientModule):
             student_temperature=self.temperature,
             teacher_temperature=self.temperature,
         )
-        loss = self.estimator.loss(positions, self.surrogate, self.kl_coefficient)
-        return {"policy_gradient": LossTerm(loss), **self.estimator.watch(positions)}
+        given = (positions, self.surrogate, self.kl_coefficient)
+        loss = self.estimator.loss(*given)
+        return {"policy_gradient": LossTerm(loss), **self.estimator.watch(*given)}

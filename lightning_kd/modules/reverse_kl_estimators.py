@@ -113,8 +113,16 @@ class ReverseKLEstimator(Resumable, ABC):
             coefficient: Of the reverse KL.
         """
 
-    def watch(self, positions: SampledPositions) -> Mapping[str, LossTerm]:
-        """Return terms that are logged and not trained on, by the names of :attr:`watched`."""
+    def watch(
+        self, positions: SampledPositions, surrogate: Surrogate, coefficient: float
+    ) -> Mapping[str, LossTerm]:
+        """Return terms that are logged and not trained on, by the names of :attr:`watched`.
+
+        Args:
+            positions: The tokens.
+            surrogate: That of the loss.
+            coefficient: That of the loss.
+        """
         return {}
 
 
@@ -170,10 +178,11 @@ class CorrectedTopK(ReverseKLEstimator):
     the reverse KL itself, and chance is in the later tokens alone.
 
     Logs, each as a mean like the loss's, ``corrected_gradient_noise`` and, from the same tokens,
-    ``sampled_gradient_noise``: what it would be with :class:`SampledToken`. It is
-    :math:`\|\rho_t\, a_t \nabla_z \log q(y_t)\|^2` in the student's logits :math:`z`, with
-    :math:`a_t` the factor of the score, :math:`-A_t / c` above: the mean square of the chance part
-    of a token's gradient, which is its variance plus the square of what the part is on average.
+    ``sampled_gradient_noise``: what it would be with :class:`SampledToken`, whose rewards are of the
+    student that has sampled. It is :math:`\|s_t \nabla_z \log q(y_t)\|^2 / c^2` in the student's
+    logits :math:`z`, with :math:`s_t` the slope of the surrogate loss in :math:`\log q(y_t)`
+    (:math:`-\rho_t A_t`, or what clipping leaves of it): the mean square of the chance part of a
+    token's gradient, which is its variance plus the square of what the part is on average.
     """
 
     needs = ("full_distribution", "top_k_and_token")
@@ -195,27 +204,30 @@ class CorrectedTopK(ReverseKLEstimator):
 
         return WeightedSum((events, coefficient), (_tail_loss(positions, correction), 1.0))
 
-    def watch(self, positions: SampledPositions) -> Mapping[str, LossTerm]:
+    def watch(
+        self, positions: SampledPositions, surrogate: Surrogate, coefficient: float
+    ) -> Mapping[str, LossTerm]:
         """Return the squared chance part of the gradient, of both estimators."""
+        rewarded = positions.log_probs - positions.teacher_log_probs
+
+        def slope(log_probs: Tensor, own: Tensor, rows: slice) -> Tensor:
+            advantages = -coefficient * (own + positions.later[rows])
+            with torch.enable_grad():
+                leaf = log_probs.detach().requires_grad_()
+                losses = surrogate(leaf, positions.sampling_log_probs[rows], advantages)
+                (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+            return gradient / coefficient
 
         def sampled(log_probs: Tensor, rows: slice) -> Tensor:
-            own = log_probs - positions.teacher_log_probs[rows]
-            return _ratio(positions, log_probs, rows) * (own + positions.later[rows])
-
-        def corrected(log_probs: Tensor, hidden: Tensor, rows: slice) -> Tensor:
-            return _ratio(positions, log_probs, rows) * (hidden + positions.later[rows])
+            return slope(log_probs, rewarded[rows], rows)
 
         tau = positions.student_temperature
         factors = (
             TokenLoss(positions.tokens, sampled, temperature=tau),
-            _tail_loss(positions, corrected),
+            _tail_loss(positions, slope),
         )
         squares = [SquaredScore(positions.tokens, factor, temperature=tau) for factor in factors]
         return {n: LossTerm(square, 0.0) for n, square in zip(self.watched, squares, strict=True)}
-
-
-def _ratio(positions: SampledPositions, log_probs: Tensor, rows: slice) -> Tensor:
-    return (log_probs - positions.sampling_log_probs[rows]).exp()
 
 
 def _tail_loss(

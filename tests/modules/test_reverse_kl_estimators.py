@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.divergences import ReverseKL
 from lightning_kd.fused import TopKAndToken
 from lightning_kd.generation import Completions, Engine, SamplingOptions
 from lightning_kd.models import DenseLogits, FusedLogits, StudentSpec
@@ -191,30 +192,46 @@ def test_the_loss_is_the_reverse_kl_on_average(make):
     assert fit.callback_metrics["train/loss"].item() == pytest.approx(token_kls().item(), rel=1e-6)
 
 
+SLOPES = {
+    "unclipped": (ImportanceSampling(), lambda ratio, advantage: ratio * advantage),
+    "PPO": (
+        PPOClip(0.1, 0.1),
+        # Where the loss is clipped it is flat.
+        lambda ratio, a: ratio * a if (ratio <= 1.1 if a > 0 else ratio >= 0.9) else 0.0,
+    ),
+    "CISPO": (CISPO(1.1), lambda ratio, advantage: min(ratio, 1.1) * advantage),
+}
+
+
 @pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("surrogate", SLOPES)
 @pytest.mark.parametrize("writer", [0, 2])
-def test_the_noise_is_the_mean_square_of_the_chance_part(k, writer):
+def test_the_noise_is_the_mean_square_of_the_chance_part(k, writer, surrogate):
     """By the sum over prefixes and tokens, with scores from autograd."""
-    _, fit = step(corrected(), k=k, writer=writer)
+    clipped, slope = SLOPES[surrogate]
+    _, fit = step(corrected(surrogate=clipped, kl_coefficient=1.5), k=k, writer=writer)
     expected = {"sampled": 0.0, "corrected": 0.0}
     for prefix in PREFIXES:
         student = Table(0)
         own, other, old = (next_log_probs(m, prefix) for m in (student, Table(1), Table(writer)))
         named = other.topk(k).indices.tolist()
         rest = [v for v in range(len(TOKENS)) if v not in named]
-        ratio = (own - other).detach()
+        rewarded, current = (old - other).detach(), (own - other).detach()
         of_tail = own[rest].logsumexp(-1).detach() - other[rest].logsumexp(-1).detach()
         for v in range(len(TOKENS)):
             square = torch.autograd.grad(own[v], student.rows, retain_graph=True)[0].square().sum()
-            weight = reached(prefix, writer) * old[v].exp() * (own[v] - old[v]).exp() ** 2
-            expected["sampled"] += (weight * square * ratio[v] ** 2).item()
+            weight = (reached(prefix, writer) * old[v].exp() * square).item()
+            ratio = (own[v] - old[v]).exp().item()
+            expected["sampled"] += weight * slope(ratio, -rewarded[v].item()) ** 2
             if v in rest:
-                expected["corrected"] += (weight * square * (ratio[v] - of_tail) ** 2).item()
+                hidden = (current[v] - of_tail).item()
+                expected["corrected"] += weight * slope(ratio, -hidden) ** 2
     for name, value in expected.items():
         logged = fit.callback_metrics[f"train/{name}_gradient_noise"].item()
         assert logged == pytest.approx(value, rel=1e-6), name
     assert (expected["corrected"] > 0) == (k == 1)  # a tail of one token is known
-    assert expected["corrected"] < expected["sampled"]
+    if surrogate == "unclipped":  # elsewhere it depends on which tokens are clipped
+        assert expected["corrected"] < expected["sampled"]
 
 
 # In runs: with an output head, micro-batches and the callback that generates.
@@ -292,9 +309,14 @@ def test_what_is_logged_does_not_depend_on_micro_batches():
 @pytest.mark.parametrize("make", [corrected(), corrected_gkd()], ids=["opd", "gkd"])
 def test_validation_is_over_the_teachers_events(make):
     fit, _ = run(make)
-    (name,) = fit.lightning_module.evaluation_terms
-    assert fit.callback_metrics[f"val/{name}"] > 0
-    assert not any("noise" in name for name in fit.callback_metrics if name.startswith("val/"))
+    # Under a name of its own: in training the estimate is of all tokens.
+    assert fit.lightning_module.evaluation_terms == ("top_k_reverse_kl",)
+    assert fit.callback_metrics["val/top_k_reverse_kl"] == pytest.approx(
+        fit.callback_metrics["val/loss"].item(), rel=1e-6
+    )
+    measured = {name for name in fit.callback_metrics if name.startswith("val/")}
+    assert "val/divergence" not in measured
+    assert not any("noise" in name for name in measured)
 
 
 class Unnamed(NamingLlama):
@@ -352,10 +374,18 @@ def test_gkd_refuses_an_estimator_without_rollouts():
         trainer(max_steps=1, precision="64-true").fit(module, datamodule=Letters(batch_size=4))
 
 
-def test_gkd_refuses_an_estimator_of_another_divergence():
-    with pytest.raises(ValueError, match="estimates the reverse KL, and the divergence is Forward"):
+class Tenfold(ReverseKL):
+    def value(self, student_log_probs, teacher_log_probs):
+        return 10 * super().value(student_log_probs, teacher_log_probs)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "name"), [("forward_kl", "ForwardKL"), (Tenfold(), "Tenfold")]
+)
+def test_gkd_refuses_an_estimator_of_another_divergence(divergence, name):
+    with pytest.raises(ValueError, match=f"estimates the reverse KL, and the divergence is {name}"):
         GKD(
-            divergence="forward_kl",
+            divergence=divergence,
             estimator=CorrectedTopK(),
             student=StudentSpec("./never"),
             teacher=LocalTeacher("./never"),
