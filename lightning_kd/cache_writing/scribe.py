@@ -1,12 +1,13 @@
 """The loop that asks a teacher about every batch and writes what it says."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_kd.batch import Batch
 from lightning_kd.cache import CacheWriter, ShardRows, row_keys
@@ -42,7 +43,7 @@ class Scribe:
         self._complete: set[int] = set()
         self._seen: set[bytes] = set()
         self._group, self._rows = -1, ShardRows()
-        self._shared: dict[str, torch.Tensor] = {}
+        self._shared: dict[str, Tensor] = {}
 
     @property
     def trainer(self) -> L.Trainer:
@@ -69,18 +70,20 @@ class Scribe:
         if group != self._group:
             self._end_shard()
             self._group, self._rows = group, ShardRows()
-        keys = row_keys(batch, positions)
+        keys = self._keys(batch, positions)
         new = _first_of(keys, self._seen)
         if group in self._complete:
             return 0
         if any(new) or self.method.teacher.answers_collectively:
-            planes = self._payload.planes_of(self._answer(batch, positions), positions, seed)
+            planes = self._planes(self._answer(batch, positions), positions, seed)
             lengths = positions.mask.sum(-1).tolist()
             chosen = torch.tensor(new)[positions.rows.cpu()]
+            kept = {name: plane.cpu()[chosen] for name, plane in planes.items()}
+            self._check_finite(kept, batch["row"][positions.rows].cpu()[chosen], loader)
             self._rows.add(
                 [key for key, is_new in zip(keys, new, strict=True) if key is not None and is_new],
                 [length for length, is_new in zip(lengths, new, strict=True) if is_new],
-                {name: plane.cpu()[chosen] for name, plane in planes.items()},
+                kept,
             )
         return sum(new)
 
@@ -106,11 +109,11 @@ class Scribe:
 
     def _begin(self, answer: TeacherAnswer, positions: ScoredPositions) -> None:
         """Plan the shards by a first answer, and look at what is there; on all processes together."""
-        planes = self._payload.planes_of(answer, positions, seed=0)
+        planes = self._planes(answer, positions, seed=0)
         self._shared, layout = self._payload.shared_of(answer)
         stride = sum(p.element_size() * p.shape[1:].numel() for p in planes.values())
         loaders: Any = self.trainer.predict_dataloaders
-        rows, tokens = self._count()
+        rows, tokens, repeats = self._count()
         self._plan = ShardPlan.of_size(
             [len(loader) for loader in loaders],
             self.trainer.world_size,
@@ -136,6 +139,8 @@ class Scribe:
                 "processes": self._plan.processes,
             },
         }
+        if columns := sorted(self.method.teacher.columns):
+            about["columns"] = columns
         directory, shards = Path(self._options.dirpath).expanduser(), self._plan.shards
         first = self.trainer.is_global_zero
         writer = self._writer = CacheWriter(directory, about, shards, holds_lock=first)
@@ -144,34 +149,73 @@ class Scribe:
         self._complete = self._plan.complete_groups(there)
         gather_objects(None)  # nobody writes before all have looked
         left = size * (1 - len(self._complete) * self._plan.processes / shards)
+        again = f". {repeats:,} rows repeat a text, and are read from its first" if repeats else ""
         rank_zero_info(
             f"{rows:,} texts with {tokens:,} scored positions of {stride:,} bytes: "
             f"{size / 1e6:,.1f} MB in {shards} files in {directory}, of which {len(there)} are there; "
             f"{left / 1e6:,.1f} MB are still to be written"
+            f"{again}"
         )
         self._on_first_process(lambda: writer.check_space(left))
 
     def _answer(self, batch: Batch, positions: ScoredPositions) -> TeacherAnswer:
-        return checked_answer(
-            self.method.teacher,
-            batch,
-            positions,
-            kind=self._payload.asks,
-            logits_backend=self.method.logits_backend,
-        )
+        teacher, given = self.method.teacher, batch.get("extra", {})
+        # Rows are known by no others, so none may change what is said.
+        told = {name: column for name, column in given.items() if name in teacher.columns}
+        try:
+            return checked_answer(
+                teacher,
+                {**batch, "extra": told},
+                positions,
+                kind=self._payload.asks,
+                logits_backend=self.method.logits_backend,
+            )
+        except KeyError as error:
+            read = next(iter(error.args), None)
+            if read not in given:
+                raise
+            raise ValueError(
+                f"{type(teacher).__name__} reads the column {read!r} and does not say so, and a cache "
+                "could not tell rows apart that differ in it; name it in the columns of the class"
+            ) from error
 
-    def _count(self) -> tuple[int, int]:
-        """Return texts and their scored positions, of all processes."""
+    def _planes(
+        self, answer: TeacherAnswer, positions: ScoredPositions, seed: int
+    ) -> dict[str, Tensor]:
+        width = self.method.teacher.vocabulary_size
+        return self._payload.planes_of(answer, positions, width, seed)
+
+    def _keys(self, batch: Batch, positions: ScoredPositions) -> list[bytes | None]:
+        return row_keys(batch, positions, self.method.teacher.columns)
+
+    def _check_finite(self, planes: Mapping[str, Tensor], rows: Tensor, loader: int) -> None:
+        """Refuse what no run could learn from, at positions of some rows."""
+        for name, plane in planes.items():
+            bad = ~plane.reshape(len(rows), -1).isfinite().all(-1) if len(rows) else rows
+            if bad.any():
+                split = [s for s in self._options.splits if self._data.has(s)][loader]
+                value = plane[bad.nonzero()[0, 0]]
+                raise ValueError(
+                    f"the teacher says {value[~value.isfinite()].flatten()[0].item()} about row "
+                    f"{int(rows[bad][0])} of data.{split} ({name}), from which nothing can be "
+                    "learned. Leave the row out, or run the teacher in bfloat16 or float32, which "
+                    "do not overflow. The files that are complete stay"
+                )
+
+    def _count(self) -> tuple[int, int, int]:
+        """Return texts, their scored positions and rows that repeat a text, of all processes."""
         seen: set[bytes] = set()
-        rows = tokens = 0
+        counted = torch.zeros(3, dtype=torch.int64)
         for split in self._options.splits:
             for batch in self._data.texts(split):
                 positions = self.method.positions(batch)
-                new = torch.tensor(_first_of(row_keys(batch, positions), seen))
-                rows += int(new.sum())
-                tokens += int(positions.mask.sum(-1)[new].sum())
-        counts = gather_objects((rows, tokens))
-        return sum(r for r, _ in counts), sum(t for _, t in counts)
+                keys = self._keys(batch, positions)
+                new = torch.tensor(_first_of(keys, seen))
+                scored = torch.tensor([key is not None for key in keys])
+                tokens = positions.mask.sum(-1)[new].sum()
+                counted += torch.stack([new.sum(), tokens, (scored & ~new).sum()])
+        rows, tokens_of_all, repeats = torch.stack(gather_objects(counted)).sum(0).tolist()
+        return rows, tokens_of_all, repeats
 
     def _end_shard(self) -> None:
         if self._group >= 0 and self._group not in self._complete:

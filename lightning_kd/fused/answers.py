@@ -21,7 +21,8 @@ AnswerKind = Literal["full_distribution", "top_k", "top_k_and_token", "sampled",
 follows; tokens drawn at random; the probability of the token that follows alone."""
 
 SURPLUS = 1e-2
-"""Excess over a total probability of 1 that rounding to bfloat16 explains."""
+"""Distance from a total probability of 1 that computing in half precision explains, before the
+probabilities are rounded."""
 
 
 class TeacherAnswer(ABC):
@@ -165,6 +166,19 @@ def check_shape(kind: str, lengths: Sequence[int], positions: int) -> None:
             f"the teacher's {kind} is about {min(lengths)} positions, but {positions} are scored: "
             "answer at every position that was asked for, in their order"
         )
+
+
+def rounding(log_probs: Tensor) -> Tensor:
+    """Return what rounding to their type may have changed in a sum of probabilities, ``(N,)``.
+
+    Example:
+        >>> sum_of_all = torch.full((1, 512), 1 / 512).log().bfloat16()
+        >>> rounding(sum_of_all)
+        tensor([0.0243], dtype=torch.float64)
+    """
+    exact = log_probs.double()
+    relative = (exact.abs() * torch.finfo(log_probs.dtype).eps / 2).expm1()
+    return (exact.exp() * relative).sum(-1)
 
 
 def are_log_probs(values: Tensor) -> bool:

@@ -14,6 +14,7 @@ from lightning_kd.fused.answers import (
     TeacherAnswer,
     check_log_probs,
     check_shape,
+    rounding,
 )
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
 
@@ -128,13 +129,13 @@ class TopK(TeacherAnswer):
                 f"from 0 to {width - 1}"
             )
         check_log_probs(self.kind, log_probs)
-        most = log_probs.double().exp().sum(-1)
-        if ids.shape[1] == width and (most < 1 - SURPLUS).any():
+        most, slack = log_probs.double().exp().sum(-1), SURPLUS + rounding(log_probs)
+        if ids.shape[1] == width and (most < 1 - slack).any():
             raise ValueError(
                 f"the teacher's {self.kind} has all {width} tokens, and their probabilities add up to "
                 f"{most.min():.4f} at a position; they must be normalized, at temperature 1"
             )
-        if (most > 1 + SURPLUS).any():
+        if (most > 1 + slack).any():
             raise ValueError(
                 f"the probabilities of the teacher's {self.kind} add up to {most.max():.4f} at a "
                 "position; they must be of the whole vocabulary at temperature 1, and 1 at most"
@@ -149,7 +150,7 @@ class TopK(TeacherAnswer):
             check_log_probs(self.kind, tail)
         if 1.0 in tails and ids.shape[1] < width:
             total = most + tails[1.0].double().exp()
-            if ((total - 1).abs() > SURPLUS).any():
+            if ((total - 1).abs() > slack + rounding(tails[1.0][:, None])).any():
                 worst = total[(total - 1).abs().argmax()]
                 raise ValueError(
                     f"the probabilities of the teacher's {self.kind} and of its tail at temperature "
@@ -199,6 +200,38 @@ class TopKAndToken(TopK):
                 f"{tuple(self.label_log_probs.shape)}; give one for each position, (positions,)"
             )
         check_log_probs(self.kind, self.label_log_probs)
+
+    def check_targets(self, targets: Tensor, width: int) -> None:
+        """Compare each target's probability with that of the same token, or with what is left."""
+        known = targets != IGNORE_INDEX
+        label, named = self.label_log_probs.double(), self.log_probs.double()
+        own = (self.token_ids == targets[:, None]) & known[:, None]
+        at_name = named.masked_fill(~own, -torch.inf).amax(-1)
+        # None of the k most likely tokens is less likely than one that is not named.
+        events = self.at(1.0, width).double()
+        if 1.0 not in self.tail_log_probs and events.shape[1] > named.shape[1]:
+            rounded = SURPLUS + rounding(self.log_probs)
+            events[:, -1] = events[:, -1].exp().add(rounded).log()
+        most = events.amin(-1)
+        slack = SURPLUS + label.abs() * max(
+            torch.finfo(given.dtype).eps for given in (self.label_log_probs, self.log_probs)
+        )
+        among = own.any(-1)
+        apart = torch.where(among, (label - at_name).abs(), label - most)
+        wrong = (known & (apart > slack)).nonzero()
+        if len(wrong):
+            place = int(wrong[0])
+            expected = (
+                f"the named tokens say {at_name[place]:.4f} of the same token"
+                if among[place]
+                else f"of a token that is not named it is {most[place]:.4f} at most, by the tail and "
+                "the least likely named one"
+            )
+            raise ValueError(
+                f"the teacher's {self.kind} has the label_log_probs {label[place]:.4f} for token "
+                f"{int(targets[place])} at position {place}, but {expected}; give both of one "
+                "distribution, at temperature 1"
+            )
 
 
 @dataclass(frozen=True)

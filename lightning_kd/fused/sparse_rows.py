@@ -60,12 +60,16 @@ class TopKRows(TeacherRows):
                     "tail, which cannot be tempered without the tail's own tokens; use one at which "
                     f"it tells the tail: {', '.join(map(str, sorted(self._tails)))}"
                 )
-            dtype = self._known.dtype
-            tail = self._tails[temperature].double()[:, None]
-            # All is finite, also where a side has nothing that the dtype can hold.
-            tail = tail.clamp_min(log(torch.finfo(dtype).tiny))
-            left = (-tail.expm1()).clamp_min(torch.finfo(dtype).eps)
-            events = torch.cat([events + left.log(), tail], -1).log_softmax(-1)
+            # All is finite, also where a side has nothing. What half precision cannot hold as a
+            # probability it can as a logarithm.
+            limits = torch.finfo(torch.promote_types(self._known.dtype, torch.float32))
+            tail = self._tails[temperature].double()[:, None].clamp_min(log(limits.tiny))
+            left = (-tail.expm1()).clamp_min(limits.eps).log()
+            if temperature == 1:
+                # What a tail of nearly all leaves of 1 is round-off; the tokens themselves tell it.
+                named = self._known.double().logsumexp(-1, keepdim=True)
+                left = torch.where(tail < -log(2), left, named)
+            events = torch.cat([events + left, tail], -1).log_softmax(-1)
         return events if self._known.dtype == torch.float64 else events.float()
 
     def events(

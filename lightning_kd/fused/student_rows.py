@@ -52,9 +52,14 @@ class StudentRows:
             block = self.logits[start : start + rows]
             if temperature != 1:
                 block = block / temperature
-            if left_out is not None:
-                block = block.scatter(-1, left_out[start : start + rows], -torch.inf)
-            sums.append(block.logsumexp(-1, keepdim=True))
+            if left_out is None:
+                sums.append(block.logsumexp(-1, keepdim=True))
+                continue
+            block = block.scatter(-1, left_out[start : start + rows], -torch.inf)
+            # Of tokens that are all excluded the gradient would be NaN.
+            nothing = block.detach().amax(-1, keepdim=True) == -torch.inf
+            kept = block.masked_fill_(nothing, 0.0).logsumexp(-1, keepdim=True)
+            sums.append(kept.masked_fill(nothing, -torch.inf))
         return torch.cat(sums)
 
     def exponentials(

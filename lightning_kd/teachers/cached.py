@@ -64,6 +64,11 @@ class CachedTeacher(Teacher):
         """No: it knows the texts that it was written for."""
         return False
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Those that the teacher has read, by which rows are known beside their tokens."""
+        return frozenset(self._reader.manifest.about.get("columns", ()))
+
     def resume_settings(self) -> dict[str, Any]:
         """Return what the cache is of: teacher, tokenizer and options."""
         about = self._reader.manifest.about
@@ -111,7 +116,7 @@ class CachedTeacher(Teacher):
         """
         device = batch["input_ids"].device
         with self._naming_rows(batch):
-            planes = self._reader.planes_of(row_keys(batch, positions))
+            planes = self._reader.planes_of(row_keys(batch, positions, self.columns))
         planes = {name: plane.to(device) for name, plane in planes.items()}
         layout = self._reader.manifest.about["layout"]
         return self._payload.answer(planes, self._shared, layout, kind)
@@ -126,7 +131,7 @@ class CachedTeacher(Teacher):
         """
         for batch, positions in texts:
             with self._naming_rows(batch, encoding):
-                self._reader.check_keys(row_keys(batch, positions))
+                self._reader.check_keys(row_keys(batch, positions, self.columns))
 
     @contextmanager
     def _naming_rows(self, batch: Batch, encoding: Plain = None) -> Iterator[None]:
@@ -138,6 +143,8 @@ class CachedTeacher(Teacher):
                 "its text was another one when the cache was written, or was not among the data, or "
                 "other tokens of it are scored"
             )
+            if self.columns:
+                cause += f", or its {' or '.join(sorted(self.columns))} was another one"
             changed = list(differences(self._reader.manifest.about["data"], encoding))
             if encoding is not None and changed:
                 cause = (

@@ -95,6 +95,11 @@ class CompositeTeacher(Teacher):
         """Whether all members can be asked about any."""
         return all(member.answers_any_text for member in self.named_members.values())
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Those that any member reads."""
+        return frozenset().union(*(member.columns for member in self.named_members.values()))
+
     def check_texts(
         self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
     ) -> None:

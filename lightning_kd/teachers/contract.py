@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch, copy_of
-from lightning_kd.fused import AnswerKind, TeacherAnswer
+from lightning_kd.fused import AnswerKind, TeacherAnswer, TopKAndToken
 from lightning_kd.generation import Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.model_spec import ModelSpec
@@ -276,4 +276,6 @@ def checked_answer(
             f"{type(teacher).__name__} was asked for {kind} and has answered {answer.kind}"
         )
     answer.check(len(positions.targets), teacher.vocabulary_size)
+    if isinstance(answer, TopKAndToken):
+        answer.check_targets(positions.targets, teacher.vocabulary_size)
     return answer

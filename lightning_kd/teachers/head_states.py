@@ -5,6 +5,7 @@ from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from lightning_kd.fused import (
     FullDistribution,
@@ -40,7 +41,7 @@ def head_of(answer: FullDistribution) -> tuple[dict[str, Tensor], Layout]:
             than an ensemble does.
 
     Returns:
-        Weights and biases by name, without gradients, and how they are put together.
+        Weights and biases by name, without gradients and each once, and how they are put together.
     """
     tensors: dict[str, Tensor] = {}
     models = []
@@ -51,7 +52,22 @@ def head_of(answer: FullDistribution) -> tuple[dict[str, Tensor], Layout]:
             tensors[f"{number}.bias"] = logits.bias.detach()
         about = {"products": len(logits.factors), "scale": logits.scale, "softcap": logits.softcap}
         models.append(about)
-    return tensors, {"models": models, "average": _average_of(answer)}
+    same = _repeated(tensors)
+    layout = {"models": models, "average": _average_of(answer)} | ({"same": same} if same else {})
+    return {name: tensor for name, tensor in tensors.items() if name not in same}, layout
+
+
+def _repeated(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the names of tensors that are there before, as of one model in two places."""
+    places: dict[tuple[object, ...], str] = {}
+    before = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor):  # its memory is in parts, which tell it from no other
+            continue
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        if (first := places.setdefault(place, name)) != name:
+            before[name] = first
+    return before
 
 
 def answer_from(
@@ -83,8 +99,10 @@ def answer_from(
             ends.append(ends[-1] + int(about["products"]))
         if ends[-1] != len(states):
             raise ValueError(f"{len(states)} tensors of states came, {ends[-1]} are expected")
+        repeated = {name: tensors[first] for name, first in layout.get("same", {}).items()}
+        whole = {**tensors, **repeated}
         logits = tuple(
-            _with_states(number, states[start:end], tensors, about)
+            _with_states(number, states[start:end], whole, about)
             for number, (about, (start, end)) in enumerate(
                 zip(layout["models"], pairwise(ends), strict=True)
             )

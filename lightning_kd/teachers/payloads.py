@@ -47,13 +47,14 @@ class Payload(ABC):
 
     @abstractmethod
     def planes_of(
-        self, answer: TeacherAnswer, positions: ScoredPositions, seed: int
+        self, answer: TeacherAnswer, positions: ScoredPositions, width: int, seed: int
     ) -> dict[str, Tensor]:
         """Return the numbers to keep, ``(N, ...)`` each.
 
         Args:
             answer: The teacher's, of the kind :attr:`asks`.
             positions: Those that it is about.
+            width: The teacher's vocabulary; few tokens are told of it alone.
             seed: Of what is drawn.
 
         Raises:
@@ -90,7 +91,7 @@ class HiddenStates(Payload):
         return frozenset({"full_distribution"})
 
     def planes_of(
-        self, answer: TeacherAnswer, positions: ScoredPositions, seed: int
+        self, answer: TeacherAnswer, positions: ScoredPositions, width: int, seed: int
     ) -> dict[str, Tensor]:
         """Return the hidden states of each matrix product of each model."""
         assert isinstance(answer, FullDistribution)  # it was asked for
@@ -145,9 +146,10 @@ class TopTokens(Payload):
         return frozenset(self._tails.values())
 
     def planes_of(
-        self, answer: TeacherAnswer, positions: ScoredPositions, seed: int
+        self, answer: TeacherAnswer, positions: ScoredPositions, width: int, seed: int
     ) -> dict[str, Tensor]:
         """Return tokens, log-probabilities and tails."""
+        answer = answer.narrowed(width)
         assert isinstance(answer, FullDistribution)  # it was asked for
         tails = tuple(self._tails.values())
         top = top_k_of(answer, positions.targets, self.k, temperatures=tails)
@@ -207,9 +209,10 @@ class DrawnTokens(Payload):
         return frozenset({1.0})
 
     def planes_of(
-        self, answer: TeacherAnswer, positions: ScoredPositions, seed: int
+        self, answer: TeacherAnswer, positions: ScoredPositions, width: int, seed: int
     ) -> dict[str, Tensor]:
         """Return the tokens, their weights and the entropies."""
+        answer = answer.narrowed(width)
         assert isinstance(answer, FullDistribution)  # it was asked for
         generator = torch.Generator(answer.logits[0].device).manual_seed(seed)
         if self.k:

@@ -85,6 +85,11 @@ class RoutedTeacher(CompositeTeacher):
         """The members, each with its value of the column."""
         return {repr(name): member for name, member in self.members.items()}
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """The one that selects, and those that members read."""
+        return super().columns | {self.column}
+
     def check_data(self, data: object) -> None:
         """Refuse rows that name none of the members, where the data module tells its columns.
 

@@ -15,6 +15,11 @@ class TextCoverage:
         """Whether it can be asked about what a model has generated just now, too."""
         return True
 
+    @property
+    def columns(self) -> frozenset[str]:
+        """Columns of ``batch["extra"]`` that its answers depend on; a cache knows its rows by them."""
+        return frozenset()
+
     def check_texts(
         self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
     ) -> None:

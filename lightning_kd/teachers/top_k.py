@@ -18,7 +18,8 @@ class TopKTeacher(CompositeTeacher):
     """The k most likely tokens of a teacher, and the one that follows; the rest is one event.
 
     It shows, with a teacher in this process, what a method learns from one that is served or cached
-    and tells no more. Completions are not generated from here.
+    and tells no more. What an ensemble of unequal vocabularies gives to tokens that not all members
+    have is cut off before. Completions are not generated from here.
 
     Args:
         teacher: A teacher that answers ``full_distribution``.
@@ -78,6 +79,8 @@ class TopKTeacher(CompositeTeacher):
         whole = checked_answer(
             self.teacher, batch, positions, kind="full_distribution", logits_backend=logits_backend
         )
+        # Of several members with unequal vocabularies, over the tokens that all have.
+        whole = whole.narrowed(self.vocabulary_size)
         assert isinstance(whole, FullDistribution)  # checked_answer compares the kind
         short = top_k_of(whole, positions.targets, self.k, temperatures=self._told)
         return short if kind == "top_k_and_token" else short.without_label()

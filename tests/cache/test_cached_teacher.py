@@ -71,6 +71,45 @@ def test_a_changed_row_is_named_by_its_number_and_text_before_the_first_step(tmp
         fit(cache, from_file(tmp_path / "changed.jsonl", rows))
 
 
+class Overflows(LocalTeacher):
+    """A model whose states are no numbers where a text has a letter."""
+
+    LETTER = letter_tokenizer().convert_tokens_to_ids("p")
+
+    def answer(self, batch, positions, **options):
+        answer = super().answer(batch, positions, **options)
+        with_letter = (batch["input_ids"] == self.LETTER).any(-1)[positions.rows]
+        for states, _ in answer.logits[0].factors:
+            states[with_letter, 1] = torch.nan
+        return answer
+
+
+@pytest.mark.parametrize("kept", [{}, {"kind": "top_k", "k": 3}, {"kind": "sampled", "draws": 3}])
+def test_what_is_no_number_is_refused_by_its_row_while_it_is_written(kept, tmp_path):
+    rows = pairs(10)
+    rows[6]["completion"] = "po"
+    train, validation = (
+        texts(tmp_path / f"{n}.jsonl", some) for n, some in enumerate([rows[:6], rows])
+    )
+    data = PromptCompletionData(
+        train=train, validation=validation, tokenizer=letter_tokenizer(), batch_size=2
+    )
+    module = method(Overflows.of(tiny_llama(2)))
+    with pytest.raises(ValueError, match=r"says nan about row 6 of data.validation .* stay"):
+        written(tmp_path / "cache", module, data, **kept)
+    with pytest.raises(ValueError, match="is incomplete"):
+        CachedTeacher(str(tmp_path / "cache"))
+    assert {shard.suffix for shard in (tmp_path / "cache").glob("shard-*")} == {".safetensors"}
+
+
+def test_rows_that_repeat_a_text_are_counted(tmp_path, caplog):
+    rows = pairs(4)
+    with caplog.at_level("INFO"):
+        written(tmp_path / "cache", data=from_file(tmp_path / "rows.jsonl", [*rows, *rows[1:]]))
+    assert "4 texts with" in caplog.text
+    assert "3 rows repeat a text" in caplog.text
+
+
 def test_another_prompt_template_is_named(tmp_path):
     rows = pairs(6)
     cache = written(tmp_path / "cache", data=from_file(tmp_path / "rows.jsonl", rows))

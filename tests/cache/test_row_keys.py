@@ -2,6 +2,7 @@
 
 import hashlib
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -54,3 +55,32 @@ def test_the_hash_is_of_64_bit_ids_and_a_bit_for_each_position():
     (key,) = keys_of([([5], [6, 7])])
     ids = b"".join(token.to_bytes(8, "little") for token in (5, 6, 7))
     assert key == hashlib.blake2b(ids + bytes([0b11000000]), digest_size=16).digest()
+
+
+COLUMNS = {"teacher": ["a", "b", "a", 1, "1"], "level": [1, 1, 2, 1, 1]}
+
+
+def keys_by(columns):
+    ids = torch.tensor([[5, 6, 7]] * 5)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "extra": COLUMNS}
+    return row_keys(batch, ScoredPositions.from_labels(ids), columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "same"),
+    [
+        ((), [0, 0, 0, 0, 0]),
+        (("teacher",), [0, 1, 0, 3, 4]),
+        (("level",), [0, 0, 2, 0, 0]),
+        (("level", "teacher"), [0, 1, 2, 3, 4]),
+    ],
+)
+def test_a_text_is_known_by_further_columns_too(columns, same):
+    keys = keys_by(columns)
+    assert [keys.index(key) for key in keys] == same
+    assert keys_by(columns[::-1]) == keys
+
+
+def test_a_column_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match=r"no column 'judge'.*extra_columns \(there are \['level'"):
+        keys_by(("judge",))

@@ -1,16 +1,19 @@
 """Training from a cache is training from its teacher, bit for bit."""
 
+import json
+
 import pytest
 import torch
 
 from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.data import PromptCompletionData
 from lightning_kd.fused import TopK
 from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.modules import GKD, BabyLlama, OnPolicyDistillation, SupervisedKD
 from lightning_kd.teachers import CachedTeacher, LocalTeacher, RoutedTeacher, TeacherEnsemble
 from tests.support.caches import ensemble, fitted, method, written
 from tests.support.harness import Letters, trainer
-from tests.support.toys import tiny_llama
+from tests.support.toys import letter_tokenizer, tiny_llama
 
 METHODS = {
     "SupervisedKD": (SupervisedKD, {"temperature": 2.0}),
@@ -139,3 +142,106 @@ def test_drawn_tokens_stand_in_for_the_forward_kl(k, tmp_path):
     reverse = method(CachedTeacher(place), divergence="reverse_kl")
     with pytest.raises(ValueError, match=r"answers sampled: .*forward_kl"):
         fitted(reverse, data(), max_steps=1)
+
+
+# Teachers that read more of a row than its tokens.
+
+
+def routed_data(path, teachers, columns=("teacher",)):
+    """Texts of which each comes once for each of two teachers."""
+    rows = [
+        {"prompt": prompt, "completion": "cdb", "teacher": teacher}
+        for prompt, teacher in zip("aabbcc", teachers, strict=True)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = letter_tokenizer()
+    return PromptCompletionData(
+        train=str(path), tokenizer=tokenizer, batch_size=3, extra_columns=list(columns)
+    )
+
+
+def routed():
+    return RoutedTeacher({name: LocalTeacher.of(tiny_llama(n)) for n, name in ((2, "a"), (3, "b"))})
+
+
+@pytest.mark.parametrize(
+    ("kept", "exact"),
+    [({"kind": "top_k", "k": 18}, 1e-5), ({"kind": "sampled", "draws": 20_000}, 0.05)],
+    ids=["top_k", "sampled"],
+)
+def test_one_text_for_two_teachers_is_two_rows(kept, exact, tmp_path):
+    options = {"divergence": "forward_kl", "alpha": 0.0}
+    data = routed_data(tmp_path / "rows.jsonl", "ababab")
+    cache = written(tmp_path / "cache", method(routed(), **options), data, splits=["train"], **kept)
+    cached = CachedTeacher(str(cache))
+    assert cached.columns == {"teacher"}
+    for teachers in ("ababab", "bababa"):
+        data = routed_data(tmp_path / "again.jsonl", teachers)
+        expected, _ = fitted(method(routed(), **options), data, max_steps=3)
+        losses, _ = fitted(method(CachedTeacher(str(cache)), **options), data, max_steps=3)
+        assert losses == pytest.approx(expected, rel=exact)
+
+
+def test_another_teacher_of_a_known_text_is_another_row(tmp_path):
+    kept = {"kind": "top_k", "k": 4, "splits": ["train"]}
+    data = routed_data(tmp_path / "rows.jsonl", "aabbaa")
+    cache = str(written(tmp_path / "cache", method(routed()), data, **kept))
+    other = routed_data(tmp_path / "other.jsonl", "aaabaa")
+    with pytest.raises(ValueError, match=r"row 2 .* not in the cache .* its teacher was another"):
+        fitted(method(CachedTeacher(cache)), other, max_steps=1)
+    without = routed_data(tmp_path / "other.jsonl", "aabbaa", columns=[])
+    with pytest.raises(ValueError, match=r"no column 'teacher'.*data.extra_columns"):
+        fitted(method(CachedTeacher(cache)), without, max_steps=1)
+
+
+class ReadsColumns(LocalTeacher):
+    """A teacher that does not say which column it reads."""
+
+    def answer(self, batch, positions, **options):
+        assert len(batch["extra"]["teacher"]) == len(batch["input_ids"])
+        return super().answer(batch, positions, **options)
+
+
+def test_a_teacher_that_does_not_say_which_column_it_reads_is_refused(tmp_path):
+    data = routed_data(tmp_path / "rows.jsonl", "ababab")
+    module = method(ReadsColumns.of(tiny_llama(2)))
+    with pytest.raises(ValueError, match=r"ReadsColumns reads the column 'teacher' and does not"):
+        written(tmp_path / "cache", module, data, splits=["train"])
+    ReadsColumns.columns = frozenset({"teacher"})
+    written(tmp_path / "cache", module, data, splits=["train"])
+
+
+# What is kept of several models.
+
+
+@pytest.mark.filterwarnings("ignore:the teacher gives .* to tokens beyond")
+@pytest.mark.parametrize(
+    ("kept", "exact"),
+    [
+        ({"kind": "hidden"}, 1e-5),
+        ({"kind": "top_k", "k": 18}, 1e-5),
+        ({"kind": "sampled", "draws": 20_000}, 0.05),
+    ],
+    ids=["hidden", "top_k", "sampled"],
+)
+def test_of_unequal_vocabularies_the_tokens_that_all_members_have_are_told(kept, exact, tmp_path):
+    def both():
+        members = [
+            LocalTeacher.of(tiny_llama(n, vocab_size=width)) for n, width in ((2, 18), (3, 25))
+        ]
+        return TeacherEnsemble(members, combine="probabilities")
+
+    options = {"divergence": "forward_kl", "alpha": 0.0, "vocabulary": "shared"}
+    module = method(both(), **options)
+    cache = CachedTeacher(str(written(tmp_path / "cache", module, data(), **kept)))
+    expected, _ = fitted(method(both(), **options), data(), max_steps=3)
+    losses, _ = fitted(method(cache, **options), data(), max_steps=3)
+    assert losses == pytest.approx(expected, rel=exact)
+
+
+def test_an_ensemble_may_have_one_model_twice(tmp_path):
+    one, other = LocalTeacher.of(tiny_llama(2)), LocalTeacher.of(tiny_llama(3))
+    thrice = TeacherEnsemble([one, other, one])
+    cache = written(tmp_path / "cache", method(thrice), data())
+    expected, _ = fitted(method(thrice), data(), max_steps=3)
+    assert fitted(method(CachedTeacher(str(cache))), data(), max_steps=3)[0] == expected

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_kd.divergences import AdaptiveKL, ReverseKL
+from lightning_kd.divergences import AdaptiveKL, ReverseKL, available_divergences
 from lightning_kd.fused import (
     ChunkedPass,
     CrossEntropy,
@@ -15,6 +15,7 @@ from lightning_kd.fused import (
     Entropy,
     FullDistribution,
     LogitsChunk,
+    TopK,
     WeightedSum,
     ZeroTerm,
     fused_linear_divergence,
@@ -123,6 +124,27 @@ def test_a_student_that_excludes_a_token_has_finite_gradients(token_term):
     chunk = LogitsChunk(slice(0, 5), logits.detach())
     gradient = token_term.values_and_gradient(chunk)[1]
     np.testing.assert_allclose(logits.grad, WEIGHTS[:, None] * gradient, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("name", [n for n in available_divergences() if "forward" not in n])
+def test_a_student_that_excludes_every_token_of_the_tail(name, temperature):
+    """Automatic gradients are those of the closed form, and of the events alone."""
+    logits = torch.tensor([[1.0, 0.0, -math.inf, -math.inf, -math.inf]] * 2, dtype=torch.float64)
+    logits[1, 3] = 0.5  # not all of them
+    answer = TopK(torch.tensor([[0, 1]] * 2), torch.tensor([[0.5, 0.3]] * 2).double().log())
+    term = DivergenceTerm(name, student_temperature=temperature)
+    leaf = logits.clone().requires_grad_()
+    values = term.values(LogitsChunk(slice(0, 2), leaf, answer.rows(slice(0, 2), (), 5)))
+    closed = term.values_and_gradient(
+        LogitsChunk(slice(0, 2), logits, answer.rows(slice(0, 2), (), 5))
+    )
+    torch.testing.assert_close(values.detach(), closed[0])
+    finite = values.isfinite()
+    assert finite[1]
+    values[finite].sum().backward()
+    torch.testing.assert_close(leaf.grad[finite], closed[1][finite], rtol=1e-9, atol=1e-12)
+    assert leaf.grad.isfinite().all()
 
 
 def test_sums_leave_out_what_has_no_weight():

@@ -204,6 +204,53 @@ def test_rounded_answers_are_taken():
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tail_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tail", [1e-3, 1e-6, 1e-12])
+def test_a_small_tail_in_half_precision_keeps_its_probability(tail, tail_dtype, dtype):
+    named = torch.tensor([[0.7, 0.3]], dtype=torch.float64) * (1 - tail)
+    tails = {t: torch.tensor([tail], dtype=torch.float64).log().to(tail_dtype) for t in (1.0, 2.0)}
+    answer = TopK(torch.tensor([[0, 1]]), named.log().to(dtype), tails)
+    answer.check(1, 50)
+    # The logarithm is rounded, to 8 bits at worst.
+    for temperature in (1.0, 2.0):
+        assert answer.at(temperature, 50)[0, -1].item() == pytest.approx(np.log(tail), rel=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tail_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [50_000, 10**9])
+def test_named_tokens_in_half_precision_keep_their_share_of_a_flat_distribution(
+    width, tail_dtype, dtype
+):
+    log_probs = torch.full((1, 2), -np.log(width)).to(dtype)
+    tails = {1.0: torch.tensor([np.log1p(-2 / width)]).to(tail_dtype)}
+    answer = TopK(torch.tensor([[0, 1]]), log_probs, tails)
+    answer.check(1, width)
+    assert answer.at(1.0, width)[0, 0].item() == pytest.approx(-np.log(width), rel=2**-8)
+    undeclared = TopK(torch.tensor([[0, 1]]), log_probs)
+    assert undeclared.at(1.0, width)[0, 0].item() == pytest.approx(-np.log(width), rel=2**-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [2, 65, 512, 3080, 128_000])
+@pytest.mark.parametrize("scale", [0.0, 1.0])
+def test_honest_probabilities_are_taken_however_their_type_rounds_them(scale, width, dtype):
+    draws = torch.Generator().manual_seed(0)
+    u = scale * torch.randn(3, width, generator=draws, dtype=torch.float64)
+    ids = torch.arange(width).expand(3, width)
+    whole = u.log_softmax(-1)
+    TopK(ids, whole.to(dtype)).check(3, width)
+    k = width - 1
+    tail = {1.0: whole[:, k:].logsumexp(-1).to(dtype)}
+    TopK(ids[:, :k], whole[:, :k].to(dtype), tail).check(3, width)
+    for wrong in (0.2, -0.2):
+        with pytest.raises(ValueError, match="add up to"):
+            TopK(ids, (whole + wrong).to(dtype).clamp_max(0)).check(3, width)
+        with pytest.raises(ValueError, match="add up to"):
+            TopK(ids, whole + wrong / 10).check(3, width)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_tokens_that_are_left_out_join_the_tail(temperature):
     """As an answer of fewer tokens has it, from the whole distribution by NumPy."""

@@ -26,6 +26,7 @@ def teacher_of(kind):
         "logits": TeacherEnsemble(models, weights=[1.0, 2.0, 5.0]),
         "log_probs": TeacherEnsemble(models, combine="log_probs"),
         "an ensemble in an ensemble": TeacherEnsemble([pair, models[2]], combine="log_probs"),
+        "one model in two places": TeacherEnsemble([models[0], models[1], models[0]]),
     }[kind]
 
 
@@ -59,10 +60,19 @@ def sent(answer):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("kind", ["one model", "logits", "log_probs", "an ensemble in an ensemble"])
+@pytest.mark.parametrize(
+    "kind",
+    ["one model", "logits", "log_probs", "an ensemble in an ensemble", "one model in two places"],
+)
 def test_a_distribution_survives_as_states_and_a_head_bit_for_bit(kind, temperature, tokenizer):
     answer = answered(teacher_of(kind), tokenizer)
     assert torch.equal(log_probs(sent(answer), temperature), log_probs(answer, temperature))
+
+
+def test_a_head_that_several_share_is_there_once(tokenizer):
+    tensors, layout = head_of(answered(teacher_of("one model in two places"), tokenizer))
+    assert tensors.keys() == {"0.weight.0", "1.weight.0"}
+    assert layout["same"] == {"2.weight.0": "0.weight.0"}
 
 
 def test_bias_scale_soft_cap_and_a_second_product_survive():

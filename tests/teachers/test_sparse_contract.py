@@ -278,6 +278,67 @@ def test_answers_that_cannot_be_are_refused(answer, message):
     DRAWN.check(N, V)
 
 
+# Of one position: tokens 3 and 4 are named, and all others have 0.05 together.
+NAMED = (torch.tensor([[3, 4]]), torch.tensor([[0.9, 0.05]]).log())
+TAIL = {1.0: torch.tensor([0.05]).log()}
+
+
+@pytest.mark.parametrize("tails", [TAIL, {}], ids=["declared", "undeclared"])
+@pytest.mark.parametrize(
+    ("target", "label", "message"),
+    [
+        (3, 0.99, r"label_log_probs -0.0101 for token 3 at position 0, .* say -0.1054 of the same"),
+        (3, np.exp(-50), "say -0.1054 of the same token"),
+        (4, 0.9, "say -2.9957 of the same token"),
+        (7, 0.2, r"not named it is -2.9957 at most, by the tail and the least likely named"),
+        (3, 0.9, None),
+        (4, 0.05, None),
+        (7, 0.04, None),
+        (7, 1e-30, None),
+        (-100, 1.0, None),
+    ],
+)
+def test_a_label_that_the_named_tokens_contradict_is_refused(target, label, message, tails):
+    log_prob = torch.tensor([label]).log()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        answer = TopKAndToken(
+            NAMED[0], NAMED[1].to(dtype), tails, label_log_probs=log_prob.to(dtype)
+        )
+        answer.check(1, V)
+        if message is None:
+            answer.check_targets(torch.tensor([target]), V)
+        else:
+            with pytest.raises(ValueError, match=message if dtype == torch.float32 else "label"):
+                answer.check_targets(torch.tensor([target]), V)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.5, 20.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("width", [18, 3000])
+def test_labels_that_are_rounded_are_taken(width, dtype, scale):
+    draws = torch.Generator().manual_seed(0)
+    log_probs = (scale * torch.randn(width, width, generator=draws)).log_softmax(-1)
+    best, targets = log_probs.topk(4), torch.arange(width)
+    labels = log_probs.diagonal()
+    for label_dtype in (dtype, torch.float32):
+        answer = TopKAndToken(
+            best.indices, best.values.to(dtype), label_log_probs=labels.to(label_dtype)
+        )
+        answer.check_targets(targets, width)
+
+
+def test_a_contradicting_label_ends_a_run_before_the_first_step():
+    class Contradicts(Tells):
+        def answer(self, *rest, **options):
+            answer = super().answer(*rest, **options)
+            wrong = answer.label_log_probs.sub(1)
+            return TopKAndToken(answer.token_ids, answer.log_probs, label_log_probs=wrong)
+
+    teacher = Contradicts(tiny_llama(1), "top_k_and_token", k=V)
+    module = SupervisedKD(student=StudentSpec.of(tiny_llama(0)), teacher=teacher)
+    refused(module, "give both of one distribution")
+
+
 # One teacher for each row.
 
 

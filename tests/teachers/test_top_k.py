@@ -9,7 +9,7 @@ from lightning_kd.fused import TopK, TopKAndToken
 from lightning_kd.models import DenseLogits, StudentSpec
 from lightning_kd.modules import GKD
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TopKTeacher
+from lightning_kd.teachers import LocalTeacher, RoutedTeacher, TeacherEnsemble, TopKTeacher
 from tests.support.harness import BatchList, fit_one_step, trainer
 from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama
 
@@ -47,6 +47,28 @@ def test_it_tells_the_most_likely_tokens_and_the_rest(kind):
     if kind == "top_k_and_token":
         own = np.take_along_axis(expected, SCORED.targets.numpy()[:, None], -1)[:, 0]
         np.testing.assert_allclose(answer.label_log_probs.numpy(), own, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_of_unequal_vocabularies_it_tells_the_tokens_that_all_members_have(k):
+    """The mean of two distributions, of which one knows more tokens, beside SciPy."""
+    networks = tiny_llama(1, vocab_size=18), tiny_llama(2, vocab_size=25)
+    members = TeacherEnsemble([LocalTeacher.of(n) for n in networks], combine="probabilities")
+    teacher = TopKTeacher(members, k=k)
+    teacher.prepare(letter_tokenizer(), torch.device("cpu"), "shared")
+    answer = teacher.answer(BATCH, SCORED, kind="top_k", logits_backend=DenseLogits())
+    answer.check(len(SCORED.targets), 18)
+    shared = []
+    for network in networks:
+        with torch.no_grad():
+            logits = network(BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+        shared.append(scipy.special.softmax(logits[SCORED.mask].double().numpy()[:, :18], axis=-1))
+    expected = (shared[0] + shared[1]) / 2
+    best = np.argsort(-expected, axis=-1)[:, :k]
+    assert (answer.token_ids.numpy() == best).all()
+    named = np.take_along_axis(expected, best, -1)
+    np.testing.assert_allclose(answer.log_probs.exp().numpy(), named, rtol=1e-5)
+    np.testing.assert_allclose(answer.tail_log_probs[1.0].exp(), 1 - named.sum(-1), rtol=1e-4)
 
 
 def one_step(teacher, **options):
