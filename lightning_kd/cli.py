@@ -4,7 +4,6 @@ import os
 import signal
 import sys
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -27,15 +26,16 @@ from lightning_kd.callbacks import (
     TimeoutReport,
     TokensPerSecond,
 )
-from lightning_kd.checkpoints import AtomicCheckpointIO, readable_checkpoint
+from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.cli_arguments import Text, as_text, missing_arguments
 from lightning_kd.cli_cache import CachingTrainer
+from lightning_kd.cli_export import ExportingTrainer, with_run_config
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.imports import OwnModules
 from lightning_kd.modules import MiniLLMObjective
-from lightning_kd.named_checkpoints import find_checkpoint
+from lightning_kd.named_checkpoints import checkpoint_places, find_checkpoint, is_checkpoint
 from lightning_kd.processes import end_together, wait_for
 from lightning_kd.run_directories import claim_version
 from lightning_kd.serving import serve
@@ -74,15 +74,20 @@ class DistillationCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands, and ``cache``."""
-        return LightningCLI.subcommands() | {"cache": {"model", "datamodule"}}
+        """Lightning's subcommands, and those of this library."""
+        own = {"model", "datamodule"}
+        return LightningCLI.subcommands() | {"cache": own, "export": own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse a command line, and refuse one that leaves out what a class needs."""
         if args is not None:
             super().parse_arguments(parser, args)
             return
-        self.config = parser.parse_args(as_text(sys.argv[1:]))
+        try:
+            given = with_run_config(sys.argv[1:])
+        except ValueError as error:
+            self.parser.error(str(error))
+        self.config = parser.parse_args(as_text(given))
         for name, value in list(self.config.items()):
             if isinstance(value, Text):
                 self.config[name] = str(value)
@@ -129,11 +134,13 @@ class DistillationCLI(LightningCLI):
         if self._checkpoint in {"last", "best"}:
             try:
                 self._checkpoint = str(
-                    find_checkpoint(self._checkpoint, _checkpoint_places(options))
+                    find_checkpoint(self._checkpoint, checkpoint_places(options))
                 )
             except (OSError, ValueError) as error:
                 self.parser.error(str(error))
-        elif self._checkpoint not in {None, "hpc", "registry"} and not _exists(self._checkpoint):
+        elif self._checkpoint not in {None, "hpc", "registry"} and not is_checkpoint(
+            self._checkpoint
+        ):
             self.parser.error(f"the checkpoint {self._checkpoint!r} does not exist")
 
     def before_instantiate_classes(self) -> None:
@@ -159,15 +166,18 @@ class DistillationCLI(LightningCLI):
             # Its numbers are printed; a directory of a run is for what was trained.
             kept = [x for x in _listed(trainer["logger"]) if not _makes_directories(x)]
             kwargs["logger"], self.save_config_callback = kept, None
+        plugins = _listed(trainer["plugins"])
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
+        if self.subcommand == "export":
+            export = self._get(self.config_init, "export")
+            return ExportingTrainer.for_export({**trainer, **kwargs}, export)
         on_policy = self._get(self.config_init, "on_policy")
         if self.subcommand == "cache":
             return CachingTrainer.of_options(trainer, on_policy=on_policy)
         if on_policy is not None:
             # Behind the others, so that a clock that starts with a step counts generation.
             kwargs["callbacks"] = [*_listed(trainer["callbacks"]), on_policy]
-        plugins = _listed(trainer["plugins"])
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         return super().instantiate_trainer(**kwargs)
 
     def _set_seed(self) -> None:
@@ -243,7 +253,7 @@ def main() -> None:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        trainer_class=CachingTrainer,
+        trainer_class=ExportingTrainer,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},
@@ -267,20 +277,6 @@ def main() -> None:
             ],
         },
     )
-
-
-def _checkpoint_places(options: Any) -> list[Path]:
-    """Return where a run's checkpoints may be: beside its configuration, and where callbacks save."""
-    callbacks = _listed(options["trainer"]["callbacks"])
-    given = [(callback.get("init_args") or {}).get("dirpath") for callback in callbacks]
-    files = [Path(str(file)) for file in options.get("config") or []]
-    beside = [file.parent / "checkpoints" for file in files if file.name == "config.yaml"]
-    return [*(Path(place) for place in given if place is not None), *beside[-1:]]
-
-
-def _exists(checkpoint: str) -> bool:
-    found = "://" in checkpoint or readable_checkpoint(Path(checkpoint)).exists()
-    return found and checkpoint != ""  # which Path takes for the working directory
 
 
 def _own_logger(logger: Any) -> Any:

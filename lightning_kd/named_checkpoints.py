@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from lightning_kd.checkpoints import explained, summarize, unsafe
+from lightning_kd.checkpoints import explained, readable_checkpoint, summarize, unsafe
 from lightning_kd.integrity import read_about
 
 Name = Literal["last", "best"]
@@ -49,6 +49,26 @@ def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
         if place.exists():
             return place
     raise ValueError(f"--ckpt_path best: {best} does not exist any more; give the path of another")
+
+
+def checkpoint_places(options: Any) -> list[Path]:
+    """Return where a run's checkpoints may be: beside its configuration, and where callbacks save.
+
+    Args:
+        options: A command's, as parsed.
+    """
+    callbacks = options["trainer"]["callbacks"] or []
+    listed = callbacks if isinstance(callbacks, list) else [callbacks]
+    given = [(callback.get("init_args") or {}).get("dirpath") for callback in listed]
+    files = [Path(str(file)) for file in options.get("config") or []]
+    beside = [file.parent / "checkpoints" for file in files if file.name == "config.yaml"]
+    return [*(Path(place) for place in given if place is not None), *beside[-1:]]
+
+
+def is_checkpoint(path: str) -> bool:
+    """Return whether there is something at a path that may be a checkpoint."""
+    found = "://" in path or readable_checkpoint(Path(path)).exists()
+    return found and path != ""  # which Path takes for the working directory
 
 
 def _is_one(path: Path) -> bool:

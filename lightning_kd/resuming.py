@@ -69,17 +69,24 @@ class Resumable:
     def resume_settings(self) -> dict[str, Any]:
         """Return the arguments that must not change, by name, defaults included.
 
-        Where an argument is a shorthand (a registered name, or None for a default) and the attribute
-        of its name holds what was made of it, that is taken.
+        Those of :meth:`effective_arguments`, without what may change.
         """
         allowed = {
             n for cls in type(self).__mro__ for n in vars(cls).get("may_change_on_resume", ())
         }
+        return {n: value for n, value in self.effective_arguments().items() if n not in allowed}
+
+    def effective_arguments(self) -> dict[str, Any]:
+        """Return all arguments by name, defaults included.
+
+        Where an argument is a shorthand (a registered name, or None for a default) and the attribute
+        of its name holds what was made of it, that is taken.
+        """
         settings: dict[str, Any] = {}
         for name, given in self.constructor_arguments().items():
             made = vars(self).get(name, vars(self).get(f"_{name}"))
             settings[name] = made if isinstance(made, Resumable) or is_dataclass(made) else given
-        return {name: value for name, value in settings.items() if name not in allowed}
+        return settings
 
     def constructor_arguments(self) -> dict[str, Any]:
         """Return all arguments of the constructor as they were given, by name, defaults included."""

@@ -23,6 +23,7 @@ LAYERS = [
     {"callbacks"},
     {"demo", "run_directories", "cli_messages", "cli_arguments", "cache_writing"},
     {"cli_cache"},
+    {"cli_export"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})

@@ -61,6 +61,9 @@ class DistillationModule(StepCountingModule):
     needs_own_samples: bool = False
     """Whether the method learns from the student's own samples alone."""
 
+    loads_teacher: bool = True
+    """Whether a teacher is loaded where it is needed; to export a student, none is."""
+
     micro_batch_loss: MicroBatchLoss
     """Loss of the last micro-batch, for callbacks."""
 

@@ -73,7 +73,7 @@ class SequenceKD(SFT):
             ValueError: If it cannot generate.
         """
         super().setup(stage)
-        if stage == "predict":
+        if stage == "predict" and self.loads_teacher:
             check_ability(self.teacher, "generation", "SequenceKD's predict", TEACHERS)
             device = self.trainer.strategy.root_device
             self.teacher.prepare(

@@ -16,7 +16,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import AutoModelForCausalLM
 
 from lightning_kd import filesystem
-from lightning_kd.callbacks import HFExport, hf_export
+from lightning_kd.callbacks import HFExport
+from lightning_kd.callbacks.export.card import CardContext
+from lightning_kd.callbacks.export.directory import write_directory
+from lightning_kd.callbacks.export.training_record import TrainingRecord
 from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
 from lightning_kd.teachers import LocalTeacher
@@ -249,10 +252,15 @@ def test_a_failed_export_leaves_no_incomplete_directory_and_names_the_remedy():
     assert torch.equal(logits("elsewhere"), module.student.eval()(IDS).logits)
 
 
+def _export(module):
+    context = CardContext(TrainingRecord(), "student", "its weights")
+    weights = module.student.state_dict()
+    write_directory(module, weights, Path("student").resolve(), "run", context)
+
+
 def _export_for_ever(one, other, start):
     for number in range(start, 10**6):
-        model = (one, other)[number % 2]
-        hf_export._write(model, model.student.state_dict(), Path("student").resolve(), "run")
+        _export((one, other)[number % 2])
 
 
 @pytest.mark.processes
@@ -263,7 +271,7 @@ def test_a_kill_at_any_time_leaves_one_of_the_two_models(monkeypatch):
         module.student, module._tokenizer = tiny_llama(seed), letter_tokenizer()
         modules.append(module)
     expected = [module.student(IDS).logits for module in modules]
-    hf_export._write(modules[0], modules[0].student.state_dict(), Path("student").resolve(), "run")
+    _export(modules[0])
     seen = set()
     # A killed process would never give back the lock that processes share for them.
     monkeypatch.setattr(transformers.utils.logging, "_tqdm_active", False)
