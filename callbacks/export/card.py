@@ -78,7 +78,8 @@ def _body(context: CardContext, changed: Mapping[str, Any]) -> Iterator[str]:
     options = {"model": record.model, "data": record.data} | record.callbacks
     options |= {"optimizer": record.optimizer, "trainer": record.trainer}
     given = {name: values for name, values in options.items() if values}
-    yield f"All options:\n\n```yaml\n{yaml.safe_dump(given, sort_keys=False).strip()}\n```"
+    told = yaml.safe_dump(given, sort_keys=False, allow_unicode=True).strip()
+    yield f"All options:\n\n```yaml\n{told}\n```"
     if record.metrics:
         yield f"## Validation after {record.validated} optimizer steps"
         yield _table(("metric", "value"), {n: f"{v:.6g}" for n, v in record.metrics.items()})

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from lightning_kd.callbacks import HFExport
 from lightning_kd.callbacks.export import session
+from lightning_kd.callbacks.export.card import CardContext, model_card
 from lightning_kd.callbacks.export.options import base_model
 from lightning_kd.callbacks.export.redaction import presentable, presentable_command
+from lightning_kd.callbacks.export.training_record import TrainingRecord
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
@@ -167,6 +169,18 @@ def test_a_base_model_is_a_name_of_the_hub_or_that_which_a_card_tells():
     Path("start/README.md").write_text("---\nbase_model: Qwen/Qwen3-0.6B\n---\n")
     fit(SFT(student=StudentSpec("start")), HFExport("student"))
     assert card()[0]["base_model"] == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize(
+    ("train", "told"),
+    [("openai/gsm8k", ["openai/gsm8k"]), ("data.jsonl", None), ("a/b.csv", None), ("here", None)],
+)
+def test_a_data_set_of_the_hub_is_told_to_the_hub(train, told):
+    Path("here").mkdir()
+    record = TrainingRecord("GKD", teachers=["a"], data={"class": "ChatData", "train": train})
+    made = model_card(CardContext(record, "student", "weights | of é"), {})
+    assert made.data.get("datasets") == told
+    assert rows(made.text, "Training")["data"] == f"ChatData: {train}"
 
 
 def test_nothing_of_the_machine_and_no_secret_is_in_a_card(monkeypatch, tmp_path):
