@@ -217,7 +217,10 @@ TABLE = {
         ["max_steps or trainer.max_epochs"],
     ),
     "negative steps": ([*KD, "--trainer.max_steps", "-5"], ["max_steps", "-5"]),
-    "val_check_interval": ([*KD, "--trainer.val_check_interval", "9"], ["val_check_interval"]),
+    "val_check_interval": (
+        [*KD, "--trainer.val_check_interval", "9999", "--trainer.check_val_every_n_epoch", "1"],
+        ["val_check_interval is 9999", "check_val_every_n_epoch: null"],
+    ),
     "no accumulation": ([*KD, "--trainer.accumulate_grad_batches", "0"], ["accumulate", "0"]),
     "unknown strategy": ([*KD, "--trainer.strategy", "dddp"], ["unknown strategy 'dddp'", "fsdp2"]),
     "FSDP1": ([*KD, "--trainer.strategy", "fsdp"], ["fsdp"]),
