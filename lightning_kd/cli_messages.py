@@ -195,7 +195,8 @@ def forms(message: str) -> list[str]:
         ]
     if 'Parser key "prompt_template"' in message:
         return [_NEEDS_QUOTES]
-    found = re.search(r"Expected a <class 'list'>\. Got value: ([\w./-]+)$", message, re.M)
+    pattern = r"Expected a <class 'list'>(?:\. Got value: |[\s\S]*?Given value: )([\w./-]+)$"
+    found = re.search(pattern, message, re.M)
     return [f"a list is written in brackets: '[\"{found[1]}\"]'"] if found else []
 
 

@@ -204,8 +204,9 @@ def test_a_saved_student_takes_the_place_of_a_configuration(cli, capsys):
         assert (student["name_or_path"], student["config"]) == ("start", None)
 
 
-def test_one_text_is_no_list_of_files(fails):
-    assert """'["corpus.txt"]'""" in fails("tokenizer", "--files", "corpus.txt")
+def test_one_text_is_no_list_of_columns(fails):
+    data = ["--data", "PromptCompletionData", "--data.tokenizer", "x"]
+    assert """'["topic"]'""" in fails(*fit("sft", *data, "--data.extra_columns", "topic"))
 
 
 def test_help_names_the_checkpoints_of_this_library_and_the_help_of_a_class(cli, capsys):
