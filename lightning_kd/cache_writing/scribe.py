@@ -149,7 +149,7 @@ class Scribe:
         self._complete = self._plan.complete_groups(there)
         gather_objects(None)  # nobody writes before all have looked
         left = size * (1 - len(self._complete) * self._plan.processes / shards)
-        again = f". {repeats:,} rows repeat a text, and are read from its first" if repeats else ""
+        again = f". {repeats:,} rows repeat a text, which is kept once" if repeats else ""
         rank_zero_info(
             f"{rows:,} texts with {tokens:,} scored positions of {stride:,} bytes: "
             f"{size / 1e6:,.1f} MB in {shards} files in {directory}, of which {len(there)} are there; "

@@ -174,7 +174,7 @@ def rounding(log_probs: Tensor) -> Tensor:
     Example:
         >>> sum_of_all = torch.full((1, 512), 1 / 512).log().bfloat16()
         >>> rounding(sum_of_all)
-        tensor([0.0243], dtype=torch.float64)
+        tensor([0.0244], dtype=torch.float64)
     """
     exact = log_probs.double()
     relative = (exact.abs() * torch.finfo(log_probs.dtype).eps / 2).expm1()

@@ -65,7 +65,7 @@ class CachedTeacher(Teacher):
         return False
 
     @property
-    def columns(self) -> frozenset[str]:
+    def columns(self) -> frozenset[str]:  # type: ignore[override]
         """Those that the teacher has read, by which rows are known beside their tokens."""
         return frozenset(self._reader.manifest.about.get("columns", ()))
 

@@ -96,7 +96,7 @@ class CompositeTeacher(Teacher):
         return all(member.answers_any_text for member in self.named_members.values())
 
     @property
-    def columns(self) -> frozenset[str]:
+    def columns(self) -> frozenset[str]:  # type: ignore[override]
         """Those that any member reads."""
         return frozenset().union(*(member.columns for member in self.named_members.values()))
 

@@ -86,7 +86,7 @@ class RoutedTeacher(CompositeTeacher):
         return {repr(name): member for name, member in self.members.items()}
 
     @property
-    def columns(self) -> frozenset[str]:
+    def columns(self) -> frozenset[str]:  # type: ignore[override]
         """The one that selects, and those that members read."""
         return super().columns | {self.column}
 

@@ -10,15 +10,13 @@ from lightning_kd.scoring import ScoredPositions
 class TextCoverage:
     """What answers about any text, unless a subclass says otherwise."""
 
+    columns: frozenset[str] = frozenset()
+    """Columns of ``batch["extra"]`` that its answers depend on; a cache knows its rows by them."""
+
     @property
     def answers_any_text(self) -> bool:
         """Whether it can be asked about what a model has generated just now, too."""
         return True
-
-    @property
-    def columns(self) -> frozenset[str]:
-        """Columns of ``batch["extra"]`` that its answers depend on; a cache knows its rows by them."""
-        return frozenset()
 
     def check_texts(
         self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None

@@ -30,6 +30,7 @@ class TopKTeacher(CompositeTeacher):
         ValueError: If the teacher does not tell all tokens, or a value is out of its range.
 
     Example:
+        >>> from lightning_kd.teachers import LocalTeacher
         >>> TopKTeacher(LocalTeacher("./teacher"), k=16, temperatures=[1.0, 2.0]).k
         16
     """
