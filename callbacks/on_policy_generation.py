@@ -19,12 +19,11 @@ from lightning_kd.callbacks.rollouts.checks import (
     check_method,
     check_sampling,
     check_shares,
-    data_of,
-    loader_of,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import check_teacher, complete
 from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
+from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
 from lightning_kd.data import RolloutPlan, Window
@@ -162,7 +161,7 @@ class OnPolicyGeneration(Resumable, Callback):
         if stage == "fit":
             micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
             plan = replace(self.plan, micro_batches=micro_batches)
-            data_of(trainer).follow_plan(plan, given_by=type(self).__name__)
+            give_plan(trainer, pl_module, plan, given_by=type(self).__name__)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate that module, options and engine are compatible, before the first step.

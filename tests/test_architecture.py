@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"functions", "imports"},
     {"batch", "collectives", "tokenization", "seeding", "resuming", "processes", "integrity"},
-    {"rebuilding"},
+    {"rebuilding", "own_batches"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"checkpoints", "filesystem", "loops", "wire"},
     {"strategies", "named_checkpoints"},

@@ -1,6 +1,7 @@
 """What users of Lightning, Hugging Face and TRL type in Python, each checked for its result."""
 
 import csv
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,13 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
 from safetensors.torch import load_file
-from transformers import LlamaConfig
+from torch.utils.data import DataLoader
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    LlamaConfig,
+)
 
 from lightning_kd import (
     GKD,
@@ -41,7 +48,7 @@ from lightning_kd import (
     TopKTeacher,
     WarmupCosine,
 )
-from lightning_kd.callbacks import CompletionSamples, OnPolicyGeneration
+from lightning_kd.callbacks import CompletionSamples, JsonlPredictions, OnPolicyGeneration
 from lightning_kd.divergences import GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
 from tests.support.caches import Losses
@@ -628,6 +635,11 @@ class TestTrainer:
         with pytest.raises(ValueError, match=message):
             trainer(max_steps=4, **settings).fit(method(), datamodule=Letters())
 
+    def test_averaging_of_what_is_not_there_is_refused_with_any_loader(self):
+        run = trainer(max_steps=4, callbacks=[StochasticWeightAveraging(1e-3)])
+        with pytest.raises(ValueError, match="use WeightAveraging"):
+            run.fit(SFT(student=tiny_llama(0), tokenizer=letter_tokenizer()), own_loader(WHOLE))
+
     @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
     def test_detecting_anomalies_changes_nothing(self):
         assert losses(method(), detect_anomaly=True) == losses(method())
@@ -655,3 +667,190 @@ class TestTrainer:
             layer.compile(backend=backend)
         assert losses(method(student=student)) == pytest.approx(losses(method()), rel=1e-6)
         assert graphs
+
+
+PROMPTS = [letter_tokenizer()(row["prompt"]) for row in ROWS]
+PROMPTS = [{name: row[name] for name in ("input_ids", "attention_mask")} for row in PROMPTS]
+WHOLE = [
+    {
+        "input_ids": prompt["input_ids"] + own,
+        "attention_mask": [1] * (len(prompt["input_ids"]) + len(own)),
+        "labels": [-100] * len(prompt["input_ids"]) + own,
+    }
+    for row, prompt in zip(ROWS, PROMPTS, strict=True)
+    for own in [[*letter_tokenizer()(row["completion"])["input_ids"], 1]]
+]
+"""The same rows as a Hugging Face user tokenizes them."""
+
+
+def left_padded():
+    tokenizer = letter_tokenizer()
+    tokenizer.padding_side = "left"
+    return tokenizer
+
+
+def own_loader(rows, collate=None, batch_size=2, **options):
+    collate = collate or DataCollatorForSeq2Seq(letter_tokenizer())
+    return DataLoader(rows, batch_size, collate_fn=collate, **options)
+
+
+def greedy(**options):
+    return OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=4, temperature=0.0), **options
+    )
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+class TestOwnLoaders:
+    """Loaders of PyTorch with the collators of transformers."""
+
+    def test_prompts_and_completions(self):
+        own, seen = SFT(student=tiny_llama(0), tokenizer=letter_tokenizer()), Losses()
+        run = trainer(callbacks=[seen], max_steps=1)
+        run.fit(own, own_loader(WHOLE, batch_size=12))
+        ours = losses(SFT(student=tiny_llama(0)), rows_data(batch_size=12), max_steps=1)
+        assert seen.values == pytest.approx(ours, rel=1e-6)
+
+    @pytest.mark.parametrize(
+        "collate",
+        [
+            DataCollatorForSeq2Seq(letter_tokenizer()),
+            DataCollatorForLanguageModeling(letter_tokenizer(), mlm=False),
+        ],
+        ids=["seq2seq", "language modeling"],
+    )
+    def test_the_loss_is_that_of_transformers(self, collate):
+        plain = isinstance(collate, DataCollatorForLanguageModeling)
+        rows = [{k: v for k, v in row.items() if not (plain and k == "labels")} for row in WHOLE]
+        module = SFT(student=tiny_llama(0), tokenizer=letter_tokenizer())
+        loader = own_loader(rows, collate, batch_size=12)
+        run = trainer(limit_val_batches=1.0, max_steps=0)
+        (shown,) = run.validate(module, loader, verbose=False)
+        (batch,) = loader
+        theirs = tiny_llama(0)(**batch).loss.item()
+        assert shown["val/loss"] == pytest.approx(theirs, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("rows", "collate"),
+        [
+            (PROMPTS, DataCollatorWithPadding(letter_tokenizer())),
+            (PROMPTS, DataCollatorWithPadding(left_padded())),
+            (WHOLE, DataCollatorForSeq2Seq(letter_tokenizer())),
+        ],
+        ids=["prompts", "padded on the left", "with completions"],
+    )
+    def test_on_policy_as_with_a_data_module(self, rows, collate):
+        given = {"student": tiny_llama(0), "teacher": tiny_llama(1), "optimizer": sgd}
+        module, seen = GKD(**given, tokenizer=letter_tokenizer()), Losses()
+        run = trainer(callbacks=[greedy(), seen], max_steps=1)
+        run.fit(module, own_loader(rows, collate, batch_size=12))
+        again = {"student": tiny_llama(0), "teacher": tiny_llama(1), "optimizer": sgd}
+        data = rows_data(batch_size=12)
+        assert seen.values == pytest.approx(
+            losses(GKD(**again), data, callbacks=[greedy()], max_steps=1), rel=1e-6
+        )
+
+    def test_windows_of_several_steps_and_passes(self, tmp_path):
+        rollouts = greedy(steps_per_window=3, passes=2, path=str(tmp_path / "rollouts.jsonl"))
+        module = GKD(student=tiny_llama(0), teacher=tiny_llama(1), tokenizer=letter_tokenizer())
+        run = trainer(callbacks=[rollouts], max_epochs=2, max_steps=-1)
+        run.fit(module, own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer())))
+        assert run.global_step == 2 * 6 * 2
+        written = [
+            json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()
+        ]
+        prompts = [row["prompt_ids"] for row in written]
+        assert prompts == [row["input_ids"] for row in PROMPTS] * 2
+        assert len({row["sample"] for row in written}) == 24
+        assert len({row["window"] for row in written}) == 4
+
+    @pytest.mark.parametrize("passes", [1, 2])
+    def test_a_run_goes_on_where_it_stopped(self, tmp_path, passes):
+        def started(**settings):
+            module = GKD(student=tiny_llama(0), teacher=tiny_llama(1), tokenizer=letter_tokenizer())
+            options = SamplingOptions(max_new_tokens=4)
+            rollouts = OnPolicyGeneration(generation=options, steps_per_window=2, passes=passes)
+            seen = Losses()
+            run = trainer(callbacks=[rollouts, seen], max_epochs=3, **settings)
+            loader = own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer()))
+            return run, module, loader, seen
+
+        run, module, loader, whole = started(max_steps=9)
+        run.fit(module, loader)
+        run, module, loader, _ = started(max_steps=3)
+        run.fit(module, loader)
+        run.save_checkpoint(tmp_path / "3.ckpt")
+        run, module, loader, rest = started(max_steps=9)
+        run.fit(module, loader, ckpt_path=tmp_path / "3.ckpt", weights_only=True)
+        assert rest.values == whole.values[3:]
+
+    def test_completions_of_prompts(self, tmp_path):
+        writer = JsonlPredictions(str(tmp_path / "written.jsonl"))
+        module = SFT(
+            student=tiny_llama(0),
+            tokenizer=letter_tokenizer(),
+            generation=GenerationOptions(max_new_tokens=4),
+        )
+        loader = own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer()), batch_size=5)
+        trainer(callbacks=[writer]).predict(module, loader)
+        written = [
+            json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()
+        ]
+        assert [row["row"] for row in written] == list(range(12))
+        for row, prompt in zip(written, PROMPTS, strict=True):
+            ids = torch.tensor([prompt["input_ids"]])
+            theirs = tiny_llama(0).generate(ids, max_new_tokens=4, do_sample=False)
+            assert prompt["input_ids"] + row["completion_ids"] == theirs[0].tolist()
+
+    def test_samples_of_validation(self):
+        shows = Shows("log_table")
+        samples = CompletionSamples(max_new_tokens=3, samples=12)
+        module = SFT(student=tiny_llama(0), tokenizer=letter_tokenizer())
+        run = trainer(callbacks=[samples], logger=shows, limit_val_batches=1.0)
+        run.validate(module, own_loader(WHOLE), verbose=False)
+        ((_, rows, _),) = shows.tables["val/samples"]
+        assert [row[2].replace(" ", "") for row in rows] == [row["completion"] for row in ROWS]
+
+    @pytest.mark.parametrize(
+        ("rows", "stacked", "message"),
+        [
+            (
+                [{"input_ids": [2, 3]}] * 2,
+                True,
+                "a batch of prompts needs .* 'attention_mask': 'None",
+            ),
+            ([{"text": "a"}] * 2, False, "a batch of prompts needs .* got list"),
+            (
+                [{"input_ids": [2, 3, 4], "attention_mask": [1, 0, 1]}] * 2,
+                True,
+                "the attention_mask of a prompt has a gap",
+            ),
+            (
+                [{"input_ids": [2, 3], "attention_mask": [1, 1], "labels": [2, 3]}] * 2,
+                True,
+                "a label on its first token, so that it has no prompt",
+            ),
+        ],
+        ids=["no mask", "texts", "a gap", "no prompt"],
+    )
+    def test_what_a_batch_of_prompts_lacks_is_named(self, rows, stacked, message):
+        def tensors(given):
+            return {name: torch.tensor([row[name] for row in given]) for name in given[0]}
+
+        loader = own_loader(rows, tensors if stacked else list)
+        module = GKD(student=tiny_llama(0), teacher=tiny_llama(1), tokenizer=letter_tokenizer())
+        with pytest.raises(ValueError, match=message):
+            trainer(callbacks=[greedy()], max_steps=1).fit(module, loader)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"group_size": 2}, "group_size is 2: with a loader of your own"),
+            ({"steps_per_window": 4}, "windows have 4 micro-batches, and the loader gives 6"),
+        ],
+    )
+    def test_plans_that_such_a_loader_cannot_keep_are_refused(self, options, message):
+        module = GKD(student=tiny_llama(0), teacher=tiny_llama(1), tokenizer=letter_tokenizer())
+        loader = own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer()))
+        with pytest.raises(ValueError, match=message):
+            trainer(callbacks=[greedy(**options)], max_steps=1).fit(module, loader)

@@ -1,56 +1,17 @@
 """Validation that module, data and options are compatible with generated completions."""
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
 
 import lightning as L
 
 from lightning_kd.batch import Rollout
-from lightning_kd.data import PairedLoader, RolloutPlan, TrainingLoader
+from lightning_kd.callbacks.rollouts.planning import loader_of
+from lightning_kd.data import PairedLoader, TrainingLoader, WindowedLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import GKD, DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.schedules import Schedule
-
-
-@runtime_checkable
-class PlannedData(Protocol):
-    """A data module that cuts its training rows into windows of rollouts."""
-
-    def follow_plan(self, plan: RolloutPlan, *, given_by: str) -> None:
-        """Take the plan of a run, and the name of the callback that gives it."""
-
-
-def data_of(trainer: L.Trainer) -> PlannedData:
-    """Return the data module.
-
-    Raises:
-        ValueError: If there is none, or it does not cut its rows into windows.
-    """
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PlannedData):
-        given = "loaders alone" if data is None else f"a {type(data).__name__}"
-        raise ValueError(
-            f"OnPolicyGeneration needs a data module that cuts its rows into windows, not {given}; "
-            "derive yours from DistillationData, and pass datamodule=... to trainer.fit"
-        )
-    return data
-
-
-def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader:
-    """Return the training loader.
-
-    Raises:
-        ValueError: If it is not of a data module of this library.
-    """
-    loader = trainer.train_dataloader
-    if not isinstance(loader, TrainingLoader | PairedLoader):
-        raise ValueError(
-            f"OnPolicyGeneration needs the loader of a data module of this library, not a "
-            f"{type(loader).__name__}; derive yours from DistillationData"
-        )
-    return loader
 
 
 def check_shares(lmbda: float | Schedule, mixture_alpha: float) -> None:
@@ -136,12 +97,14 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
         check_length(module.models, row, "train rows")
 
 
-def check_groups(loader: TrainingLoader | PairedLoader) -> None:
-    """Validate that groups of completions fill a window.
+def check_groups(loader: TrainingLoader | PairedLoader | WindowedLoader) -> None:
+    """Validate that groups of completions fill a window; other loaders have no groups.
 
     Raises:
         ValueError: If they do not.
     """
+    if isinstance(loader, WindowedLoader):
+        return
     rows = loader.samples_per_micro_batch * loader.plan.micro_batches
     if rows % loader.plan.group_size:
         raise ValueError(
@@ -160,9 +123,9 @@ def check_cut(trainer: L.Trainer, rollouts: Sequence[Rollout]) -> None:
     Raises:
         ValueError: If it is not.
     """
-    if not rollouts:
-        return
     loader = loader_of(trainer)
+    if not rollouts or isinstance(loader, WindowedLoader):
+        return
     saved = len(rollouts), len(rollouts[0]["row"]) * trainer.world_size
     own = loader.plan.micro_batches, loader.samples_per_micro_batch
     if saved != own:

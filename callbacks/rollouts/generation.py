@@ -18,6 +18,7 @@ from lightning_kd.generation import (
     check_completions,
     generate,
 )
+from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.modules.remote import ask_together
 from lightning_kd.modules.texts import check_own_samples
@@ -51,6 +52,8 @@ def complete(
     pad_id = padding_id(module.tokenizer)
     prompts = _joined([batch["prompt_ids"] for batch in batches], pad_id)
     masks = _joined([batch["prompt_mask"] for batch in batches], 0)
+    longest = prompts.shape[1] + options.max_new_tokens
+    check_length(module.models, longest, "prompts and on_policy.generation.max_new_tokens")
     samples = torch.cat([batch["sample"] for batch in batches]).tolist()
     seeds = [derive_seed(run_seed(), "rollout", sample) for sample in samples]
     shared: dict[str, Any] = {

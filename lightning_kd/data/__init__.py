@@ -7,6 +7,7 @@ from lightning_kd.data.datamodule import DistillationData
 from lightning_kd.data.encoding import Example, LengthLimit
 from lightning_kd.data.evaluation_loader import EvaluationLoader
 from lightning_kd.data.loader import TrainingLoader
+from lightning_kd.data.own_loader import WindowedLoader
 from lightning_kd.data.paired import PairedLoader, PromptsAndText
 from lightning_kd.data.plain_text import DocumentData, PackedTextData
 from lightning_kd.data.plan import Epochs, RolloutPlan
@@ -37,6 +38,7 @@ __all__ = [
     "Rows",
     "TrainingLoader",
     "Window",
+    "WindowedLoader",
     "arithmetic_tokenizer",
     "load_rows",
     "train_tokenizer",

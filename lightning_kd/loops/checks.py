@@ -36,6 +36,12 @@ def check_limits(trainer: L.Trainer) -> None:
     Raises:
         ValueError: If there is one.
     """
+    for callback, instead in (
+        (GradientAccumulationScheduler, "set trainer.accumulate_grad_batches, for the run"),
+        (StochasticWeightAveraging, "use WeightAveraging or EMAWeightAveraging of Lightning"),
+    ):
+        if any(isinstance(c, callback) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(f"{callback.__name__} {_REASONS[callback]}; {instead}")
     micro_batches, interval = trainer.accumulate_grad_batches, validation_interval(trainer)
     if micro_batches < 1:
         raise ValueError(
@@ -96,12 +102,6 @@ def check_epochs(trainer: L.Trainer, loader: EpochLoader) -> None:
             "every epoch, and each epoch has an order of its own. Give data.train only the rows to "
             "overfit, as data.validation too, and trainer.max_epochs"
         )
-    for callback, instead in (
-        (GradientAccumulationScheduler, "set trainer.accumulate_grad_batches, for the run"),
-        (StochasticWeightAveraging, "use WeightAveraging or EMAWeightAveraging of Lightning"),
-    ):
-        if any(isinstance(c, callback) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(f"{callback.__name__} {_REASONS[callback]}; {instead}")
     ends = (EarlyStopping, Timer)
     if trainer.max_steps == trainer.max_epochs == -1 and not any(
         isinstance(c, ends)

@@ -17,6 +17,7 @@ from lightning_kd.teachers import (
     TeachersLike,
     check_ability,
 )
+from lightning_kd.teachers.ensemble import teacher_of
 from lightning_kd.tokenization import TokenizerLike
 
 
@@ -64,7 +65,7 @@ class SequenceKD(SFT):
             generation=generation,
             engine=engine,
         )
-        self.teacher = teacher
+        self.teacher = teacher_of(teacher)
 
     def setup(self, stage: str) -> None:
         """Load the teacher where it generates.

@@ -24,6 +24,7 @@ from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.given import student_of
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import is_sharded, shard
+from lightning_kd.modules.own_data import ReadsOwnBatches
 from lightning_kd.modules.restoring import RestorableModule, check_method
 from lightning_kd.modules.resume import Resumption
 from lightning_kd.seeding import derive_seed, run_seed
@@ -31,7 +32,7 @@ from lightning_kd.strategies import adapter_of, check_trainer
 from lightning_kd.tokenization import TokenizerLike, tokenizer_of
 
 
-class StudentModule(RestorableModule):
+class StudentModule(ReadsOwnBatches, RestorableModule):
     """A student that completes prompts, and whose checkpoints name their method.
 
     Args:
@@ -289,7 +290,8 @@ class StudentModule(RestorableModule):
 
 def generates_completions(trainer: L.Trainer) -> bool:
     """Return whether a run's data follows a plan of rollouts: its completions may be generated."""
-    return getattr(getattr(trainer, "datamodule", None), "rollout_plan", None) is not None
+    given = (getattr(trainer, "datamodule", None), trainer.fit_loop._data_source.instance)
+    return any(getattr(data, "rollout_plan", None) is not None for data in given)
 
 
 def longest_rows(trainer: L.Trainer) -> dict[str, tuple[int, int]]:
