@@ -730,6 +730,14 @@ class TestOwnLoaders:
         theirs = tiny_llama(0)(**batch).loss.item()
         assert shown["val/loss"] == pytest.approx(theirs, rel=1e-5)
 
+    def test_the_eos_that_a_collator_takes_out_of_the_labels(self):
+        """What the page on data warns of."""
+        tokenizer = letter_tokenizer()
+        tokenizer.pad_token = tokenizer.eos_token
+        rows = [{"input_ids": [2, 3, 1], "attention_mask": [1, 1, 1]}]
+        batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)(rows)
+        assert batch["labels"].tolist() == [[2, 3, -100]]
+
     @pytest.mark.parametrize(
         ("rows", "collate"),
         [

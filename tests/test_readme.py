@@ -127,6 +127,16 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
     assert names["trainer"].global_step == 2
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_the_python_of_the_page_on_data_runs():
+    program = "\n".join(blocks((ROOT / "docs" / "data.md").read_text(), "python"))
+    names: dict = {}
+    exec(compile(program, "data.md", "exec"), names)
+    assert names["trainer"].global_step == 2
+
+
 def test_the_python_of_the_docs_runs():
     """In a process of its own: it registers a divergence."""
     program = "\n".join(blocks((ROOT / "docs" / "divergences.md").read_text(), "python"))

@@ -736,15 +736,17 @@ def test_a_window_is_collated_once_and_again_by_a_run_that_resumes_inside_it(tmp
 def test_data_without_prompts_or_windows_is_rejected():
     with pytest.raises(ValueError, match="no prompts to complete"):
         fit(GKD(**models()), data=Unprompted(batch_size=2))
-    batches = BatchList([with_prompts(ragged_batch([(2, 3)]))])
-    with pytest.raises(ValueError, match="derive yours from DistillationData"):
-        fit(GKD(**models()), data=batches)
 
 
-def test_loaders_without_a_data_module_are_rejected():
-    lightning = trainer(max_steps=1, callbacks=[OnPolicyGeneration()])
-    with pytest.raises(ValueError, match="not loaders alone; derive yours from DistillationData"):
-        lightning.fit(GKD(**models()), *[BatchList([]).train_dataloader()] * 2)
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_several_loaders_or_one_without_a_length_are_rejected():
+    batches = BatchList([with_prompts(ragged_batch([(2, 3)]))]).train_dataloader()
+    settings = {"max_steps": 1, "callbacks": [OnPolicyGeneration()]}
+    module = {"tokenizer": letter_tokenizer()}
+    with pytest.raises(ValueError, match="needs one training loader, not a list of them"):
+        trainer(**settings).fit(GKD(**models(), **module), [batches, batches])
+    with pytest.raises(ValueError, match="needs a loader that has a length"):
+        trainer(**settings).fit(GKD(**models(), **module), (batch for batch in batches))
 
 
 def test_two_callbacks_that_generate_are_rejected():
