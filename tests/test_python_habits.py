@@ -11,8 +11,10 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
     EarlyStopping,
     GradientAccumulationScheduler,
+    LearningRateFinder,
     LearningRateMonitor,
     ModelCheckpoint,
     ModelSummary,
@@ -20,6 +22,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.tuner import Tuner
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import (
@@ -42,6 +45,7 @@ from lightning_kd import (
     PackedTextData,
     PromptCompletionData,
     RoutedTeacher,
+    SequenceKD,
     StudentSpec,
     SupervisedKD,
     TeacherEnsemble,
@@ -51,7 +55,8 @@ from lightning_kd import (
 from lightning_kd.callbacks import CompletionSamples, JsonlPredictions, OnPolicyGeneration
 from lightning_kd.divergences import GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
-from tests.support.caches import Losses
+from lightning_kd.teachers import CachedTeacher
+from tests.support.caches import Losses, written
 from tests.support.command_line import fit
 from tests.support.harness import Letters, trainer
 from tests.support.toys import letter_tokenizer, tiny_llama
@@ -170,6 +175,14 @@ class TestModels:
         )
         again = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=3))
         assert values == losses(spelled, callbacks=[again])
+
+    def test_a_teacher_object_that_generates(self):
+        options = GenerationOptions(max_new_tokens=4)
+        module = SequenceKD(student=tiny_llama(0), teacher=tiny_llama(1), generation=options)
+        (first, *_) = trainer().predict(module, datamodule=rows_data(predict=ROWS))
+        ids = torch.tensor([letter_tokenizer()(ROWS[1]["prompt"])["input_ids"]])
+        theirs = tiny_llama(1).generate(ids, max_new_tokens=4, do_sample=False)[0, ids.shape[1] :]
+        assert first.ids[1][first.mask[1]].tolist() == theirs.tolist()
 
     @pytest.mark.slow
     def test_a_run_with_objects_goes_on_bit_for_bit(self, tmp_path):
@@ -296,6 +309,17 @@ class TestData:
         other = [*ROWS[:-1], ROWS[-1] | {"completion": "ab"}]
         with pytest.raises(ValueError, match=r"the data has changed .*: train"):
             trainer(max_steps=3).fit(module(), datamodule=rows_data(other), **given)
+
+    @pytest.mark.slow
+    def test_a_cache_of_rows_serves_the_same_rows(self, tmp_path):
+        module = SupervisedKD(student=tiny_llama(0), teacher=tiny_llama(1), optimizer=sgd)
+        written(tmp_path / "cache", module, rows_data(datasets.Dataset.from_list(ROWS)))
+        cached = {"teacher": CachedTeacher(str(tmp_path / "cache")), "optimizer": sgd}
+        own = losses(SupervisedKD(student=tiny_llama(0), **cached), rows_data())
+        assert own == pytest.approx(losses(method(), rows_data()), rel=1e-5)
+        other = [*ROWS[:-1], ROWS[-1] | {"completion": "ab"}]
+        with pytest.raises(ValueError, match="cache"):
+            losses(SupervisedKD(student=tiny_llama(0), **cached), rows_data(other))
 
     def test_batches_can_be_looked_at_without_a_trainer(self):
         data = Letters(5, batch_size=2)
@@ -649,6 +673,50 @@ class TestTrainer:
         run.fit(method(), datamodule=Letters(12, batch_size=2))
         assert len(run.profiler.recorded_durations["run_training_batch"]) == 3
 
+    def test_the_search_for_a_learning_rate(self):
+        module, data = method(), Letters(64, batch_size=4)
+        run = trainer(max_steps=4, max_epochs=None)
+        finder = Tuner(run).lr_find(
+            module, datamodule=data, num_training=40, min_lr=1e-3, max_lr=1.0
+        )
+        # The first losses are those of a run at the first rates, not sums over tokens.
+        first = losses(method(optimizer=partial(torch.optim.SGD, lr=1e-3)), data, max_steps=1)
+        assert finder.results["loss"][0] == pytest.approx(first[0] * 0.02 / (1 - 0.98**2), rel=1e-5)
+        assert module.lr == finder.suggestion()
+        # Nothing else is left of it: the run is that of a module made with this rate.
+        seen = Losses()
+        run.callbacks.append(seen)
+        run.fit(module, datamodule=data)
+        fresh = method(optimizer=partial(torch.optim.SGD, lr=module.lr))
+        assert seen.values == losses(fresh, Letters(64, batch_size=4), max_steps=4)
+
+    def test_the_search_for_a_batch_size(self):
+        module, data = method(), Letters(64, batch_size=2)
+        run = trainer(max_steps=3, max_epochs=None)
+        found = Tuner(run).scale_batch_size(module, datamodule=data, init_val=2, max_trials=3)
+        assert found == data.batch_size == 8
+        seen = Losses()
+        run.callbacks.append(seen)
+        run.fit(module, datamodule=data)
+        assert seen.values == losses(method(), Letters(64, batch_size=8), max_steps=3)
+
+    @pytest.mark.parametrize(
+        ("callback", "function"),
+        [(LearningRateFinder, "lr_find"), (BatchSizeFinder, "scale_batch_size")],
+    )
+    def test_searches_inside_a_run_are_refused(self, callback, function):
+        with pytest.raises(ValueError, match=rf"Search before it, .*\)\.{function}"):
+            trainer(max_steps=1, callbacks=[callback()]).fit(method(), datamodule=Letters())
+
+    def test_searches_that_would_measure_another_run_are_refused(self):
+        run = trainer(max_steps=4, callbacks=[greedy()])
+        module = GKD(student=tiny_llama(0), teacher=tiny_llama(1))
+        with pytest.raises(ValueError, match="OnPolicyGeneration decides what is trained on"):
+            Tuner(run).lr_find(module, datamodule=Letters())
+        scaled = BabyLlama(student=tiny_llama(0), teacher=[tiny_llama(1)], kl_scale="batchmean")
+        with pytest.raises(ValueError, match="the callback that counts the terms of BabyLlama"):
+            Tuner(trainer(max_steps=4)).lr_find(scaled, datamodule=Letters())
+
     def test_a_compiled_module_is_refused(self):
         with pytest.raises(ValueError, match="compile the layers of its models in place"):
             trainer(max_steps=1).fit(torch.compile(method(), backend="eager"), datamodule=Letters())
@@ -764,13 +832,13 @@ class TestOwnLoaders:
         run = trainer(callbacks=[rollouts], max_epochs=2, max_steps=-1)
         run.fit(module, own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer())))
         assert run.global_step == 2 * 6 * 2
-        written = [
+        lines = [
             json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()
         ]
-        prompts = [row["prompt_ids"] for row in written]
+        prompts = [row["prompt_ids"] for row in lines]
         assert prompts == [row["input_ids"] for row in PROMPTS] * 2
-        assert len({row["sample"] for row in written}) == 24
-        assert len({row["window"] for row in written}) == 4
+        assert len({row["sample"] for row in lines}) == 24
+        assert len({row["window"] for row in lines}) == 4
 
     @pytest.mark.parametrize("passes", [1, 2])
     def test_a_run_goes_on_where_it_stopped(self, tmp_path, passes):
@@ -801,11 +869,9 @@ class TestOwnLoaders:
         )
         loader = own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer()), batch_size=5)
         trainer(callbacks=[writer]).predict(module, loader)
-        written = [
-            json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()
-        ]
-        assert [row["row"] for row in written] == list(range(12))
-        for row, prompt in zip(written, PROMPTS, strict=True):
+        lines = [json.loads(line) for line in (tmp_path / "written.jsonl").read_text().splitlines()]
+        assert [row["row"] for row in lines] == list(range(12))
+        for row, prompt in zip(lines, PROMPTS, strict=True):
             ids = torch.tensor([prompt["input_ids"]])
             theirs = tiny_llama(0).generate(ids, max_new_tokens=4, do_sample=False)
             assert prompt["input_ids"] + row["completion_ids"] == theirs[0].tolist()

@@ -152,6 +152,11 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         """Rows of a micro-batch on one process."""
         return self.prompts.batch_size
 
+    @batch_size.setter
+    def batch_size(self, rows: int) -> None:
+        """Set it for both."""
+        self.prompts.batch_size = self.text.batch_size = rows
+
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the prompts."""

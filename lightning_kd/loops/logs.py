@@ -26,6 +26,10 @@ class EarlierRows:
                 if path.is_file():
                     with path.open(newline="") as file:
                         self._rows.append((logger, list(csv.DictReader(file))))
+            if isinstance(logger, TensorBoardLogger) and logger._experiment is None:
+                # Hyperparameters bring a row of a metric that stands for none; it is there already.
+                begun = any(Path(logger.log_dir).glob("events.out.tfevents.*"))
+                logger._default_hp_metric = logger._default_hp_metric and not begun
 
     def give_back(self, before: int) -> None:
         """Write the rows of steps before ``before`` again."""

@@ -89,6 +89,10 @@ class ResumeState(Callback):
         self._earlier_rows = earlier_rows
         self._clocks: dict[str, float | None] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Begin a run, which goes on from no checkpoint unless one is loaded after this."""
+        self._restored = None
+
     # The moments.
 
     def on_train_batch_end(

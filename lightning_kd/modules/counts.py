@@ -14,6 +14,7 @@ from lightning_kd.modules.half_precision import ScaledSumModule
 from lightning_kd.modules.loss import ReducedLoss
 from lightning_kd.normalization import BatchMean, Normalization, constant_ratio, divisor
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.strategies import searches_of
 
 
 @runtime_checkable
@@ -185,6 +186,14 @@ class StepCountingModule(ScaledSumModule):
 
 class _StepCounter(Callback):
     """Counts each optimizer step as it begins, after the callbacks that generate completions."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        searches = searches_of(trainer)
+        if searches and _counting(pl_module).term_normalizations:
+            raise ValueError(
+                f"{type(searches[0]).__name__} searches without the callback that counts the terms of "
+                f"{type(pl_module).__name__}; compare short runs instead"
+            )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _counting(pl_module)

@@ -24,13 +24,14 @@ from lightning_kd.modules.optimization import (
     with_schedule,
 )
 from lightning_kd.modules.term_checks import by_name, term_names
+from lightning_kd.modules.tuning import TunableModule
 from lightning_kd.normalization import Normalization, make_normalization
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import StrategyAdapter, adapter_of
 from lightning_kd.tokenization import TokenizerLike
 
 
-class DistillationModule(StepCountingModule):
+class DistillationModule(TunableModule, StepCountingModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
     A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says
@@ -195,7 +196,7 @@ class DistillationModule(StepCountingModule):
                 metric does not say on which.
         """
         try:
-            optimizer = self._optimizer(parameter_groups(self.parameters()))
+            optimizer = self.at_own_rate(self._optimizer(parameter_groups(self.parameters())))
         except (TypeError, ValueError) as error:
             raise ValueError(f"the optimizer refuses its options: {error}") from error
         if self._lr_scheduler is None:

@@ -28,7 +28,7 @@ from lightning_kd.modules.own_data import ReadsOwnBatches
 from lightning_kd.modules.restoring import RestorableModule, check_method
 from lightning_kd.modules.resume import Resumption
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import adapter_of, check_trainer
+from lightning_kd.strategies import adapter_of, check_trainer, searches_of
 from lightning_kd.tokenization import TokenizerLike, tokenizer_of
 
 
@@ -280,8 +280,8 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
         if "state_dict" in checkpoint:  # a strategy that shards has loaded it already
             compare_weights(checkpoint["state_dict"], self.state_dict())
         self._has_weights = True
-        if self._trainer is None:
-            return
+        if self._trainer is None or searches_of(self.trainer):
+            return  # what a search has tried is taken back, and no run goes on
         if self.trainer.state.fn is TrainerFn.FITTING:
             self.resumption.load(checkpoint, checkpoint[RUN_KEY])
         else:

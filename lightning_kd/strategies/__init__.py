@@ -4,7 +4,7 @@ On import, ``fsdp2``, ``fsdp`` and ``deepspeed_stage_1`` to ``_3`` become names 
 """
 
 from lightning_kd.strategies.adapter import StrategyAdapter, adapter_of, register_adapter
-from lightning_kd.strategies.checks import check_trainer
+from lightning_kd.strategies.checks import check_trainer, searches_of
 from lightning_kd.strategies.deepspeed import DeepSpeedStrategy, gathered_copy, is_partitioned
 from lightning_kd.strategies.fsdp1 import FSDP1Strategy
 from lightning_kd.strategies.fsdp2 import FSDP2Strategy
@@ -21,6 +21,7 @@ __all__ = [
     "gathered_copy",
     "is_partitioned",
     "register_adapter",
+    "searches_of",
     "shape_of",
 ]
 
