@@ -65,6 +65,8 @@ class RestorableModule(Resumable, L.LightningModule):
 
     def restoration(self) -> dict[str, Any]:
         """Return what a checkpoint needs beside ``hparams`` for the module to be made from it."""
+        if not hasattr(self, "student"):  # a run that was broken off before it was built
+            return {_OBJECTS: self._objects}
         return {_OBJECTS: self._objects, _STUDENT: architecture_of(self.student)}
 
     @classmethod
