@@ -183,7 +183,7 @@ class OnPolicyGeneration(Resumable, Callback):
             )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         check_sampling(pl_module, self.generation, always=always)
-        check_teacher(pl_module, self.mixture_alpha, self.off_policy, self.lmbda)
+        check_teacher(pl_module, self.mixture_alpha, self.off_policy, self.lmbda, self.engine)
         from_data = not always and self.off_policy == "dataset"
         check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
 

@@ -1,5 +1,7 @@
 """Tokenizers: loading them, their padding and what ends a sequence."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,12 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Return the padding token of a tokenizer, or else its EOS."""
     pad = tokenizer.pad_token_id
     return int(tokenizer.eos_token_id if pad is None else pad)
+
+
+def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of a tokenizer's tokens and their ids; its rules and templates are not in it."""
+    text = json.dumps(sorted(tokenizer.get_vocab().items())).encode()
+    return hashlib.blake2b(text, digest_size=8).hexdigest()
 
 
 def end_of_sequence_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -106,7 +106,11 @@ def teacher_with(ability: Ability, module: L.LightningModule) -> Teacher:
 
 
 def check_teacher(
-    module: L.LightningModule, mixture_alpha: float, off_policy: str, lmbda: Schedule
+    module: L.LightningModule,
+    mixture_alpha: float,
+    off_policy: str,
+    lmbda: Schedule,
+    engine: Engine,
 ) -> None:
     """Validate that the teacher can do what it is needed for.
 
@@ -115,9 +119,10 @@ def check_teacher(
         mixture_alpha: Share of the teacher in the distribution that the student samples from.
         off_policy: Source of what the student does not generate: ``dataset`` or ``teacher``.
         lmbda: Share of windows that the student generates.
+        engine: Of the run.
 
     Raises:
-        ValueError: If it cannot.
+        ValueError: If it cannot, or not with this engine.
     """
     share = lmbda.value if isinstance(lmbda, Constant) else None
     if isinstance(module, TeacherModule) and share != 0:
@@ -125,7 +130,7 @@ def check_teacher(
     if mixture_alpha > 0:
         teacher_with("mixture", module)
     if off_policy == "teacher" and share != 1:
-        teacher_with("generation", module)
+        teacher_with("generation", module).check_generation(engine)
 
 
 def _on_all(

@@ -1,5 +1,6 @@
 """Validation that student, teacher and data have the same tokens, before the first step."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -47,7 +48,29 @@ def check_tokenizers(
     if Path(directory).is_dir() and not (Path(directory) / "tokenizer_config.json").exists():
         return  # A directory of weights alone is common; the sizes are still compared.
     other = load_tokenizer(directory)
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    compare_vocabularies(tokenizer.get_vocab(), other.get_vocab(), directory, role, policy)
+
+
+def compare_vocabularies(
+    ours: Mapping[str, int],
+    theirs: Mapping[str, int],
+    place: str,
+    role: str,
+    policy: VocabularyPolicy,
+) -> None:
+    """Compare the data's tokens with those of another model.
+
+    Args:
+        ours: Ids of the data's tokens.
+        theirs: Ids of the model's.
+        place: Where the model is.
+        role: Its name.
+        policy: Whether one side may have further tokens.
+
+    Raises:
+        ValueError: If the same id stands for different tokens, or if one side lacks tokens and the
+            policy is ``equal``.
+    """
     different = [t for t in sorted(ours.keys() & theirs.keys()) if ours[t] != theirs[t]]
     surplus = len(ours.keys() ^ theirs.keys())
     if different or (surplus and policy == "equal"):
@@ -58,7 +81,7 @@ def check_tokenizers(
             else f"{surplus} tokens are in one of them only ({len(ours)} and {len(theirs)} tokens)"
         )
         raise ValueError(
-            f"tokenizer mismatch: the data and the {role} {directory!r} give different ids: "
+            f"tokenizer mismatch: the data and the {role} {place!r} give different ids: "
             f"{example}. Distillation compares distributions over the same tokens: use the "
             f"{role}'s tokenizer for the data, or a {role} that was trained with it"
         )

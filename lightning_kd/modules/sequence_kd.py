@@ -71,7 +71,7 @@ class SequenceKD(SFT):
         """Load the teacher where it generates.
 
         Raises:
-            ValueError: If it cannot generate.
+            ValueError: If it cannot generate, or not with this engine.
         """
         super().setup(stage)
         if stage == "predict" and self.loads_teacher:
@@ -80,6 +80,8 @@ class SequenceKD(SFT):
             self.teacher.prepare(
                 self.tokenizer, device, "equal", adapter_of(self.trainer).shard_mesh()
             )
+            # A server's teacher is known from here on.
+            self.teacher.check_generation(self.engine)
 
     @property
     def generating_models(self) -> Mapping[str, PreTrainedModel]:

@@ -11,7 +11,9 @@ from lightning_kd.serving.limits import Limits
 from lightning_kd.serving.service import TeacherService
 from lightning_kd.teachers import LocalTeacher, Teacher
 from lightning_kd.tokenization import load_tokenizer
-from lightning_kd.wire.servers import token_from
+from lightning_kd.wire.servers import TOKEN_VARIABLE, token_from
+
+_LAST_PORT = 65535
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -23,7 +25,7 @@ def serve(
     port: int = 8765,
     device: str = "auto",
     name: str = "teacher",
-    token_variable: str = "LIGHTNING_KD_TOKEN",
+    token_variable: str = TOKEN_VARIABLE,
     limits: Limits | None = None,
 ) -> None:
     """Serve a teacher to training runs in other processes, until SIGTERM or Ctrl-C.
@@ -41,23 +43,32 @@ def serve(
         port: Port to listen on; 0 takes a free one, which is printed.
         device: Device of the teacher; auto takes an accelerator if there is one.
         name: Name of the teacher in /v1/models.
-        token_variable: Environment variable with the bearer token that requests must have; none is
-            asked for where it is not set.
+        token_variable: Environment variable with the bearer token that requests must have. None is
+            asked for where the default one is not set; another one must be.
         limits: Limits of requests, queue and waits.
 
     Raises:
         ValueError: If the teacher cannot be served.
     """
     limits, token = limits or Limits(), token_from(token_variable)
+    if not 0 <= port <= _LAST_PORT:
+        raise ValueError(
+            f"port is {port}; give a number from 1 to {_LAST_PORT}, or 0 for a free one"
+        )
+    place = _place(device)
     if tokenizer is None:
         names = [spec.name_or_path for spec in teacher.model_specs if spec.name_or_path]
         if not names:
             raise ValueError("the teacher has no directory with a tokenizer; give --tokenizer")
         tokenizer = names[0]
-    accelerator = torch.accelerator.current_accelerator() if device == "auto" else None
-    place = accelerator or torch.device("cpu" if device == "auto" else device)
     service = TeacherService(teacher, load_tokenizer(tokenizer), place, limits)
-    server = TeacherServer(service, limits, host=host, port=port, token=token, name=name)
+    try:
+        server = TeacherServer(service, limits, host=host, port=port, token=token, name=name)
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen at {host} port {port}: {error.strerror or error}; give another --port (0 "
+            "takes a free one), or an address of this machine as --host"
+        ) from error
     ending = threading.Event()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -80,3 +91,25 @@ def serve(
         raise ValueError(
             f"not everything was answered within limits.drain_seconds, {limits.drain_seconds:g} s"
         )
+
+
+def _place(device: str) -> torch.device:
+    """Return the device of the teacher.
+
+    Raises:
+        ValueError: If this machine has none of that name.
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    if device == "auto":
+        return accelerator or torch.device("cpu")
+    known = ["auto", "cpu", *([] if accelerator is None else [accelerator.type])]
+    try:
+        place = torch.device(device)
+    except RuntimeError:  # the name of none
+        place = None
+    if place is None or place.type not in known:
+        raise ValueError(f"device is {device!r}; on this machine there are {', '.join(known)}")
+    count = torch.accelerator.device_count() if place.type != "cpu" else 1
+    if place.index is not None and place.index >= count:
+        raise ValueError(f"device is {device!r}; this machine has {count} of them, from 0 on")
+    return place

@@ -35,6 +35,7 @@ class Endpoints:
     ``GET /health``                whether questions are answered
     ``GET /v1/models``             the teacher's name and longest row, as vLLM has them
     ``GET /v1/teacher``            what a client of this library must know
+    ``GET /v1/vocabulary``         the id of each token
     ``GET /v1/head``               the output head, once, as safetensors
     ``POST /v1/answers``           hidden states, k tokens or token log-probabilities of a micro-batch
     ``POST /v1/generate``          completions of prompts, seeded by row, with log-probabilities
@@ -57,6 +58,7 @@ class Endpoints:
             "/health": self._health,
             "/v1/models": self._models,
             "/v1/teacher": self._teacher,
+            "/v1/vocabulary": self._vocabulary,
             "/v1/head": self._head,
         }
         self.asks: Mapping[str, Callable[[bytes], Body]] = {
@@ -79,6 +81,9 @@ class Endpoints:
     def _teacher(self, _: bytes) -> Body:
         most = min(self._limits.k, self._service.vocabulary_size)
         return Body.of_json(self._service.description() | {"most_k": most})
+
+    def _vocabulary(self, _: bytes) -> Body:
+        return Body.of_json(self._service.tokenizer.get_vocab())
 
     def _head(self, _: bytes) -> Body:
         if not self._service.head:
@@ -161,8 +166,12 @@ class Endpoints:
 
     def _complete(self, order: CompletionOrder) -> Completions:
         """Return the completions of an order that is within the limits."""
-        if "generation" not in self._service.teacher.answers:
-            raise RefusedError(400, "the teacher does not generate")
+        if not self._service.generates:
+            raise RefusedError(
+                400,
+                "the teacher does not generate. Of a prompt alone, max_tokens: 0 with prompt_logprobs "
+                "is answered; a ServedTeacher takes backend: lightning_kd",
+            )
         new, ids = order.options.max_new_tokens, order.prompt_ids
         if new > self._limits.new_tokens:
             raise RefusedError(

@@ -14,16 +14,15 @@ from transformers import PreTrainedTokenizerBase
 from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.fused import FullDistribution
 from lightning_kd.generation import Completions, GenerationOptions
-from lightning_kd.models.context import context_length
 from lightning_kd.models.logits_backend import FusedLogits
-from lightning_kd.resuming import describe, tokenizer_digest
+from lightning_kd.resuming import describe
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.serving.limits import Limits
 from lightning_kd.serving.merging import divided, merged
 from lightning_kd.serving.payloads import payload_of, spot_check
-from lightning_kd.teachers import Teacher, checked_answer
+from lightning_kd.teachers import CachedTeacher, RoutedTeacher, Teacher, checked_answer
 from lightning_kd.teachers.head_states import head_of, states_of
-from lightning_kd.tokenization import padding_id
+from lightning_kd.tokenization import padding_id, vocabulary_digest
 from lightning_kd.wire import Question
 from lightning_kd.wire.messages import PROTOCOL, Payload
 
@@ -69,7 +68,9 @@ class TeacherService:
     ) -> None:
         self.teacher, self.tokenizer, self.device = teacher, tokenizer, device
         self._backend = FusedLogits()
+        check_servable(teacher)
         teacher.prepare(tokenizer, device, "equal")
+        self.generates = _generates(teacher)
         self.vocabulary_size = teacher.vocabulary_size
         self.pad_id = padding_id(tokenizer)
         self.length = self._longest(limits)
@@ -78,7 +79,7 @@ class TeacherService:
         self.payloads = self._payloads()
         described = json.dumps(describe(teacher), sort_keys=True)
         self.fingerprint = hashlib.blake2b(described.encode(), digest_size=16).hexdigest()
-        self._tokenizer_digest = tokenizer_digest(tokenizer)
+        self._vocabulary = vocabulary_digest(tokenizer)
 
     def description(self) -> dict[str, Any]:
         """Return what a client must know before it asks."""
@@ -88,9 +89,9 @@ class TeacherService:
             "fingerprint": self.fingerprint,
             "vocabulary_size": self.vocabulary_size,
             "payloads": sorted(self.payloads),
-            "generation": "generation" in self.teacher.answers,
+            "generation": self.generates,
             "length": self.length,
-            "tokenizer": self._tokenizer_digest,
+            "vocabulary": self._vocabulary,
             "states": self._about_states,
         }
 
@@ -144,14 +145,14 @@ class TeacherService:
             except ValueError as error:
                 self._about_states = {"refused": str(error)}
         else:
-            if "top_k" in answers:
-                found["top_k"] = "top_k"
+            if "top_k_and_token" in answers:
+                found["top_k"] = "top_k_and_token"
             if "token_log_probs" in answers:
                 found["token_log_probs"] = "token_log_probs"
-        if not found and "generation" not in answers:
+        if not found and not self.generates:
             raise ValueError(
                 f"{type(self.teacher).__name__} answers {', '.join(sorted(answers)) or 'nothing'}; a "
-                "server needs full_distribution, top_k, token_log_probs or generation"
+                "server needs full_distribution, top_k_and_token, token_log_probs or generation"
             )
         return found
 
@@ -172,13 +173,47 @@ class TeacherService:
         return answer
 
     def _longest(self, limits: Limits) -> int | None:
-        """Return the longest row that is answered."""
-        lengths = [
-            length
-            for model in self.teacher.local_models.values()
-            if (length := context_length(model.config)) is not None
-        ]
-        return min([*lengths, *([limits.length] if limits.length else [])], default=None)
+        """Return the longest row that is answered.
+
+        Raises:
+            ValueError: If the teacher does not read what the limits allow.
+        """
+        most = self.teacher.longest_row
+        if most is not None and limits.length > most:
+            raise ValueError(
+                f"limits.length is {limits.length}, but the teacher reads {most} tokens at most; lower "
+                "it, or leave it out"
+            )
+        return limits.length or most
+
+
+def check_servable(teacher: Teacher) -> None:
+    """Refuse a teacher that needs more than the tokens of a request.
+
+    Raises:
+        ValueError: If it does; it names what can be served.
+    """
+    reasons = {
+        RoutedTeacher: "it chooses by a column of the data, and a request has tokens alone; serve each "
+        "of its teachers by itself, and route among several ServedTeacher in the run",
+        CachedTeacher: "it has the answers for rows of the data that it was written for, and a request "
+        "has tokens alone; give CachedTeacher to the run itself, or serve the teacher it was written "
+        "from",
+    }
+    for kind, reason in reasons.items():
+        if isinstance(teacher, kind):
+            raise ValueError(f"a {kind.__name__} cannot be served: {reason}")
+    for member in getattr(teacher, "named_members", {}).values():
+        check_servable(member)
+
+
+def _generates(teacher: Teacher) -> bool:
+    """Return whether a teacher, once prepared, completes prompts."""
+    try:
+        teacher.check_generation()
+    except ValueError:  # such as one that is served elsewhere and does not
+        return False
+    return "generation" in teacher.answers
 
 
 def _batch_of(question: Question, device: torch.device) -> tuple[Batch, ScoredPositions]:

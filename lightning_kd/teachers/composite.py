@@ -81,6 +81,12 @@ class CompositeTeacher(Teacher):
         return models
 
     @property
+    def longest_row(self) -> int | None:
+        """The smallest of the members'."""
+        lengths = [member.longest_row for member in self.named_members.values()]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @property
     def answers_collectively(self) -> bool:
         """Whether a member does."""
         return any(member.answers_collectively for member in self.named_members.values())

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lightning_kd.batch import Batch, copy_of
 from lightning_kd.fused import AnswerKind, TeacherAnswer, TopKAndToken
 from lightning_kd.generation import Completions, Engine, GenerationOptions
+from lightning_kd.models.context import context_length
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
@@ -139,6 +140,12 @@ class Teacher(Resumable, TextCoverage, ABC):
         return {}
 
     @property
+    def longest_row(self) -> int | None:
+        """Tokens of the longest row that it reads, once prepared; None where nothing limits them."""
+        lengths = [context_length(model.config) for model in self.local_models.values()]
+        return min((length for length in lengths if length is not None), default=None)
+
+    @property
     def answers_collectively(self) -> bool:
         """Whether :meth:`answer` must be called on all processes at once, as with sharded weights."""
         return False
@@ -156,8 +163,11 @@ class Teacher(Resumable, TextCoverage, ABC):
             kind: Kind of the answer.
         """
 
-    def check_generation(self) -> None:
+    def check_generation(self, engine: Engine | None = None) -> None:
         """Validate, before the first step, that completions can be generated from here.
+
+        Args:
+            engine: The engine that :meth:`generate` will be given.
 
         Raises:
             ValueError: If an option rules it out. That :attr:`answers` lists the ability is known.

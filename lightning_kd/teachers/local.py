@@ -163,7 +163,7 @@ class LocalTeacher(ModelSpec, Teacher):
             logits = logits_backend.read(self.model, moved, scored).detached_to(here)
         return FullDistribution((logits,))
 
-    def check_generation(self) -> None:
+    def check_generation(self, engine: Engine | None = None) -> None:
         """Refuse a device of its own.
 
         Raises:

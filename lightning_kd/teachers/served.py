@@ -10,9 +10,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
 from lightning_kd.fused import AnswerKind, TeacherAnswer, TopKAndToken
-from lightning_kd.generation import Completions, Engine, GenerationOptions
+from lightning_kd.generation import CachedSampler, Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.resuming import describe
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.contract import Ability, Teacher, TeacherUnavailableError
 from lightning_kd.teachers.servers import (
@@ -20,21 +21,18 @@ from lightning_kd.teachers.servers import (
     BackendName,
     Description,
     OwnServer,
+    abilities_of,
     backend_of,
+    check_choice,
+    check_labels,
     check_payload,
     handshake,
 )
 from lightning_kd.wire import Question, Servers, WireError
 from lightning_kd.wire.messages import Payload
-from lightning_kd.wire.servers import check_addresses, token_from
+from lightning_kd.wire.servers import TOKEN_VARIABLE, check_addresses, token_from
 
 Batching = Literal["alone", "merged"]
-
-_ABILITIES: dict[Payload, frozenset[Ability]] = {
-    "hidden": frozenset({"full_distribution"}),
-    "top_k": frozenset({"top_k", "top_k_and_token"}),
-    "token_log_probs": frozenset({"token_log_probs"}),
-}
 
 
 class ServedTeacher(Teacher):
@@ -51,8 +49,7 @@ class ServedTeacher(Teacher):
     most ``(retries + 1) * timeout`` seconds and the pauses between attempts.
 
     Args:
-        urls: Root of each server, such as ``http://127.0.0.1:8765``; requests go to them in turn, and
-            from one that fails to the next.
+        urls: Root of a server, such as ``http://127.0.0.1:8765``, or of several, asked in turn.
         backend: What they are: ``lightning_kd``, ``vllm`` or ``sglang``.
         payload: What answers hold: ``hidden`` states, ``top_k`` tokens with the following token's
             log-probability, or ``token_log_probs`` alone.
@@ -66,7 +63,8 @@ class ServedTeacher(Teacher):
         model: Name of the model on a server that has several. Defaults to its first.
         timeout: Seconds in which an attempt must be answered.
         retries: Further attempts after a failure.
-        token_variable: Environment variable with the bearer token; none is sent where it is not set.
+        token_variable: Environment variable with the bearer token. None is sent where the default one
+            is not set; another one must be.
 
     Raises:
         ValueError: If the options do not go together.
@@ -84,7 +82,7 @@ class ServedTeacher(Teacher):
 
     def __init__(
         self,
-        urls: list[str],
+        urls: list[str] | str,
         *,
         backend: BackendName = "lightning_kd",
         payload: Payload = "hidden",
@@ -95,26 +93,29 @@ class ServedTeacher(Teacher):
         model: str | None = None,
         timeout: float = 60.0,
         retries: int = 3,
-        token_variable: str = "LIGHTNING_KD_TOKEN",
+        token_variable: str = TOKEN_VARIABLE,
     ) -> None:
-        check_addresses(urls, timeout, retries)
-        if batching not in get_args(Batching):
-            raise ValueError(f"unknown batching {batching!r}; choose one of {get_args(Batching)}")
+        addresses = [urls] if isinstance(urls, str) else urls
+        check_addresses(addresses, timeout, retries)
+        check_choice("batching", batching, get_args(Batching))
         self._speaks = backend_of(backend, model)
         check_payload(backend, self._speaks, payload, k, temperatures or [])
         self.payload: Payload = payload
         self.k = k or 1
-        self._tail_temperatures = tuple(sorted({1.0, *(temperatures or [])}))
+        self._tail_temperatures = tuple(sorted({1.0, *map(float, temperatures or [])}))
         self.temperatures = None if payload == "hidden" else frozenset(self._tail_temperatures)
         self.batching: Batching = batching
-        self.answers = _ABILITIES[payload]
-        if backend == "lightning_kd":
-            self.answers |= {"generation"}
+        self.answers = abilities_of(backend, payload)
+        self._backend = backend
         self._given_size, self._size = vocabulary_size, 0
         self._description: Description | None = None
         self._device = torch.device("cpu")
         self._servers = Servers(
-            urls, timeout=timeout, retries=retries, token=token_from(token_variable)
+            addresses,
+            timeout=timeout,
+            retries=retries,
+            token=token_from(token_variable),
+            token_variable=token_variable,
         )
         self._ahead = Ahead(self._ask)
 
@@ -143,6 +144,7 @@ class ServedTeacher(Teacher):
                 self._speaks,
                 self._servers,
                 tokenizer,
+                policy=policy,
                 payload=self.payload,
                 k=self.k,
                 temperatures=self._tail_temperatures,
@@ -187,13 +189,20 @@ class ServedTeacher(Teacher):
             if split != "predict" and not (split == "train" and rewritten):
                 self._check_length(row, f"{split} rows")
 
-    def _check_length(self, length: int, what: str) -> None:
+    @property
+    def longest_row(self) -> int | None:
+        """What the server reads, less what a question takes beside its rows."""
         most = None if self._description is None else self._description.length
+        return None if most is None else most - self._speaks.tokens_beside
+
+    def _check_length(self, length: int, what: str) -> None:
+        most, beside = self.longest_row, self._speaks.tokens_beside
         if most is not None and length > most:
+            also = f" ({most + beside}, less {beside} that a question takes)" if beside else ""
             raise ValueError(
                 f"{what} take up to {length} tokens, but the server of the teacher reads {most} at "
-                "most. Shorten them with the data's max_length or block_length, or start the server "
-                "for longer ones"
+                f"most{also}. Shorten them with the data's max_length or block_length, or start the "
+                "server for longer ones"
             )
 
     def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
@@ -214,8 +223,10 @@ class ServedTeacher(Teacher):
             TeacherUnavailableError: If no sound answer came.
         """
         question = self._question(batch, positions)
-        self._check_length(int(question.attention_mask.sum(-1).max()), "the rows of a batch")
+        self._check_length(self._speaks.longest(question), "the rows of a batch")
         try:
+            if self._speaks.lists_rows and kind != "top_k":
+                check_labels(question, self._backend)
             answer = self._ahead.result(question)
             answer.check(len(question.targets), self.vocabulary_size)
         except ValueError as error:
@@ -224,15 +235,21 @@ class ServedTeacher(Teacher):
             return answer.without_label()
         return answer
 
-    def check_generation(self) -> None:
-        """Refuse a server whose teacher does not generate.
+    def check_generation(self, engine: Engine | None = None) -> None:
+        """Refuse a server whose teacher does not generate, and an engine of the run.
 
         Raises:
-            ValueError: If it does not.
+            ValueError: If it does not, or the run has another engine than the default one.
         """
         if self._description is not None and not self._description.generates:
             raise ValueError(
-                "the teacher is to generate, but what is served does not: serve a LocalTeacher"
+                "the teacher is to generate, but what is served at "
+                f"{' and '.join(self._servers.urls)} does not: serve a LocalTeacher"
+            )
+        if engine is not None and describe(engine) != describe(CachedSampler()):
+            raise ValueError(
+                f"engine is {type(engine).__name__}, but a ServedTeacher generates with an engine of "
+                "its server's own; leave engine out, or take a LocalTeacher"
             )
 
     def generate(
@@ -252,7 +269,7 @@ class ServedTeacher(Teacher):
             TeacherUnavailableError: If no completions came.
         """
         assert isinstance(self._speaks, OwnServer)  # no other server lists the ability
-        self.check_generation()
+        self.check_generation(engine)
         longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
         self._check_length(longest, "prompts and max_new_tokens")
         try:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import socket
+import ssl
 import threading
 from collections.abc import Mapping
 from contextlib import suppress
@@ -14,6 +15,9 @@ _SHOWN = 200
 """Characters of a reply that a message quotes."""
 
 _BLOCK = 2**16
+
+_NO_TLS = frozenset({"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "HTTP_REQUEST"})
+"""What OpenSSL says of a reply that is no TLS."""
 
 
 class WireError(ValueError):
@@ -141,6 +145,11 @@ def exchange(
         return Reply(full, response.status, body, kept)
     except WireError:
         raise
+    except ssl.SSLError as error:
+        reason = f"cannot be reached by https: {_named(error)}"
+        if error.reason in _NO_TLS:
+            reason += ". The server speaks plain HTTP: write http:// in place of https://"
+        raise WireError(f"{full} {reason}") from error
     except (OSError, http.client.HTTPException) as error:
         if late.is_set() or isinstance(error, TimeoutError):
             reason = f"has not answered within {timeout:g} s"

@@ -33,7 +33,14 @@ def pack(tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
         >>> tensors["x"], about
         (tensor([1., 1.]), {'kind': 'hidden'})
     """
-    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    held: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        here = tensor.detach().cpu().contiguous()
+        # safetensors takes no memory twice, as two names of one tensor or parts of one have it.
+        place = here.untyped_storage().data_ptr()
+        held[name] = here.clone() if place in seen else here
+        seen.add(place)
     return save(held, {_ABOUT: json.dumps(about)})
 
 

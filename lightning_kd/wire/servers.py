@@ -11,6 +11,11 @@ from lightning_kd.wire.exchange import Reply, Request, WireError, exchange
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
 """Seconds between two rounds of attempts: doubled each time, up to the second."""
 
+TOKEN_VARIABLE = "LIGHTNING_KD_TOKEN"
+"""Environment variable with the bearer token, which need not be set."""
+
+_SUCH_AS = "such as http://127.0.0.1:8000"
+
 _PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 """States that the same request may not find again."""
 
@@ -23,18 +28,26 @@ class Servers:
         timeout: Seconds that one attempt may take.
         retries: Further attempts after the first, over all of them, with growing pauses.
         token: Sent as a bearer token; empty for none.
+        token_variable: Environment variable that has it, for messages.
 
     Raises:
         ValueError: If there are no URLs, or a value is out of its range.
     """
 
     def __init__(
-        self, urls: Sequence[str], *, timeout: float = 60.0, retries: int = 3, token: str = ""
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float = 60.0,
+        retries: int = 3,
+        token: str = "",
+        token_variable: str = TOKEN_VARIABLE,
     ) -> None:
         check_addresses(urls, timeout, retries)
         self.urls = [url.rstrip("/") for url in urls]
         self.timeout, self.retries = timeout, retries
         self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+        self._variable = token_variable
         self._turn = 0
 
     def ask(self, request: Request) -> Reply:
@@ -75,9 +88,10 @@ class Servers:
             return reply
         hint = ""
         if reply.status in {401, 403}:
+            came = "the one in" if self._headers else "none, for nothing is in"
             hint = (
-                "; it wants another bearer token, which is taken from the environment variable that "
-                "token_variable names"
+                f"; it wants another bearer token than {came} the environment variable "
+                f"{self._variable}: put the server's there, or name another variable by token_variable"
             )
         raise WireError(
             f"{reply.url} has answered status {reply.status} where 200 was expected, with "
@@ -86,34 +100,80 @@ class Servers:
         )
 
 
+def is_number(value: object, *, whole: bool = False) -> bool:
+    """Return whether a value is a number, and not True or False.
+
+    Example:
+        >>> is_number(8), is_number("8"), is_number(True), is_number(8.5, whole=True)
+        (True, False, False, False)
+    """
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
 def check_addresses(urls: Sequence[str], timeout: float, retries: int) -> None:
     """Validate addresses and bounds, before anything is sent.
 
     Raises:
         ValueError: If there are no URLs, or a value is out of its range.
     """
+    if isinstance(urls, str) or not isinstance(urls, Sequence):
+        raise ValueError(f"urls is {urls!r}; give a list of them, {_SUCH_AS}")
     if not urls:
-        raise ValueError("urls is empty; give one or more, such as http://127.0.0.1:8000")
+        raise ValueError(f"urls is empty; give one or more, {_SUCH_AS}")
     for url in urls:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError(f"the URL {url!r} is none of a server; write http://host:port")
-    if not (math.isfinite(timeout) and timeout > 0) or retries < 0:
+        _check_address(url)
+    sound = is_number(timeout) and math.isfinite(timeout) and timeout > 0
+    if not sound or not is_number(retries, whole=True) or retries < 0:
         raise ValueError(
-            f"timeout is {timeout} and retries {retries}; give a number of seconds above 0, and 0 "
+            f"timeout is {timeout!r} and retries {retries!r}; give a number of seconds above 0, and 0 "
             "attempts or more"
         )
 
 
+def _check_address(url: object) -> None:
+    if not isinstance(url, str):
+        raise ValueError(f"a URL is {url!r}, of type {type(url).__name__}; give text, {_SUCH_AS}")
+    parts = urlsplit(url)
+    # Neither a password nor what may hold one stands in a message.
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if "@" in parts.netloc:
+        raise ValueError(
+            f"the URL {shown!r} comes with a user name or a password, which is not sent; leave it out. "
+            "A server that wants a bearer token gets the one in the variable of token_variable"
+        )
+    if parts.query or parts.fragment:
+        raise ValueError(
+            f"the URL {shown!r} goes on with a query or a fragment, which is not sent; give the root "
+            f"of a server, {_SUCH_AS}"
+        )
+    try:
+        sound = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is none
+        sound = False
+    if not sound:
+        raise ValueError(f"the URL {url!r} is none of a server; write http://host:port")
+    if parts.path.rstrip("/").endswith("/v1"):
+        raise ValueError(
+            f"the URL {url!r} ends in /v1; give the root of the server, "
+            f"{url.rstrip('/').removesuffix('/v1')!r}"
+        )
+
+
 def token_from(variable: str) -> str:
-    """Return a bearer token from an environment variable; empty where there is none.
+    """Return a bearer token from an environment variable; empty where the default one is not set.
 
     It is no option, for options are saved beside a run.
 
     Raises:
-        ValueError: If it cannot stand in a header.
+        ValueError: If another variable than the default has none, or it cannot stand in a header.
     """
     token = os.environ.get(variable, "")
+    if not token and variable != TOKEN_VARIABLE:
+        raise ValueError(
+            f"token_variable is {variable!r}, and the environment variable {variable} is not set or "
+            "empty; put the token there (not into the option), or leave token_variable out"
+        )
     if not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError(f"the token in {variable} must be printable ASCII without spaces")
     return token

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -105,7 +106,22 @@ def test_help_explains(cli, capsys):
         (["--teacher.config", "{model_type: llama}"], "give --tokenizer"),
         (["--teacher.name_or_path", "./nothing"], "'./nothing' does not exist"),
         (["--teacher.name_or_path", "x", "--limits.queue", "0"], "limits.queue is 0"),
+        (["--teacher.name_or_path", "x", "--port", "99999"], "port is 99999; give a number from 1"),
+        (["--teacher.name_or_path", "x", "--port", "-1"], "port is -1; give a number from 1"),
+        (["--teacher.name_or_path", "x", "--device", "gpu"], "device is 'gpu'; on this machine"),
+        (
+            ["--teacher.name_or_path", "x", "--token_variable", "NOT_SET"],
+            "the environment variable NOT_SET is not set",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_said(fails, arguments, message):
     assert message in fails("serve", *arguments)
+
+
+def test_a_port_in_use_is_said(fails, saved_teacher):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = fails("serve", "--teacher.name_or_path", saved_teacher, "--port", port)
+    assert f"cannot listen at 127.0.0.1 port {port}" in said
+    assert "give another --port" in said

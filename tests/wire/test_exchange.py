@@ -142,6 +142,23 @@ def test_addresses_and_bounds_are_checked(options, message):
         Servers(**options)
 
 
+def test_https_to_a_server_of_http_is_said_at_once(behaves):
+    url = behaves(says(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n"))
+    servers = Servers([url.replace("http:", "https:")], timeout=5, retries=3)
+    began = time.monotonic()
+    with pytest.raises(WireError, match="speaks plain HTTP: write http://"):
+        servers.ask(Request("GET", "/health"))
+    assert time.monotonic() - began < 2
+
+
+def test_tensors_that_share_memory_arrive_each_by_itself():
+    values = torch.arange(6.0)
+    held, _ = unpack(pack({"a": values, "b": values, "c": values[2:], "d": values.view(2, 3)}, {}))
+    for name, expected in {"a": values, "b": values, "c": values[2:]}.items():
+        assert torch.equal(held[name], expected)
+    assert torch.equal(held["d"], values.view(2, 3))
+
+
 def test_a_token_that_breaks_a_header_is_refused(monkeypatch):
     monkeypatch.setenv("TOKEN", "a\r\nb")
     with pytest.raises(ValueError, match="the token in TOKEN must be printable ASCII"):

@@ -3,9 +3,16 @@
 from lightning_kd.teachers.servers.ahead import Ahead
 from lightning_kd.teachers.servers.backend import Backend, Description
 from lightning_kd.teachers.servers.handshake import handshake
-from lightning_kd.teachers.servers.options import BackendName, backend_of, check_payload
+from lightning_kd.teachers.servers.options import (
+    BackendName,
+    abilities_of,
+    backend_of,
+    check_choice,
+    check_payload,
+)
 from lightning_kd.teachers.servers.own import OwnServer
 from lightning_kd.teachers.servers.sglang import SGLangServer
+from lightning_kd.teachers.servers.shared import check_labels
 from lightning_kd.teachers.servers.vllm import VLLMServer
 
 __all__ = [
@@ -16,7 +23,10 @@ __all__ = [
     "OwnServer",
     "SGLangServer",
     "VLLMServer",
+    "abilities_of",
     "backend_of",
+    "check_choice",
+    "check_labels",
     "check_payload",
     "handshake",
 ]

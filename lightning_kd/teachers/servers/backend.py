@@ -1,7 +1,7 @@
 """The contract of what speaks to a kind of server."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +26,7 @@ class Description:
         length: Longest row; None where there is no limit, or it is not said.
         most_k: Most tokens of a ``top_k`` answer; None where it is not said.
         generates: Whether it completes prompts for this library.
+        vocabulary: Digest of the tokens and their ids; None where it is not said.
         tolerance: Difference in nats between the log-probabilities of a row alone and in a batch that
             rounding explains.
     """
@@ -36,6 +37,7 @@ class Description:
     length: int | None = None
     most_k: int | None = None
     generates: bool = False
+    vocabulary: str | None = None
     tolerance: float = 0.25
 
 
@@ -53,6 +55,17 @@ class Backend(ABC):
 
     repeats_exactly: ClassVar[bool] = False
     """Whether it gives the same answer to the same question, bit for bit."""
+
+    lists_rows: ClassVar[bool] = False
+    """Whether answers are lists over all tokens of a row, of which those that were asked for are taken.
+
+    They tell of the row's own tokens alone, so labels must be these."""
+
+    tokens_beside: ClassVar[int] = 0
+    """Tokens that a row takes beside its own, of the length that the server reads."""
+
+    probe: ClassVar[tuple[int, int]] = (1024, 256)
+    """Tokens of the vocabulary in each text whose ids are compared, and the number of these texts."""
 
     def check_health(self, ask: Ask) -> None:
         """Ask whether the server is up.
@@ -77,6 +90,22 @@ class Backend(ABC):
         Raises:
             WireError: If what came is no list of ids.
         """
+
+    def longest(self, question: Question) -> int:
+        """Return the tokens of the longest row that is sent."""
+        lengths = question.attention_mask.sum(-1)
+        if self.lists_rows:  # one more behind the last, where it is asked about
+            last = question.mask.gather(1, (lengths - 1).clamp_min(0)[:, None])[:, 0]
+            lengths = lengths + last.long()
+        return int(lengths.max())
+
+    def vocabulary(self, ask: Ask) -> Mapping[str, int]:
+        """Ask for the id of each token; written where descriptions have :attr:`vocabulary`.
+
+        Raises:
+            WireError: If what came are none.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def answer(self, ask: Ask, question: Question, device: torch.device) -> TeacherAnswer:

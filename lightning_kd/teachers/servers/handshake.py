@@ -16,15 +16,12 @@ from lightning_kd.fused import (
     TopKAndToken,
     evaluate_no_grad,
 )
+from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.teachers.servers.backend import Ask, Backend, Description
+from lightning_kd.teachers.servers.causality import check_causality
+from lightning_kd.teachers.servers.tokens import same_tokens
 from lightning_kd.wire import Question, Servers, WireError
 from lightning_kd.wire.messages import Payload
-
-_TEXT = 'The quick brown fox: 3 + 14 = 17, naïve café, "quoted"\n\tdef f(x): return x  # ß\n'
-"""Has letters, digits, accents, blanks and code: other tokenizers cut it elsewhere."""
-
-_LONGEST = 48
-"""Tokens of the text that are sent as a row."""
 
 
 def handshake(
@@ -32,6 +29,7 @@ def handshake(
     servers: Servers,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    policy: VocabularyPolicy,
     payload: Payload,
     k: int,
     temperatures: Sequence[float],
@@ -43,6 +41,7 @@ def handshake(
         backend: Speaks to them.
         servers: Their addresses.
         tokenizer: The run's.
+        policy: Whether one side may have further tokens.
         payload: What answers will hold.
         k: Tokens of ``top_k``.
         temperatures: Temperatures of the tail.
@@ -60,8 +59,13 @@ def handshake(
         backend.check_health(ask)
         description = backend.describe(ask)
         _check_offer(url, description, payload, k)
-        ids = _same_ids(url, backend, ask, tokenizer)[: description.length]
+        ids = same_tokens(url, backend, ask, tokenizer, description, policy)
+        if description.length is not None:
+            ids = ids[: description.length - backend.tokens_beside]
         if len(ids) > 2:
+            if backend.lists_rows:
+                others = sorted(set(tokenizer.get_vocab().values()) - {*tokenizer.all_special_ids})
+                check_causality(url, backend, ask, ids, others, k, device)
             _same_answers(url, backend, ask, ids, payload, k, tuple(temperatures), device)
         found[url] = description
     first, *others = found
@@ -83,26 +87,6 @@ def _check_offer(url: str, description: Description, payload: Payload, k: int) -
     most = description.most_k
     if payload == "top_k" and most is not None and k > most:
         raise WireError(f"k is {k}, but {url} answers {most} tokens at most; lower k")
-
-
-def _same_ids(
-    url: str, backend: Backend, ask: Ask, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Return the ids of a text, which both sides must have."""
-    special = backend.adds_special_tokens
-    ours = list(tokenizer(_TEXT, add_special_tokens=special)["input_ids"])
-    theirs = backend.token_ids(ask, _TEXT)
-    if ours != theirs:
-        place = next(
-            (n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b),
-            min(len(ours), len(theirs)),
-        )
-        raise WireError(
-            f"tokenizer mismatch: for one text the data has {len(ours)} tokens and {url} "
-            f"{len(theirs)}; from token {place} on they are {ours[place : place + 4]} and "
-            f"{theirs[place : place + 4]}. Use the teacher's tokenizer for the data"
-        )
-    return ours[:_LONGEST]
 
 
 def _same_answers(

@@ -1,15 +1,29 @@
 """Which server is asked for what: options that must go together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+from lightning_kd.teachers.contract import Ability
 from lightning_kd.teachers.servers.backend import Backend
 from lightning_kd.teachers.servers.own import OwnServer
 from lightning_kd.teachers.servers.sglang import SGLangServer
 from lightning_kd.teachers.servers.vllm import VLLMServer
 from lightning_kd.wire.messages import Payload
+from lightning_kd.wire.servers import is_number
 
 BackendName = Literal["lightning_kd", "vllm", "sglang"]
+
+_ABILITIES: Mapping[Payload, frozenset[Ability]] = {
+    "hidden": frozenset({"full_distribution"}),
+    "top_k": frozenset({"top_k", "top_k_and_token"}),
+    "token_log_probs": frozenset({"token_log_probs"}),
+}
+
+
+def abilities_of(name: BackendName, payload: Payload) -> frozenset[Ability]:
+    """Return what a teacher behind such a server can do."""
+    also: set[Ability] = {"generation"} if name == "lightning_kd" else set()
+    return _ABILITIES[payload] | also
 
 
 def backend_of(name: BackendName, model: str | None) -> Backend:
@@ -22,8 +36,7 @@ def backend_of(name: BackendName, model: str | None) -> Backend:
     Raises:
         ValueError: If the kind is unknown, or takes no name.
     """
-    if name not in get_args(BackendName):
-        raise ValueError(f"unknown backend {name!r}; choose one of {get_args(BackendName)}")
+    check_choice("backend", name, get_args(BackendName))
     if name == "vllm":
         return VLLMServer(model)
     if name == "sglang":
@@ -31,6 +44,16 @@ def backend_of(name: BackendName, model: str | None) -> Backend:
     if model is not None:
         raise ValueError(f"model is {model!r}, but lightning-kd serve has one model; leave it out")
     return OwnServer()
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Validate an option that is one of a few words.
+
+    Raises:
+        ValueError: If it is none of them.
+    """
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}; choose one of {tuple(choices)}")
 
 
 def check_payload(
@@ -43,10 +66,15 @@ def check_payload(
     """Validate what a server is asked for.
 
     Raises:
-        ValueError: If it cannot answer so.
+        ValueError: If it cannot answer so, or a value is of another type.
     """
-    if payload not in get_args(Payload):
-        raise ValueError(f"unknown payload {payload!r}; choose one of {get_args(Payload)}")
+    if not (k is None or is_number(k, whole=True)):
+        raise ValueError(f"k is {k!r}, of type {type(k).__name__}; give a whole number, such as 8")
+    if not isinstance(temperatures, list | tuple) or not all(map(is_number, temperatures)):
+        raise ValueError(
+            f"temperatures are {temperatures!r}; give a list of numbers, such as [2.0]"
+        )
+    check_choice("payload", payload, get_args(Payload))
     if (k is not None) != (payload == "top_k") or (k is not None and k < 1):
         raise ValueError(
             f"payload is {payload!r} and k {k}; give k, 1 or more, with payload: top_k, and only there"

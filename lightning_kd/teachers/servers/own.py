@@ -60,6 +60,7 @@ class OwnServer(Backend):
                 length=None if about["length"] is None else int(about["length"]),
                 most_k=int(about["most_k"]),
                 generates=bool(about["generation"]),
+                vocabulary=str(about["vocabulary"]),
                 tolerance=1e-3 if wide else 0.25,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -75,6 +76,14 @@ class OwnServer(Backend):
         body = {"prompt": text, "add_special_tokens": False}
         reply = ask(Request.of_json("/tokenize", body))
         return ids_of_text(reply, reply.json(), "tokens")
+
+    def vocabulary(self, ask: Ask) -> Mapping[str, int]:
+        """Ask ``/v1/vocabulary``."""
+        reply = ask(Request("GET", "/v1/vocabulary", most_bytes=2**27))
+        ids = reply.json()
+        if not isinstance(ids, dict) or not all(isinstance(i, int) for i in ids.values()):
+            raise reply.nonsense("a mapping of tokens to their ids")
+        return ids
 
     def answer(self, ask: Ask, question: Question, device: torch.device) -> TeacherAnswer:
         """Ask ``/v1/answers``."""
@@ -230,7 +239,12 @@ def _sparse(reply: Reply, question: Question, tensors: Mapping[str, Tensor]) -> 
     for name, tensor in tensors.items():
         if tensor.is_floating_point():
             finite(reply, name, tensor)
-    tails = {t: tensors[f"tail.{t!r}"] for t in question.temperatures if f"tail.{t!r}" in tensors}
+    # At temperature 1 it is what the named tokens leave.
+    tails = {
+        t: tensors[f"tail.{t!r}"]
+        for t in question.temperatures
+        if t != 1 or f"tail.{t!r}" in tensors
+    }
     answer = TopKAndToken(
         tensors["token_ids"],
         tensors["log_probs"],

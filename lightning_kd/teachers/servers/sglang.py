@@ -28,6 +28,9 @@ class SGLangServer(Backend):
 
     payloads = frozenset({"top_k", "token_log_probs"})
     adds_special_tokens = True
+    lists_rows = True
+    tokens_beside = 1  # rows must be shorter than what the model reads
+    probe = (128, 32)  # the ids of a text cost a pass of the model
 
     def __init__(self, model: str | None = None) -> None:
         self._wanted = model
@@ -45,7 +48,7 @@ class SGLangServer(Backend):
 
     def answer(self, ask: Ask, question: Question, device: torch.device) -> TeacherAnswer:
         """Ask ``/generate`` about the rows in which something is asked about."""
-        rows = [row for row in rows_to_ask(question) if row[1]]
+        rows = rows_to_ask(question)
         if not rows:
             return sparse_answer(Reply("", 200, b""), question, [], [], device)
         tokens = sum(len(ids) for ids, _ in rows)

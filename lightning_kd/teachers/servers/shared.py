@@ -38,7 +38,7 @@ def ids_of_text(reply: Reply, value: Any, key: str) -> list[int]:
 
 
 def rows_to_ask(question: Question) -> list[tuple[list[int], list[int]]]:
-    """Return the ids of each row and the positions in it that are asked about.
+    """Return the ids of each row in which something is asked about, and the positions.
 
     Servers of prompts tell what they expect *at* a token from what comes before it, so that a row
     whose last position is asked about has one more token, of which nothing is read.
@@ -62,8 +62,32 @@ def rows_to_ask(question: Question) -> list[tuple[list[int], list[int]]]:
         own = ids[:real]
         if places and places[-1] == real - 1:
             own = [*own, own[-1]]
-        rows.append((own, places))
+        if places:
+            rows.append((own, places))
     return rows
+
+
+def check_labels(question: Question, backend: str) -> None:
+    """Validate that labels are the tokens that follow in the rows, for servers that tell of these.
+
+    Raises:
+        ValueError: If one is another.
+    """
+    following = question.input_ids.roll(-1, 1)
+    # Nothing follows the last token.
+    following[:, -1] = IGNORE_INDEX
+    following[:, :-1][question.attention_mask[:, 1:] == 0] = IGNORE_INDEX
+    targets = question.positions.scattered(question.targets)
+    other = question.mask & (targets != IGNORE_INDEX) & (targets != following)
+    if other.any():
+        row, place = other.nonzero()[0].tolist()
+        follows = int(following[row, place])
+        raise ValueError(
+            f"in row {row} of a batch the label at token {place + 1} is {int(targets[row, place])}, "
+            f"where the row has {'nothing' if follows == IGNORE_INDEX else follows}; a server of "
+            f"{backend} tells the log-probabilities of a row's own tokens alone. Give labels that are "
+            f"the row's tokens or {IGNORE_INDEX}, or serve the teacher by lightning-kd serve"
+        )
 
 
 def sparse_answer(

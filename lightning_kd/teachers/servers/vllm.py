@@ -32,6 +32,8 @@ class VLLMServer(Backend):
     """
 
     payloads = frozenset({"top_k", "token_log_probs"})
+    lists_rows = True
+    tokens_beside = 1  # max_tokens
 
     def __init__(self, model: str | None = None) -> None:
         self._wanted, self._name = model, model or ""
@@ -49,12 +51,12 @@ class VLLMServer(Backend):
 
     def answer(self, ask: Ask, question: Question, device: torch.device) -> TeacherAnswer:
         """Ask ``/v1/completions`` about the rows in which something is asked about."""
-        rows = [row for row in rows_to_ask(question) if row[1]]
+        rows = rows_to_ask(question)
         tokens = sum(len(ids) for ids, _ in rows)
         body = {
             "model": self._name,
             "prompt": [ids for ids, _ in rows],
-            "max_tokens": 1,
+            "max_tokens": self.tokens_beside,
             "temperature": 0.0,
             "prompt_logprobs": question.k,
             "return_token_ids": True,
