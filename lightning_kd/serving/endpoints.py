@@ -12,7 +12,14 @@ from lightning_kd.serving.batching import Batcher, Job
 from lightning_kd.serving.completions import CompletionRequest, reply
 from lightning_kd.serving.limits import Limits, RefusedError
 from lightning_kd.serving.service import CompletionOrder, TeacherService
-from lightning_kd.wire.messages import CONTENT_TYPE, Question, check_ids, pack, unpack
+from lightning_kd.wire.messages import (
+    CONTENT_TYPE,
+    Question,
+    check_ids,
+    pack,
+    row_tags,
+    unpack,
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +124,7 @@ class Endpoints:
             )
         made = self._complete(CompletionOrder(ids, mask, options, seeds, width))
         values = {f.name: getattr(made, f.name) for f in fields(made)}
+        values["rows"] = row_tags(ids, mask, seeds, about)
         held = {name: value for name, value in values.items() if value is not None}
         return Body(CONTENT_TYPE, pack(held, {"fingerprint": self._service.fingerprint}))
 
@@ -126,7 +134,12 @@ class Endpoints:
         answer: Mapping[str, Tensor] | None = None
         completions = None
         if request.prompt_log_probs is not None:
-            answer = self._ask(request.question(self._service.pad_id))
+            question = request.question(self._service.pad_id)
+            try:
+                check_ids(question, self._service.vocabulary_size)
+            except ValueError as error:
+                raise RefusedError(400, str(error)) from error
+            answer = self._ask(question)
             if "label_log_probs" not in answer:
                 raise RefusedError(400, "the teacher does not know the prompt's own tokens")
         if request.max_tokens > 0:

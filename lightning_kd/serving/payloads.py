@@ -1,6 +1,5 @@
 """A teacher's answer as the tensors of a message."""
 
-import torch
 from torch import Tensor
 
 from lightning_kd.fused import (
@@ -15,7 +14,7 @@ from lightning_kd.fused import (
 )
 from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.serving.limits import RefusedError
-from lightning_kd.teachers.head_states import states_of
+from lightning_kd.teachers.head_states import log_probs_at, states_of
 from lightning_kd.wire import Question
 
 
@@ -58,9 +57,9 @@ def payload_of(
 
 
 def spot_check(answer: TeacherAnswer, question: Question, start: int) -> dict[str, Tensor]:
-    """Return log-probabilities that hidden states must give at the first and the last position.
+    """Return log-probabilities that hidden states must give at some positions of every row.
 
-    So a list of states that is shifted, or of another model, is found out where it is read.
+    So states that are shifted, of another row or of another model are found out where they are read.
 
     Args:
         answer: About the positions of several questions.
@@ -69,16 +68,6 @@ def spot_check(answer: TeacherAnswer, question: Question, start: int) -> dict[st
     """
     if question.payload != "hidden" or not isinstance(answer, FullDistribution):
         return {}
-    return {"spots": log_probs_at_ends(answer, question.targets, start)}
-
-
-def log_probs_at_ends(answer: FullDistribution, targets: Tensor, start: int = 0) -> Tensor:
-    """Return the log-probability of the target of the first and of the last position, ``(2,)``."""
-    if len(targets) == 0:
-        return torch.zeros(0)
-    found = []
-    for place in (0, len(targets) - 1):
-        row = slice(start + place, start + place + 1)
-        log_probs = answer.computed(row).log_probs(1.0)
-        found.append(log_probs[0, max(0, int(targets[place]))])
-    return torch.stack(found).cpu()
+    device, spots = answer.logits[0].device, question.spots()
+    tokens = question.targets[spots].clamp_min(0)
+    return {"spots": log_probs_at(answer, (start + spots).to(device), tokens.to(device))}

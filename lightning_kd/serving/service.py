@@ -22,7 +22,7 @@ from lightning_kd.serving.merging import divided, merged
 from lightning_kd.serving.payloads import payload_of, spot_check
 from lightning_kd.teachers import CachedTeacher, RoutedTeacher, Teacher, checked_answer
 from lightning_kd.teachers.head_states import head_of, states_of
-from lightning_kd.tokenization import padding_id, vocabulary_digest
+from lightning_kd.tokenization import end_of_sequence_ids, padding_id, vocabulary_digest
 from lightning_kd.wire import Question
 from lightning_kd.wire.messages import PROTOCOL, Payload
 
@@ -92,6 +92,7 @@ class TeacherService:
             "generation": self.generates,
             "length": self.length,
             "vocabulary": self._vocabulary,
+            "end_ids": self._end_ids(),
             "states": self._about_states,
         }
 
@@ -171,6 +172,12 @@ class TeacherService:
         ).narrowed(self.vocabulary_size)
         assert isinstance(answer, FullDistribution)  # its kind was checked
         return answer
+
+    def _end_ids(self) -> list[int] | None:
+        """Return the tokens that end completions; None where no model of this process writes them."""
+        models = self.teacher.local_models.values()
+        ends = [end_of_sequence_ids(model, self.tokenizer) for model in models]
+        return sorted(set().union(*ends)) if ends else None
 
     def _longest(self, limits: Limits) -> int | None:
         """Return the longest row that is answered.

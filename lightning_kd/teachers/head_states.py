@@ -8,10 +8,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from lightning_kd.fused import (
+    ChunkedPass,
     FullDistribution,
     LazyHeadLogits,
     LazyLogits,
     PaddedLogits,
+    TeacherTokenLogProb,
+    evaluate_no_grad,
     single_model_log_probs,
 )
 from lightning_kd.teachers.composite import same_width
@@ -68,6 +71,18 @@ def _repeated(tensors: Mapping[str, Tensor]) -> dict[str, str]:
         if (first := places.setdefault(place, name)) != name:
             before[name] = first
     return before
+
+
+def log_probs_at(answer: FullDistribution, places: Tensor, tokens: Tensor) -> Tensor:
+    """Return the log-probability of one token at each of some positions, ``(M,)``.
+
+    Args:
+        answer: Hidden states and a head.
+        places: Numbers of positions, ``(M,)``.
+        tokens: Their tokens, ``(M,)``.
+    """
+    few = answer_from([state[places] for state in states_of(answer)], *head_of(answer))
+    return evaluate_no_grad(ChunkedPass(None, few, [TeacherTokenLogProb(tokens)]))[0]
 
 
 def answer_from(

@@ -119,18 +119,23 @@ def exchange(
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=timeout)
     late = threading.Event()
+    sockets: list[socket.socket] = []
 
     def give_up() -> None:
         late.set()
-        if connection.sock is not None:
-            with suppress(OSError):  # it may have ended by itself
-                connection.sock.shutdown(socket.SHUT_RDWR)
+        for each in (*sockets, connection.sock):
+            if each is not None:
+                with suppress(OSError):  # it may have ended by itself
+                    each.shutdown(socket.SHUT_RDWR)
 
     # A socket's own timeout begins anew with each byte that comes.
     watch = threading.Timer(timeout, give_up)
     watch.daemon = True
     watch.start()
     try:
+        connection.connect()
+        # A reply that ends with its connection takes the socket away from it.
+        sockets.append(connection.sock)
         connection.request(
             request.method,
             f"{parts.path}{request.path}",

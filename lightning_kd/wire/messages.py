@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -91,6 +91,19 @@ class Question:
         """The positions that are asked about."""
         return ScoredPositions(self.mask, self.targets)
 
+    def spots(self) -> Tensor:
+        """Return numbers of positions at which an answer is checked: of each row the ends, and two."""
+        numbers = self.positions.scattered(torch.arange(len(self.targets)))
+        chosen: set[int] = set()
+        for row, (held, mask) in enumerate(zip(numbers, self.mask, strict=True)):
+            own = held[mask].tolist()
+            drawn = hashlib.blake2b(f"{self.digest()} {row}".encode(), digest_size=8).digest()
+            inner = [
+                own[int.from_bytes(drawn[n : n + 4], "little") % len(own)] for n in (0, 4) if own
+            ]
+            chosen |= {*own[:1], *own[-1:], *inner}
+        return torch.tensor(sorted(chosen), dtype=torch.long)
+
     def message(self) -> bytes:
         """Return it as a message."""
         tensors = {
@@ -152,6 +165,26 @@ class Question:
         if ((attention != 0) & (attention != 1)).any() or (mask & (attention == 0)).any():
             raise ValueError("attention_mask must be 0 or 1, and 1 at each position asked about")
         return cls(ids.long(), attention.long(), mask, targets.long(), **_options(about))
+
+
+def row_tags(
+    prompt_ids: Tensor, prompt_mask: Tensor, seeds: Sequence[int], about: Mapping[str, Any]
+) -> Tensor:
+    """Return a number for each row of an order of completions, which the answer repeats, ``(B,)``.
+
+    Args:
+        prompt_ids: Padded on the left, ``(B, P)``.
+        prompt_mask: 1 on real tokens, ``(B, P)``.
+        seeds: One for each row.
+        about: What is asked of all rows.
+    """
+    common = hashlib.blake2b(json.dumps(about, sort_keys=True).encode())
+    tags = []
+    for ids, mask, seed in zip(prompt_ids.cpu(), prompt_mask.cpu().bool(), seeds, strict=True):
+        own = common.copy()
+        own.update(f"{ids[mask].tolist()} {int(seed)}".encode())
+        tags.append(int.from_bytes(own.digest()[:8], "little", signed=True))
+    return torch.tensor(tags, dtype=torch.long)
 
 
 def _options(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ FAULTS = {
     ),
     "nan": (of_states(nan), "hidden states of which 1 of .* values are NaN or infinite"),
     "fewer positions": (of_states(lambda s: s[:-1]), r"where \d+ positions were asked about"),
-    "a shifted list": (of_states(lambda s: s.roll(1, 0)), "do not belong to these positions"),
+    "a shifted list": (of_states(lambda s: s.roll(1, 0)), "do not belong to their positions"),
     "another width": (of_states(lambda s: s[:, :-1]), r"where \(\d+, 16\) of torch.float32 were"),
     "another teacher": (of_another_teacher, "'another', where '.*' was served when the run began"),
     "a pickle": (

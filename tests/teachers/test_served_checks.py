@@ -24,7 +24,9 @@ from lightning_kd.teachers import (
     TeacherUnavailableError,
     TopKTeacher,
 )
+from lightning_kd.wire import pack, unpack
 from tests.serving.conftest import served
+from tests.serving.faults import after, of_states
 from tests.support.harness import Letters, trainer
 from tests.support.toys import LETTERS, letter_tokenizer, ragged_batch, tiny_llama
 
@@ -78,6 +80,70 @@ def test_an_engine_that_the_server_would_not_use_is_refused(server, engine):
     given = letter_tokenizer(), prompts, torch.ones_like(prompts), GenerationOptions(2)
     with pytest.raises(ValueError, match="leave engine out"):
         prepared(remote(server)).generate(*given, seeds=[1], engine=engine)
+
+
+def setting(name, change):
+    """A change of one tensor of completions."""
+    return lambda tensors: {**tensors, name: change(tensors[name].clone())}
+
+
+def first_is(value):
+    def change(ids):
+        ids[:, 0] = value
+        return ids
+
+    return change
+
+
+UNSOUND = {
+    "rows in another order": lambda t: {n: v.roll(1, 0) for n, v in t.items()},
+    "one row fewer": lambda t: {n: v[:-1] for n, v in t.items()},
+    "nothing written": setting("mask", lambda mask: mask & False),
+    "no columns": lambda t: {n: v[:, :0] if v.ndim > 1 else v for n, v in t.items()},
+    "the other ends": setting("ended", lambda ended: ~ended),
+    "beyond the vocabulary": setting("ids", first_is(500)),
+    "NaN": setting("log_probs", lambda values: values * torch.nan),
+}
+
+
+@pytest.mark.parametrize("name", UNSOUND)
+def test_unsound_completions_end_the_run_with_the_address(name):
+    with served() as server:
+        honest = server.endpoints.asks["/v1/generate"]
+
+        def answer(body):
+            found = honest(body)
+            tensors, about = unpack(found.data)
+            return Body(found.content_type, pack(UNSOUND[name](tensors), about))
+
+        server.endpoints.asks = {**server.endpoints.asks, "/v1/generate": answer}
+        prompts = torch.tensor([[0, 3, 4], [5, 6, 7]])
+        given = letter_tokenizer(), prompts, (prompts != 0).long()
+        teacher = prepared(remote(server))
+        with pytest.raises(TeacherUnavailableError, match=server.url):
+            teacher.generate(*given, GenerationOptions(6), seeds=[3, 4], width=18)
+
+
+def inner_rolled(states):
+    rolled = states.clone()
+    rolled[2:-2] = rolled[2:-2].roll(1, 0)
+    return rolled
+
+
+def rows_swapped(states):
+    """The first and the last row of the batch, 5 and 7 positions long, but for the ends."""
+    swapped = states.clone()
+    swapped[1:4], swapped[-4:-1] = states[-4:-1], states[1:4]
+    return swapped
+
+
+@pytest.mark.parametrize("change", [inner_rolled, rows_swapped, lambda states: states.flip(0)])
+def test_states_of_other_positions_are_found_out(change):
+    with served() as server:
+        teacher = prepared(remote(server))
+        after(server, 0, of_states(change))
+        with pytest.raises(TeacherUnavailableError, match="do not belong to their positions"):
+            teacher.answer(BATCH, POSITIONS, logits_backend=BACKEND)
 
 
 def predict(teacher, **options):

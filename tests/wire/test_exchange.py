@@ -59,7 +59,16 @@ def says(data):
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n"
 
 
-@pytest.mark.parametrize("behavior", [drips, drips_headers, lambda c: time.sleep(5)])
+def drips_and_closes(connection):
+    connection.sendall(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")
+    for _ in range(100):
+        connection.sendall(b"x")
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    "behavior", [drips, drips_headers, drips_and_closes, lambda c: time.sleep(5)]
+)
 def test_a_time_is_kept_however_slowly_bytes_come(behaves, behavior):
     url, began = behaves(behavior), time.monotonic()
     with pytest.raises(WireError, match=rf"{url}/health has not answered within 0.5 s") as error:

@@ -8,20 +8,18 @@ from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.fused import (
-    ChunkedPass,
     FullDistribution,
     TeacherAnswer,
-    TeacherTokenLogProb,
     TokenLogProbs,
     TopKAndToken,
-    evaluate_no_grad,
 )
 from lightning_kd.generation import Completions, GenerationOptions
-from lightning_kd.teachers.head_states import answer_from, head_of, states_of
+from lightning_kd.teachers.head_states import answer_from, log_probs_at
 from lightning_kd.teachers.servers.backend import Ask, Backend, Description
+from lightning_kd.teachers.servers.completions import check_completions_of
 from lightning_kd.teachers.servers.shared import finite, ids_of_text
 from lightning_kd.wire import Question, Reply, Request, WireError, pack, unpack
-from lightning_kd.wire.messages import CONTENT_TYPE, PROTOCOL, Payload
+from lightning_kd.wire.messages import CONTENT_TYPE, PROTOCOL, Payload, row_tags
 
 _HEADER = 2**20
 """Bytes of a message beside its tensors."""
@@ -122,12 +120,12 @@ class OwnServer(Backend):
         """Ask ``/v1/generate``.
 
         Raises:
-            WireError: If what came are no completions.
+            ValueError: If what came are no completions of these prompts.
         """
         values = vars(options)
         tensors = {"prompt_ids": prompt_ids, "prompt_mask": prompt_mask}
         about = {"options": values, "seeds": seeds, "width": width}
-        rows = len(prompt_ids)
+        tags, rows = row_tags(prompt_ids, prompt_mask, seeds, about), len(prompt_ids)
         reply = ask(
             Request(
                 "POST",
@@ -138,9 +136,14 @@ class OwnServer(Backend):
             )
         )
         made = self._tensors(reply, "completions of lightning-kd serve", None)
+        if not torch.equal(made.get("rows", tags[:0]), tags):
+            raise WireError(
+                f"{reply.url} has answered completions of other prompts than were sent, or in another "
+                "order"
+            )
         try:
             moved = {name: tensor.to(prompt_ids.device) for name, tensor in made.items()}
-            return Completions(
+            completions = Completions(
                 moved["ids"],
                 moved["mask"],
                 moved.get("log_probs"),
@@ -149,6 +152,9 @@ class OwnServer(Backend):
             )
         except KeyError as error:
             raise reply.nonsense(f"completions with {error}") from error
+        ends = self._about.get("end_ids")
+        check_completions_of(reply.url, completions, options, rows=rows, end_ids=ends, width=width)
+        return completions
 
     def _tensors(self, reply: Reply, expected: str, question: str | None) -> dict[str, Tensor]:
         """Return the tensors of a reply of the same teacher, to the same question."""
@@ -211,20 +217,23 @@ def _check_lengths(reply: Reply, tensors: Mapping[str, Tensor], count: int) -> N
             )
 
 
-def _check_spots(reply: Reply, answer: FullDistribution, question: Question, spots: Tensor) -> None:
-    """Compare what the states give at the first and the last position with what the server has."""
-    count = len(question.targets)
-    if count == 0:
-        return
-    ends = torch.tensor([0, count - 1], device=answer.logits[0].device)
-    few = answer_from([state[ends] for state in states_of(answer)], *head_of(answer))
-    tokens = question.targets[[0, count - 1]].clamp_min(0).to(ends.device)
-    found = evaluate_no_grad(ChunkedPass(None, few, [TeacherTokenLogProb(tokens)]))[0]
-    if spots.shape != (2,) or not ((found - spots).abs() <= _SPOT * (1 + spots.abs())).all():
+def _check_spots(reply: Reply, answer: FullDistribution, question: Question, told: Tensor) -> None:
+    """Compare what the states give at some positions of every row with what the server has."""
+    spots = question.spots()
+    device, tokens = answer.logits[0].device, question.targets[spots].clamp_min(0)
+    found = log_probs_at(answer, spots.to(device), tokens.to(device))
+    if told.shape != found.shape:
         raise WireError(
-            f"{reply.url} has answered hidden states that do not belong to these positions: at the "
-            f"first and the last, the tokens that follow have log-probabilities "
-            f"{_shown(found)} by the states, and {_shown(spots)} by the server's model"
+            f"{reply.url} has answered {len(told)} values to compare, where {len(spots)} were expected"
+        )
+    other = ((found - told).abs() > _SPOT * (1 + told.abs())).nonzero()[:, 0]
+    if len(other):
+        place = int(spots[other[0]])
+        raise WireError(
+            f"{reply.url} has answered hidden states that do not belong to their positions: at "
+            f"{len(other)} of {len(spots)} that were compared, first at position {place}, where "
+            f"the token that follows has log-probability {_shown(found[other])} by the states, and "
+            f"{_shown(told[other])} by the server's model"
         )
 
 
