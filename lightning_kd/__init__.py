@@ -63,7 +63,15 @@ from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
 from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
-from lightning_kd.teachers import LocalTeacher, RoutedTeacher, Teacher, TeacherEnsemble, TopKTeacher
+from lightning_kd.teachers import (
+    CachedTeacher,
+    LocalTeacher,
+    RoutedTeacher,
+    ServedTeacher,
+    Teacher,
+    TeacherEnsemble,
+    TopKTeacher,
+)
 
 __version__ = version("lightning-kd")
 
@@ -78,6 +86,7 @@ __all__ = [
     "Batch",
     "BatchMean",
     "CachedSampler",
+    "CachedTeacher",
     "ChatData",
     "Completions",
     "Constant",
@@ -120,6 +129,7 @@ __all__ = [
     "SamplingOptions",
     "SequenceKD",
     "SequenceMean",
+    "ServedTeacher",
     "Steps",
     "StudentSpec",
     "SupervisedKD",
