@@ -6,6 +6,7 @@ from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
 from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnostics
 from lightning_kd.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_kd.callbacks.on_policy_generation import OnPolicyGeneration
+from lightning_kd.callbacks.progress_bar import ProgressBar
 from lightning_kd.callbacks.save_on_termination import SaveOnTermination
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
@@ -18,6 +19,7 @@ __all__ = [
     "LossNormalizationDiagnostics",
     "NonFiniteGuard",
     "OnPolicyGeneration",
+    "ProgressBar",
     "SaveOnTermination",
     "TensorBoardLayout",
     "TimeoutReport",

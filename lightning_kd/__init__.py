@@ -1,148 +1,29 @@
 """Language-model distillation in PyTorch Lightning.
 
-Everything a configuration file may name is imported here, so that a bare class name is enough:
-modules, data modules, divergences, normalizations, students and teachers.
+:mod:`lightning_kd.public` lists what is here. It is imported when one of its names is first asked for,
+so that importing the package takes no time: ``lightning-kd --help`` answers at once.
 """
 
-from importlib.metadata import version
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from lightning_kd.batch import IGNORE_INDEX, Batch, PairedBatch, PromptBatch, Rollout
-from lightning_kd.checkpoints import AtomicCheckpointIO
-from lightning_kd.data import (
-    ArithmeticData,
-    ChatData,
-    DistillationData,
-    DocumentData,
-    PackedTextData,
-    PromptCompletionData,
-    PromptsAndText,
-    arithmetic_tokenizer,
-)
-from lightning_kd.divergences import (
-    Divergence,
-    available_divergences,
-    make_divergence,
-    register_divergence,
-)
-from lightning_kd.fused import fused_linear_divergence
-from lightning_kd.generation import (
-    CachedSampler,
-    Completions,
-    Engine,
-    GenerationOptions,
-    Prompts,
-    SamplingOptions,
-    TransformersEngine,
-)
-from lightning_kd.models import DenseLogits, FusedLogits, LoRA, ModelSpec, StudentSpec
-from lightning_kd.modules import (
-    GKD,
-    SFT,
-    BabyLlama,
-    CorrectedTopK,
-    DistillationModule,
-    MiniLLM,
-    OfficialCode,
-    OnPolicyDistillation,
-    Paper,
-    RLDistillation,
-    SampledToken,
-    SequenceKD,
-    SupervisedKD,
-    TeacherModule,
-    WarmupCosine,
-)
-from lightning_kd.normalization import (
-    BatchMean,
-    ConstantLength,
-    Normalization,
-    SequenceMean,
-    TokenMean,
-)
-from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
-from lightning_kd.resuming import Resumable
-from lightning_kd.schedules import Constant, Cosine, Linear, Steps
-from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
-from lightning_kd.teachers import (
-    CachedTeacher,
-    LocalTeacher,
-    RoutedTeacher,
-    ServedTeacher,
-    Teacher,
-    TeacherEnsemble,
-    TopKTeacher,
-)
+if TYPE_CHECKING:
+    from lightning_kd.public import *  # noqa: F403
+    from lightning_kd.public import __all__ as __all__
+    from lightning_kd.public import __version__ as __version__
 
-__version__ = version("lightning-kd")
 
-__all__ = [
-    "CISPO",
-    "GKD",
-    "IGNORE_INDEX",
-    "SFT",
-    "ArithmeticData",
-    "AtomicCheckpointIO",
-    "BabyLlama",
-    "Batch",
-    "BatchMean",
-    "CachedSampler",
-    "CachedTeacher",
-    "ChatData",
-    "Completions",
-    "Constant",
-    "ConstantLength",
-    "CorrectedTopK",
-    "Cosine",
-    "DeepSpeedStrategy",
-    "DenseLogits",
-    "DistillationData",
-    "DistillationModule",
-    "Divergence",
-    "DocumentData",
-    "Engine",
-    "FSDP1Strategy",
-    "FSDP2Strategy",
-    "FusedLogits",
-    "GenerationOptions",
-    "ImportanceSampling",
-    "Linear",
-    "LoRA",
-    "LocalTeacher",
-    "MiniLLM",
-    "ModelSpec",
-    "Normalization",
-    "OfficialCode",
-    "OnPolicyDistillation",
-    "PPOClip",
-    "PackedTextData",
-    "PairedBatch",
-    "Paper",
-    "PromptBatch",
-    "PromptCompletionData",
-    "Prompts",
-    "PromptsAndText",
-    "RLDistillation",
-    "Resumable",
-    "Rollout",
-    "RoutedTeacher",
-    "SampledToken",
-    "SamplingOptions",
-    "SequenceKD",
-    "SequenceMean",
-    "ServedTeacher",
-    "Steps",
-    "StudentSpec",
-    "SupervisedKD",
-    "Teacher",
-    "TeacherEnsemble",
-    "TeacherModule",
-    "TokenMean",
-    "TopKTeacher",
-    "TransformersEngine",
-    "WarmupCosine",
-    "arithmetic_tokenizer",
-    "available_divergences",
-    "fused_linear_divergence",
-    "make_divergence",
-    "register_divergence",
-]
+def __getattr__(name: str) -> Any:
+    """Return a public name, or a part of the package."""
+    if name.startswith("__") and name not in {"__all__", "__version__"}:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    public = import_module("lightning_kd.public")
+    if hasattr(public, name):
+        return getattr(public, name)
+    if name in globals():  # a part that was imported with it
+        return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__getattr__("__all__")})

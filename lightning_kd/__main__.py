@@ -1,6 +1,30 @@
-"""``python -m lightning_kd``."""
+"""``lightning-kd`` and ``python -m lightning_kd``; what needs no torch is answered at once."""
 
-from lightning_kd.cli import main
+import sys
+from importlib.metadata import version
+
+from lightning_kd.commands import COMMANDS, DESCRIPTION, unknown_command
+
+
+def main() -> None:
+    """Say which commands there are, or run one."""
+    given = sys.argv[1:]
+    if not given:
+        sys.stderr.write(f"lightning-kd: error: which command?\n\n{DESCRIPTION}")
+        raise SystemExit(2)
+    if given[0] in {"-h", "--help"}:
+        sys.stdout.write(DESCRIPTION)
+        return
+    if given == ["--version"]:
+        sys.stdout.write(f"lightning-kd {version('lightning-kd')}\n")
+        return
+    if not given[0].startswith("-") and given[0] not in COMMANDS:
+        sys.stderr.write(f"lightning-kd: error: {unknown_command(given[0])}\n")
+        raise SystemExit(2)
+    from lightning_kd.cli import main as run  # which takes seconds
+
+    run()
+
 
 if __name__ == "__main__":
     main()

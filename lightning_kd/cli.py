@@ -10,17 +10,22 @@ import lightning
 from jsonargparse import auto_cli, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+from lightning.pytorch.utilities import rank_zero_info
 
+# All that a configuration may name by its class name alone.
+from lightning_kd import public  # noqa: F401
 from lightning_kd.callbacks import (
     HFExport,
     JsonlPredictions,
     NonFiniteGuard,
     OnPolicyGeneration,
+    ProgressBar,
     SaveOnTermination,
     TensorBoardLayout,
     TimeoutReport,
@@ -31,6 +36,8 @@ from lightning_kd.cli_arguments import Text, as_text, missing_arguments
 from lightning_kd.cli_cache import CachingTrainer
 from lightning_kd.cli_export import ExportingTrainer, with_run_config
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
+from lightning_kd.cli_output import leave_out_noise, what_is_left
+from lightning_kd.commands import DESCRIPTION
 from lightning_kd.data import write_tokenizer
 from lightning_kd.demo import demo
 from lightning_kd.imports import OwnModules
@@ -47,24 +54,6 @@ RUNS = "runs"
 
 TRACEBACK = "LIGHTNING_KD_TRACEBACK"
 """Environment variable; where it is set, errors come with all that led to them."""
-
-DESCRIPTION = """Distill language models with PyTorch Lightning.
-
-Give a method and its data in a YAML file (configs/ has one for each method) and change any value on
-the command line, for example:
-  lightning-kd fit --config configs/supervised_kd.yaml --model.divergence GeneralizedJSD
-  lightning-kd test --config runs/version_0/config.yaml --ckpt_path runs/version_0/checkpoints/last.ckpt
-The options of one method, divergence or teacher:
-  lightning-kd fit --model.help GKD
-A teacher that does not fit beside the student says all it knows about the data before training:
-  lightning-kd cache --config configs/supervised_kd.yaml --cache.dirpath runs/teacher_cache
-  lightning-kd fit --config configs/supervised_kd.yaml --config configs/overlays/cached_teacher.yaml
-Three more commands; add --help:
-  lightning-kd demo        train a teacher on arithmetic and distill it, offline
-  lightning-kd tokenizer   train a tokenizer on your own text
-  lightning-kd serve       serve a teacher to runs in other processes
-Errors are short; LIGHTNING_KD_TRACEBACK=1 shows where they come from.
-"""
 
 CHECKPOINT = "A checkpoint; or last or best, of the run whose config.yaml is given with --config."
 
@@ -175,9 +164,11 @@ class DistillationCLI(LightningCLI):
         on_policy = self._get(self.config_init, "on_policy")
         if self.subcommand == "cache":
             return CachingTrainer.of_options(trainer, on_policy=on_policy)
-        if on_policy is not None:
-            # Behind the others, so that a clock that starts with a step counts generation.
-            kwargs["callbacks"] = [*_listed(trainer["callbacks"]), on_policy]
+        callbacks = _listed(trainer["callbacks"])
+        if trainer["enable_progress_bar"] is not False and not _has_progress_bar(callbacks):
+            callbacks = [*callbacks, ProgressBar()]
+        # Behind the others, so that a clock that starts with a step counts generation.
+        kwargs["callbacks"] = [*callbacks, *_listed(on_policy)]
         return super().instantiate_trainer(**kwargs)
 
     def _set_seed(self) -> None:
@@ -197,6 +188,10 @@ class DistillationCLI(LightningCLI):
     def before_fit(self) -> None:
         """Give the run a directory of its own."""
         claim_version(self.trainer)
+
+    def after_fit(self) -> None:
+        """Say where everything is, and what to type next."""
+        rank_zero_info(what_is_left(self.trainer))
 
     def _run_subcommand(self, subcommand: str) -> None:
         launcher = self.trainer.strategy.launcher
@@ -232,6 +227,7 @@ def main() -> None:
     end_together()
     for hidden in filter(None, OwnModules.of_arguments(sys.argv[1:]).install()):
         sys.stderr.write(f"lightning-kd: {hidden}\n")
+    leave_out_noise()
     # A data class is otherwise only taken for itself, never for a preset that derives from it.
     set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
@@ -288,6 +284,10 @@ def _own_logger(logger: Any) -> Any:
 
 def _makes_directories(logger: Any) -> bool:
     return isinstance(logger, bool | TensorBoardLogger | CSVLogger)
+
+
+def _has_progress_bar(callbacks: list[Any]) -> bool:
+    return any(isinstance(callback, AnyProgressBar) for callback in callbacks)
 
 
 def _listed(value: Any) -> list[Any]:

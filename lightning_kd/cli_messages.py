@@ -1,12 +1,11 @@
 """Errors of the command line, in a few lines that help."""
 
-import inspect
 import re
 import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
-from difflib import SequenceMatcher
+from difflib import SequenceMatcher, get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +14,8 @@ import lightning
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
+import lightning_kd
+import lightning_kd.callbacks
 from lightning_kd.imports import why_no_class
 
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
@@ -201,32 +202,50 @@ def forms(message: str) -> list[str]:
 
 
 def classes_to_choose(message: str) -> list[str]:
-    """Return a line with the classes of this library that an unknown name may stand for.
+    """Return a line with the public classes that an unknown name may stand for, the nearest first.
 
     Example:
         >>> import lightning_kd
         >>> classes_to_choose('''Subtypes: [<class 'lightning_kd.generation.engine.Engine'>]
-        ...     - Expected a dot import path string: cached''')
-        ['choose CachedSampler or TransformersEngine, or give the import path of your own']
+        ...     - Expected a dot import path string: CacheSampler''')
+        ['did you mean CachedSampler? Choose CachedSampler or ...']
     """
-    if "Expected a dot import path string" not in message:
+    given = re.search(r"Expected a dot import path string: (\S+)", message)
+    if given is None:
         return []
-    bases = re.findall(r"<class '(lightning_kd[\w.]*)\.(\w+)'>", message)
+    subtypes = re.sub(r"\[\[.*?\]", "[", message)  # what a callable takes is not what it makes
+    named = re.findall(r"\b((?:[a-z_]\w*\.)+)([A-Z]\w*)\b", subtypes)
+    if re.search(r'Parser key "(?:\w+\.)*optimizer"', message):
+        named.append(("torch.optim.optimizer.", "Optimizer"))
     found: set[type] = set()
-    for module, name in bases:
-        waiting = [getattr(sys.modules.get(module), name, None)]
+    for module, name in named:
+        waiting = [getattr(sys.modules.get(module[:-1]), name, None)]
         while waiting:
             each = waiting.pop()
             if isinstance(each, type) and each not in found:
                 found.add(each)
                 waiting += each.__subclasses__()
-    own = [
-        c for c in found if not inspect.isabstract(c) and c.__module__.startswith("lightning_kd")
-    ]
-    names = sorted(c.__name__ for c in own)
+    names = sorted({c.__name__ for c in found if _is_choice(c)})
     if not names:
         return []
-    return [f"choose {' or '.join(names)}, or give the import path of your own"]
+    near = get_close_matches(given[1], names, n=1)
+    hint = f"did you mean {near[0]}? Choose" if near else "choose"
+    return [f"{hint} {' or '.join(names)}, or your own by its path"]
+
+
+def _is_choice(cls: type) -> bool:
+    """Return whether a class is public, not only a base of others, and of this library or below it."""
+    package = cls.__module__.partition(".")[0]
+    left = (getattr(cls, name, None) for name in dir(cls))
+    if cls.__name__.startswith(("_", "Base")) or any(
+        getattr(member, "__isabstractmethod__", False) for member in left
+    ):
+        return False
+    if package == "lightning_kd":
+        public = (lightning_kd, lightning_kd.callbacks)
+        return any(getattr(part, cls.__name__, None) is cls for part in public)
+    below = {"lightning", "torch"}
+    return package in below and cls.__bases__[0].__module__.partition(".")[0] in below
 
 
 def shorten(message: str) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"functions", "imports"},
+    {"functions", "imports", "commands"},
     {"batch", "collectives", "tokenization", "seeding", "resuming", "processes", "integrity"},
     {"rebuilding", "own_batches"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
@@ -21,7 +21,8 @@ LAYERS = [
     {"teachers"},
     {"data", "modules", "serving"},
     {"callbacks"},
-    {"demo", "run_directories", "cli_messages", "cli_arguments", "cache_writing"},
+    {"demo", "run_directories", "cli_messages", "cli_arguments", "cli_output", "cache_writing"},
+    {"public"},
     {"cli_cache"},
     {"cli_export"},
     {"cli", "__init__", "__main__"},

@@ -16,7 +16,9 @@ PAGE = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text(
 METHODS = [
     method
     for method in vars(lightning_kd).values()
-    if isinstance(method, type) and issubclass(method, TeacherModule) and method is not TeacherModule
+    if isinstance(method, type)
+    and issubclass(method, TeacherModule)
+    and method is not TeacherModule
 ]
 
 
@@ -29,10 +31,15 @@ def needs(method):
 @pytest.mark.parametrize("kind", get_args(AnswerKind))
 def test_the_table_of_answers_is_what_the_methods_take(kind):
     (row,) = re.findall(rf"^\| `{kind}`.*\| (.*?) \|$", PAGE, flags=re.M)
-    said = {method.__name__ for method in METHODS} if row == "all" else {*re.findall(r"`(\w+)`", row)}
+    said = (
+        {method.__name__ for method in METHODS} if row == "all" else {*re.findall(r"`(\w+)`", row)}
+    )
     assert said == {method.__name__ for method in METHODS if kind in needs(method)}
 
 
 def test_every_teacher_beside_those_of_several_is_on_the_page():
-    for teacher in {teacher.__name__ for teacher in TEACHERS} - {"TeacherEnsemble", "RoutedTeacher"}:
+    for teacher in {teacher.__name__ for teacher in TEACHERS} - {
+        "TeacherEnsemble",
+        "RoutedTeacher",
+    }:
         assert teacher in PAGE or teacher == "LocalTeacher"  # which a name alone stands for
