@@ -19,7 +19,7 @@ from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
 
 # All that a configuration may name by its class name alone.
-from lightning_kd import public  # noqa: F401
+import lightning_kd.public  # noqa: F401
 from lightning_kd.callbacks import (
     HFExport,
     JsonlPredictions,

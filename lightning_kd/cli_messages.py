@@ -14,8 +14,8 @@ import lightning
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser
 
-import lightning_kd
 import lightning_kd.callbacks
+import lightning_kd.public
 from lightning_kd.imports import why_no_class
 
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
@@ -208,7 +208,7 @@ def classes_to_choose(message: str) -> list[str]:
         >>> import lightning_kd
         >>> classes_to_choose('''Subtypes: [<class 'lightning_kd.generation.engine.Engine'>]
         ...     - Expected a dot import path string: CacheSampler''')
-        ['did you mean CachedSampler? Choose CachedSampler or ...']
+        ['did you mean CachedSampler? choose CachedSampler or ...']
     """
     given = re.search(r"Expected a dot import path string: (\S+)", message)
     if given is None:
@@ -229,7 +229,7 @@ def classes_to_choose(message: str) -> list[str]:
     if not names:
         return []
     near = get_close_matches(given[1], names, n=1)
-    hint = f"did you mean {near[0]}? Choose" if near else "choose"
+    hint = f"did you mean {near[0]}? choose" if near else "choose"
     return [f"{hint} {' or '.join(names)}, or your own by its path"]
 
 
@@ -242,7 +242,7 @@ def _is_choice(cls: type) -> bool:
     ):
         return False
     if package == "lightning_kd":
-        public = (lightning_kd, lightning_kd.callbacks)
+        public = (lightning_kd.public, lightning_kd.callbacks)
         return any(getattr(part, cls.__name__, None) is cls for part in public)
     below = {"lightning", "torch"}
     return package in below and cls.__bases__[0].__module__.partition(".")[0] in below

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-import lightning_kd
+import lightning_kd.public
 from lightning_kd import CorrectedTopK, OnPolicyDistillation, SampledToken
 from lightning_kd.fused import AnswerKind
 from lightning_kd.modules import TeacherModule
@@ -15,7 +15,7 @@ from lightning_kd.teachers import TEACHERS
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "teachers.md").read_text()
 METHODS = [
     method
-    for method in vars(lightning_kd).values()
+    for method in vars(lightning_kd.public).values()
     if isinstance(method, type)
     and issubclass(method, TeacherModule)
     and method is not TeacherModule
