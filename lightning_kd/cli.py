@@ -7,7 +7,7 @@ from importlib.metadata import version
 from typing import Any
 
 import lightning
-from jsonargparse import auto_cli, set_parsing_settings
+from jsonargparse import auto_cli, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
+from yaml import YAMLError
 
 # All that a configuration may name by its class name alone.
 import lightning_kd.public  # noqa: F401
@@ -36,6 +37,7 @@ from lightning_kd.cli_arguments import Text, as_text, missing_arguments
 from lightning_kd.cli_cache import CachingTrainer
 from lightning_kd.cli_export import ExportingTrainer, with_run_config
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
+from lightning_kd.cli_models import read_file, settle_models
 from lightning_kd.cli_output import leave_out_noise, what_is_left
 from lightning_kd.commands import DESCRIPTION
 from lightning_kd.data import write_tokenizer
@@ -76,7 +78,7 @@ class DistillationCLI(LightningCLI):
             given = with_run_config(sys.argv[1:])
         except ValueError as error:
             self.parser.error(str(error))
-        self.config = parser.parse_args(as_text(given))
+        self.config = parser.parse_args(as_text(settle_models(given)))
         for name, value in list(self.config.items()):
             if isinstance(value, Text):
                 self.config[name] = str(value)
@@ -230,6 +232,7 @@ def main() -> None:
     leave_out_noise()
     # A data class is otherwise only taken for itself, never for a preset that derives from it.
     set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
+    set_loader("yaml", read_file, (YAMLError,))
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
         command = EXTRA_COMMANDS[sys.argv[1]]
         try:

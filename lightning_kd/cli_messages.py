@@ -16,19 +16,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_kd.callbacks
 import lightning_kd.public
+from lightning_kd.cli_habits import ELSEWHERE
 from lightning_kd.imports import why_no_class
 
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
 """Errors that Python raises by itself; none of them is written as a message."""
-
-_ELSEWHERE = {
-    "lr": "--model.optimizer.lr",
-    "learning_rate": "--model.optimizer.lr",
-    "lmbda": "--on_policy.lmbda",
-    "beta": "--model.divergence.beta",
-    "max_new_tokens": "--on_policy.generation.max_new_tokens",
-}
-"""Where options are that other libraries have among those of the method."""
 
 
 _NEEDS_QUOTES = 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"'
@@ -105,6 +97,8 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         '--trainer.max: did you mean --trainer.max_steps or --trainer.max_time?'
         >>> suggestion("modle.alpha", {"model", "data"})
         'modle.alpha: did you mean model.alpha?'
+        >>> suggestion("devices", {"trainer.devices", "trainer.max_steps"}, ["--devices"])
+        '--devices: did you mean --trainer.devices?'
         >>> suggestion("size", {"beta", "alpha"})
         'size: the choices are alpha, beta'
         >>> suggestion("engine", {"max_new_tokens"}, ["--on_policy.generation.engine=own.Engine"])
@@ -113,7 +107,7 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
     if name in options:
         return ""
     full = spelled_as(name, arguments)
-    known_as = _ELSEWHERE.get(name.rpartition(".")[2], full)
+    known_as = ELSEWHERE.get(name.rpartition(".")[2], full)
     if full.startswith("--") and full != known_as:
         return f"{full}: did you mean {known_as}?"
     before, parts, group = full.removesuffix(name), name.split("."), name.rpartition(".")[0]
@@ -140,6 +134,9 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         meant = [".".join([option, *parts[option.count(".") + 1 :]]) for option in near]
     if meant:
         return f"{full}: did you mean {' or '.join(before + option for option in meant)}?"
+    behind = sorted(o for o in options if "." not in name and o.rpartition(".")[2] == name)
+    if behind:
+        return f"{full}: did you mean {' or '.join(before + option for option in behind)}?"
     choices = beside or sorted(o for o in options if "." not in o)
     if not choices:
         return f"{full}: the class that is chosen there has no options"
