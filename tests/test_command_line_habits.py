@@ -38,7 +38,7 @@ LOGGED = [*TINY, "--model.student.config", SMALL, "--trainer.log_every_n_steps",
 FEW = [*LOGGED, "--trainer.max_steps", 2, "--trainer.val_check_interval", 2]
 
 
-def test_fewer_steps_than_the_config_validates_after(cli):
+def test_fewer_steps_than_the_config_has(cli):
     cli(*SFT, *LOGGED, "--trainer.max_steps", 5)
     assert steps() == 5
 
