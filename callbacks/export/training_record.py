@@ -10,6 +10,7 @@ from lightning_kd.callbacks.export.options import arguments_of, base_model, mode
 from lightning_kd.callbacks.export.session import this_session
 from lightning_kd.modules import DistillationModule
 from lightning_kd.resuming import Plain, Resumable
+from lightning_kd.seeding import run_seed
 from lightning_kd.teachers import Teacher
 
 
@@ -91,6 +92,7 @@ def record_of(
             "precision": str(trainer.precision),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "processes": trainer.world_size,
+            "seed": run_seed(),
         },
         sessions=before.sessions if again else [*before.sessions, session],
         metrics=before.metrics,

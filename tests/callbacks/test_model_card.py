@@ -69,7 +69,8 @@ def rows(body, heading):
     return {cells[0]: cells[1] for cells in lines[2:]}
 
 
-def test_a_card_says_how_the_student_was_made_and_its_lines_load_it():
+def test_a_card_says_how_the_student_was_made_and_its_lines_load_it(monkeypatch):
+    monkeypatch.setenv("PL_GLOBAL_SEED", "17")
     module = distilled()
     fitted = fit(module, HFExport("student"), **VALIDATED)
     front, body, blocks = card()
@@ -86,6 +87,7 @@ def test_a_card_says_how_the_student_was_made_and_its_lines_load_it():
     options = yaml.safe_load(blocks["yaml"])
     assert options["model"]["alpha"] == 0.25
     assert options["optimizer"] == {"class": "SGD", "lr": 0.1}
+    assert options["trainer"]["seed"] == 17
     measured = rows(body, "Validation after 2 optimizer steps")
     values = {n: v.item() for n, v in fitted.callback_metrics.items() if n.startswith("val/")}
     assert {"val/loss", "val/reverse_kl"} <= values.keys() == measured.keys()
