@@ -48,6 +48,7 @@ def what_is_left(trainer: L.Trainer) -> str:
         from_there = f"--config {config} --ckpt_path {saved[0]}"
         lines += [
             f"  lightning-kd validate {from_there}",
+            f"  lightning-kd export {from_there}",
             f"  lightning-kd fit {from_there} --trainer.max_steps {2 * trainer.global_step}",
         ]
     return "\n".join(lines if lines[-1] != "Next:" else lines[:-1])

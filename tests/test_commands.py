@@ -100,7 +100,7 @@ def test_a_run_says_where_everything_is_and_what_to_type_next(cli, caplog):
     assert "checkpoints/last.ckpt, a checkpoint" in left
     assert "tensorboard --logdir runs" in left
     commands = [line.split()[1:] for line in left.splitlines() if "  lightning-kd " in line]
-    assert [words[0] for words in commands] == ["validate", "fit"]
+    assert [words[0] for words in commands] == ["validate", "export", "fit"]
     for words in commands:
         cli(*words)
     assert not any("Tip" in text for text in said)
