@@ -7,6 +7,7 @@ from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnosti
 from lightning_kd.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_kd.callbacks.on_policy_generation import OnPolicyGeneration
 from lightning_kd.callbacks.progress_bar import ProgressBar
+from lightning_kd.callbacks.rollouts.health import HealthOptions
 from lightning_kd.callbacks.save_on_termination import SaveOnTermination
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
@@ -15,6 +16,7 @@ from lightning_kd.callbacks.timeout_report import TimeoutReport
 __all__ = [
     "CompletionSamples",
     "HFExport",
+    "HealthOptions",
     "JsonlPredictions",
     "LossNormalizationDiagnostics",
     "NonFiniteGuard",

@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,15 +14,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_kd.batch import Batch, Rollout, copy_of, require_prompts
 from lightning_kd.callbacks.rollouts.checkpoints import gather_ranks, select_rank
 from lightning_kd.callbacks.rollouts.checks import (
+    check_choices,
     check_cut,
     check_groups,
     check_lengths,
-    check_method,
+    check_module,
+    check_ranges,
     check_sampling,
-    check_shares,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import check_teacher, complete
+from lightning_kd.callbacks.rollouts.health import HealthOptions, RolloutHealth
 from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
@@ -55,9 +58,10 @@ class OnPolicyGeneration(Resumable, Callback):
     the middle of a window contains it.
 
     Logs under ``rollout/``, at logged steps: ``on_policy`` (1 if the student generated), the
-    completions' ``length_mean``, ``length_min`` and ``length_max``, ``eos_rate``, ``truncation_rate``,
-    ``distinct_1`` and ``distinct_2`` (share of distinct n-grams, first rank), ``tokens_per_second``
-    of generation and its ``time_share`` of the window; histograms (TensorBoard), a table.
+    completions' lengths, ends and repetition, each teacher's share of their tokens, ``distinct_1`` and
+    ``distinct_2`` (share of distinct n-grams, first rank), ``tokens_per_second`` of generation and its
+    ``time_share`` of the window; histograms (TensorBoard), a table. Warns when lengths run away.
+    ``docs/on_policy.md`` (Health) says what each number is.
 
     Args:
         lmbda: Share of windows that the student generates (GKD's :math:`\lambda`), in [0, 1], or a
@@ -73,6 +77,7 @@ class OnPolicyGeneration(Resumable, Callback):
         passes: Number of times that each window is trained on.
         truncated: Treatment of completions without an EOS: ``keep`` trains on them; ``mask`` removes
             their tokens from the loss and its count; ``drop`` also from baselines and statistics.
+        health: What is looked at to tell whether the student does well.
         rows_at_once: Largest number of rows that a rank generates together. Defaults to a whole window.
         table_every: Optimizer steps between histograms and tables; 0 for none.
         table_rows: Rows of the table.
@@ -92,7 +97,7 @@ class OnPolicyGeneration(Resumable, Callback):
     """
 
     resume_name = "on_policy"
-    may_change_on_resume = frozenset({"rows_at_once", "unshard", "path", *_TABLE})
+    may_change_on_resume = frozenset({"rows_at_once", "unshard", "path", "health", *_TABLE})
 
     def __init__(
         self,
@@ -106,24 +111,18 @@ class OnPolicyGeneration(Resumable, Callback):
         steps_per_window: int = 1,
         passes: int = 1,
         truncated: Truncation = "keep",
+        health: HealthOptions | None = None,
         rows_at_once: int | None = None,
         unshard: bool = False,
         table_every: int = 100,
         table_rows: int = 4,
         path: str | None = None,
     ) -> None:
-        for name, value, choices in (
-            ("off_policy", off_policy, get_args(OffPolicy)),
-            ("truncated", truncated, get_args(Truncation)),
-        ):
-            if value not in choices:
-                raise ValueError(f"unknown {name} {value!r}; choose one of {choices}")
-        check_shares(lmbda, mixture_alpha)
-        if steps_per_window < 1 or (rows_at_once is not None and rows_at_once < 1):
-            raise ValueError(
-                f"steps_per_window is {steps_per_window} and rows_at_once {rows_at_once}; they "
-                "must be 1 or more"
-            )
+        check_choices(
+            off_policy=(off_policy, get_args(OffPolicy)),
+            truncated=(truncated, get_args(Truncation)),
+        )
+        check_ranges(lmbda, mixture_alpha, steps_per_window, rows_at_once)
         self.lmbda = lmbda if isinstance(lmbda, Schedule) else Constant(lmbda)
         self.off_policy: OffPolicy = off_policy
         self.generation = generation or SamplingOptions()
@@ -134,6 +133,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self.truncated: Truncation = truncated
         self._empty = EmptyWindows(truncated)
         self.rows_at_once, self.unshard = rows_at_once, unshard
+        self.health = RolloutHealth(health or HealthOptions(), self.generation.max_new_tokens)
         self.statistics = RolloutStatistics(table_every)
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
         self._window: int | None = None
@@ -158,6 +158,7 @@ class OnPolicyGeneration(Resumable, Callback):
         # A run that ended inside a window leaves it behind; the next one has its own.
         self._window, self._rollouts, self._empty.consecutive = None, [], 0
         self.records.forget_run()
+        self.health.forget_run()
         if stage == "fit":
             micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
             plan = replace(self.plan, micro_batches=micro_batches)
@@ -169,23 +170,14 @@ class OnPolicyGeneration(Resumable, Callback):
         Raises:
             ValueError: If they are not.
         """
-        if not isinstance(pl_module, DistillationModule):
-            raise ValueError(
-                f"OnPolicyGeneration generates for modules of this library, not for a "
-                f"{type(pl_module).__name__}; derive it from DistillationModule"
-            )
-        check_method(pl_module, self.engine)
+        module = check_module(pl_module, self.engine, unshard=self.unshard)
+        self.health.check(module)
         self.records.check(trainer)
-        if self.unshard and not is_fsdp2_sharded(pl_module.student):
-            raise ValueError(
-                "unshard: true gathers shards of FSDP2, and this strategy has none; leave it out, "
-                "or use --trainer.strategy fsdp2"
-            )
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
-        check_sampling(pl_module, self.generation, always=always)
-        check_teacher(pl_module, self.mixture_alpha, self.off_policy, self.lmbda, self.engine)
+        check_sampling(module, self.generation, always=always)
+        check_teacher(module, self.mixture_alpha, self.off_policy, self.lmbda, self.engine)
         from_data = not always and self.off_policy == "dataset"
-        check_lengths(pl_module, self.generation.max_new_tokens, from_data=from_data)
+        check_lengths(module, self.generation.max_new_tokens, from_data=from_data)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate that groups fill a window, and that a restored one is cut as this run's are."""
@@ -211,6 +203,7 @@ class OnPolicyGeneration(Resumable, Callback):
             if self._on_policy or self.off_policy == "teacher":
                 self._generate_window(trainer, pl_module, window)
             self._window = window.number
+        self.health.compare(pl_module, self._on_policy)
         if self._rollouts:
             batch.update(copy_of(self._rollouts[place]))
             pl_module.count_rollouts(batch, self._rollouts, place)
@@ -227,8 +220,10 @@ class OnPolicyGeneration(Resumable, Callback):
         """Log statistics of a window at its last micro-batch."""
         if not loader_of(trainer).ends_window or self._window is None:
             return
+        assert isinstance(pl_module, DistillationModule)  # checked in on_fit_start
         steps = self.steps_per_window * self.plan.passes
-        self.statistics.end(trainer, self._on_policy, steps)
+        also = partial(self.health.metrics, pl_module, self._rollouts, self._on_policy)
+        self.statistics.end(trainer, self._on_policy, steps, also)
         if self._rollouts and isinstance(pl_module, TeacherModule):
             self.records.log_table(trainer, pl_module, self._rollouts[0])
         self._window, self._rollouts = None, []
@@ -238,6 +233,7 @@ class OnPolicyGeneration(Resumable, Callback):
     ) -> None:
         """Save an unfinished window: later weights would generate another one."""
         saved: dict[str, Any] = {"empty_windows": self._empty.consecutive}
+        saved["health"] = self.health.state_dict()
         # A callback in front of this one may save when the window has ended and is still here.
         if self._window is not None and not loader_of(trainer).ends_window:
             own = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
@@ -258,6 +254,8 @@ class OnPolicyGeneration(Resumable, Callback):
         self.records.resumed = True
         saved = checkpoint.get(_CHECKPOINT_KEY, {"empty_windows": 0})
         self._empty.consecutive = saved["empty_windows"]
+        if "health" in saved:
+            self.health.load_state_dict(saved["health"])
         if "window" in saved:
             own = select_rank(trainer, saved["ranks"], self.steps_per_window * self.plan.passes)
             self._window, self._on_policy = saved["window"], saved["on_policy"]
@@ -297,3 +295,5 @@ class OnPolicyGeneration(Resumable, Callback):
                 module.prepare_rollouts(self._rollouts, self.generation)
         self._empty.add(module, self._rollouts, self.generation.max_new_tokens)
         self.records.write(trainer, module, self._rollouts, generated.ended.tolist(), window.number)
+        if self._on_policy:
+            self.health.add(module, generated, window.number, trainer.global_step)

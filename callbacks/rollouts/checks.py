@@ -9,30 +9,63 @@ from lightning_kd.callbacks.rollouts.planning import loader_of
 from lightning_kd.data import PairedLoader, TrainingLoader, WindowedLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
+from lightning_kd.models.sharding import is_fsdp2_sharded
 from lightning_kd.modules import GKD, DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.schedules import Schedule
 
 
-def check_shares(lmbda: float | Schedule, mixture_alpha: float) -> None:
-    """Validate the share of on-policy windows and that of the teacher in a mixture.
+def check_choices(**given: tuple[str, tuple[str, ...]]) -> None:
+    """Validate options that are one of some names.
+
+    Args:
+        given: For each option, what it is and what there is.
+
+    Raises:
+        ValueError: If one is something else.
+    """
+    for name, (value, choices) in given.items():
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}; choose one of {choices}")
+
+
+def check_ranges(
+    lmbda: float | Schedule, mixture_alpha: float, steps_per_window: int, rows_at_once: int | None
+) -> None:
+    """Validate shares and sizes: of on-policy windows, of the teacher in a mixture, of windows.
 
     Raises:
         ValueError: If one is out of its range.
     """
+    if steps_per_window < 1 or (rows_at_once is not None and rows_at_once < 1):
+        raise ValueError(
+            f"steps_per_window is {steps_per_window} and rows_at_once {rows_at_once}; they "
+            "must be 1 or more"
+        )
     if not isinstance(lmbda, Schedule) and not 0 <= lmbda <= 1:
         raise ValueError(f"lmbda is {lmbda}; it is a share of windows, in [0, 1]")
     if not 0 <= mixture_alpha < 1:
         raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
 
 
-def check_method(module: DistillationModule, engine: Engine) -> None:
-    """Validate that a method uses completions, and that the engine gives what the method needs.
+def check_module(module: L.LightningModule, engine: Engine, *, unshard: bool) -> DistillationModule:
+    """Return a module that uses completions, for which the engine gives what it needs.
+
+    Args:
+        module: The module that is trained.
+        engine: What generates.
+        unshard: Whether weights are gathered while it does.
 
     Raises:
-        ValueError: If the method learns from the data's completions alone, or needs log-probabilities
-            that the engine does not give.
+        ValueError: If the module is none of this library, its method learns from the data's
+            completions alone or needs log-probabilities that the engine does not give, or weights
+            are to be gathered that are not sharded.
     """
+    if not isinstance(module, DistillationModule):
+        raise ValueError(
+            f"OnPolicyGeneration generates for modules of this library, not for a "
+            f"{type(module).__name__}; derive it from DistillationModule"
+        )
     if not (isinstance(module, TeacherModule) or module.needs_own_samples):
         raise ValueError(
             f"{type(module).__name__} learns the completions of the data, and on_policy would have it "
@@ -40,6 +73,12 @@ def check_method(module: DistillationModule, engine: Engine) -> None:
         )
     if module.needs_own_samples:
         check_log_probs(engine, type(module).__name__)
+    if unshard and not is_fsdp2_sharded(module.student):
+        raise ValueError(
+            "unshard: true gathers shards of FSDP2, and this strategy has none; leave it out, "
+            "or use --trainer.strategy fsdp2"
+        )
+    return module
 
 
 def check_sampling(module: DistillationModule, options: GenerationOptions, *, always: bool) -> None:

@@ -1,7 +1,7 @@
 """Statistics of generated completions and of the time that generation takes."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,7 +11,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from lightning_kd.callbacks.metric_logging import log_metrics
+from lightning_kd.callbacks.rollouts.lengths import is_empty
 from lightning_kd.generation import Completions
+
+_REPEATED = 4
+"""Tokens of what counts as a repetition: shorter ones recur in any text."""
 
 
 class RolloutStatistics:
@@ -51,40 +55,72 @@ class RolloutStatistics:
         self._generated = None if generated is None else Completions(**generated)
         self._seconds = state["seconds"]
 
-    def end(self, trainer: L.Trainer, on_policy: bool, steps: int) -> None:
-        """Log the window that ends with this optimizer step, if any of its steps is logged."""
+    def end(
+        self,
+        trainer: L.Trainer,
+        on_policy: bool,
+        steps: int,
+        also: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> None:
+        """Log the window that ends with this optimizer step, if any of its steps is logged.
+
+        Args:
+            trainer: The trainer.
+            on_policy: Whether the student has generated the window.
+            steps: Optimizer steps of the window, in all of its passes.
+            also: Computes what else is logged, on all ranks together.
+        """
         last = trainer.global_step
         if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
         values = {"on_policy": torch.tensor(float(on_policy))}
         if self._generated is not None:
-            values |= self._metrics(trainer, self._generated)
+            values |= {**self._metrics(trainer, self._generated), **also()}
         log_metrics(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)
 
     def _metrics(self, trainer: L.Trainer, generated: Completions) -> dict[str, Tensor]:
-        own = torch.stack([generated.mask.sum(-1).double(), generated.ended.double()])
-        everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
-        all_lengths, ended = everyone[:, 0].flatten(), everyone[:, 1].flatten()
         rows = [
             ids[mask] for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
         ]
+        repeated = [repeated_grams(row, _REPEATED) for row in rows]
+        of_rows = [generated.mask.sum(-1), generated.ended, is_empty(generated)]
+        of_rows.append(torch.tensor(repeated, device=generated.ids.device))
+        own = torch.stack([values.double() for values in of_rows])
+        everyone = trainer.strategy.all_gather(own).reshape(-1, *own.shape)
+        all_lengths, ended, empty, again = (values.flatten() for values in everyone.unbind(1))
+        grams = (all_lengths - _REPEATED + 1).clamp_min(0).sum()
         elapsed = time.perf_counter() - self._started
         last = trainer.global_step
         for logger in trainer.loggers:
             wanted = passes_multiple(last - 1, last, self.histograms_every)
             if wanted and isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_histogram("rollout/length", all_lengths, last - 1)
+        # Where no completion is so long, there is no share.
+        repetition = {f"repetition_{_REPEATED}": again.sum() / grams} if grams > 0 else {}
         return {
             "length_mean": all_lengths.mean(),
             "length_min": all_lengths.min(),
             "length_max": all_lengths.max(),
             "eos_rate": ended.mean(),
             "truncation_rate": 1 - ended.mean(),
+            "empty_rate": empty.mean(),
             "distinct_1": torch.tensor(distinct(rows, 1)),
             "distinct_2": torch.tensor(distinct(rows, 2)),
             "tokens_per_second": all_lengths.sum() / self._seconds,
             "time_share": torch.tensor(self._seconds / elapsed),
+            **repetition,
         }
+
+
+def repeated_grams(row: Tensor, n: int) -> int:
+    """Count the n-grams of a row that stand earlier in it too.
+
+    Example:
+        >>> repeated_grams(torch.tensor([1, 1, 1, 2, 1, 1]), 2)  # 11 11 12 21 11: the second and last
+        2
+    """
+    grams = [tuple(gram) for gram in row.unfold(0, n, 1).tolist()] if len(row) >= n else []
+    return len(grams) - len(set(grams))
 
 
 def distinct(rows: Sequence[Tensor], n: int) -> float:

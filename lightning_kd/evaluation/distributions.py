@@ -8,6 +8,7 @@ from torchmetrics import Metric
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.divergences import ForwardKL, ReverseKL
+from lightning_kd.evaluation.overlap import Overlap
 from lightning_kd.fused import (
     AnswerKind,
     CrossEntropy,
@@ -31,7 +32,8 @@ class DistributionMetrics(Metric):
     All are at temperature 1 and on the labeled positions, whatever the method trains on, so that
     they mean the same in every run: ``forward_kl`` :math:`KL(p\|q)`, ``reverse_kl``
     :math:`KL(q\|p)`, ``top1_agreement`` (share of positions with the same most likely token),
-    ``student_entropy``, ``teacher_entropy``, and ``perplexity`` of the labels under the student.
+    ``student_entropy``, ``teacher_entropy``, their difference ``entropy_gap`` (the student's minus the
+    teacher's), and ``perplexity`` of the labels under the student.
     Without a teacher only the student's are there. Where logits are cut to a shared vocabulary,
     ``student_dropped_mass`` and ``teacher_dropped_mass`` are what each gives to the tokens beyond
     it.
@@ -44,6 +46,10 @@ class DistributionMetrics(Metric):
     From tokens drawn at random there are ``sampled_forward_kl``, an unbiased estimate of the forward
     KL, and the teacher's entropy, which comes with them.
 
+    With an :attr:`overlap` there are ``top_k_overlap``, the share of the student's k most likely tokens
+    that are among the teacher's, and ``student_overlap_mass`` and ``teacher_overlap_mass``, the
+    probability that each side gives to these shared tokens, as far as the teacher tells k tokens.
+
     Example:
         >>> from lightning_kd.fused import DistributionRows, LogitsChunk, MaterializedLogits
         >>> metrics, targets = DistributionMetrics(), torch.tensor([2])
@@ -55,7 +61,7 @@ class DistributionMetrics(Metric):
         >>> {name: round(value.item(), 3) for name, value in metrics.compute().items()}
         ... # doctest: +NORMALIZE_WHITESPACE
         {'perplexity': 4.0, 'student_entropy': 1.386, 'forward_kl': 0.0, 'reverse_kl': 0.0,
-         'top1_agreement': 1.0, 'teacher_entropy': 1.386}
+         'top1_agreement': 1.0, 'teacher_entropy': 1.386, 'entropy_gap': 0.0}
     """
 
     full_state_update = False
@@ -74,6 +80,8 @@ class DistributionMetrics(Metric):
         "token_log_probs": ("label_log_ratio",),
     }
     """Metrics of each kind of answer, in the order of :meth:`token_terms`."""
+    overlap: Overlap | None = None
+    """What else is compared; it may change between updates, each of which counts for itself."""
     sums: Tensor
     counts: Tensor
     dropped: Tensor
@@ -82,7 +90,7 @@ class DistributionMetrics(Metric):
     def __init__(self) -> None:
         super().__init__()
         of_teacher = [name for names in self.teacher_names.values() for name in names]
-        self.names = list(dict.fromkeys([*self.student_names, *of_teacher]))
+        self.names = list(dict.fromkeys([*self.student_names, *of_teacher, *Overlap.names]))
         zero = torch.zeros((), dtype=torch.float64)
         self.add_state("sums", zero.repeat(len(self.names)), dist_reduce_fx="sum")
         self.add_state("counts", zero.repeat(len(self.names)), dist_reduce_fx="sum")
@@ -91,21 +99,34 @@ class DistributionMetrics(Metric):
         # Sums of a whole evaluation: float32 would lose the last tokens of a large one.
         self.set_dtype(torch.float64)
 
+    def check(self, teacher: TeacherAnswer) -> None:
+        """Refuse a teacher's answer from which something that is asked for cannot be computed.
+
+        Raises:
+            ValueError: If there is such a thing.
+        """
+        if self.overlap is not None:
+            self.overlap.check(teacher)
+
     def token_terms(self, targets: Tensor, teacher: TeacherAnswer | None) -> list[TokenTerm]:
         """Return the terms to evaluate: for the student alone, or with a teacher's answer."""
         of_student: list[TokenTerm] = [CrossEntropy(targets), Entropy()]
         if teacher is None:
             return of_student
+        shared = [] if self.overlap is None else self.overlap.token_terms(teacher)
+        return [*of_student, *self._teacher_terms(targets, teacher), *shared]
+
+    def _teacher_terms(self, targets: Tensor, teacher: TeacherAnswer) -> list[TokenTerm]:
         if isinstance(teacher, TokenLogProbs):
-            return [*of_student, LogRatio(targets, teacher.values)]
+            return [LogRatio(targets, teacher.values)]
         if isinstance(teacher, SampledTokens):
-            return [*of_student, DivergenceTerm(ForwardKL()), TeacherEntropy()]
+            return [DivergenceTerm(ForwardKL()), TeacherEntropy()]
         both = [DivergenceTerm(ForwardKL()), DivergenceTerm(ReverseKL()), Top1Agreement()]
         if isinstance(teacher, FullDistribution):
-            return [*of_student, *both, TeacherEntropy()]
+            return [*both, TeacherEntropy()]
         if isinstance(teacher, TopKAndToken):
-            return [*of_student, *both, LogRatio(targets, teacher.label_log_probs)]
-        return [*of_student, *both]
+            return [*both, LogRatio(targets, teacher.label_log_probs)]
+        return both
 
     def update(self, values: Tensor, targets: Tensor, kind: AnswerKind | None = None) -> None:
         """Add positions.
@@ -119,6 +140,8 @@ class DistributionMetrics(Metric):
         of_teacher = () if kind is None else self.teacher_names[kind]
         sums = values[:, labeled].sum(-1, dtype=torch.float64)
         names = (*self.student_names, *of_teacher)
+        if len(values) > len(names):
+            names = (*names, *Overlap.names)
         places = torch.tensor([self.names.index(name) for name in names], device=sums.device)
         # Out of place: an evaluation leaves tensors of inference mode, which a fit cannot change; and
         # bf16-true has made the zeros bfloat16, which cannot count beyond 256.
@@ -154,6 +177,8 @@ class DistributionMetrics(Metric):
                 result["perplexity"] = (total / count).exp()
             elif count > 0:
                 result[name] = total / count
+        if "teacher_entropy" in result:
+            result["entropy_gap"] = result["student_entropy"] - result["teacher_entropy"]
         for side, name in enumerate(self.dropped_names):
             if self.dropped_tokens[side] > 0:
                 result[name] = self.dropped[side] / self.dropped_tokens[side]

@@ -19,6 +19,11 @@ from lightning_kd.fused.lazy_logits import (
     RoutedLogits,
 )
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
+from lightning_kd.fused.overlap_terms import (
+    StudentOverlapMass,
+    TeacherOverlapMass,
+    TopKOverlap,
+)
 from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows, check_estimable
 from lightning_kd.fused.student_rows import StudentRows
@@ -66,12 +71,14 @@ __all__ = [
     "SampledTokens",
     "SquaredScore",
     "StudentMassBeyond",
+    "StudentOverlapMass",
     "StudentRows",
     "TailLoss",
     "TeacherAnswer",
     "TeacherCrossEntropy",
     "TeacherEntropy",
     "TeacherMassBeyond",
+    "TeacherOverlapMass",
     "TeacherRows",
     "TeacherTokenLogProb",
     "TokenLogProbs",
@@ -80,6 +87,7 @@ __all__ = [
     "Top1Agreement",
     "TopK",
     "TopKAndToken",
+    "TopKOverlap",
     "TopKRows",
     "WeightedSum",
     "ZeroTerm",

@@ -1,6 +1,8 @@
 """A chunk of logits, and the terms that are computed from it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -10,6 +12,8 @@ from lightning_kd.divergences.log_space import expectation
 from lightning_kd.fused.sparse_rows import SampledRows
 from lightning_kd.fused.student_rows import StudentRows
 from lightning_kd.fused.teacher_rows import DistributionRows, TeacherRows
+
+_Result = TypeVar("_Result")
 
 
 class LogitsChunk:
@@ -26,6 +30,7 @@ class LogitsChunk:
     ) -> None:
         self.rows = rows
         self._student, self._teacher = StudentRows(student_logits), teacher
+        self._computed: dict[Hashable, Any] = {}
 
     @property
     def student_logits(self) -> Tensor:
@@ -100,6 +105,26 @@ class LogitsChunk:
     def teacher_top_tokens(self) -> Tensor:
         """The teacher's most likely token at each row, ``(n,)``."""
         return self._answer.top_tokens()
+
+    def teacher_most_likely(self, k: int) -> tuple[Tensor, Tensor]:
+        """The teacher's k most likely tokens, and their log-probabilities, ``(n, k)`` each.
+
+        Raises:
+            ValueError: If the answer does not tell them.
+        """
+        return self._answer.most_likely(k)
+
+    def once(self, key: Hashable, compute: Callable[[], _Result]) -> _Result:
+        """Return what several terms make of the chunk, computed by the first that asks.
+
+        Args:
+            key: Names it, with all that it depends on but the chunk.
+            compute: Computes it, without a gradient.
+        """
+        if key not in self._computed:
+            self._computed[key] = compute()
+        result: _Result = self._computed[key]
+        return result
 
     def teacher_entropy(self) -> Tensor:
         """The entropy of the teacher's distribution, ``(n,)``.

@@ -112,6 +112,18 @@ class TopKRows(TeacherRows):
         best = self._known.argmax(-1, keepdim=True)
         return self._ids.gather(-1, best)[:, 0]
 
+    def most_likely(self, k: int) -> tuple[Tensor, Tensor]:
+        """The most likely of the named tokens, and their log-probabilities.
+
+        Raises:
+            ValueError: If fewer tokens are named than k.
+        """
+        named = self._ids.shape[1]
+        if k > named:
+            raise ValueError(f"k is {k}; the teacher names {named} tokens at each position")
+        best = self.log_probs(1.0)[:, :named].topk(k, -1)
+        return self._ids.gather(-1, best.indices).long(), best.values
+
 
 class SampledRows(TeacherRows):
     """Tokens drawn from the teacher's distribution, for the forward KL alone.

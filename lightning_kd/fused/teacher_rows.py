@@ -62,6 +62,14 @@ class TeacherRows(ABC):
     def top_tokens(self) -> Tensor:
         """The teacher's most likely token at each row, ``(n,)``."""
 
+    def most_likely(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k most likely tokens, and their log-probabilities at temperature 1, ``(n, k)`` each.
+
+        Raises:
+            ValueError: If the answer does not tell them.
+        """
+        raise ValueError(f"{type(self).__name__} does not tell the {k} most likely tokens")
+
 
 class DistributionRows(TeacherRows):
     """Every token is an event of its own.
@@ -112,3 +120,8 @@ class DistributionRows(TeacherRows):
     def top_tokens(self) -> Tensor:
         """The most likely token."""
         return self.log_probs(1.0).argmax(-1)
+
+    def most_likely(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k most likely tokens, and their log-probabilities."""
+        best = self.log_probs(1.0).topk(k, -1)
+        return best.indices, best.values

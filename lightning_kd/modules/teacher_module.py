@@ -143,6 +143,7 @@ class TeacherModule(DistillationModule):
         """
         super().setup(stage)
         if stage == "fit":
+            self.train_distribution.overlap = None  # what an earlier run's callback has asked for
             check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
         if stage != "predict":
             check_temperatures(self.teacher, self.answer_kind, self.teacher_temperatures)
@@ -208,6 +209,7 @@ class TeacherModule(DistillationModule):
         """Run student and teacher on the same ids."""
         positions = self.positions(batch)
         teacher = self.teacher_answer(batch, positions)
+        self.train_distribution.check(teacher)
         if self.coming is not None:
             # The teacher works on it while the student works on this one.
             ahead, self.coming = self.coming, None

@@ -150,6 +150,17 @@ class Teacher(Resumable, TextCoverage, ABC):
         """Whether :meth:`answer` must be called on all processes at once, as with sharded weights."""
         return False
 
+    def routes(self, batch: Batch) -> tuple[Sequence[str], Tensor] | None:
+        """Return which of several teachers answers for each row; None if one does for all.
+
+        Args:
+            batch: The rows, on any device.
+
+        Returns:
+            The teachers' names, and the number of each row's among them, ``(B,)``.
+        """
+        return None
+
     is_remote: bool = False
     """Whether answers come from outside of this process, which may fail: then all processes of a run
     hear of it together, and are told of micro-batches that come next."""

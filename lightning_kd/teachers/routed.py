@@ -177,6 +177,10 @@ class RoutedTeacher(CompositeTeacher):
             return FullDistribution(logits)
         return RoutedDistribution(logits, members=members, routes=routes)
 
+    def routes(self, batch: Batch) -> tuple[Sequence[str], Tensor]:
+        """Return the values of the column that select the teachers, and the number of each row's."""
+        return list(self.members), self._routes(batch)
+
     def _routes(self, batch: Batch) -> Tensor:
         """The number of each row's teacher, ``(B,)``."""
         names = batch.get("extra", {}).get(self.column)

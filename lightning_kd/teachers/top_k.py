@@ -1,8 +1,9 @@
 """A teacher that tells k tokens of what another one knows."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from lightning_kd.batch import Batch
 from lightning_kd.fused import AnswerKind, FullDistribution, TopK
@@ -62,6 +63,10 @@ class TopKTeacher(CompositeTeacher):
     def named_members(self) -> Mapping[str, Teacher]:
         """The teacher."""
         return {"whole": self.teacher}
+
+    def routes(self, batch: Batch) -> tuple[Sequence[str], Tensor] | None:
+        """Return those of the teacher."""
+        return self.teacher.routes(batch)
 
     @torch.no_grad()
     def answer(

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import HealthOptions, OnPolicyGeneration
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD
@@ -44,7 +44,11 @@ def run(path: Path, steps: int = STEPS, draws: bool = True, world: int = 2, **fi
     """Return whether each step is on policy; append completions to ``path``."""
     module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
     generation = OnPolicyGeneration(
-        lmbda=0.5, generation=SamplingOptions(max_new_tokens=4), table_every=0, path=str(path)
+        lmbda=0.5,
+        generation=SamplingOptions(max_new_tokens=4),  # cuts most completions
+        health=HealthOptions(truncation_limit=1.0),
+        table_every=0,
+        path=str(path),
     )
     recorder = Recorder(draws)
     lightning = trainer(

@@ -102,6 +102,7 @@ def test_loggers_see_the_same_names():
     both = {
         *("loss", "tokens", "cross_entropy", "divergence", "perplexity", "forward_kl"),
         *("reverse_kl", "top1_agreement", "student_entropy", "teacher_entropy"),
+        "entropy_gap",
     }
     assert set(fit.callback_metrics) == (
         {f"{stage}/{name}" for stage in ("train", "val") for name in both}
