@@ -504,6 +504,14 @@ TABLE = {
         ["group_size 3", "batch_size"],
     ),
     "unknown truncation of rollouts": (gkd("--on_policy.truncated", "cut"), ["cut", "keep"]),
+    "too few windows": (
+        gkd("--on_policy.health.windows", "2"),
+        ["health.windows is 2", "4 or more"],
+    ),
+    "more likely tokens than all": (
+        gkd("--on_policy.health.overlap_k", "99"),
+        ["health.overlap_k is 99", "lower it"],
+    ),
     "nothing to unshard": (gkd("--on_policy.unshard", "true"), ["unshard", "fsdp2"]),
     "writer elsewhere": (
         gkd("--on_policy.mixture_alpha", "0.2", "--model.teacher.placement", "cpu"),

@@ -211,9 +211,11 @@ def test_on_policy_methods_run_from_their_configs(cli, teacher, config):
     fit_ = ["fit", "--config", CONFIGS / f"{config}.yaml", *DEBUG, *QUIET, *ON_POLICY[config]]
     fit_ += ["--model.teacher.name_or_path", teacher, "--data.validation_size", 20]
     fit_ += ["--trainer.max_steps", 16, "--trainer.val_check_interval", 16]
-    cli(*fit_, "--data.batch_size", 8, "--on_policy.path", "rollouts.jsonl")
+    fit_ += ["--data.batch_size", 8, "--on_policy.path", "rollouts.jsonl"]
+    cli(*fit_, "--on_policy.health.overlap_k", 8)
     names = set(scalars("runs").Tags()["scalars"])
     assert {"train/loss", "rollout/on_policy", "rollout/length_mean", "rollout/eos_rate"} <= names
+    assert {"train/top_k_overlap", "train/entropy_gap", "rollout/length_trend"} <= names
     assert {"val/loss", "val/reverse_kl"} <= names
     assert len(Path("rollouts.jsonl").read_text().splitlines()) >= 32
     if not ON_POLICY[config]:  # with a student that was trained before
