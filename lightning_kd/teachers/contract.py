@@ -153,11 +153,7 @@ class Teacher(Resumable, TextCoverage, ABC):
     def routes(self, batch: Batch) -> tuple[Sequence[str], Tensor] | None:
         """Return which of several teachers answers for each row; None if one does for all.
 
-        Args:
-            batch: The rows, on any device.
-
-        Returns:
-            The teachers' names, and the number of each row's among them, ``(B,)``.
+        That is the teachers' names, and the number of each row's among them, ``(B,)``.
         """
         return None
 
