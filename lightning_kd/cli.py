@@ -34,8 +34,8 @@ from lightning_kd.callbacks import (
 )
 from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.cli_arguments import Text, as_text, missing_arguments
-from lightning_kd.cli_cache import CachingTrainer
-from lightning_kd.cli_export import ExportingTrainer, with_run_config
+from lightning_kd.cli_check import CommandTrainer
+from lightning_kd.cli_export import with_run_config
 from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
 from lightning_kd.cli_models import read_file, settle_models
 from lightning_kd.cli_output import leave_out_noise, what_is_left
@@ -45,6 +45,7 @@ from lightning_kd.demo import demo
 from lightning_kd.imports import OwnModules
 from lightning_kd.modules import MiniLLMObjective
 from lightning_kd.named_checkpoints import checkpoint_places, find_checkpoint, is_checkpoint
+from lightning_kd.preflight import Preflight
 from lightning_kd.processes import end_together, wait_for
 from lightning_kd.run_directories import claim_version
 from lightning_kd.serving import serve
@@ -67,7 +68,7 @@ class DistillationCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, and those of this library."""
         own = {"model", "datamodule"}
-        return LightningCLI.subcommands() | {"cache": own, "export": own}
+        return LightningCLI.subcommands() | {"cache": own, "check": own, "export": own}
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse a command line, and refuse one that leaves out what a class needs."""
@@ -91,6 +92,7 @@ class DistillationCLI(LightningCLI):
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_lightning_class_args(JsonlPredictions, "predictions")
         parser.add_lightning_class_args(NonFiniteGuard, "non_finite")
+        parser.add_lightning_class_args(Preflight, "preflight")
         parser.add_argument(
             "--on_policy",
             type=OnPolicyGeneration | None,
@@ -162,10 +164,10 @@ class DistillationCLI(LightningCLI):
             kwargs["plugins"] = [*plugins, AtomicCheckpointIO()]
         if self.subcommand == "export":
             export = self._get(self.config_init, "export")
-            return ExportingTrainer.for_export({**trainer, **kwargs}, export)
+            return CommandTrainer.for_export({**trainer, **kwargs}, export)
         on_policy = self._get(self.config_init, "on_policy")
         if self.subcommand == "cache":
-            return CachingTrainer.of_options(trainer, on_policy=on_policy)
+            return CommandTrainer.of_options(trainer, on_policy=on_policy)
         callbacks = _listed(trainer["callbacks"])
         if trainer["enable_progress_bar"] is not False and not _has_progress_bar(callbacks):
             callbacks = [*callbacks, ProgressBar()]
@@ -252,7 +254,7 @@ def main() -> None:
         LightningDataModule,
         subclass_mode_model=True,
         subclass_mode_data=True,
-        trainer_class=ExportingTrainer,
+        trainer_class=CommandTrainer,
         auto_configure_optimizers=False,
         seed_everything_default=0,
         save_config_kwargs={"overwrite": True},

@@ -4,6 +4,7 @@ from difflib import get_close_matches
 
 COMMANDS = {
     "fit": "train a student",
+    "check": "say what a run would do and what would ruin it, before it starts",
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
     "predict": "write completions of a checkpoint to a file",

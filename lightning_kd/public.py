@@ -60,6 +60,7 @@ from lightning_kd.normalization import (
     TokenMean,
 )
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
+from lightning_kd.preflight import Preflight, check
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
 from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
@@ -117,6 +118,7 @@ __all__ = [
     "PackedTextData",
     "PairedBatch",
     "Paper",
+    "Preflight",
     "PromptBatch",
     "PromptCompletionData",
     "Prompts",
@@ -142,6 +144,7 @@ __all__ = [
     "WarmupCosine",
     "arithmetic_tokenizer",
     "available_divergences",
+    "check",
     "fused_linear_divergence",
     "make_divergence",
     "register_divergence",

@@ -21,10 +21,12 @@ LAYERS = [
     {"teachers"},
     {"data", "modules", "serving"},
     {"callbacks"},
+    {"preflight"},
     {"public"},
     {"demo", "run_directories", "cli_messages", "cli_arguments", "cli_output", "cache_writing"},
     {"cli_cache"},
     {"cli_export"},
+    {"cli_check"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})

@@ -1,7 +1,7 @@
 """Base of data modules: the tokenizer and the loaders."""
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import lightning as L
@@ -160,7 +160,16 @@ class DistillationData(Resumable, L.LightningDataModule):
         rows, (rank, world_size) = self._ready(split), self._process
         for start in range(rank, len(rows), world_size * _ROWS_AT_ONCE):
             own = range(start, len(rows), world_size)[:_ROWS_AT_ONCE]
-            yield self._collator([(row, row, rows.example(row, 0)) for row in own])
+            yield self.batch_of(split, own)
+
+    def read_rows(self, split: Split) -> Rows:
+        """Return the rows of a split that has been read."""
+        return self._ready(split)
+
+    def batch_of(self, split: Split, numbers: Sequence[int]) -> Batch:
+        """Return some rows of a split by their numbers, in their first pass, as one batch."""
+        rows = self._ready(split)
+        return self._collator([(row, row, rows.example(row, 0)) for row in numbers])
 
     def check_repeats(self, split: Split) -> None:
         """Validate that every pass over a split has the same texts.

@@ -140,14 +140,40 @@ class ChunkedPass:
 
     def _chunk_size(self, buffers: int) -> int:
         """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
-        count, width = self._first.shape
-        fitting = max(1, self.chunk_bytes // (buffers * width * self._first.dtype.itemsize))
-        return ceil(count / max(1, ceil(count / fitting)))
+        width = buffers * self._first.shape[1] * self._first.dtype.itemsize
+        return chunk_size(self._first.shape[0], width, self.chunk_bytes)
 
     def _parts(self, length: int) -> Iterator[slice]:
-        fitting = max(1, _CACHE_BYTES // (self._first.shape[1] * self._first.dtype.itemsize))
-        # A kernel launch costs more than a cache miss on an accelerator.
-        return _slices(0, length, fitting if self.device.type == "cpu" else length)
+        width = self._first.shape[1] * self._first.dtype.itemsize
+        return _slices(0, length, part_size(length, width, self.device))
+
+
+def chunk_size(count: int, width: int, chunk_bytes: int) -> int:
+    """Return the positions of a chunk.
+
+    Args:
+        count: Positions in all.
+        width: Bytes of the logits of one, of student and teachers.
+        chunk_bytes: Bytes that a chunk may have.
+
+    Example:
+        >>> chunk_size(10, 100, 450), chunk_size(10, 100, 10)
+        (4, 1)
+    """
+    fitting = max(1, chunk_bytes // width)
+    return ceil(count / max(1, ceil(count / fitting)))
+
+
+def part_size(length: int, width: int, device: torch.device) -> int:
+    """Return the positions of a part of a chunk, which arithmetic goes over at once.
+
+    Args:
+        length: Positions of the chunk.
+        width: Bytes of the logits of one.
+        device: Device of the pass.
+    """
+    # A kernel launch costs more than a cache miss on an accelerator.
+    return max(1, _CACHE_BYTES // width) if device.type == "cpu" else length
 
 
 def _share_memory(first: Tensor, second: Tensor) -> bool:

@@ -49,11 +49,33 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in trans
 
 
 def _with_spare_length(values: Tensor) -> Tensor:
-    """Return values at the beginning of a tensor that is half as long again, by at least 64 tokens."""
+    """Return values at the beginning of a tensor with room for more."""
     *outer, length, width = values.shape
-    larger = values.new_empty(*outer, length + max(64, length // 2), width)
+    larger = values.new_empty(*outer, _spare_length(length), width)
     larger[..., :length, :] = values
     return larger
+
+
+def _spare_length(length: int) -> int:
+    """Return a length that is half as long again, by at least 64 tokens."""
+    return length + max(64, length // 2)
+
+
+def allocated_length(prompt: int, generated: int) -> int:
+    """Return the tokens that a preallocated cache has room for in the end.
+
+    Args:
+        prompt: Tokens that are read at once.
+        generated: Tokens that follow; the last of them is not read.
+
+    Example:
+        >>> allocated_length(10, 20), allocated_length(10, 200)
+        (74, 237)
+    """
+    length = _spare_length(prompt)
+    while length < prompt + generated - 1:
+        length = _spare_length(length)
+    return length
 
 
 def preallocated(cache: Any) -> Any:

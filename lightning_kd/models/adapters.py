@@ -10,6 +10,18 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return getattr(model, "peft_config", None) is not None
 
 
+def check_without_adapters(model: PreTrainedModel) -> None:
+    """Refuse a model that has adapters, where others are to be added.
+
+    Raises:
+        ValueError: If it has some.
+    """
+    if has_adapters(model):
+        raise ValueError(
+            "lora is given for a model that has adapters already; leave lora out, or merge them"
+        )
+
+
 def check_mergeable(model: PreTrainedModel) -> None:
     """Refuse adapters that cannot become part of a model's weights.
 

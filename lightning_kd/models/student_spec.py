@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.models.adapters import has_adapters
+from lightning_kd.models.adapters import check_without_adapters
 from lightning_kd.models.model_spec import DTypeName, ModelSpec
 from lightning_kd.models.vocabulary import check_ids
 
@@ -133,10 +133,7 @@ class StudentSpec(ModelSpec):
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         if self.lora is not None:
-            if has_adapters(model):
-                raise ValueError(
-                    "lora is given for a model that has adapters already; leave lora out, or merge them"
-                )
+            check_without_adapters(model)
             if self.gradient_checkpointing:
                 # The frozen embedding's output must require a gradient, or no layer is recomputed.
                 model.enable_input_require_grads()

@@ -1,7 +1,7 @@
 """Base of every method: steps, division of the loss, optimizer and logs."""
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch, Rollout
@@ -19,8 +20,8 @@ from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatchLoss, Scores, evaluate
 from lightning_kd.modules.optimization import (
     WarmupCosine,
+    built_optimizer,
     check_schedule,
-    parameter_groups,
     with_schedule,
 )
 from lightning_kd.modules.term_checks import by_name, term_names
@@ -188,6 +189,10 @@ class DistillationModule(TunableModule, StepCountingModule):
 
     # Optimizer.
 
+    def make_optimizer(self, parameters: Iterable[Parameter]) -> Optimizer:
+        """Return the optimizer of those parameters that train."""
+        return self.at_own_rate(built_optimizer(self._optimizer, parameters))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return the optimizer, and the schedule that is stepped with it.
 
@@ -195,10 +200,7 @@ class DistillationModule(TunableModule, StepCountingModule):
             ValueError: If the optimizer does not take its options, or a schedule that depends on a
                 metric does not say on which.
         """
-        try:
-            optimizer = self.at_own_rate(self._optimizer(parameter_groups(self.parameters())))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the optimizer refuses its options: {error}") from error
+        optimizer = self.make_optimizer(self.parameters())
         if self._lr_scheduler is None:
             return optimizer
         return with_schedule(optimizer, self._lr_scheduler(optimizer))

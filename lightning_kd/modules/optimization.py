@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig, OptimizerLRScheduler
 from torch.nn import Parameter
@@ -23,6 +24,22 @@ def parameter_groups(parameters: Iterable[Parameter]) -> list[dict[str, Any]]:
         {"params": [p for p in trainable if len(shape_of(p)) <= 1], "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def built_optimizer(build: OptimizerCallable, parameters: Iterable[Parameter]) -> Optimizer:
+    """Build an optimizer of those parameters that train.
+
+    Args:
+        build: The class, with its options.
+        parameters: Those of a model.
+
+    Raises:
+        ValueError: If it does not take its options.
+    """
+    try:
+        return build(parameter_groups(parameters))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the optimizer refuses its options: {error}") from error
 
 
 class WarmupCosine(LambdaLR):

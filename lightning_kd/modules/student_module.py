@@ -64,7 +64,7 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
         self.engine = engine
         engine_for(self.generation, engine)
         self._engine_updated_at: int | None = None
-        self._own_tokenizer = tokenizer
+        self.own_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.resumption = Resumption(self)
         self._has_weights = False
@@ -156,7 +156,7 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
             ValueError: If there is none.
         """
         if self._tokenizer is None:
-            given = self._own_tokenizer
+            given = self.own_tokenizer
             if given is None:
                 given = getattr(getattr(self._trainer, "datamodule", None), "tokenizer", None)
             if given is None:

@@ -1,0 +1,137 @@
+"""Facts about the training rows: what is trained on, and what is left out."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import lightning as L
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents, has_prompts
+from lightning_kd.data import ChatData, DistillationData, PromptsAndText
+from lightning_kd.preflight.facts import RowFacts, Token
+from lightning_kd.preflight.tokenizers import turn_end
+
+_ROWS_AT_ONCE = 32
+_SHOWN = 48
+"""Tokens of the example on each side of where its completion begins."""
+
+
+def training_data(datamodule: L.LightningDataModule) -> L.LightningDataModule:
+    """Return the data module whose rows are prompts or texts of the method."""
+    return datamodule.prompts if isinstance(datamodule, PromptsAndText) else datamodule
+
+
+def is_chat(datamodule: L.LightningDataModule) -> bool:
+    """Return whether rows are rendered by a chat template."""
+    return isinstance(training_data(datamodule), ChatData)
+
+
+def batches(datamodule: L.LightningDataModule, looked_at: int) -> Iterator[Batch]:
+    """Yield some training rows, spread over all of them, as training collates them.
+
+    Args:
+        datamodule: The data. Of one that is not this library's, the first batches are taken, and
+            its loader is iterated over.
+        looked_at: Number of rows.
+
+    Raises:
+        ValueError: If rows cannot be read, or a batch is none that is trained on.
+    """
+    data = training_data(datamodule)
+    if isinstance(data, DistillationData):
+        data.read("train")
+        size = len(data.read_rows("train"))
+        step = max(1, size // looked_at)
+        numbers = range(0, size, step)[:looked_at]
+        for start in range(0, len(numbers), _ROWS_AT_ONCE):
+            yield data.batch_of("train", numbers[start : start + _ROWS_AT_ONCE])
+        return
+    data.prepare_data()
+    data.setup("fit")
+    for batch in islice(data.train_dataloader(), max(1, looked_at // _ROWS_AT_ONCE)):
+        check_batch(batch)
+        check_contents(batch)
+        yield batch
+
+
+def texts_of(some: Sequence[Batch]) -> list[str]:
+    """Return prompts and completions of a few rows, as text."""
+    found: list[str] = []
+    for batch in some[:1]:
+        if has_prompts(batch):
+            found += [text for text in (*batch["prompt"], *batch["completion"]) if text]
+    return found[:_ROWS_AT_ONCE]
+
+
+def describe_rows(
+    datamodule: L.LightningDataModule, some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase
+) -> RowFacts:
+    """Return what is known of training rows.
+
+    Args:
+        datamodule: The data.
+        some: Rows of it, from :func:`batches`.
+        tokenizer: The data's.
+    """
+    data, eos = training_data(datamodule), tokenizer.eos_token_id
+    rows = data.read_rows("train") if isinstance(data, DistillationData) else None
+    longest = max(int(batch["attention_mask"].sum(-1).max()) for batch in some)
+    longest_prompt = max(
+        (int(batch["prompt_mask"].sum(-1).max()) for batch in some if has_prompts(batch)), default=0
+    )
+    if isinstance(data, DistillationData):
+        longest, longest_prompt = data.longest().get("train", (longest, longest_prompt))
+    labeled = [batch["labels"] != IGNORE_INDEX for batch in some]
+    of_eos = [(batch["labels"] == eos).any(-1) for batch in some]
+    lengths = torch.cat([mask.sum(-1) for mask in labeled])
+    return RowFacts(
+        looked_at=len(lengths),
+        kept=None if rows is None else len(rows),
+        dropped=getattr(rows, "dropped", 0),
+        cut=getattr(rows, "cut", 0),
+        longest=longest,
+        longest_prompt=longest_prompt,
+        have_prompts=not any(
+            bool(mask[:, 0].any()) for mask in labeled
+        ),  # text is trained on whole
+        labeled=int((lengths > 0).sum()),
+        ended=int(torch.cat(of_eos).sum()),
+        masked_ends=sum(_masked_ends(batch, eos) for batch in some),
+        completions=lengths[lengths > 0].tolist(),
+        example=_example(some[0], tokenizer),
+        turn_end=turn_end(tokenizer) if isinstance(data, ChatData) else None,
+    )
+
+
+def _masked_ends(batch: Batch, eos: int | None) -> int:
+    """Count rows with an EOS right behind what is trained on, which is not trained on.
+
+    Padding may be the EOS as well, so it counts where a model attends to it, or where the row is the
+    longest, which has no padding.
+    """
+    ids, labels, mask = batch["input_ids"], batch["labels"], batch["attention_mask"]
+    count, width = 0, ids.shape[1]
+    for row in range(len(ids)):
+        places = (labels[row] != IGNORE_INDEX).nonzero()
+        if len(places) == 0:
+            continue
+        behind = int(places[-1]) + 1
+        if behind < width and ids[row, behind] == eos:
+            count += bool(mask[row, behind]) or behind == width - 1
+    return count
+
+
+def _example(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> list[Token]:
+    """Return the tokens of the first row, without padding, around where its completion begins."""
+    length = int(batch["attention_mask"][0].sum())
+    ids, labels = batch["input_ids"][0, :length].tolist(), batch["labels"][0, :length].tolist()
+    trained = [label != IGNORE_INDEX for label in labels]
+    begin = trained.index(True) if True in trained else length
+    shown = range(max(0, begin - _SHOWN), min(length, begin + _SHOWN))
+    tokens = [Token(tokenizer.decode([ids[i]]), trained[i]) for i in shown]
+    before = [Token("...", False)] if shown.start > 0 else []
+    # The last token tells whether the row ends.
+    last = Token(tokenizer.decode([ids[-1]]), trained[-1])
+    behind = [Token("...", False), last] if shown.stop < length else []
+    return [*before, *tokens, *behind]
