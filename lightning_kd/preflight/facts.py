@@ -74,13 +74,14 @@ class RowFacts:
         kept: Rows of a pass; None where the data does not tell.
         dropped: Rows that are too long and left out.
         cut: Rows that are too long and were cut.
-        longest: Tokens of the longest row.
-        longest_prompt: Tokens of the longest prompt.
+        longest: Tokens of the longest row; where the data does not tell, of those that were looked at.
+        longest_prompt: Tokens of the longest prompt, likewise.
         have_prompts: Whether rows are prompts and completions, rather than text.
         labeled: Rows that were looked at and have something to train on.
         ended: Those of them that are trained on an EOS.
         masked_ends: Those that have an EOS behind what is trained on, which is not trained on itself.
-        completions: Tokens of the completions that were looked at.
+        completions: Tokens of the completions that were looked at; of a chat, of its last answer.
+        most_labels: Most tokens of a row that are trained on.
         example: The tokens of a row.
         turn_end: The token that ends a turn of the chat template, and its id; None without template.
     """
@@ -96,6 +97,7 @@ class RowFacts:
     ended: int
     masked_ends: int
     completions: Sequence[int]
+    most_labels: int
     example: Sequence[Token]
     turn_end: tuple[str, int] | None = None
 

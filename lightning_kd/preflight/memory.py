@@ -209,7 +209,7 @@ def _logits(
     A pass over the logits writes these gradients before they are added to those of the weights.
     """
     generated = 0 if setting.rollouts is None else setting.rollouts.max_new_tokens
-    positions = batch_size * max(generated, *rows.completions, 1)
+    positions = batch_size * max(generated, rows.most_labels, 1)
     told = isinstance(module, TeacherModule) and module.answer_kind == "full_distribution"
     widths = [vocabulary_size(each.model) for each in (student, *(teachers if told else ()))]
     row = sum(widths) * 4

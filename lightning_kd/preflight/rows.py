@@ -5,6 +5,7 @@ from itertools import islice
 
 import lightning as L
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents, has_prompts
@@ -98,10 +99,20 @@ def describe_rows(
         labeled=int((lengths > 0).sum()),
         ended=int(torch.cat(of_eos).sum()),
         masked_ends=sum(_masked_ends(batch, eos) for batch in some),
-        completions=lengths[lengths > 0].tolist(),
+        completions=[length for mask in labeled for length in _last_runs(mask)],
+        most_labels=int(lengths.max()),
         example=_example(some[0], tokenizer),
         turn_end=turn_end(tokenizer) if isinstance(data, ChatData) else None,
     )
+
+
+def _last_runs(labeled: Tensor) -> Iterator[int]:
+    """Yield the length of the last stretch that is trained on of each row that has one, ``(B, T)``."""
+    for row in labeled:
+        places = row.nonzero()[:, 0]
+        if len(places):
+            breaks = (places.diff() > 1).nonzero()[:, 0]
+            yield len(places) - (int(breaks[-1]) + 1 if len(breaks) else 0)
 
 
 def _masked_ends(batch: Batch, eos: int | None) -> int:

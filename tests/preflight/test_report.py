@@ -140,6 +140,15 @@ def test_an_end_that_a_foreign_collator_masks_is_seen():
         assert found.masked_ends >= 1
 
 
+def test_the_completion_of_a_chat_is_its_last_answer_and_all_of_its_answers_are_trained_on():
+    labels = torch.tensor([[-100, 5, 6, -100, -100, 7, 8, 1], [-100] * 7 + [1], [-100] * 8])
+    ids, mask = torch.full_like(labels, 3), torch.ones_like(labels)
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    found = describe_rows(BatchList([batch]), [batch], letter_tokenizer())
+    assert (found.completions, found.most_labels) == ([3, 1], 5)
+    assert (found.labeled, found.ended, found.looked_at) == (2, 2, 3)
+
+
 def test_the_first_row_is_shown_without_padding_and_in_colour_on_a_terminal(facts):
     text = example(facts.rows.example)
     assert re.fullmatch(r"(\d )+\+( \d)+ =( \[\d\])+ \[<eos>\]", text.plain)
