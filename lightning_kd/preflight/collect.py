@@ -89,7 +89,7 @@ def collect(
     some: list[Batch] = []
     if iterate or isinstance(training_data(datamodule), DistillationData):
         try:
-            some = list(batches(datamodule, rows))
+            some = list(batches(datamodule, rows, tokenizer))
         except ValueError as error:
             refused.append(str(error))
     texts, chats = texts_of(some), is_chat(datamodule)

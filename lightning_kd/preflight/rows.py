@@ -9,9 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents, has_prompts
-from lightning_kd.data import ChatData, DistillationData, PromptsAndText
+from lightning_kd.data import ChatData, Collator, DistillationData, Example, PromptsAndText
+from lightning_kd.data.generated import real_tokens
+from lightning_kd.own_batches import is_own, with_prompts
 from lightning_kd.preflight.facts import RowFacts, Token
 from lightning_kd.preflight.tokenizers import turn_end
+from lightning_kd.tokenization import padding_id
 
 _ROWS_AT_ONCE = 32
 _SHOWN = 48
@@ -28,13 +31,16 @@ def is_chat(datamodule: L.LightningDataModule) -> bool:
     return isinstance(training_data(datamodule), ChatData)
 
 
-def batches(datamodule: L.LightningDataModule, looked_at: int) -> Iterator[Batch]:
+def batches(
+    datamodule: L.LightningDataModule, looked_at: int, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Batch]:
     """Yield some training rows, spread over all of them, as training collates them.
 
     Args:
         datamodule: The data. Of one that is not this library's, the first batches are taken, and
             its loader is iterated over.
         looked_at: Number of rows.
+        tokenizer: The data's.
 
     Raises:
         ValueError: If rows cannot be read, or a batch is none that is trained on.
@@ -51,9 +57,21 @@ def batches(datamodule: L.LightningDataModule, looked_at: int) -> Iterator[Batch
     data.prepare_data()
     data.setup("fit")
     for batch in islice(data.train_dataloader(), max(1, looked_at // _ROWS_AT_ONCE)):
+        if is_own(batch) and batch.get("labels") is None:
+            yield _prompts_alone(batch, tokenizer)
+            continue
         check_batch(batch)
         check_contents(batch)
         yield batch
+
+
+def _prompts_alone(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """Return a batch of prompts, padded on either side, as this library collates prompts."""
+    prompts = with_prompts(batch, tokenizer, 0)
+    rows = real_tokens(prompts["prompt_ids"], prompts["prompt_mask"].bool())
+    texts = prompts["prompt"]
+    examples = [Example(ids, len(ids), text) for ids, text in zip(rows, texts, strict=True)]
+    return Collator(padding_id(tokenizer))([(n, n, e) for n, e in enumerate(examples)])
 
 
 def texts_of(some: Sequence[Batch]) -> list[str]:

@@ -198,6 +198,15 @@ def test_a_loader_of_ones_own_is_looked_at_by_check_alone(caplog):
     assert again.made == made  # as often as without the callback
 
 
+@pytest.mark.parametrize("left", [True, False])
+def test_prompts_alone_of_a_loader_of_ones_own_are_rows(left):
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 5]] if left else [[5, 6, 0, 0], [7, 8, 9, 5]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    rows = check(SFT(student=StudentSpec.of(tiny_llama())), BatchList([batch])).facts.rows
+    assert (rows.longest, rows.longest_prompt, rows.labeled) == (4, 4, 0)
+    assert example(rows.example).plain == "d e"
+
+
 def test_a_fit_draws_the_same_numbers_with_and_without_it():
     losses = []
     for callbacks in ([], [Preflight()]):
