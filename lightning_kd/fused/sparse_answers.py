@@ -17,6 +17,7 @@ from lightning_kd.fused.answers import (
     rounding,
 )
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows
+from lightning_kd.fused.tail_bounds import check_tails
 
 
 def check_token_ids(kind: str, token_ids: Tensor) -> None:
@@ -156,6 +157,7 @@ class TopK(TeacherAnswer):
                     f"the probabilities of the teacher's {self.kind} and of its tail at temperature "
                     f"1 add up to {worst:.4f} at a position; they must add up to 1"
                 )
+        check_tails(self.kind, log_probs, tails, width)
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,10 @@ class ServedTeacher(Teacher):
         addresses = [urls] if isinstance(urls, str) else urls
         check_addresses(addresses, timeout, retries)
         check_choice("batching", batching, get_args(Batching))
+        if batching != "alone" and backend != "lightning_kd":
+            raise ValueError(
+                f"batching is {batching!r}, but {backend} batches as it does; leave it out"
+            )
         self._speaks = backend_of(backend, model)
         check_payload(backend, self._speaks, payload, k, temperatures or [])
         self.payload: Payload = payload

@@ -209,12 +209,18 @@ def test_rounded_answers_are_taken():
 @pytest.mark.parametrize("tail", [1e-3, 1e-6, 1e-12])
 def test_a_small_tail_in_half_precision_keeps_its_probability(tail, tail_dtype, dtype):
     named = torch.tensor([[0.7, 0.3]], dtype=torch.float64) * (1 - tail)
-    tails = {t: torch.tensor([tail], dtype=torch.float64).log().to(tail_dtype) for t in (1.0, 2.0)}
+    # Of one token; the others have none.
+    softened = tail**0.5 / (named.sqrt().sum().item() + tail**0.5)
+    tails = {
+        t: torch.tensor([share], dtype=torch.float64).log().to(tail_dtype)
+        for t, share in ((1.0, tail), (2.0, softened))
+    }
     answer = TopK(torch.tensor([[0, 1]]), named.log().to(dtype), tails)
     answer.check(1, 50)
     # The logarithm is rounded, to 8 bits at worst.
-    for temperature in (1.0, 2.0):
-        assert answer.at(temperature, 50)[0, -1].item() == pytest.approx(np.log(tail), rel=2**-8)
+    for temperature, share in ((1.0, tail), (2.0, softened)):
+        found = answer.at(temperature, 50)[0, -1].item()
+        assert found == pytest.approx(np.log(share), rel=2**-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

@@ -70,6 +70,10 @@ def log_probs():
         ({"payload": "top_k", "k": 2, "temperatures": [0.0]}, "must be above 0"),
         ({"model": "a"}, "has one model; leave it out"),
         ({"timeout": -1.0}, "timeout is -1"),
+        (
+            {"backend": "vllm", "payload": "top_k", "k": 4, "batching": "merged"},
+            "batching is 'merged', but vllm batches as it does",
+        ),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(options, message):
@@ -85,8 +89,10 @@ def test_hidden_states_are_the_local_ones(server, local):
         assert torch.equal(*tensors)
 
 
-@pytest.mark.parametrize("backend", ["lightning_kd", "vllm"])
-@pytest.mark.parametrize("batching", ["alone", "merged"])
+@pytest.mark.parametrize(
+    ("backend", "batching"),
+    [("lightning_kd", "alone"), ("lightning_kd", "merged"), ("vllm", "alone")],
+)
 def test_k_tokens_are_the_most_likely(server, backend, batching):
     teacher = prepared(remote(server, backend=backend, payload="top_k", k=4, batching=batching))
     answer = teacher.answer(BATCH, POSITIONS, kind="top_k_and_token", logits_backend=BACKEND)
