@@ -215,7 +215,7 @@ def test_on_policy_methods_run_from_their_configs(cli, teacher, config):
     cli(*fit_, "--on_policy.health.overlap_k", 8)
     names = set(scalars("runs").Tags()["scalars"])
     assert {"train/loss", "rollout/on_policy", "rollout/length_mean", "rollout/eos_rate"} <= names
-    assert {"train/top_k_overlap", "train/entropy_gap", "rollout/length_trend"} <= names
+    assert {"train/top_k_overlap", "train/entropy_gap", "rollout/empty_rate"} <= names
     assert {"val/loss", "val/reverse_kl"} <= names
     assert len(Path("rollouts.jsonl").read_text().splitlines()) >= 32
     if not ON_POLICY[config]:  # with a student that was trained before
