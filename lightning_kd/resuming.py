@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
+from itertools import chain
 from types import FunctionType, MethodType
 from typing import Any, ClassVar, Self
 
@@ -22,6 +23,9 @@ Plain = None | bool | int | float | str | list[Any] | dict[str, Any]
 
 SHOWN = 8
 """Differences that an error lists."""
+
+_HASHED_TOGETHER = 2**26
+"""Bytes of a tensor that are brought to the CPU at once."""
 
 _CLASS = "class"
 _NO_MATTER = {
@@ -127,7 +131,7 @@ def describe(value: Any) -> Plain:
         case Tensor():
             return describe(value.item()) if value.ndim == 0 else digest([("", value)])
         case nn.Module():
-            return {_CLASS: type(value).__qualname__, "weights": digest(value.named_parameters())}
+            return {_CLASS: type(value).__qualname__, "weights": weights_digest(value)}
         case partial():
             parts = {"args": value.args, "keywords": value.keywords}
             known = describe(value.func)
@@ -172,17 +176,28 @@ def differences(saved: Plain, now: Plain, path: str = "") -> Iterator[str]:
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a digest of tensors: name, shape, type and up to 256 values spread over each."""
-    hashed = hashlib.blake2b(digest_size=8)
+    """Return a digest of tensors: name, shape, type and every byte of each."""
+    hashed = hashlib.sha256()  # which processors have instructions for
     for name, tensor in tensors:
         tensor = tensor.detach()
         # The digest of a sharded weight is that of the weight; every process asks for it.
-        flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).reshape(-1)
-        stride = flat.numel() // 256 | 1  # odd, or it would see one column of most matrices
-        sample = flat[::stride].cpu().contiguous()
+        flat = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).flatten()
         hashed.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hashed.update(sample.view(torch.uint8).numpy().tobytes())
-    return hashed.hexdigest()
+        flat = flat.contiguous().view(torch.uint8)
+        for start in range(0, len(flat), _HASHED_TOGETHER):
+            hashed.update(flat[start : start + _HASHED_TOGETHER].cpu().numpy().data)
+    return hashed.hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Return a digest of a model's weights, and of the buffers that are saved with them."""
+    passing = {
+        f"{path}.{name}".lstrip(".")
+        for path, part in model.named_modules()
+        for name in part._non_persistent_buffers_set
+    }
+    kept = ((name, buffer) for name, buffer in model.named_buffers() if name not in passing)
+    return digest(chain(model.named_parameters(), kept))
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:

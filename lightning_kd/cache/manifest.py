@@ -1,7 +1,9 @@
 """The manifest of a cache: what is in it, and whether all of it is."""
 
+import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -13,7 +15,9 @@ HEAD = "head.safetensors"
 PART = ".part"
 """End of the name of a file while it is being written."""
 
-FORMAT = 1
+FORMAT = 2
+
+_SHARD = r"shard-\d{5,}\.safetensors"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,22 @@ def shard_name(number: int) -> str:
         'shard-00012.safetensors'
     """
     return f"shard-{number:05d}.safetensors"
+
+
+def is_unfinished(name: str) -> bool:
+    """Return whether a file's name is that of a file of a cache that is being written.
+
+    Example:
+        >>> is_unfinished("shard-00012.safetensors.part"), is_unfinished("thesis.part")
+        (True, False)
+    """
+    return re.fullmatch(rf"({_SHARD}|{HEAD}|{MANIFEST}){PART}", name) is not None
+
+
+def identity(about: Mapping[str, Any]) -> str:
+    """Return a digest of what a cache is of, which each of its shards carries."""
+    text = json.dumps(about, sort_keys=True).encode()
+    return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from lightning_kd.cache.manifest import HEAD, MEND, read_manifest, shard_name
+from lightning_kd.cache.manifest import HEAD, MEND, identity, read_manifest, shard_name
 from lightning_kd.cache.shards import Planes, Shard
 
 
@@ -52,8 +52,9 @@ class CacheReader:
         """
         if self._shards:
             return
+        known = identity(self.manifest.about)
         self._shards = [
-            Shard(self.directory / shard_name(number), entry)
+            Shard(self.directory / shard_name(number), known, entry)
             for number, entry in enumerate(self.manifest.shards)
         ]
         keys = [shard.keys.view("<u8").reshape(-1, 2) for shard in self._shards]

@@ -1,5 +1,6 @@
 """Shards: numbers at scored positions, row behind row, with keys and checksums of the rows."""
 
+import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ _LONGEST_HEADER = 2**16
 """Bytes that the header of a shard can have: it names few planes."""
 
 _KEYS, _ENDS, _CHECKSUMS = "row_keys", "row_ends", "row_checksums"
+_CACHE = "cache"
+"""Entry of the header: what the cache is of, and a checksum of all but its rows."""
 
 
 class ShardRows:
@@ -42,8 +45,12 @@ class ShardRows:
         self._lengths += lengths
         self._planes.append(planes)
 
-    def write(self, path: Path) -> ShardEntry:
+    def write(self, path: Path, identity: str) -> ShardEntry:
         """Write the shard; the file is complete or not there.
+
+        Args:
+            path: Its file.
+            identity: Of the cache.
 
         Raises:
             OSError: If it cannot be written.
@@ -62,7 +69,8 @@ class ShardRows:
             _ENDS: torch.from_numpy(ends),
             _CHECKSUMS: torch.tensor(checksums, dtype=torch.int64),
         }
-        content = save({**planes, **index})
+        # One entry: several would come in any order.
+        content = save({**planes, **index}, {_CACHE: f"{identity} {_index_of(planes, index)}"})
         write_file(path, content)
         tokens = int(sum(self._lengths))
         checksum = _index_checksum(_header(content), index)
@@ -74,13 +82,15 @@ class Shard:
 
     Args:
         path: Its file.
+        identity: Of its cache.
         entry: What the manifest says of it. Defaults to what the file says itself.
 
     Raises:
-        ValueError: If the file is missing, cut short, or its index has other bytes than were written.
+        ValueError: If the file is missing, cut short, of another cache, or its index has other bytes
+            than were written.
     """
 
-    def __init__(self, path: Path, entry: ShardEntry | None = None) -> None:
+    def __init__(self, path: Path, identity: str, entry: ShardEntry | None = None) -> None:
         self.path = path
         size = path.stat().st_size if path.is_file() else None
         if size is None:
@@ -93,6 +103,7 @@ class Shard:
             # Its tensors are views of the mapped file: nothing is read yet.
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                said = (file.metadata() or {}).get(_CACHE, "")
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} is cut short or damaged ({error}); {MEND}") from error
         index = {name: tensors.pop(name, torch.empty(0)) for name in (_KEYS, _ENDS, _CHECKSUMS)}
@@ -100,9 +111,17 @@ class Shard:
             checksum = _index_checksum(
                 _header(content.read(int(min(size, _LONGEST_HEADER)))), index
             )
+        self.planes: Planes = dict(sorted(tensors.items()))
         if entry is not None and checksum != entry.index_checksum:
             raise ValueError(self._damaged("its index of rows"))
-        self.planes: Planes = dict(sorted(tensors.items()))
+        of, _, layout = said.partition(" ")
+        if of != identity:
+            raise ValueError(
+                f"{path} is of another cache, by another teacher, of other data or with other options; "
+                f"{MEND}"
+            )
+        if layout != _index_of(self.planes, index):
+            raise ValueError(self._damaged("its index of rows"))
         self.keys = index[_KEYS].numpy()
         self.ends = index[_ENDS].numpy()
         self._checksums = index[_CHECKSUMS].numpy()
@@ -125,6 +144,15 @@ class Shard:
                 raise ValueError(self._damaged(f"row {row}"))
             self._checked[row] = True
         return start, end
+
+    def check_rows(self) -> None:
+        """Compare the bytes of every row.
+
+        Raises:
+            ValueError: If they are not those that were written.
+        """
+        for row in range(len(self.ends)):
+            self.span(row)
 
     def _damaged(self, what: str) -> str:
         return (
@@ -152,6 +180,12 @@ def _checksum(raw: Sequence[np.ndarray], start: int, end: int) -> int:
 def _header(content: bytes) -> bytes:
     """Return the length and the JSON that a file of safetensors begins with."""
     return content[: 8 + int.from_bytes(content[:8], "little")]
+
+
+def _index_of(planes: Planes, index: Planes) -> str:
+    """Return a checksum of all of a shard but its rows, which stands in its header."""
+    layout = [[n, str(p.dtype), *p.shape[1:]] for n, p in sorted(planes.items())]
+    return f"{_index_checksum(json.dumps(layout).encode(), index):08x}"
 
 
 def _index_checksum(header: bytes, index: Planes) -> int:

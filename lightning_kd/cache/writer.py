@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,8 +17,10 @@ from torch import Tensor
 from lightning_kd.cache.manifest import (
     HEAD,
     MANIFEST,
-    PART,
     Manifest,
+    ShardEntry,
+    identity,
+    is_unfinished,
     read_manifest,
     shard_name,
     write_file,
@@ -57,7 +59,15 @@ class CacheWriter:
     def __enter__(self) -> Self:
         """Lock the directory, and look at what is there."""
         if self._holds_lock:
-            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, NotADirectoryError) as error:
+                there = (self.directory, *self.directory.parents)
+                other = next(path for path in there if os.path.lexists(path))
+                raise ValueError(
+                    f"{self.directory} is to be the directory of a cache, and {other} is no directory; "
+                    "choose another one"
+                ) from error
             self._lock = os.open(self.directory, os.O_RDONLY)
             try:
                 self._take()
@@ -79,6 +89,19 @@ class CacheWriter:
     def has(self, number: int) -> bool:
         """Return whether a shard is there; if it is, it is complete."""
         return (self.directory / shard_name(number)).is_file()
+
+    def check_keys(self, number: int, keys: Sequence[bytes]) -> None:
+        """Compare the rows of a complete shard with those that are to be in it.
+
+        Raises:
+            ValueError: If they are other ones.
+        """
+        if self._shard(number).keys.tobytes() != b"".join(keys):
+            raise ValueError(
+                f"{self.directory / shard_name(number)} has other rows than the data, which has "
+                "changed since it was written. Use the data as it was, choose another directory, or "
+                "delete this one"
+            )
 
     def check_space(self, size: float) -> None:
         """Refuse to begin what the disk cannot hold.
@@ -106,7 +129,7 @@ class CacheWriter:
             OSError: If it cannot be written; those that are complete stay.
         """
         try:
-            rows.write(self.directory / shard_name(number))
+            rows.write(self.directory / shard_name(number), identity(self.about))
         except OSError as error:
             done = sum(map(self.has, range(self.shards)))
             raise OSError(
@@ -125,13 +148,12 @@ class CacheWriter:
         content = save(dict(head)) if head else b""
         if head:
             write_file(self.directory / HEAD, content)
-        entries = tuple(
-            Shard(self.directory / shard_name(number)).entry for number in range(self.shards)
-        )
+        entries = tuple(self._shard(number).entry for number in range(self.shards))
         manifest = Manifest(self.about, entries, zlib.crc32(content), complete=True)
         write_manifest(self.directory, manifest)
-        for part in self.directory.glob(f"*{PART}"):
-            part.unlink()
+        for path in self.directory.iterdir():
+            if is_unfinished(path.name):
+                path.unlink()
         return manifest
 
     def _take(self) -> None:
@@ -145,7 +167,7 @@ class CacheWriter:
             ) from error
 
     def _look(self) -> None:
-        others = [p.name for p in self.directory.iterdir() if not p.name.endswith(PART)]
+        others = [p.name for p in self.directory.iterdir() if not is_unfinished(p.name)]
         if not others:
             write_manifest(self.directory, Manifest(self.about))
             return
@@ -161,9 +183,12 @@ class CacheWriter:
                 f"{self.directory} has a cache of something else: {shown}. Choose another directory, "
                 "or delete this one"
             )
-        for number, entry in enumerate(manifest.shards):
+        for number in range(self.shards):
             if self.has(number):
-                Shard(self.directory / shard_name(number), entry)
+                self._shard(number, *manifest.shards[number : number + 1]).check_rows()
+
+    def _shard(self, number: int, entry: ShardEntry | None = None) -> Shard:
+        return Shard(self.directory / shard_name(number), identity(self.about), entry)
 
     def _release(self) -> None:
         if self._lock is not None:

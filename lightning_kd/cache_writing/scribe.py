@@ -43,6 +43,7 @@ class Scribe:
         self._complete: set[int] = set()
         self._seen: set[bytes] = set()
         self._group, self._rows = -1, ShardRows()
+        self._known: list[bytes] = []
         self._shared: dict[str, Tensor] = {}
 
     @property
@@ -69,10 +70,14 @@ class Scribe:
         group = self._plan.group(loader, number)
         if group != self._group:
             self._end_shard()
-            self._group, self._rows = group, ShardRows()
+            self._group, self._rows, self._known = group, ShardRows(), []
         keys = self._keys(batch, positions)
         new = _first_of(keys, self._seen)
+        new_keys = [
+            key for key, is_new in zip(keys, new, strict=True) if key is not None and is_new
+        ]
         if group in self._complete:
+            self._known += new_keys
             return 0
         if any(new) or self.method.teacher.answers_collectively:
             planes = self._planes(self._answer(batch, positions), positions, seed)
@@ -81,7 +86,7 @@ class Scribe:
             kept = {name: plane.cpu()[chosen] for name, plane in planes.items()}
             self._check_finite(kept, batch["row"][positions.rows].cpu()[chosen], loader)
             self._rows.add(
-                [key for key, is_new in zip(keys, new, strict=True) if key is not None and is_new],
+                new_keys,
                 [length for length, is_new in zip(lengths, new, strict=True) if is_new],
                 kept,
             )
@@ -126,6 +131,7 @@ class Scribe:
             "planes": {n: [str(p.dtype), *p.shape[1:]] for n, p in sorted(planes.items())},
             "layout": layout,
             "vocabulary_size": self.method.teacher.vocabulary_size,
+            "precision": self.trainer.precision,
             "teacher": describe(self.method.teacher),
             "tokenizer": tokenizer_digest(self.method.tokenizer),
             "data": describe(self._data),
@@ -141,6 +147,7 @@ class Scribe:
         }
         if columns := sorted(self.method.teacher.columns):
             about["columns"] = columns
+        about = gather_objects(about)[0]  # a description may read what differs, such as a device
         directory, shards = Path(self._options.dirpath).expanduser(), self._plan.shards
         first = self.trainer.is_global_zero
         writer = self._writer = CacheWriter(directory, about, shards, holds_lock=first)
@@ -218,8 +225,12 @@ class Scribe:
         return rows, tokens_of_all, repeats
 
     def _end_shard(self) -> None:
-        if self._group >= 0 and self._group not in self._complete:
-            number = self._plan.shard(self._group, self.trainer.global_rank)
+        if self._group < 0:
+            return
+        number = self._plan.shard(self._group, self.trainer.global_rank)
+        if self._group in self._complete:
+            self._writing().check_keys(number, self._known)
+        else:
             self._writing().write(number, self._rows)
 
     def _writing(self) -> CacheWriter:

@@ -52,6 +52,7 @@ def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> Non
         return
     if stage == TrainerFn.FITTING and module.needs_own_samples:
         check_own_samples(module, teacher)
+    teacher.check_precision(module.trainer.precision)
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, KnownTexts):
         return

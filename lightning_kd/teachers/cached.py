@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
@@ -72,7 +73,7 @@ class CachedTeacher(Teacher):
     def resume_settings(self) -> dict[str, Any]:
         """Return what the cache is of: teacher, tokenizer and options."""
         about = self._reader.manifest.about
-        names = ("kind", "options", "teacher", "tokenizer", "vocabulary_size")
+        names = ("kind", "options", "teacher", "tokenizer", "vocabulary_size", "precision")
         return super().resume_settings() | {"cache": {name: about[name] for name in names}}
 
     def prepare(
@@ -120,6 +121,16 @@ class CachedTeacher(Teacher):
         planes = {name: plane.to(device) for name, plane in planes.items()}
         layout = self._reader.manifest.about["layout"]
         return self._payload.answer(planes, self._shared, layout, kind)
+
+    def check_precision(self, precision: str) -> None:
+        """Warn of another precision than the teacher has answered in."""
+        written = self._reader.manifest.about["precision"]
+        if written != precision:
+            rank_zero_warn(
+                f"the cache {self.dirpath} was written with trainer.precision {written}, and this run "
+                f"has {precision}: its losses are not those of a run with the teacher beside it. For "
+                f"these, write a cache with --trainer.precision {precision}"
+            )
 
     def check_texts(
         self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None

@@ -27,7 +27,7 @@ from lightning_kd.models.vocabulary import (
     check_tokenizers,
     vocabulary_size,
 )
-from lightning_kd.resuming import digest
+from lightning_kd.resuming import weights_digest
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.contract import Ability, Teacher
 
@@ -126,7 +126,7 @@ class LocalTeacher(ModelSpec, Teacher):
         self._model.eval()
         if not is_sharded(self._model):
             # Before a process has no more than its share of them.
-            self._weights = digest(self._model.named_parameters())
+            self._weights = weights_digest(self._model)
             place_model(self._model, self.placement, device, mesh)
 
     def resume_settings(self) -> dict[str, Any]:

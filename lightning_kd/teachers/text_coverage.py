@@ -18,6 +18,13 @@ class TextCoverage:
         """Whether it can be asked about what a model has generated just now, too."""
         return True
 
+    def check_precision(self, precision: str) -> None:
+        """Hear of the run's precision, before the first step, if :attr:`answers_any_text` is false.
+
+        Args:
+            precision: As the trainer has it.
+        """
+
     def check_texts(
         self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
     ) -> None:

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
+from lightning_kd.cache_writing import CacheOptions, write_cache
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import PromptCompletionData
 from lightning_kd.fused import TopK
 from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.modules import GKD, BabyLlama, OnPolicyDistillation, SupervisedKD
+from lightning_kd.resuming import differences
 from lightning_kd.teachers import CachedTeacher, LocalTeacher, RoutedTeacher, TeacherEnsemble
 from tests.support.caches import ensemble, fitted, method, written
 from tests.support.harness import Letters, trainer
@@ -237,6 +239,49 @@ def test_of_unequal_vocabularies_the_tokens_that_all_members_have_are_told(kept,
     expected, _ = fitted(method(both(), **options), data(), max_steps=3)
     losses, _ = fitted(method(cache, **options), data(), max_steps=3)
     assert losses == pytest.approx(expected, rel=exact)
+
+
+# Another precision than the cache's.
+
+
+def test_a_run_of_another_precision_is_told_so(tmp_path):
+    cache = CachedTeacher(str(written(tmp_path / "cache")))
+    both = TeacherEnsemble([LocalTeacher.of(tiny_llama(2)), cache], combine="probabilities")
+    said = r"cache was written with trainer.precision 32-true, and this run has bf16-mixed"
+    for teacher in (cache, both):
+        with pytest.warns(UserWarning, match=said):
+            fitted(method(teacher), Letters(40, batch_size=2), max_steps=1, precision="bf16-mixed")
+
+
+def test_writing_goes_on_in_the_same_precision_alone(tmp_path):
+    cache = written(tmp_path / "cache")
+    (cache / "shard-00001.safetensors").unlink()
+    options = CacheOptions(str(cache), shard_megabytes=1e-3)
+    module, rows = method(LocalTeacher.of(tiny_llama(2))), Letters(40, batch_size=2)
+    with pytest.raises(ValueError, match=r"something else: .*precision: 32-true -> bf16-mixed"):
+        write_cache(trainer(precision="bf16-mixed"), module, rows, options)
+
+
+def test_a_run_goes_on_with_a_cache_of_the_same_precision_alone(tmp_path):
+    places = {name: tmp_path / name for name in ("32-true", "64-true")}
+    module = method(LocalTeacher.of(tiny_llama(2).double()))
+    for precision, place in places.items():
+        options = CacheOptions(str(place))
+        write_cache(trainer(precision=precision), module, Letters(40, batch_size=2), options)
+    before, after = (CachedTeacher(str(place)).resume_settings() for place in places.values())
+    assert list(differences(before, after)) == ["cache.precision: 32-true -> 64-true"]
+
+
+def test_rows_that_have_changed_since_are_not_left_out(tmp_path):
+    class Others(Letters):
+        def example(self, row, pass_):
+            return super().example(row + 100 if row % 2 else row, pass_)
+
+    Others.__qualname__ = "Letters"  # nothing but the rows is another
+    cache = written(tmp_path / "cache")
+    (cache / "shard-00009.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"shard-00000.safetensors has other rows than the data"):
+        written(cache, data=Others(40, batch_size=2))
 
 
 def test_an_ensemble_may_have_one_model_twice(tmp_path):

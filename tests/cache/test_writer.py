@@ -1,8 +1,10 @@
 """Files of a cache: complete or not there, whatever ends the writing."""
 
 import errno
+import json
 import os
 import random
+import shutil
 import signal
 
 import pytest
@@ -238,3 +240,77 @@ def test_a_missing_or_damaged_shard_is_written_again_by_the_same_command(tmp_pat
 def test_no_cache_and_another_version_are_said(tmp_path):
     with pytest.raises(ValueError, match=r"no cache of a teacher.*lightning-kd cache"):
         CacheReader(tmp_path)
+
+
+# What stands in a directory when writing goes on there.
+
+
+def begun(directory, about=ABOUT):
+    """A cache whose first three shards are complete."""
+    with CacheWriter(directory, about, SHARDS) as writer:
+        for number in range(3):
+            writer.write(number, rows_of(number)[2])
+    return directory
+
+
+def place_of(path, name):
+    """Place of the first byte of a tensor in a file of safetensors."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return 8 + length + json.loads(content[8 : 8 + length])[name]["data_offsets"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("states", r"row 0"),
+        ("row_keys", "its index of rows"),
+        ("row_ends", "its index of rows"),
+        ("row_checksums", "its index of rows"),
+    ],
+)
+def test_what_is_complete_is_compared_before_writing_goes_on(name, said, tmp_path):
+    path = begun(tmp_path / "cache") / "shard-00001.safetensors"
+    flip(path, place_of(path, name))
+    with pytest.raises(ValueError, match=rf"shard-00001.* not those that were written \({said}"):
+        write(path.parent)
+    path.unlink()
+    assert files(write(path.parent)) == files(write(tmp_path / "whole"))
+
+
+def test_a_shard_of_another_cache_is_refused(tmp_path):
+    cache = begun(tmp_path / "cache")
+    other = begun(tmp_path / "other", {"kind": "test", "options": {"k": 3}})
+    shutil.copy(other / "shard-00001.safetensors", cache)
+    with pytest.raises(ValueError, match=r"shard-00001.safetensors is of another cache"):
+        write(cache)
+
+
+def test_a_shard_of_other_rows_than_the_data_has_now_is_refused(tmp_path):
+    with CacheWriter(begun(tmp_path), ABOUT, SHARDS) as writer:
+        writer.check_keys(1, rows_of(1)[0])
+        with pytest.raises(ValueError, match=r"shard-00001.safetensors has other rows than"):
+            writer.check_keys(1, rows_of(2)[0])
+
+
+def test_unfinished_files_of_others_are_left_alone(tmp_path):
+    cache = begun(tmp_path / "cache")
+    (cache / "thesis.part").write_text("mine")
+    (cache / "shard-00004.safetensors.part").write_text("ours")
+    assert "thesis.part" in files(write(cache))
+    assert not list(cache.glob("shard-*.part"))
+    (tmp_path / "thesis.part").write_text("mine")
+    with pytest.raises(ValueError, match=r"no cache and not empty"):
+        write(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["file", "link to nothing", "below a file"])
+def test_a_place_that_is_no_directory_is_named(kind, tmp_path):
+    place = tmp_path / "place"
+    if kind == "link to nothing":
+        place.symlink_to(tmp_path / "gone")
+    else:
+        place.write_text("a file")
+    place = place / "cache" if kind == "below a file" else place
+    with pytest.raises(ValueError, match=r"place is no directory; choose another"):
+        write(place)

@@ -45,7 +45,7 @@ from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.divergences import ForwardKL, GeneralizedJSD
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.named_checkpoints import find_checkpoint
-from lightning_kd.resuming import digest
+from lightning_kd.resuming import describe, digest
 from lightning_kd.schedules import Linear
 from tests.support.command_line import EXPECTED_WARNINGS
 from tests.support.toys import tiny_llama
@@ -807,16 +807,40 @@ def test_weights_alone_are_no_run_to_go_on_from():
         find_checkpoint("best", [Path("w")])
 
 
-@pytest.mark.parametrize("shape", [(512, 64), (1024, 512), (256, 256)])
-def test_a_digest_sees_more_than_one_column(shape):
-    weights = torch.zeros(shape)
-    before = digest([("embedding", weights)])
-    seen = 0
-    for column in range(0, shape[1], 8):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool])
+def test_a_digest_sees_every_value(dtype):
+    weights = torch.zeros(3, 40, dtype=dtype)
+    seen = {digest([("embedding", weights)])}
+    for place in range(weights.numel()):
         changed = weights.clone()
-        changed[:, column : column + 8] = 1.0
-        seen += digest([("embedding", changed)]) != before
-    assert seen >= shape[1] // 16  # half of the blocks: there are only 256 values
+        changed.view(-1)[place] = 1
+        seen.add(digest([("embedding", changed)]))
+    assert len(seen) == 1 + weights.numel()
+    turned = weights.t().contiguous().t()
+    assert digest([("embedding", turned)]) in seen
+
+
+def test_a_digest_sees_the_parts_behind_the_first(monkeypatch):
+    weights = torch.arange(100)
+    whole = digest([("w", weights)])
+    monkeypatch.setattr("lightning_kd.resuming._HASHED_TOGETHER", 64)
+    assert digest([("w", weights)]) == whole
+    weights[99] = 0
+    assert digest([("w", weights)]) != whole
+
+
+def test_buffers_that_are_saved_are_weights_and_others_are_not():
+    class Scaled(torch.nn.Module):
+        def __init__(self, saved=1.0, passing=1.0):
+            super().__init__()
+            self.register_buffer("saved", torch.tensor(saved))
+            self.register_buffer("passing", torch.tensor(passing), persistent=False)
+
+    def of(**values):
+        return describe(torch.nn.Sequential(torch.nn.Flatten(), Scaled(**values)))
+
+    assert of(saved=2.0) != of()
+    assert of(passing=2.0) == of()
 
 
 class Bonus(Resumable, Callback):
