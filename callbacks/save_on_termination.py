@@ -3,7 +3,6 @@
 import signal
 import threading
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -14,15 +13,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_kd.collectives import max_over_processes
 from lightning_kd.loops import (
     SavesAfterStep,
+    TerminationSignals,
     at_last_step,
-    handler_before,
     has_trained,
     requeues,
 )
 from lightning_kd.teachers import TeacherUnavailableError
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-"""Signals that terminate a run: from the cluster, by Ctrl-C, or of a closed terminal."""
 
 
 class SaveOnTermination(SavesAfterStep):
@@ -42,9 +38,8 @@ class SaveOnTermination(SavesAfterStep):
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
-        self._received = 0
+        self._signals = TerminationSignals()
         self._steps = self._started_at = 0
-        self._previous: dict[int, Any] = {}
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remove Lightning's handler of SIGTERM, since nothing has been trained yet."""
@@ -69,21 +64,8 @@ class SaveOnTermination(SavesAfterStep):
         They replace Lightning's, which starts a collective inside the signal handler, even if another
         collective is in progress.
         """
-        self._received, self._steps = 0, trainer.global_step
-        self._started_at = trainer.global_step
-        if threading.current_thread() is not threading.main_thread():
-            return  # Python allows signal handlers only there
-
-        def handle(number: int, frame: FrameType | None) -> None:
-            self._received = self._received or number
-            # Even while the process waits in code that Python cannot interrupt.
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-        for number in SIGNALS:
-            ignored = signal.getsignal(number) is signal.SIG_IGN  # as by nohup
-            if not ignored and not (number == signal.SIGTERM and requeues(trainer)):
-                self._previous[number] = handler_before(trainer, number)
-                signal.signal(number, handle)
+        self._steps = self._started_at = trainer.global_step
+        self._signals.listen(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any, **__: Any
@@ -92,7 +74,7 @@ class SaveOnTermination(SavesAfterStep):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        number = max_over_processes(self._received, trainer.strategy.root_device)
+        number = max_over_processes(self._signals.received, trainer.strategy.root_device)
         if number:
             directory = self._directory(trainer)
             trainer.save_checkpoint(directory / "last.ckpt", weights_only=False)
@@ -127,9 +109,7 @@ class SaveOnTermination(SavesAfterStep):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Restore the previous signal handlers."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+        self._signals.restore()
 
     def _directory(self, trainer: L.Trainer) -> Path:
         if self.dirpath is not None:

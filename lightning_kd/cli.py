@@ -104,8 +104,7 @@ class DistillationCLI(LightningCLI):
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        if subcommand != "cache":  # which loads no checkpoint
-            parser.set_defaults({"weights_only": True})
+        parser.set_defaults({"weights_only": True})
         for action in parser._actions:
             if action.dest == "ckpt_path":
                 action.help = CHECKPOINT
@@ -167,7 +166,7 @@ class DistillationCLI(LightningCLI):
             return CommandTrainer.for_export({**trainer, **kwargs}, export)
         on_policy = self._get(self.config_init, "on_policy")
         if self.subcommand == "cache":
-            return CommandTrainer.of_options(trainer, on_policy=on_policy)
+            return CommandTrainer.of_options(trainer, self.model, on_policy=on_policy)
         callbacks = _listed(trainer["callbacks"])
         if trainer["enable_progress_bar"] is not False and not _has_progress_bar(callbacks):
             callbacks = [*callbacks, ProgressBar()]
@@ -210,8 +209,7 @@ class DistillationCLI(LightningCLI):
             raise
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        given = super()._prepare_subcommand_kwargs(subcommand)
-        return given if subcommand == "cache" else given | {"ckpt_path": self._checkpoint}
+        return super()._prepare_subcommand_kwargs(subcommand) | {"ckpt_path": self._checkpoint}
 
     def _say(self, error: Exception, *, begun: bool) -> None:
         """Say an error in a few lines, unless it is a defect that shows in the middle of training."""

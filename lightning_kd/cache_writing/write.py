@@ -1,18 +1,22 @@
 """Writing of a cache along the first pass over a data module's texts."""
 
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
 from lightning_kd.cache import Manifest, read_manifest
 from lightning_kd.cache_writing.options import CachedSplit, CacheOptions
 from lightning_kd.cache_writing.scribe import Scribe
+from lightning_kd.collectives import max_over_processes
 from lightning_kd.data import DistillationData
 from lightning_kd.data.evaluation_loader import EvaluationLoader
 from lightning_kd.data.loader import TrainingLoader
+from lightning_kd.loops import TerminationSignals
 from lightning_kd.modules import TeacherModule
 from lightning_kd.teachers import TEACHERS, choose_kind
 
@@ -24,7 +28,9 @@ def write_cache(
 
     The teacher reads the batches of the data's first pass, as in training with the same seed, batch
     size and number of processes, and every text once. The student is not built. Each process writes
-    shards of its own. After a kill, the same call continues behind the shards that are complete.
+    shards of its own. After a kill, the same call continues behind the shards that are complete. On
+    SIGTERM, SIGHUP or Ctrl-C the writing ends behind the current batch, with the exit code that a
+    shell reports for the signal.
 
     Args:
         trainer: Its devices, strategy and precision run the teacher.
@@ -41,19 +47,21 @@ def write_cache(
         The manifest of the complete cache.
     """
     _check(trainer, module, data, options)
-    scribe = Scribe(module, data, options)
+    writing = _Writing(Scribe(module, data, options))
     try:
-        trainer.predict(
-            _Writing(scribe), datamodule=_Texts(data, options.splits), return_predictions=False
-        )
+        trainer.predict(writing, datamodule=_Texts(data, options.splits), return_predictions=False)
     finally:
-        scribe.close()
+        writing.signals.restore()
+        writing.scribe.close()
     return read_manifest(Path(options.dirpath).expanduser())
 
 
-def _check(
-    trainer: L.Trainer, module: TeacherModule, data: DistillationData, options: CacheOptions
-) -> None:
+def check_method(module: L.LightningModule) -> None:
+    """Validate that a cache can serve a method.
+
+    Raises:
+        ValueError: If it cannot.
+    """
     if not isinstance(module, TeacherModule):
         raise ValueError(
             f"a cache is of what a teacher says, and {type(module).__name__} has none; take a method "
@@ -65,6 +73,12 @@ def _check(
             "which no cache can know; a cache serves methods that learn from the data's texts, such "
             "as SupervisedKD, or GKD without on_policy"
         )
+
+
+def _check(
+    trainer: L.Trainer, module: TeacherModule, data: DistillationData, options: CacheOptions
+) -> None:
+    check_method(module)
     if not isinstance(data, DistillationData):
         raise ValueError(
             f"the data is a {type(data).__name__}; a cache is written along the rows of a data module "
@@ -84,15 +98,27 @@ class _Writing(L.LightningModule):
 
     def __init__(self, scribe: Scribe) -> None:
         super().__init__()
-        self.scribe = scribe
+        self.scribe, self.signals = scribe, TerminationSignals()
 
     def configure_model(self) -> None:
         """Prepare the teacher."""
         self.scribe.prepare(self.trainer)
 
+    def on_predict_start(self) -> None:
+        """Listen to signals in the place of Lightning, which would only note them."""
+        self.signals.listen(self.trainer)
+
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> int:
-        """Write what is said about a batch."""
-        return self.scribe.take(batch, batch_idx, dataloader_idx)
+        """Write what is said about a batch, and end if a signal has asked to."""
+        rows = self.scribe.take(batch, batch_idx, dataloader_idx)
+        number = max_over_processes(self.signals.received, self.device)
+        if number:
+            rank_zero_info(
+                f"Ended by {signal.Signals(number).name}; the shards that are complete stay, and the "
+                "same command continues behind them"
+            )
+            raise SystemExit(128 + number)
+        return rows
 
     def on_predict_end(self) -> None:
         """Complete the cache."""
@@ -117,6 +143,11 @@ class _Texts(L.LightningDataModule):
         for split in self.splits:
             self.data.read(split, optional=split == "validation")
             self.data.check_repeats(split)
+        if not any(map(self.data.has, self.splits)):
+            raise ValueError(
+                f"cache.splits is {list(self.splits)}, and the data has none of them; name a split "
+                "that it has"
+            )
 
     def predict_dataloader(self) -> list[TrainingLoader | EvaluationLoader]:
         """A loader for each split that was given."""

@@ -69,6 +69,21 @@ def test_what_is_refused_is_said_in_a_line(cli, fails, teacher):
     assert "is no cache of a teacher" in fails(*fit("supervised_kd", *DATA, *FROM_CACHE))
 
 
+def test_the_configuration_that_a_run_has_left_is_taken(cli, fails, teacher):
+    cli(*fit("supervised_kd", *DATA, "--model.teacher.name_or_path", teacher))
+    left = ["cache", "--config", "runs/version_0/config.yaml", "--cache.dirpath", PLACE]
+    cli(*left)
+    assert (Path(PLACE) / "manifest.json").exists()
+    said = fails(*left, "--ckpt_path", "runs/version_0/config.yaml")
+    assert "a cache reads no checkpoint" in said
+
+
+def test_a_method_that_no_cache_can_serve_is_said_first(fails, teacher):
+    said = fails(*cache(teacher, config="on_policy_distillation"))
+    assert "OnPolicyDistillation asks its teacher about what the student generates" in said
+    assert "--on_policy null" not in said
+
+
 @pytest.mark.processes
 @pytest.mark.slow
 def test_two_processes_write_shards_of_their_own_and_read_them_together(teacher):

@@ -1,10 +1,13 @@
 """Training from a cache is training from its teacher, bit for bit."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
 
+from lightning_kd.cache import CacheWriter
 from lightning_kd.cache_writing import CacheOptions, write_cache
 from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import PromptCompletionData
@@ -241,7 +244,30 @@ def test_of_unequal_vocabularies_the_tokens_that_all_members_have_are_told(kept,
     assert losses == pytest.approx(expected, rel=exact)
 
 
-# Another precision than the cache's.
+# What ends the writing, and what has changed when it goes on.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_writing_and_the_same_call_goes_on(number, tmp_path, monkeypatch):
+    write, before = CacheWriter.write, signal.getsignal(number)
+
+    def interrupted(self, shard, rows):
+        write(self, shard, rows)
+        if shard == 2:
+            os.kill(os.getpid(), number)
+
+    place = tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write", interrupted)
+        with pytest.raises(SystemExit) as ended:
+            written(place)
+    assert ended.value.code == 128 + number
+    assert signal.getsignal(number) is before
+    assert len(list(place.glob("shard-*"))) == 3
+    whole = written(tmp_path / "whole")
+    assert {p.name: p.read_bytes() for p in written(place).iterdir()} == {
+        p.name: p.read_bytes() for p in whole.iterdir()
+    }
 
 
 def test_a_run_of_another_precision_is_told_so(tmp_path):
@@ -251,6 +277,15 @@ def test_a_run_of_another_precision_is_told_so(tmp_path):
     for teacher in (cache, both):
         with pytest.warns(UserWarning, match=said):
             fitted(method(teacher), Letters(40, batch_size=2), max_steps=1, precision="bf16-mixed")
+
+
+def test_splits_that_the_data_has_not_are_named(tmp_path):
+    class Nothing(Letters):
+        def has(self, split):
+            return False
+
+    with pytest.raises(ValueError, match=r"cache.splits is \['train'\], and the data has none"):
+        written(tmp_path / "cache", data=Nothing(4, batch_size=2), splits=["train"])
 
 
 def test_writing_goes_on_in_the_same_precision_alone(tmp_path):
