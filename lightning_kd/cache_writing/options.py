@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lightning_kd.teachers.payloads import CacheKind, Payload, make_payload
+from lightning_kd.wire.servers import is_number
 
 CachedSplit = Literal["train", "validation", "test"]
 
@@ -43,6 +44,11 @@ class CacheOptions:
             raise ValueError(
                 f"cache.splits is {self.splits}; name some of {', '.join(known)}, each once"
             )
+        for name, given in (("k", self.k), ("draws", self.draws)):
+            if given is not None and not is_number(given, whole=True):
+                raise ValueError(
+                    f"cache.{name} is {given!r}, of type {type(given).__name__}; give a whole number"
+                )
         if not self.shard_megabytes > 0:
             raise ValueError(
                 f"cache.shard_megabytes is {self.shard_megabytes}; it must be positive"

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from lightning_kd.divergences import Divergence
 from lightning_kd.fused import AnswerKind, check_estimable
-from lightning_kd.teachers import Teacher, temperatures_of
+from lightning_kd.teachers import CachedTeacher, Teacher, temperatures_of
 
 
 def check_temperatures(
@@ -29,9 +29,22 @@ def check_temperatures(
             raise ValueError(
                 f"model.{name} is {value}, but {type(teacher).__name__} answers {kind}, which holds "
                 f"at temperature {', '.join(declared)} alone: another one needs the probability of "
-                f"every token. Set model.{name}: {' or '.join(declared)}, or take a teacher that "
-                "answers full_distribution"
+                f"every token. Set model.{name}: {' or '.join(declared)}, "
+                f"{_way_out(teacher, kind, value)}or take a teacher that answers full_distribution"
             )
+
+
+def _way_out(teacher: Teacher, kind: AnswerKind, temperature: float) -> str:
+    """Return where the tail at a temperature is asked for, if it can be."""
+    if kind not in ("top_k", "top_k_and_token"):
+        return ""
+    if isinstance(teacher, CachedTeacher):
+        return f"write the cache with --cache.temperatures '[{temperature:g}]', "
+    given = teacher.constructor_arguments()
+    # Servers of other kinds tell it at 1 alone.
+    if "temperatures" in given and given.get("backend", "lightning_kd") == "lightning_kd":
+        return f"have the tail told by model.teacher.temperatures: [{temperature:g}], "
+    return ""
 
 
 def check_divergences(

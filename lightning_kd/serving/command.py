@@ -15,6 +15,8 @@ from lightning_kd.wire.servers import TOKEN_VARIABLE, token_from
 
 _LAST_PORT = 65535
 
+_LIMITS = Limits()
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -26,7 +28,7 @@ def serve(
     device: str = "auto",
     name: str = "teacher",
     token_variable: str = TOKEN_VARIABLE,
-    limits: Limits | None = None,
+    limits: Limits = _LIMITS,
 ) -> None:
     """Serve a teacher to training runs in other processes, until SIGTERM or Ctrl-C.
 
@@ -50,7 +52,7 @@ def serve(
     Raises:
         ValueError: If the teacher cannot be served.
     """
-    limits, token = limits or Limits(), token_from(token_variable)
+    token = token_from(token_variable)
     if not 0 <= port <= _LAST_PORT:
         raise ValueError(
             f"port is {port}; give a number from 1 to {_LAST_PORT}, or 0 for a free one"

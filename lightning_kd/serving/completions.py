@@ -15,6 +15,7 @@ from lightning_kd.seeding import derive_seed
 from lightning_kd.serving.limits import Limits, RefusedError
 from lightning_kd.serving.service import CompletionOrder
 from lightning_kd.wire import Question
+from lightning_kd.wire.servers import is_number
 
 _FIXED: Mapping[str, Any] = {
     "n": 1,
@@ -33,6 +34,9 @@ _FIXED: Mapping[str, Any] = {
 """Fields of which one value can be had; another would be another answer."""
 
 _MOST_SEED = 2**63
+
+_CHARACTERS = 4
+"""Of a text, for each token that a request may have."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +73,30 @@ class CompletionRequest:
         given = dict(body)
         if (named := given.pop("model", model)) != model:
             raise RefusedError(404, f"the model {named!r} is not served here; {model!r} is")
-        special = bool(given.pop("add_special_tokens", True))
-        prompts = _prompts(given.pop("prompt", None), tokenizer, special)
+        special = _flag(given, "add_special_tokens", True)
+        prompts = _prompts(given.pop("prompt", None), tokenizer, special, limits)
         max_tokens = _integer(given, "max_tokens", 16, 0, limits.new_tokens)
         told = _integer(given, "prompt_logprobs", None, 0, limits.k)
         seed = _integer(given, "seed", None, -_MOST_SEED, _MOST_SEED)
-        token_ids = given.pop("return_token_ids", None) is True
+        token_ids = _flag(given, "return_token_ids", False)
+        likeliest = _integer(given, "top_k", 0, -1, _MOST_SEED) or 0
+        temperature = _number(given, "temperature", 1.0)
+        top_p = _number(given, "top_p", 1.0)
         try:
             options = GenerationOptions(
                 max_new_tokens=max(1, max_tokens or 0),
-                temperature=float(given.pop("temperature", 1.0)),
-                top_k=max(0, int(given.pop("top_k", 0))),  # vLLM writes all as -1 or 0
-                top_p=float(given.pop("top_p", 1.0)),
+                temperature=temperature,
+                top_k=max(0, likeliest),  # vLLM writes all as -1 or 0
+                top_p=top_p,
             )
-        except (TypeError, ValueError) as error:
+        except ValueError as error:
             raise RefusedError(400, str(error)) from error
         given.pop("user", None)
         for name, only in _FIXED.items():
-            if (value := given.pop(name, only)) not in (only, None):
+            value = given.pop(name, only)
+            if value is not None and (
+                value != only or isinstance(value, bool) != isinstance(only, bool)
+            ):
                 raise RefusedError(400, f"{name} is {value!r}; this server knows only {only!r}")
         if given:
             raise RefusedError(400, f"unknown fields: {', '.join(sorted(map(str, given)))}")
@@ -202,8 +212,26 @@ def _prompt_log_probs(
     return listed
 
 
+def _flag(given: dict[str, Any], name: str, default: bool) -> bool:
+    value = given.pop(name, default)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise RefusedError(400, f"{name} is {value!r}; it must be true or false")
+    return value
+
+
+def _number(given: dict[str, Any], name: str, default: float) -> float:
+    value = given.pop(name, default)
+    if value is None:
+        return default
+    if not is_number(value):
+        raise RefusedError(400, f"{name} is {value!r}; it must be a number")
+    return float(value)
+
+
 def _prompts(
-    prompt: Any, tokenizer: PreTrainedTokenizerBase, special: bool
+    prompt: Any, tokenizer: PreTrainedTokenizerBase, special: bool, limits: Limits
 ) -> tuple[tuple[int, ...], ...]:
     """Return token ids of each prompt: of a text, a list of ids, or several of either."""
     alone = isinstance(prompt, str) or (
@@ -212,6 +240,14 @@ def _prompts(
     several = [prompt] if alone else prompt
     if not isinstance(several, list) or not several:
         raise RefusedError(400, "prompt must be a text, a list of token ids, or a list of these")
+    texts = sum(len(each) for each in several if isinstance(each, str))
+    # Before anything is tokenized: a token has some characters, and padding and prompts their share.
+    if len(several) > limits.rows or texts > limits.tokens * _CHARACTERS:
+        raise RefusedError(
+            413,
+            f"the request has {len(several)} prompts and {texts} characters; at most {limits.rows} and "
+            f"{limits.tokens * _CHARACTERS} are taken",
+        )
     rows = []
     for each in several:
         if isinstance(each, str):

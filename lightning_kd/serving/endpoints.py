@@ -208,6 +208,10 @@ class Endpoints:
                 400,
                 f"a row has {longest} tokens, new ones included; the teacher reads {most} at most",
             )
+        if len(ids) > self._limits.rows:
+            raise RefusedError(
+                413, f"the request has {len(ids)} rows; at most {self._limits.rows} are taken"
+            )
         size = len(ids) * (ids.shape[1] + new)
         if size > self._limits.tokens:
             raise RefusedError(

@@ -9,6 +9,7 @@ class Limits:
 
     Attributes:
         body_megabytes: Longest body of a request.
+        rows: Rows of a request.
         tokens: Padded tokens of a request: its rows times the longest of them.
         batch_tokens: Padded tokens of several requests that are computed together.
         length: Longest row, in tokens; 0 for the longest that the teacher is made for.
@@ -25,6 +26,7 @@ class Limits:
     """
 
     body_megabytes: int = 64
+    rows: int = 4096
     tokens: int = 2**20
     batch_tokens: int = 2**15
     length: int = 0

@@ -20,6 +20,7 @@ from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.text_coverage import TextCoverage
+from lightning_kd.teachers.told_kinds import how_it_could
 
 Ability = AnswerKind | Literal["generation", "mixture"]
 """A kind of answer; ``generation`` of completions; sampling from a ``mixture`` with the student."""
@@ -260,11 +261,12 @@ def choose_kind(
     for kind in needs:
         if kind in answers:
             return kind
-    able = [other.__name__ for other in others if other.answers & set(needs)]
+    own, able = type(teacher).__name__, [o.__name__ for o in others if o.answers & set(needs)]
+    hint = how_it_could(own, needs) if own in able else ""
     raise ValueError(
-        f"{method} needs a teacher that answers {' or '.join(needs)}; {type(teacher).__name__} answers "
+        f"{method} needs a teacher that answers {' or '.join(needs)}; {own} answers "
         f"{', '.join(sorted(teacher.answers)) or 'nothing'}. Of this library's teachers, "
-        f"{', '.join(able)} can; or choose a method that needs less"
+        f"{', '.join(able)} can{hint}; or choose a method that needs less"
     )
 
 

@@ -221,6 +221,7 @@ def test_methods_data_and_trainers_that_make_no_cache_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
+        ({"kind": "top_k", "k": "8"}, "cache.k is '8', of type str; give a whole number"),
         ({"splits": []}, r"splits is \[\]; name some of train, validation, test"),
         ({"splits": ["train", "train"]}, r"each once"),
         ({"splits": ["predict"]}, r"splits is \['predict'\]"),

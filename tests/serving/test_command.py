@@ -97,7 +97,8 @@ def test_help_explains(cli, capsys):
         cli("serve", "--help")
     said = capsys.readouterr().out
     assert "Serve a teacher to training runs in other processes" in said
-    assert "--limits" in said
+    assert "--limits.length" in said
+    assert "Longest row, in tokens" in " ".join(said.split())
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from lightning_kd.generation import (
     TransformersEngine,
 )
 from lightning_kd.models import FusedLogits, StudentSpec
-from lightning_kd.modules import GKD, SequenceKD, SupervisedKD
+from lightning_kd.modules import GKD, BabyLlama, SequenceKD, SupervisedKD
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.serving.endpoints import Body
 from lightning_kd.teachers import (
@@ -347,3 +347,13 @@ def test_arguments_are_checked_and_passwords_not_shown(options, message):
     with pytest.raises(ValueError, match=message) as error:
         ServedTeacher(**({"urls": ["http://127.0.0.1:9"]} | options))
     assert "word" not in str(error.value).replace("password", "")
+
+
+def test_another_temperature_names_the_option_that_tells_it(server):
+    with pytest.raises(ValueError, match=r"by model\.teacher\.temperatures: \[2\], or take"):
+        fit(remote(server, payload="top_k", k=4), method=GKD, teacher_temperature=2.0)
+
+
+def test_a_method_that_needs_more_names_the_payload(server):
+    with pytest.raises(ValueError, match=r"a ServedTeacher with payload: hidden"):
+        fit(remote(server, payload="token_log_probs"), method=BabyLlama)
