@@ -17,7 +17,7 @@ from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.resuming import SHOWN, Plain, differences, tokenizer_digest
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers.contract import Ability, Teacher
+from lightning_kd.teachers.contract import Ability, Teacher, TeacherUnavailableError
 from lightning_kd.teachers.payloads import make_payload
 
 _BEGINNING = 60
@@ -45,6 +45,8 @@ class CachedTeacher(Teacher):
     )
 
     may_change_on_resume = frozenset({"dirpath"})
+
+    is_remote = True
 
     def __init__(self, dirpath: str) -> None:
         self.dirpath = dirpath
@@ -113,11 +115,14 @@ class CachedTeacher(Teacher):
         """Read what the teacher has said about these rows.
 
         Raises:
-            ValueError: If a row is not in the cache, or its bytes have changed.
+            TeacherUnavailableError: If a row is not in the cache, or its bytes have changed.
         """
         device = batch["input_ids"].device
-        with self._naming_rows(batch):
-            planes = self._reader.planes_of(row_keys(batch, positions, self.columns))
+        try:
+            with self._naming_rows(batch):
+                planes = self._reader.planes_of(row_keys(batch, positions, self.columns))
+        except ValueError as error:
+            raise TeacherUnavailableError(str(error)) from error
         planes = {name: plane.to(device) for name, plane in planes.items()}
         layout = self._reader.manifest.about["layout"]
         return self._payload.answer(planes, self._shared, layout, kind)

@@ -7,15 +7,21 @@ import signal
 import pytest
 import torch
 
-from lightning_kd.cache import CacheWriter
+from lightning_kd.cache import CacheWriter, read_manifest
 from lightning_kd.cache_writing import CacheOptions, write_cache
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import OnPolicyGeneration, SaveOnTermination
 from lightning_kd.data import PromptCompletionData
 from lightning_kd.fused import TopK
 from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.modules import GKD, BabyLlama, OnPolicyDistillation, SupervisedKD
 from lightning_kd.resuming import differences
-from lightning_kd.teachers import CachedTeacher, LocalTeacher, RoutedTeacher, TeacherEnsemble
+from lightning_kd.teachers import (
+    CachedTeacher,
+    LocalTeacher,
+    RoutedTeacher,
+    TeacherEnsemble,
+    TeacherUnavailableError,
+)
 from tests.support.caches import ensemble, fitted, method, written
 from tests.support.harness import Letters, trainer
 from tests.support.toys import letter_tokenizer, tiny_llama
@@ -325,3 +331,20 @@ def test_an_ensemble_may_have_one_model_twice(tmp_path):
     cache = written(tmp_path / "cache", method(thrice), data())
     expected, _ = fitted(method(thrice), data(), max_steps=3)
     assert fitted(method(CachedTeacher(str(cache))), data(), max_steps=3)[0] == expected
+
+
+def test_a_damaged_row_ends_the_run_with_a_checkpoint_of_the_step_before(tmp_path):
+    cache = written(tmp_path / "cache")
+    number = max(n for n, shard in enumerate(read_manifest(cache).shards) if shard.rows)
+    last = cache / f"shard-{number:05d}.safetensors"
+    content = bytearray(last.read_bytes())
+    header = int.from_bytes(content[:8], "little")
+    (planes,) = (v for k, v in json.loads(content[8 : 8 + header]).items() if "states" in k)
+    content[8 + header + planes["data_offsets"][1] - 1] ^= 1
+    last.write_bytes(content)
+    run = trainer(max_steps=20, callbacks=[SaveOnTermination(str(tmp_path))])
+    with pytest.raises(TeacherUnavailableError, match=last.name) as error:
+        run.fit(method(CachedTeacher(str(cache))), datamodule=Letters(40, batch_size=2))
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == run.global_step > 1
+    assert "optimizer steps are saved" in error.value.__notes__[0]
