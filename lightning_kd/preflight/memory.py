@@ -108,7 +108,7 @@ def available_bytes(device: torch.device) -> int | None:
 
     That of the CPU is what the machine has, or the control group of this process allows.
     """
-    if device.type == "cuda":
+    if device.type == "cuda" and (device.index or 0) < torch.cuda.device_count():
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
         return None

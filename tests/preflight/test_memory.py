@@ -207,3 +207,4 @@ def test_free_memory_of_the_machine_is_plausible():
     free = available_bytes(torch.device("cpu"))
     assert 0 < free <= psutil.virtual_memory().total
     assert available_bytes(torch.device("meta")) is None
+    assert available_bytes(torch.device("cuda", 99)) is None  # which its placement refuses by name
