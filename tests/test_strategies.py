@@ -43,6 +43,7 @@ from tests.support.toys import ragged_batch, tiny_llama
 
 def with_strategy(strategy, **settings):
     defaults = {"accumulate_grad_batches": 1, "log_every_n_steps": 1, "callbacks": []}
+    defaults |= {"lightning_module": None}
     return SimpleNamespace(strategy=strategy, **(defaults | settings))
 
 
