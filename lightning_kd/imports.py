@@ -89,7 +89,8 @@ def why_no_class(path: str, base: str) -> str:
     """
     module, _, name = path.rpartition(".")
     try:
-        names = vars(import_module(module))
+        found_module = import_module(module)
+        names = {known: getattr(found_module, known, None) for known in dir(found_module)}
     except ModuleNotFoundError as error:
         lacking = error.name or module
         if f"{module}.".startswith(f"{lacking}."):

@@ -165,7 +165,7 @@ VALUES = {
     "--model.student.lora": None,
     "--trainer.logger": ["CSVLogger"],
     "--model.lr_scheduler": ["WarmupCosine"],
-    "--model.optimizer": ["SGD"],
+    "--model.optimizer": ["torch.optim.SGD"],
     "--model.student.name_or_path": ["runs/start"],
     "--model.teacher.name_or_path": ["runs/teacher"],
     "--trainer.default_root_dir": ["runs"],

@@ -70,7 +70,7 @@ def allocated_length(prompt: int, generated: int) -> int:
 
     Example:
         >>> allocated_length(10, 20), allocated_length(10, 200)
-        (74, 237)
+        (74, 310)
     """
     length = _spare_length(prompt)
     while length < prompt + generated - 1:
