@@ -24,6 +24,7 @@ from lightning_kd.callbacks.export.redaction import presentable
 from lightning_kd.callbacks.export.remedies import after_failed_push, after_failed_write
 from lightning_kd.callbacks.export.training_record import TrainingRecord, record_of
 from lightning_kd.checkpoints import AtomicCheckpointIO
+from lightning_kd.choices import check_choice
 from lightning_kd.models.adapters import check_mergeable
 from lightning_kd.modules import DistillationModule
 from lightning_kd.strategies import adapter_of
@@ -71,8 +72,7 @@ class HFExport(Callback):
         push_to_hub: str | None = None,
         private: bool = True,
     ) -> None:
-        if weights not in get_args(Which):
-            raise ValueError(f"unknown weights {weights!r}; choose one of {get_args(Which)}")
+        check_choice("weights", weights, get_args(Which))
         if push_to_hub is None and not private:
             raise ValueError(
                 "export.private is false, and nothing is pushed to the hub; give export.push_to_hub"

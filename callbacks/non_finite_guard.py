@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch
+from lightning_kd.choices import check_choice
 from lightning_kd.collectives import any_process
 from lightning_kd.strategies import adapter_of
 
@@ -43,8 +44,7 @@ class NonFiniteGuard(Callback):
     def __init__(
         self, action: Action = "stop", *, max_skips: int = 10, dirpath: str | None = None
     ) -> None:
-        if action not in get_args(Action):
-            raise ValueError(f"unknown action {action!r}; choose one of {get_args(Action)}")
+        check_choice("action", action, get_args(Action))
         if max_skips < 1:
             raise ValueError(f"max_skips is {max_skips}; it must be 1 or more")
         self.action: Action = action

@@ -14,7 +14,6 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_kd.batch import Batch, Rollout, copy_of, require_prompts
 from lightning_kd.callbacks.rollouts.checkpoints import gather_ranks, select_rank
 from lightning_kd.callbacks.rollouts.checks import (
-    check_choices,
     check_cut,
     check_groups,
     check_lengths,
@@ -29,6 +28,7 @@ from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
+from lightning_kd.choices import check_choice
 from lightning_kd.data import RolloutPlan, Window
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batches
@@ -118,10 +118,8 @@ class OnPolicyGeneration(Resumable, Callback):
         table_rows: int = 4,
         path: str | None = None,
     ) -> None:
-        check_choices(
-            off_policy=(off_policy, get_args(OffPolicy)),
-            truncated=(truncated, get_args(Truncation)),
-        )
+        check_choice("off_policy", off_policy, get_args(OffPolicy))
+        check_choice("truncated", truncated, get_args(Truncation))
         check_ranges(lmbda, mixture_alpha, steps_per_window, rows_at_once)
         self.lmbda = lmbda if isinstance(lmbda, Schedule) else Constant(lmbda)
         self.off_policy: OffPolicy = off_policy

@@ -22,7 +22,6 @@ from lightning_kd.imports import why_no_class
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
 """Errors that Python raises by itself; none of them is written as a message."""
 
-
 _NEEDS_QUOTES = 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"'
 
 
@@ -233,9 +232,9 @@ def classes_to_choose(message: str) -> list[str]:
 def _is_choice(cls: type) -> bool:
     """Return whether a class is public, not only a base of others, and of this library or below it."""
     package = cls.__module__.partition(".")[0]
-    left = (getattr(cls, name, None) for name in dir(cls))
+    members = (getattr(cls, name, None) for name in dir(cls))
     if cls.__name__.startswith(("_", "Base")) or any(
-        getattr(member, "__isabstractmethod__", False) for member in left
+        getattr(member, "__isabstractmethod__", False) for member in members
     ):
         return False
     if package == "lightning_kd":

@@ -1,11 +1,15 @@
 """What users of Lightning, transformers and TRL type from habit on the command line."""
 
+import csv
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_kd.cli_habits import ELSEWHERE
 from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, QUIET, SMALL, scalars
@@ -27,6 +31,12 @@ SAVING = json.dumps(
 def steps():
     """Optimizer steps of the only run, by its log."""
     return scalars("runs").Scalars("train/loss")[-1].step + 1
+
+
+def scalars_of(run):
+    seen = EventAccumulator(str(run))
+    seen.Reload()
+    return seen
 
 
 def saved_config():
@@ -58,20 +68,22 @@ def test_no_config_at_all(cli):
     assert steps() == 2
 
 
-@pytest.mark.parametrize("by", ["name_or_path", "a name alone", "an overlay"])
+@pytest.mark.parametrize("by", ["name_or_path", "a name alone", "an overlay", "a name in one"])
 def test_a_pretrained_student_in_the_place_of_a_configs_random_one(cli, teacher, by):
-    Path("mine.yaml").write_text(
-        json.dumps({"model": {"init_args": {"student": {"name_or_path": str(teacher)}}}})
-    )
+    spec = str(teacher) if by == "a name in one" else {"name_or_path": str(teacher)}
+    Path("mine.yaml").write_text(json.dumps({"model": {"init_args": {"student": spec}}}))
     given = {
         "name_or_path": ["--model.student.name_or_path", teacher],
         "a name alone": ["--model.student", teacher],
-        "an overlay": ["--config", "mine.yaml"],
-    }[by]
-    cli(*SFT, *given, *TINY, "--trainer.max_steps", 1)
+    }.get(by, ["--config", "mine.yaml"])
+    cli(*SFT, *given, *TINY, "--trainer.max_steps", 1, "--model.optimizer.lr", 0)
     student = saved_config()["model"]["init_args"]["student"]
-    student = student.get("init_args", student) if isinstance(student, dict) else student
-    assert str(teacher) in (student, student["name_or_path"] if isinstance(student, dict) else "")
+    student = student.get("init_args", student)
+    assert (student["name_or_path"], student["config"]) == (str(teacher), None)
+    # Without a learning rate, what is exported is what was loaded.
+    exported = load_file(next(Path("runs").glob("version_*/student/model.safetensors")))
+    start = load_file(teacher / "model.safetensors")
+    assert all(torch.equal(exported[name], weight) for name, weight in start.items())
 
 
 def test_a_random_student_in_the_place_of_a_pretrained_one(cli, teacher):
@@ -97,21 +109,80 @@ def test_print_config_into_a_file_and_back(cli, capsys):
     assert steps() == 2
 
 
+EPOCH = [*LOGGED, "--trainer.max_steps", -1, "--trainer.max_epochs", 1]
+"""Four micro-batches of eight rows."""
+
+
 @pytest.mark.parametrize(
-    ("flags", "left"),
+    ("flags", "expected"),
     [
-        (["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"], "metrics.csv"),
-        (["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "tb"], "events.*"),
-        (["--trainer.profiler", "simple"], "events.*"),
-        (["--trainer.precision", "bf16-true"], "model.safetensors"),
-        (["--trainer.accumulate_grad_batches", 2, "--trainer.gradient_clip_val", 1], "config.yaml"),
-        (["--trainer.limit_train_batches", 0.5, "--trainer.max_epochs", 1], "config.yaml"),
-        (["--seed_everything", 7], "config.yaml"),
+        ([], 4),
+        (["--trainer.accumulate_grad_batches", 2], 2),
+        (["--trainer.limit_train_batches", 0.5], 2),
+        (["--trainer.limit_train_batches", 3], 3),
+        (["--data.batch_size", 16], 2),
     ],
 )
-def test_lightnings_options(flags, left, cli):
-    cli(*SFT, *FEW, *flags)
-    assert list(Path().rglob(left))
+def test_steps_of_an_epoch(flags, expected, cli):
+    cli(*SFT, *EPOCH, *flags)
+    assert steps() == expected
+
+
+def test_the_csv_logger_has_every_step(cli):
+    cli(*SFT, *FEW, "--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs")
+    (path,) = Path("logs").rglob("metrics.csv")
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["train/loss"]]
+    assert [row["step"] for row in rows] == ["0", "1"]
+    assert not list(Path().rglob("events.*"))
+
+
+def test_another_tensorboard_logger(cli):
+    cli(*SFT, *FEW, "--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "tb")
+    (run,) = {path.parent for path in Path("tb").rglob("events.*")}
+    assert [event.step for event in scalars_of(run).Scalars("train/loss")] == [0, 1]
+    assert not Path("runs").exists()
+
+
+def test_a_profiler_reports(cli, caplog):
+    with caplog.at_level("INFO"):
+        cli(*SFT, *FEW, "--trainer.profiler", "simple")
+    assert "FIT Profiler Report" in caplog.text
+
+
+def test_a_true_precision_is_that_of_the_export(cli):
+    cli(*SFT, *FEW, "--trainer.precision", "bf16-true", "--export.dirpath", "student")
+    exported = load_file("student/model.safetensors")
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
+
+
+def test_clipping_bounds_what_a_step_changes(cli):
+    """Plain gradient descent at rate 1 moves the weights by the norm of the gradient."""
+    moved = []
+    for clip in (0.01, 1000.0):
+        flags = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", 1]
+        # The decay of the config's AdamW would go along to the other class.
+        flags += ["--model.optimizer.weight_decay", 0, "--model.lr_scheduler", "null"]
+        flags += ["--trainer.max_steps", 1]
+        flags += ["--trainer.gradient_clip_val", clip, "--export.dirpath", f"student {clip}"]
+        flags += ["--export.overwrite", "true"]
+        cli(*SFT, *LOGGED, *flags, "--model.optimizer.lr", 0)
+        before = load_file(f"student {clip}/model.safetensors")
+        cli(*SFT, *LOGGED, *flags)
+        after = load_file(f"student {clip}/model.safetensors")
+        moved.append(sum(((after[n] - w) ** 2).sum() for n, w in before.items()).sqrt().item())
+    assert moved[0] == pytest.approx(0.01, rel=1e-3)
+    assert moved[1] > 0.02
+
+
+def test_a_seed_is_another_run(cli):
+    for seed in (0, 7, 7):
+        cli(*SFT, *FEW, "--seed_everything", seed)
+    events = [
+        scalars_of(path).Scalars("train/loss")[0].value
+        for path in sorted(Path("runs").glob("version_*"))
+    ]
+    assert events[1] == events[2] != events[0]
 
 
 @pytest.mark.parametrize("callback", ["LearningRateMonitor", "RichProgressBar", "ModelSummary"])
@@ -122,6 +193,8 @@ def test_one_more_callback(cli, callback):
         del words[at : at + 2]
     cli(*SFT, *words, f"--trainer.callbacks+={callback}")
     assert callback in str(saved_config()["trainer"]["callbacks"])
+    logged = any(tag.startswith("lr-") for tag in scalars("runs").Tags()["scalars"])
+    assert logged == (callback == "LearningRateMonitor")
 
 
 def test_early_stopping_by_a_flag(cli):

@@ -13,8 +13,6 @@ from lightning_kd.callbacks.export.options import is_repo_name
 from lightning_kd.callbacks.export.training_record import TrainingRecord
 from lightning_kd.resuming import Plain
 
-CARD = "README.md"
-
 _FILE_ENDING = re.compile(r"\.\w{2,8}$")
 
 

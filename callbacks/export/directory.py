@@ -4,7 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lightning_kd.callbacks.export.card import CARD, CardContext, model_card
+from lightning_kd.callbacks.export.card import CardContext, model_card
+from lightning_kd.callbacks.export.options import CARD
 from lightning_kd.callbacks.export.student import write_student
 from lightning_kd.checkpoints import fresh_name
 from lightning_kd.filesystem import check_writable, flush, replace_directory

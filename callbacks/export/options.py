@@ -18,7 +18,8 @@ from lightning_kd.resuming import Plain, Resumable
 _LONGEST = 20
 """Items of a list that are told one by one."""
 
-_CARD = "README.md"
+CARD = "README.md"
+"""Name of the model card in a directory."""
 
 
 def arguments_of(value: Resumable) -> dict[str, Plain]:
@@ -79,7 +80,7 @@ def base_model(spec: ModelSpec) -> str | None:
         return None
     directory = Path(spec.name_or_path).expanduser()
     if directory.is_dir():
-        card = directory / _CARD
+        card = directory / CARD
         found = ModelCard.load(card).data.get("base_model") if card.is_file() else None
         return found if isinstance(found, str) else None
     return spec.name_or_path if is_repo_name(spec.name_or_path) else None

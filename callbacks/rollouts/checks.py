@@ -15,20 +15,6 @@ from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.schedules import Schedule
 
 
-def check_choices(**given: tuple[str, tuple[str, ...]]) -> None:
-    """Validate options that are one of some names.
-
-    Args:
-        given: For each option, what it is and what there is.
-
-    Raises:
-        ValueError: If one is something else.
-    """
-    for name, (value, choices) in given.items():
-        if value not in choices:
-            raise ValueError(f"unknown {name} {value!r}; choose one of {choices}")
-
-
 def check_ranges(
     lmbda: float | Schedule, mixture_alpha: float, steps_per_window: int, rows_at_once: int | None
 ) -> None:

@@ -11,7 +11,7 @@ from lightning_kd.modules import TeacherModule
 def tell_what_comes(
     module: L.LightningModule, window: Sequence[Batch], place: int, ends_window: bool
 ) -> None:
-    """Tell a module with a remote teacher which micro-batch comes next.
+    """Tell a module whose teacher looks ahead which micro-batch comes next.
 
     Args:
         module: The module.
@@ -19,5 +19,5 @@ def tell_what_comes(
         place: The present one's.
         ends_window: Whether it is the last one, in the last pass: the next window is not known yet.
     """
-    if isinstance(module, TeacherModule) and module.teacher.is_remote and not ends_window:
+    if isinstance(module, TeacherModule) and module.teacher.looks_ahead and not ends_window:
         module.coming = window[(place + 1) % len(window)]

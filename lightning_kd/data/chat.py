@@ -7,6 +7,7 @@ from typing import Any, get_args
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.choices import check_choice
 from lightning_kd.data.chat_encoding import encode_chats
 from lightning_kd.data.conversations import COLUMNS, MESSAGES, TOOLS, TrainOn, read_chats
 from lightning_kd.data.datamodule import Split
@@ -86,8 +87,7 @@ class ChatData(TextData):
             num_workers=num_workers,
             worker_timeout=worker_timeout,
         )
-        if train_on not in get_args(TrainOn):
-            raise ValueError(f"unknown train_on {train_on!r}; choose one of {get_args(TrainOn)}")
+        check_choice("train_on", train_on, get_args(TrainOn))
         refused = sorted(_RESERVED & (chat_template_kwargs or {}).keys())
         if refused:
             raise ValueError(

@@ -6,6 +6,8 @@ from typing import Any, Literal, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.choices import check_choice
+
 TruncationPolicy = Literal["error", "drop", "left", "right"]
 
 _Item = TypeVar("_Item")
@@ -47,10 +49,7 @@ class LengthLimit:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.truncation not in get_args(TruncationPolicy):
-            raise ValueError(
-                f"unknown truncation {self.truncation!r}; choose one of {get_args(TruncationPolicy)}"
-            )
+        check_choice("truncation", self.truncation, get_args(TruncationPolicy))
         for name in ("max_length", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -5,6 +5,7 @@ from typing import Any, Literal, get_args
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.choices import check_choice
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
 from lightning_kd.data.objects import RowsLike
@@ -215,8 +216,7 @@ class PackedTextData(PlainTextData):
                 f"extra_columns is {self.extra_columns}, but a block of packed text has parts of "
                 "several rows; leave it out, or use DocumentData"
             )
-        if offsets not in get_args(Offsets):
-            raise ValueError(f"unknown offsets {offsets!r}; choose one of {get_args(Offsets)}")
+        check_choice("offsets", offsets, get_args(Offsets))
         self.block_length = block_length
         self.offsets: Offsets = offsets
 

@@ -40,6 +40,7 @@ def model_of(
     """
     config = dict(architecture[_CONFIG])
     made: PreTrainedModel | None = None
+    reason: Exception | None = None
     kernel = None if spec is None else spec.attn_implementation
     try:
         built = AutoConfig.for_model(config.pop("model_type", ""), **config)
@@ -49,8 +50,8 @@ def model_of(
                 dtype=dtype,
                 attn_implementation=kernel,
             )
-    except (ValueError, KeyError, TypeError):
-        made = None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = error  # a class of one's own, which is named below
     described = spec is not None and spec.lora is not None
     if type(made).__name__ != architecture[_CLASS] or architecture[_ADAPTED] != described:
         raise ValueError(
@@ -58,7 +59,7 @@ def model_of(
             + (" with adapters" if architecture[_ADAPTED] else "")
             + " that was handed over as an object, which a checkpoint does not hold: give "
             "load_from_checkpoint(..., student=...), built as it was"
-        )
+        ) from reason
     assert made is not None
     if architecture[_GENERATION] is not None:
         made.generation_config = GenerationConfig.from_dict(architecture[_GENERATION])

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import Batch
+from lightning_kd.choices import check_choice
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.supervised_kd import SupervisedKD
@@ -93,8 +94,7 @@ class BabyLlama(SupervisedKD):
             generation=generation,
             engine=engine,
         )
-        if kl_scale not in get_args(KLScale):
-            raise ValueError(f"unknown kl_scale {kl_scale!r}; choose one of {get_args(KLScale)}")
+        check_choice("kl_scale", kl_scale, get_args(KLScale))
         self.kl_scale: KLScale = kl_scale
 
     def positions(self, batch: Batch) -> ScoredPositions:

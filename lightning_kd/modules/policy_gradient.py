@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import Batch, Rollout
+from lightning_kd.choices import check_choice
 from lightning_kd.collectives import any_process
 from lightning_kd.divergences import Divergence
 from lightning_kd.fused import (
@@ -103,8 +104,7 @@ class PolicyGradientModule(TeacherModule):
             engine=engine,
         )
         require_positive(temperature=temperature)
-        if dropout not in get_args(Dropout):
-            raise ValueError(f"unknown dropout {dropout!r}; choose one of {get_args(Dropout)}")
+        check_choice("dropout", dropout, get_args(Dropout))
         self.temperature = temperature
         self.dropout: Dropout = dropout
         self._switched_off: list[Setting] = []

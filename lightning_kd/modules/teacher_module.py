@@ -132,7 +132,7 @@ class TeacherModule(DistillationModule):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Look ahead in the data, for a teacher that wants to hear of it."""
-        if self.teacher.is_remote:
+        if self.teacher.looks_ahead:
             self.coming = following_batch(self.trainer)
 
     def setup(self, stage: str) -> None:

@@ -152,18 +152,17 @@ class Teacher(Resumable, TextCoverage, ABC):
         return False
 
     def routes(self, batch: Batch) -> tuple[Sequence[str], Tensor] | None:
-        """Return which of several teachers answers for each row; None if one does for all.
-
-        That is the teachers' names, and the number of each row's among them, ``(B,)``.
-        """
+        """Return names of several teachers, and the number of each row's, ``(B,)``; None of one."""
         return None
 
     is_remote: bool = False
-    """Whether answers come from outside of this process, which may fail: then all processes of a run
-    hear of it together, and are told of micro-batches that come next."""
+    """Whether answers come from outside of this process: all processes of a run fail together then."""
+
+    looks_ahead: bool = False
+    """Whether :meth:`announce` is called where the next micro-batch is known."""
 
     def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
-        """Hear of a micro-batch that will be asked about next, if :attr:`is_remote`.
+        """Hear of a micro-batch that will be asked about next, if the teacher :attr:`looks_ahead`.
 
         Args:
             batch: The rows, on any device.

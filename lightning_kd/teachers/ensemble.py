@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import Batch
+from lightning_kd.choices import check_choice
 from lightning_kd.fused import (
     AnswerKind,
     DistributionRows,
@@ -66,8 +67,7 @@ class TeacherEnsemble(CompositeTeacher):
         combine: Averaging = "logits",
         weights: list[float] | None = None,
     ) -> None:
-        if combine not in get_args(Averaging):
-            raise ValueError(f"unknown combine {combine!r}; choose one of {get_args(Averaging)}")
+        check_choice("combine", combine, get_args(Averaging))
         if not isinstance(members, list | tuple):
             raise ValueError(f"members is a {type(members).__name__}; give a list of teachers")
         self.members = [
@@ -103,6 +103,11 @@ class TeacherEnsemble(CompositeTeacher):
     def named_members(self) -> Mapping[str, Teacher]:
         """The members, each with its number."""
         return {str(number): member for number, member in enumerate(self.members)}
+
+    @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]
+        """Whether a member does."""
+        return any(member.looks_ahead for member in self.members)
 
     def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
         """Tell every member."""

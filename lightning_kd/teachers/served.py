@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
+from lightning_kd.choices import check_choice
 from lightning_kd.fused import AnswerKind, TeacherAnswer, TopKAndToken
 from lightning_kd.generation import CachedSampler, Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
@@ -23,7 +24,6 @@ from lightning_kd.teachers.servers import (
     OwnServer,
     abilities_of,
     backend_of,
-    check_choice,
     check_labels,
     check_payload,
     handshake,
@@ -78,7 +78,7 @@ class ServedTeacher(Teacher):
         {"urls", "timeout", "retries", "token_variable", "batching", "model"}
     )
 
-    is_remote = True
+    is_remote = looks_ahead = True
 
     def __init__(
         self,

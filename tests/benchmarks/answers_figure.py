@@ -12,7 +12,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Sequence
-from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -26,30 +25,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_kd import CachedTeacher, DocumentData, LocalTeacher, StudentSpec, SupervisedKD
 from lightning_kd.cache_writing import CacheOptions, write_cache
 from lightning_kd.teachers import Teacher
+from tests.benchmarks.stories import DATA, STORIES, STUDENT, head
 from tests.support.documents import replace_between_marks
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-STUDENT = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
 KS = (4, 16, 64, 256)
-STORIES, HELD_OUT, STEPS, EVERY, SEEDS = 3_000, 200, 600, 100, 3
+HELD_OUT, STEPS, EVERY, SEEDS = 200, 600, 100, 3
 QUIET: dict[str, Any] = dict.fromkeys(
     ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False
 )
 Points = dict[int, tuple[float, float]]
 """Steps -> loss per token, and forward KL from the teacher."""
-
-
-def head(source: Path, lines: int, out: Path) -> str:
-    """Copy the first lines of a file."""
-    with source.open() as texts:
-        out.write_text("".join(islice(texts, lines)))
-    return str(out)
 
 
 class HeldOut(Callback):

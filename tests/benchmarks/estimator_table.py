@@ -11,7 +11,6 @@ import logging
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
-from itertools import islice
 from pathlib import Path
 
 import lightning as L
@@ -36,17 +35,10 @@ from lightning_kd.fused.summaries import top_k_of
 from lightning_kd.generation import SamplingOptions, generate
 from lightning_kd.modules.reverse_kl_estimators import ReverseKLEstimator, SampledPositions
 from lightning_kd.policy import ImportanceSampling
+from tests.benchmarks.stories import DATA, STORIES, STUDENT, head
 from tests.support.documents import replace_between_marks
 
-DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
-STUDENT = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 160,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-STORIES, STEPS, ROWS, LENGTH = 3_000, 300, 8, 65
+STEPS, ROWS, LENGTH = 300, 8, 65
 KS = (4, 16, 64)
 
 Estimator = Callable[[Tensor, Tensor, int], tuple[TokenTerm, TeacherAnswer | None]]
@@ -126,11 +118,10 @@ ESTIMATORS: dict[str, tuple[bool, Estimator]] = {
 def train(tokenizer: str, stories: Path, steps: int) -> PreTrainedModel:
     """Train a small student on the first stories of a file."""
     L.seed_everything(0, verbose=False)
-    with tempfile.TemporaryDirectory() as folder, stories.open() as lines:
-        part = Path(folder) / "part.jsonl"
-        part.write_text("".join(islice(lines, STORIES)))
+    with tempfile.TemporaryDirectory() as folder:
+        part = head(stories, STORIES, Path(folder) / "part.jsonl")
         data = DocumentData(
-            tokenizer=tokenizer, train=str(part), max_length=128, truncation="right", batch_size=16
+            tokenizer=tokenizer, train=part, max_length=128, truncation="right", batch_size=16
         )
         module = SFT(
             student=StudentSpec(config=STUDENT),

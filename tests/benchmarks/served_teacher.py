@@ -4,10 +4,7 @@
 """
 
 import json
-import os
-import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -24,6 +21,7 @@ from lightning_kd.modules import SupervisedKD
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers import LocalTeacher, ServedTeacher
 from tests.support.harness import BatchList, Listed, trainer
+from tests.support.servers import serving
 from tests.support.toys import ragged_batch
 
 VOCABULARY, ROWS, LENGTH = 8192, 8, 128
@@ -78,33 +76,13 @@ def main(steps):
     batches = [
         ragged_batch([(16, LENGTH - 16)] * ROWS, seed, VOCABULARY) for seed in range(steps + 4)
     ]
-    log = folder / "log"
-    with log.open("w") as out:
-        server = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "lightning_kd",
-                "serve",
-                "--port",
-                "0",
-                "--teacher.name_or_path",
-                str(folder),
-            ],
-            env=os.environ,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        while not (found := re.search(r" at (http://\S+)", log.read_text())):
-            assert server.poll() is None, log.read_text()
-            time.sleep(0.2)
+    with serving(folder) as url:
         seconds = {name: [] for name in WAYS}
         for _ in range(3):
             for name, options in WAYS.items():
                 teacher = LocalTeacher(str(folder))
                 if options is not None:
-                    teacher = ServedTeacher([found[1]], **options)
+                    teacher = ServedTeacher([url], **options)
                 clock = Clock()
                 module = SupervisedKD(student=StudentSpec.of(llama(128, 2, 0)), teacher=teacher)
                 data = BatchList(batches)
@@ -126,9 +104,6 @@ def main(steps):
                     }
                 )
             )
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 if __name__ == "__main__":

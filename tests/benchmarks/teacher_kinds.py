@@ -14,9 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -29,6 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_kd.cache import read_manifest
 from lightning_kd.data import train_tokenizer
 from tests.support.documents import replace_between_marks
+from tests.support.servers import serving
 
 VOCABULARY, WIDTH, LAYERS, K, STEPS, ROWS, LENGTH = 4096, 512, 10, 64, 10, 8, 129
 STUDENT = {"model_type": "llama", "hidden_size": 128, "intermediate_size": 384}
@@ -171,25 +170,6 @@ def run(folder: Path, name: str, flags: Sequence[str]) -> Run:
     return Run(seconds, used.ru_maxrss / 1024, losses)
 
 
-@contextmanager
-def server(folder: Path) -> Iterator[str]:
-    """Serve the teacher; yields its address."""
-    log = folder / "server.log"
-    with log.open("w") as out:
-        line = command("serve", "--port", "0", "--teacher.name_or_path", "teacher")
-        process = subprocess.Popen(line, cwd=folder, env=environment(), stdout=out, stderr=out)
-    try:
-        until = time.monotonic() + 120
-        while not (found := re.search(r" at (http://\S+)", log.read_text())):
-            if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"no server came up: {log.read_text()}")
-            time.sleep(0.2)
-        yield found[1]
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
 def caches(folder: Path) -> dict[str, float]:
     """Write the caches, and return the bytes that each takes for a token."""
     sizes = {}
@@ -235,7 +215,7 @@ def main() -> None:
         folder = Path(scratch)
         prepare(folder)
         sizes = caches(folder)
-        with server(folder) as url:
+        with serving(folder / "teacher") as url:
             for turn in range(given.rounds):
                 for name, flags in [("SFT", []), *((kind.name, kind.flags) for kind in KINDS)]:
                     there = [flag.replace("[URL]", f"[{url}]") for flag in flags]

@@ -7,7 +7,6 @@ from lightning_kd.teachers.servers.options import (
     BackendName,
     abilities_of,
     backend_of,
-    check_choice,
     check_payload,
 )
 from lightning_kd.teachers.servers.own import OwnServer
@@ -25,7 +24,6 @@ __all__ = [
     "VLLMServer",
     "abilities_of",
     "backend_of",
-    "check_choice",
     "check_labels",
     "check_payload",
     "handshake",

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
+from lightning_kd.choices import check_choice
 from lightning_kd.teachers.contract import Ability
 from lightning_kd.teachers.servers.backend import Backend
 from lightning_kd.teachers.servers.own import OwnServer
@@ -44,16 +45,6 @@ def backend_of(name: BackendName, model: str | None) -> Backend:
     if model is not None:
         raise ValueError(f"model is {model!r}, but lightning-kd serve has one model; leave it out")
     return OwnServer()
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Validate an option that is one of a few words.
-
-    Raises:
-        ValueError: If it is none of them.
-    """
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}; choose one of {tuple(choices)}")
 
 
 def check_payload(
