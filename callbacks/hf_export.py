@@ -24,9 +24,9 @@ from lightning_kd.callbacks.export.redaction import presentable
 from lightning_kd.callbacks.export.remedies import after_failed_push, after_failed_write
 from lightning_kd.callbacks.export.training_record import TrainingRecord, record_of
 from lightning_kd.checkpoints import AtomicCheckpointIO
-from lightning_kd.choices import check_choice
 from lightning_kd.models.adapters import check_mergeable
 from lightning_kd.modules import DistillationModule
+from lightning_kd.option_checks import check_choice
 from lightning_kd.strategies import adapter_of
 
 Which = Literal["last", "best"]

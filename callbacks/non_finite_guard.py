@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch
-from lightning_kd.choices import check_choice
 from lightning_kd.collectives import any_process
+from lightning_kd.option_checks import check_choice
 from lightning_kd.strategies import adapter_of
 
 Action = Literal["stop", "skip"]

@@ -28,12 +28,12 @@ from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
-from lightning_kd.choices import check_choice
 from lightning_kd.data import RolloutPlan, Window
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batches
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
 from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.option_checks import check_choice
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed

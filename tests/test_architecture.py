@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"choices", "functions", "imports", "commands", "cli_habits", "cli_models"},
+    {"functions", "imports", "option_checks", "commands", "cli_habits", "cli_models"},
     {"batch", "collectives", "tokenization", "seeding", "resuming", "processes", "integrity"},
     {"rebuilding", "own_batches"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from lightning_kd.option_checks import is_number
 from lightning_kd.teachers.payloads import CacheKind, Payload, make_payload
-from lightning_kd.wire.servers import is_number
 
 CachedSplit = Literal["train", "validation", "test"]
 

@@ -7,7 +7,6 @@ from typing import Any, get_args
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.choices import check_choice
 from lightning_kd.data.chat_encoding import encode_chats
 from lightning_kd.data.conversations import COLUMNS, MESSAGES, TOOLS, TrainOn, read_chats
 from lightning_kd.data.datamodule import Split
@@ -17,6 +16,7 @@ from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, load_rows
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
+from lightning_kd.option_checks import check_choice
 
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.choices import check_choice
+from lightning_kd.option_checks import check_choice
 
 TruncationPolicy = Literal["error", "drop", "left", "right"]
 

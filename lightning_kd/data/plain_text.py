@@ -5,7 +5,6 @@ from typing import Any, Literal, get_args
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.choices import check_choice
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
 from lightning_kd.data.objects import RowsLike
@@ -13,6 +12,7 @@ from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
+from lightning_kd.option_checks import check_choice
 from lightning_kd.seeding import run_seed
 
 Offsets = Literal["random", "fixed"]

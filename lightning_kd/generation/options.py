@@ -1,9 +1,13 @@
 """Options of generation."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+
+from lightning_kd.option_checks import is_number
 
 _MOST_TOKENS = 2**24
 _MOST_BEAMS = 1000
+_LEAST_TEMPERATURE = 1e-6
+"""At which logits do not overflow yet."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +38,23 @@ class GenerationOptions:
     num_beams: int = 1
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check kinds and ranges."""
+        for field in fields(self):
+            value, whole = getattr(self, field.name), isinstance(field.default, int)
+            if not is_number(value, whole=whole):
+                kind = "a whole number" if whole else "a number"
+                raise ValueError(f"{field.name} is {value!r}; it must be {kind}")
         for name, ok, expected in (
             (
                 "max_new_tokens",
                 1 <= self.max_new_tokens <= _MOST_TOKENS,
                 f"1 or more, and at most {_MOST_TOKENS:,}",
             ),
-            ("temperature", self.temperature >= 0, "0 (greedy) or more"),
+            (
+                "temperature",
+                self.temperature == 0 or self.temperature >= _LEAST_TEMPERATURE,
+                f"0 (greedy) or more, and above 0 at least {_LEAST_TEMPERATURE:g}",
+            ),
             ("top_k", self.top_k >= 0, "0 (keep all) or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             (

@@ -8,11 +8,11 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import Batch
-from lightning_kd.choices import check_choice
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.supervised_kd import SupervisedKD
 from lightning_kd.normalization import BatchMean, Normalization
+from lightning_kd.option_checks import check_choice
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike

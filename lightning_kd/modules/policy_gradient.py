@@ -11,7 +11,6 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from lightning_kd.batch import Batch, Rollout
-from lightning_kd.choices import check_choice
 from lightning_kd.collectives import any_process
 from lightning_kd.divergences import Divergence
 from lightning_kd.fused import (
@@ -28,6 +27,7 @@ from lightning_kd.modules.loss import LossSums, LossTerm, Scores
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization
+from lightning_kd.option_checks import check_choice
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike

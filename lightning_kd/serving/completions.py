@@ -11,11 +11,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.generation import Completions, GenerationOptions
+from lightning_kd.option_checks import is_number
 from lightning_kd.seeding import derive_seed
+from lightning_kd.serving.fields import flag, integer, number
 from lightning_kd.serving.limits import Limits, RefusedError
 from lightning_kd.serving.service import CompletionOrder
+from lightning_kd.serving.texts import check_texts, token_ids
 from lightning_kd.wire import Question
-from lightning_kd.wire.servers import is_number
 
 _FIXED: Mapping[str, Any] = {
     "n": 1,
@@ -34,9 +36,6 @@ _FIXED: Mapping[str, Any] = {
 """Fields of which one value can be had; another would be another answer."""
 
 _MOST_SEED = 2**63
-
-_CHARACTERS = 4
-"""Of a text, for each token that a request may have."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +72,15 @@ class CompletionRequest:
         given = dict(body)
         if (named := given.pop("model", model)) != model:
             raise RefusedError(404, f"the model {named!r} is not served here; {model!r} is")
-        special = _flag(given, "add_special_tokens", True)
+        special = flag(given, "add_special_tokens", True)
         prompts = _prompts(given.pop("prompt", None), tokenizer, special, limits)
-        max_tokens = _integer(given, "max_tokens", 16, 0, limits.new_tokens)
-        told = _integer(given, "prompt_logprobs", None, 0, limits.k)
-        seed = _integer(given, "seed", None, -_MOST_SEED, _MOST_SEED)
-        token_ids = _flag(given, "return_token_ids", False)
-        likeliest = _integer(given, "top_k", 0, -1, _MOST_SEED) or 0
-        temperature = _number(given, "temperature", 1.0)
-        top_p = _number(given, "top_p", 1.0)
+        max_tokens = integer(given, "max_tokens", 16, 0, limits.new_tokens)
+        told = integer(given, "prompt_logprobs", None, 0, limits.k)
+        seed = integer(given, "seed", None, -_MOST_SEED, _MOST_SEED)
+        token_ids = flag(given, "return_token_ids", False)
+        likeliest = integer(given, "top_k", 0, -1, _MOST_SEED) or 0
+        temperature = number(given, "temperature", 1.0)
+        top_p = number(given, "top_p", 1.0)
         try:
             options = GenerationOptions(
                 max_new_tokens=max(1, max_tokens or 0),
@@ -212,24 +211,6 @@ def _prompt_log_probs(
     return listed
 
 
-def _flag(given: dict[str, Any], name: str, default: bool) -> bool:
-    value = given.pop(name, default)
-    if value is None:
-        return default
-    if not isinstance(value, bool):
-        raise RefusedError(400, f"{name} is {value!r}; it must be true or false")
-    return value
-
-
-def _number(given: dict[str, Any], name: str, default: float) -> float:
-    value = given.pop(name, default)
-    if value is None:
-        return default
-    if not is_number(value):
-        raise RefusedError(400, f"{name} is {value!r}; it must be a number")
-    return float(value)
-
-
 def _prompts(
     prompt: Any, tokenizer: PreTrainedTokenizerBase, special: bool, limits: Limits
 ) -> tuple[tuple[int, ...], ...]:
@@ -240,41 +221,21 @@ def _prompts(
     several = [prompt] if alone else prompt
     if not isinstance(several, list) or not several:
         raise RefusedError(400, "prompt must be a text, a list of token ids, or a list of these")
-    texts = sum(len(each) for each in several if isinstance(each, str))
-    # Before anything is tokenized: a token has some characters, and padding and prompts their share.
-    if len(several) > limits.rows or texts > limits.tokens * _CHARACTERS:
-        raise RefusedError(
-            413,
-            f"the request has {len(several)} prompts and {texts} characters; at most {limits.rows} and "
-            f"{limits.tokens * _CHARACTERS} are taken",
-        )
+    check_texts(several, limits)
     rows = []
     for each in several:
         if isinstance(each, str):
-            each = tokenizer(each, add_special_tokens=special)["input_ids"]
+            each = token_ids(each, tokenizer, special)
         if (
             not isinstance(each, list)
             or not each
-            or not all(isinstance(i, int) and not isinstance(i, bool) for i in each)
+            or not all(is_number(i, whole=True) and abs(i) < 2**63 for i in each)
         ):
             raise RefusedError(
                 400, f"a prompt is {str(each)[:60]}; give text or token ids, not none"
             )
         rows.append(tuple(each))
     return tuple(rows)
-
-
-def _integer(
-    given: dict[str, Any], name: str, default: int | None, least: int, most: int
-) -> int | None:
-    value = given.pop(name, default)
-    if value is None:
-        return default
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise RefusedError(
-            400, f"{name} is {value!r}; it must be an integer from {least} to {most}"
-        )
-    return value
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

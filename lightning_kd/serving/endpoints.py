@@ -7,11 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_kd.generation import Completions, GenerationOptions
+from lightning_kd.generation import Completions
 from lightning_kd.serving.batching import Batcher, Job
 from lightning_kd.serving.completions import CompletionRequest, reply
+from lightning_kd.serving.fields import flag
 from lightning_kd.serving.limits import Limits, RefusedError
 from lightning_kd.serving.service import CompletionOrder, TeacherService
+from lightning_kd.serving.texts import check_texts, token_ids
 from lightning_kd.wire.messages import (
     CONTENT_TYPE,
     Question,
@@ -111,20 +113,12 @@ class Endpoints:
     def _generate(self, body: bytes) -> Body:
         try:
             tensors, about = unpack(body)
-            ids, mask = tensors["prompt_ids"].long(), tensors["prompt_mask"].long()
-            options = GenerationOptions(**about["options"])
-            seeds, width = tuple(int(seed) for seed in about["seeds"]), about["width"]
+            order = CompletionOrder.of_message(tensors, about)
         except (ValueError, KeyError, TypeError) as error:
             raise RefusedError(400, f"not an order of completions: {error}") from error
-        if ids.ndim != 2 or 0 in ids.shape or ids.shape != mask.shape or len(seeds) != len(ids):
-            raise RefusedError(
-                400,
-                f"prompt_ids {tuple(ids.shape)}, prompt_mask {tuple(mask.shape)} and {len(seeds)} "
-                "seeds do not fit each other",
-            )
-        made = self._complete(CompletionOrder(ids, mask, options, seeds, width))
+        made = self._complete(order)
         values = {f.name: getattr(made, f.name) for f in fields(made)}
-        values["rows"] = row_tags(ids, mask, seeds, about)
+        values["rows"] = row_tags(order.prompt_ids, order.prompt_mask, order.seeds, about)
         held = {name: value for name, value in values.items() if value is not None}
         return Body(CONTENT_TYPE, pack(held, {"fingerprint": self._service.fingerprint}))
 
@@ -151,8 +145,9 @@ class Endpoints:
         text = given.get("prompt") if isinstance(given, dict) else None
         if not isinstance(text, str):
             raise RefusedError(400, 'send {"prompt": "a text"}')
-        special = bool(given.get("add_special_tokens", True))
-        tokens = self._service.tokenizer(text, add_special_tokens=special)["input_ids"]
+        special = flag(dict(given), "add_special_tokens", True)
+        check_texts([text], self._limits)
+        tokens = token_ids(text, self._service.tokenizer, special)
         return Body.of_json(
             {"tokens": tokens, "count": len(tokens), "max_model_len": self._service.length}
         )

@@ -2,6 +2,12 @@
 
 from dataclasses import dataclass, fields
 
+from lightning_kd.option_checks import is_number
+from lightning_kd.wire.servers import LONGEST_WAIT
+
+_MOST = 2**40
+"""Of what is counted."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -42,8 +48,15 @@ class Limits:
         """Check the values."""
         for field in fields(self):
             value, least = getattr(self, field.name), 0 if field.name == "length" else 1e-3
-            if not least <= value < float("inf"):
-                raise ValueError(f"limits.{field.name} is {value}; it must be above 0, and finite")
+            whole = isinstance(field.default, int)
+            most = _MOST if whole else LONGEST_WAIT
+            if not is_number(value, whole=whole) or not least <= value <= most:
+                kind = "a whole number" if whole else "a number of seconds"
+                bound = "0 or more" if least == 0 else "above 0"
+                raise ValueError(
+                    f"limits.{field.name} is {value!r}; it must be {bound}, and {kind} of {most:,} at "
+                    "most"
+                )
 
     @property
     def body_bytes(self) -> int:

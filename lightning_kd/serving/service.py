@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.fused import FullDistribution
 from lightning_kd.generation import Completions, GenerationOptions
 from lightning_kd.models.logits_backend import FusedLogits
+from lightning_kd.option_checks import is_number
 from lightning_kd.resuming import describe
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.serving.limits import Limits
@@ -44,6 +45,42 @@ class CompletionOrder:
     options: GenerationOptions
     seeds: tuple[int, ...]
     width: int | None = None
+
+    @classmethod
+    def of_message(
+        cls, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
+    ) -> "CompletionOrder":
+        """Return the order of a message.
+
+        Raises:
+            KeyError: If it lacks something.
+            TypeError: If it has options that there are not.
+            ValueError: If values are of another kind, or do not fit together.
+        """
+        ids, mask = tensors["prompt_ids"], tensors["prompt_mask"]
+        seeds, width = about["seeds"], about["width"]
+        if ids.is_floating_point() or mask.is_floating_point():
+            raise ValueError("prompt_ids and prompt_mask must be integers")
+        if ids.ndim != 2 or 0 in ids.shape or ids.shape != mask.shape:
+            raise ValueError(
+                f"prompt_ids {tuple(ids.shape)} and prompt_mask {tuple(mask.shape)} do not fit"
+            )
+        ids, mask = ids.long(), mask.long()
+        if (
+            ((mask != 0) & (mask != 1)).any()
+            or (mask.diff(dim=1) < 0).any()
+            or not mask[:, -1].all()
+        ):
+            raise ValueError(
+                "prompt_mask must be 1 on a prompt's tokens, and 0 to the left of them"
+            )
+        if not isinstance(seeds, list) or len(seeds) != len(ids):
+            raise ValueError(f"seeds must be a list of {len(ids)}, one for each row")
+        if not all(is_number(seed, whole=True) and 0 <= seed < 2**63 for seed in seeds):
+            raise ValueError("a seed must be a whole number from 0 to 2**63 - 1")
+        if width is not None and not (is_number(width, whole=True) and width > 0):
+            raise ValueError(f"width is {width!r}; it must be a number of tokens, or null")
+        return cls(ids, mask, GenerationOptions(**about["options"]), tuple(seeds), width)
 
 
 class TeacherService:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import Batch
-from lightning_kd.choices import check_choice
 from lightning_kd.fused import (
     AnswerKind,
     DistributionRows,
@@ -19,6 +18,7 @@ from lightning_kd.fused import (
     TokenLogProbs,
 )
 from lightning_kd.models.logits_backend import LogitsBackend
+from lightning_kd.option_checks import check_choice
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.composite import CompositeTeacher, same_width, wide
 from lightning_kd.teachers.contract import Ability, Teacher, checked_answer

@@ -9,11 +9,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
-from lightning_kd.choices import check_choice
 from lightning_kd.fused import AnswerKind, TeacherAnswer, TopKAndToken
 from lightning_kd.generation import CachedSampler, Completions, Engine, GenerationOptions
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.vocabulary import VocabularyPolicy
+from lightning_kd.option_checks import check_choice
 from lightning_kd.resuming import describe
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers.contract import Ability, Teacher, TeacherUnavailableError

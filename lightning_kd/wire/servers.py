@@ -1,11 +1,11 @@
 """Several addresses of one service: turns, failures, further attempts."""
 
-import math
 import os
 import time
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from lightning_kd.option_checks import is_number
 from lightning_kd.wire.exchange import Reply, Request, WireError, exchange
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
@@ -13,6 +13,9 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 8.0
 
 TOKEN_VARIABLE = "LIGHTNING_KD_TOKEN"
 """Environment variable with the bearer token, which need not be set."""
+
+LONGEST_WAIT = 10**6
+"""Seconds that a wait may be given: eleven days. Beyond some number clocks fail."""
 
 _SUCH_AS = "such as http://127.0.0.1:8000"
 
@@ -100,17 +103,6 @@ class Servers:
         )
 
 
-def is_number(value: object, *, whole: bool = False) -> bool:
-    """Return whether a value is a number, and not True or False.
-
-    Example:
-        >>> is_number(8), is_number("8"), is_number(True), is_number(8.5, whole=True)
-        (True, False, False, False)
-    """
-    kinds = int if whole else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool)
-
-
 def check_addresses(urls: Sequence[str], timeout: float, retries: int) -> None:
     """Validate addresses and bounds, before anything is sent.
 
@@ -123,11 +115,11 @@ def check_addresses(urls: Sequence[str], timeout: float, retries: int) -> None:
         raise ValueError(f"urls is empty; give one or more, {_SUCH_AS}")
     for url in urls:
         _check_address(url)
-    sound = is_number(timeout) and math.isfinite(timeout) and timeout > 0
+    sound = is_number(timeout) and 0 < timeout <= LONGEST_WAIT
     if not sound or not is_number(retries, whole=True) or retries < 0:
         raise ValueError(
-            f"timeout is {timeout!r} and retries {retries!r}; give a number of seconds above 0, and 0 "
-            "attempts or more"
+            f"timeout is {timeout!r} and retries {retries!r}; give a number of seconds above 0 and up "
+            f"to {LONGEST_WAIT:,}, and 0 attempts or more"
         )
 
 

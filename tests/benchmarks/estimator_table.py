@@ -198,9 +198,11 @@ def table(student: Tensor, teacher: Tensor) -> str:
             bias, deviation, cosine = measure(make, student, teacher, k)
             mass = f"{k} ({ordered[:, :k].sum(-1).mean():.2f})" if has_k else ""
             unbiased = "yes" if bias < 1e-9 else "no"
-            numbers = f"{bias:.2f} | {cosine:.3f} | {deviation:.2f}"
-            numbers = numbers.replace("| 0.00", "| 0").replace("0.00 |", "0 |")
-            lines.append(f"| {name} | {mass} | {unbiased} | {numbers} |")
+            # Of what is exactly nothing, round-off is left.
+            shown = [f"{value:.2f}" if value > 1e-6 else "0" for value in (bias, deviation)]
+            lines.append(
+                f"| {name} | {mass} | {unbiased} | {shown[0]} | {cosine:.3f} | {shown[1]} |"
+            )
     return "\n".join(lines) + "\n"
 
 

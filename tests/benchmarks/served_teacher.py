@@ -107,4 +107,4 @@ def main(steps):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 12)
+    main(max(5, int(sys.argv[1])) if len(sys.argv) > 1 else 12)  # the first steps are not counted

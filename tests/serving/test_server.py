@@ -120,6 +120,9 @@ def test_texts_are_tokenized(server):
         ({"prompt": [3], "max_tokens": -1}, 400, "max_tokens is -1; it must be an integer from 0"),
         ({"prompt": [3], "max_tokens": 0}, 400, "nothing is asked for"),
         ({"prompt": [3], "temperature": -1}, 400, "temperature is -1.0"),
+        ({"prompt": [3], "temperature": 1e-320}, 400, "above 0 at least 1e-06"),
+        ({"prompt": [2**63], "max_tokens": 1}, 400, "give text or token ids"),
+        ({"prompt": "a\ud800"}, 400, "a text is not Unicode"),
         ({"prompt": [3], "temperature": "hot"}, 400, "hot"),
         ({"prompt": [3, 99], "max_tokens": 1}, 400, "ids beyond those of the teacher, 18"),
         ({"prompt": [3], "max_tokens": 300}, 400, "reads 256 at most"),
@@ -131,6 +134,59 @@ def test_texts_are_tokenized(server):
 def test_a_completion_is_refused_with_a_reason(server, body, status, reason):
     found, message = refused(server, "/v1/completions", body)
     assert found == status
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        ({"prompt": 3}, 400, 'send {"prompt": "a text"}'),
+        ({"prompt": "a", "add_special_tokens": "false"}, 400, "add_special_tokens is 'false'"),
+        ({"prompt": "a\ud800"}, 400, "a text is not Unicode"),
+        ({"prompt": "a" * (2**22 + 1)}, 413, "4194305 characters"),
+    ],
+)
+def test_a_text_is_refused_with_a_reason(server, body, status, reason):
+    found, message = refused(server, "/tokenize", body)
+    assert found == status
+    assert reason in message
+
+
+def order(tensors=None, **about):
+    ids = torch.tensor([[3, 4], [5, 6]])
+    given = {"prompt_ids": ids, "prompt_mask": torch.ones_like(ids)} | (tensors or {})
+    return pack(given, {"options": {"max_new_tokens": 2}, "seeds": [1, 2], "width": None} | about)
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (
+            order(options={"max_new_tokens": 1.5}),
+            "max_new_tokens is 1.5; it must be a whole number",
+        ),
+        (order(options={"max_new_tokens": True}), "max_new_tokens is True"),
+        (order(options={"max_new_tokens": 2, "top_k": 1.5}), "top_k is 1.5"),
+        (order(options={"max_new_tokens": 2, "temperature": "1"}), "temperature is '1'"),
+        (order(options={"longest": 2}), "longest"),
+        (order(seeds=[1]), "seeds must be a list of 2"),
+        (order(seeds=["7", 1]), "a seed must be a whole number"),
+        (order(seeds=[1.9, 1]), "a seed must be a whole number"),
+        (order(seeds=[2**64, 1]), "a seed must be a whole number"),
+        (order(width=0), "width is 0; it must be a number of tokens"),
+        (order(width=True), "width is True"),
+        (order(width="a"), "width is 'a'"),
+        (order({"prompt_ids": torch.full((2, 2), 2.7)}), "must be integers"),
+        (order({"prompt_mask": torch.tensor([[1, 0], [1, 1]])}), "0 to the left of them"),
+        (order({"prompt_mask": torch.tensor([[0, 0], [1, 1]])}), "0 to the left of them"),
+        (order({"prompt_mask": torch.full((2, 2), 7)}), "0 to the left of them"),
+        (order({"prompt_mask": torch.ones(2, 3, dtype=torch.long)}), "do not fit"),
+    ],
+)
+def test_an_order_of_completions_is_refused_with_a_reason(server, body, reason):
+    assert send(server, "/v1/generate", order())[0] == 200
+    status, message = refused(server, "/v1/generate", body)
+    assert status == 400
     assert reason in message
 
 
@@ -356,6 +412,21 @@ def test_what_was_taken_is_answered_before_the_end():
 def test_limits_are_positive(name):
     with pytest.raises(ValueError, match=rf"limits\.{name} is 0; it must be above 0"):
         Limits(**{name: 0})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("k", 1.5),
+        ("queue", True),
+        ("read_seconds", 1e10),
+        ("answer_seconds", "10"),
+        ("rows", 2**50),
+    ],
+)
+def test_limits_are_of_their_kind_and_within_what_clocks_count(name, value):
+    with pytest.raises(ValueError, match=rf"limits\.{name} is .*, and a (whole )?number of"):
+        Limits(**{name: value})
 
 
 def test_a_teacher_of_more_tokens_than_are_asked_for_tells_the_others_in_the_tail():

@@ -334,6 +334,7 @@ def test_one_address_may_stand_alone(server):
         ({"payload": "top_k", "k": 8.5}, "k is 8.5, of type float"),
         ({"payload": "top_k", "k": 8, "temperatures": 2}, r"temperatures are 2; give a list"),
         ({"timeout": "10"}, "timeout is '10'"),
+        ({"timeout": 1e10}, "above 0 and up to 1,000,000"),
         ({"retries": 1.5}, "retries 1.5"),
         ({"urls": ["http://user:word@a:80"]}, "'http://a:80' comes with a user name or a password"),
         ({"urls": ["http://a:80/?x=1"]}, "goes on with a query or a fragment"),

@@ -3,14 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
-from lightning_kd.choices import check_choice
+from lightning_kd.option_checks import check_choice, is_number
 from lightning_kd.teachers.contract import Ability
 from lightning_kd.teachers.servers.backend import Backend
 from lightning_kd.teachers.servers.own import OwnServer
 from lightning_kd.teachers.servers.sglang import SGLangServer
 from lightning_kd.teachers.servers.vllm import VLLMServer
 from lightning_kd.wire.messages import Payload
-from lightning_kd.wire.servers import is_number
 
 BackendName = Literal["lightning_kd", "vllm", "sglang"]
 

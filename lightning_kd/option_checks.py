@@ -1,4 +1,4 @@
-"""Options that are one of a few words."""
+"""Whether the value of an option is of the right kind."""
 
 from collections.abc import Sequence
 
@@ -21,3 +21,14 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"unknown {name} {value!r}; choose one of {tuple(choices)}")
+
+
+def is_number(value: object, *, whole: bool = False) -> bool:
+    """Return whether a value is a number, and not True or False.
+
+    Example:
+        >>> is_number(8), is_number("8"), is_number(True), is_number(8.5, whole=True)
+        (True, False, False, False)
+    """
+    kinds = int if whole else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool)
