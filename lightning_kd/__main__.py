@@ -3,7 +3,8 @@
 import sys
 from importlib.metadata import version
 
-from lightning_kd.commands import COMMANDS, DESCRIPTION, unknown_command
+from lightning_kd.cli.commands import COMMANDS, DESCRIPTION, unknown_command
+from lightning_kd.cli.stored_help import show_help
 
 
 def main() -> None:
@@ -21,7 +22,12 @@ def main() -> None:
     if not given[0].startswith("-") and given[0] not in COMMANDS:
         sys.stderr.write(f"lightning-kd: error: {unknown_command(given[0])}\n")
         raise SystemExit(2)
-    from lightning_kd.cli import main as run  # which takes seconds
+    if not show_help(given, _run):
+        _run()
+
+
+def _run() -> None:
+    from lightning_kd.cli.main import main as run  # which takes seconds
 
     run()
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from lightning_kd.cli import main
+from lightning_kd.cli.main import main
 from lightning_kd.data import arithmetic_tokenizer
 from tests.support.quick import is_quick, mark_by_fixture, no_process_started
 from tests.support.toys import letter_tokenizer, tiny_llama
@@ -76,7 +76,7 @@ def cli(monkeypatch):
     """Run ``lightning-kd`` with arguments; what it prints is captured by pytest."""
 
     # What Ctrl-C does to a process is pytest's own business.
-    monkeypatch.setattr("lightning_kd.cli.end_together", lambda: None)
+    monkeypatch.setattr("lightning_kd.cli.main.end_together", lambda: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lightning-kd", *map(str, arguments)])

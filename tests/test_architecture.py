@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"functions", "imports", "option_checks", "commands", "cli_habits", "cli_models"},
+    {"functions", "imports", "option_checks"},
     {"batch", "collectives", "tokenization", "seeding", "resuming", "processes", "integrity"},
     {"rebuilding", "own_batches"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
@@ -23,10 +23,7 @@ LAYERS = [
     {"callbacks"},
     {"preflight"},
     {"public"},
-    {"demo", "run_directories", "cli_messages", "cli_arguments", "cli_output", "cache_writing"},
-    {"cli_cache"},
-    {"cli_export"},
-    {"cli_check"},
+    {"demo", "run_directories", "cache_writing"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})

@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_kd.cli_habits import ELSEWHERE
+from lightning_kd.cli.habits import ELSEWHERE
 from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, QUIET, SMALL, scalars
 
 pytestmark = [*EXPECTED_WARNINGS, pytest.mark.command_line]

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from lightning_kd.__main__ import main
-from lightning_kd.cli import EXTRA_COMMANDS, DistillationCLI
-from lightning_kd.commands import COMMANDS
+from lightning_kd.cli.commands import COMMANDS
+from lightning_kd.cli.distillation_cli import DistillationCLI
+from lightning_kd.cli.main import EXTRA_COMMANDS
 from tests.support.command_line import EXPECTED_WARNINGS, fit
 
 pytestmark = EXPECTED_WARNINGS
@@ -75,6 +76,7 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
     [
         (["--model", "SupervisedKDD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
         (["--model", "GKD", "--data", "ChatsData"], "did you mean ChatData? choose ArithmeticData"),
+        (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
         (["--trainer.callbacks", "EarlyStop"], "did you mean EarlyStopping? choose "),
         (["--model", "GKD", "--model.optimizer", "AdmaW"], "did you mean AdamW? choose "),
         (["--model", "GKD", "--model.lr_scheduler", "CosineWarmup"], " or WarmupCosine, or your"),

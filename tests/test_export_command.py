@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_kd.cli_export import with_run_config
+from lightning_kd.cli.export import with_run_config
 from tests.support.command_line import CONFIGS, DEBUG, EXPECTED_WARNINGS, QUIET, SMALL, fit, run
 from tests.support.toys import tiny_llama
 

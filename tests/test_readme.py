@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from lightning_kd.cli import main
+from lightning_kd.cli.main import main
 from tests.support.command_line import EXPECTED_WARNINGS, QUIET, SMALL, run
 from tests.support.toys import tiny_llama
 

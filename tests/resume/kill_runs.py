@@ -33,7 +33,7 @@ import yaml
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-from lightning_kd.cli import main as cli
+from lightning_kd.cli.main import main as cli
 from lightning_kd.data import arithmetic_tokenizer
 from tests.resume import places
 from tests.support.toys import tiny_llama

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_kd.callbacks
 import lightning_kd.public
-from lightning_kd.cli_habits import ELSEWHERE
+from lightning_kd.cli.habits import ELSEWHERE
 from lightning_kd.imports import why_no_class
 
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
@@ -42,7 +42,7 @@ class ShortErrors(ArgumentParser):
         if reason:
             text = f"{text.splitlines()[0]}\n  {reason}"
         lines = [text, *(suggestion(name, self._options(), sys.argv[1:]) for name in names)]
-        lines += [*classes_to_choose(message), *forms(message)]
+        lines += [*classes_to_choose(message + self._types_of_help(message)), *forms(message)]
         given = [f".{word}" for word in re.findall(r"[\w.]+", " ".join(sys.argv))]
         elsewhere = [n for n in names if not any(word.endswith(f".{n}") for word in given)]
         if elsewhere or re.match("Problems parsing config|Unexpected config", text):
@@ -51,6 +51,12 @@ class ShortErrors(ArgumentParser):
         said = "\n  ".join(filter(None, lines))
         sys.stderr.write(f"lightning-kd: error: {said}\n")
         raise SystemExit(2)
+
+    def _types_of_help(self, message: str) -> str:
+        """Return the types of the option whose help was asked for by an unknown class."""
+        asked = re.match(r"--([\w.]+\.help): ", message)
+        helping = [a for a in self._actions if asked and a.dest == asked[1]]
+        return "".join(f" {getattr(action, '_typehint', '')}" for action in helping)
 
     def _options(self) -> set[str]:
         """Names of the options, those of subcommands too."""
@@ -284,6 +290,6 @@ def is_for_the_user(error: BaseException) -> bool:
     if isinstance(error, _ACCIDENTS):
         return False
     last = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    home = Path(__file__).resolve().parent
+    home = Path(lightning_kd.__file__).resolve().parent
     homes = (home, (home / "callbacks").resolve(), Path(lightning.__file__).resolve().parent)
     return any(last.is_relative_to(folder) for folder in homes)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_kd.callbacks import HFExport
 from lightning_kd.callbacks.export.training_record import described
 from lightning_kd.checkpoints import readable_checkpoint
-from lightning_kd.cli_cache import CachingTrainer
+from lightning_kd.cli.cache import CachingTrainer
 from lightning_kd.modules import DistillationModule
 from lightning_kd.strategies import adapter_of
 

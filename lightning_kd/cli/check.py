@@ -2,7 +2,7 @@
 
 from lightning.pytorch import LightningDataModule, LightningModule
 
-from lightning_kd.cli_export import ExportingTrainer
+from lightning_kd.cli.export import ExportingTrainer
 from lightning_kd.preflight import Preflight, check
 
 

@@ -1,15 +1,12 @@
-"""The ``lightning-kd`` command: LightningCLI over the modules, data and callbacks of this library."""
+"""LightningCLI over the modules, data and callbacks of this library."""
 
 import os
 import signal
 import sys
-from importlib.metadata import version
 from typing import Any
 
 import lightning
-from jsonargparse import auto_cli, set_loader, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.callbacks import ProgressBar as AnyProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -17,7 +14,6 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_info
-from yaml import YAMLError
 
 # All that a configuration may name by its class name alone.
 import lightning_kd.public  # noqa: F401
@@ -27,30 +23,18 @@ from lightning_kd.callbacks import (
     NonFiniteGuard,
     OnPolicyGeneration,
     ProgressBar,
-    SaveOnTermination,
-    TensorBoardLayout,
-    TimeoutReport,
-    TokensPerSecond,
 )
 from lightning_kd.checkpoints import AtomicCheckpointIO
-from lightning_kd.cli_arguments import Text, as_text, missing_arguments
-from lightning_kd.cli_check import CommandTrainer
-from lightning_kd.cli_export import with_run_config
-from lightning_kd.cli_messages import HelpFormatter, ShortErrorParser, ShortErrors, is_for_the_user
-from lightning_kd.cli_models import read_file, settle_models
-from lightning_kd.cli_output import leave_out_noise, what_is_left
-from lightning_kd.commands import DESCRIPTION
-from lightning_kd.data import write_tokenizer
-from lightning_kd.demo import demo
-from lightning_kd.imports import OwnModules
-from lightning_kd.modules import MiniLLMObjective
+from lightning_kd.cli.arguments import Text, as_text, missing_arguments
+from lightning_kd.cli.check import CommandTrainer
+from lightning_kd.cli.export import with_run_config
+from lightning_kd.cli.messages import is_for_the_user
+from lightning_kd.cli.models import settle_models
+from lightning_kd.cli.output import what_is_left
 from lightning_kd.named_checkpoints import checkpoint_places, find_checkpoint, is_checkpoint
 from lightning_kd.preflight import Preflight
-from lightning_kd.processes import end_together, wait_for
+from lightning_kd.processes import wait_for
 from lightning_kd.run_directories import claim_version
-from lightning_kd.serving import serve
-
-EXTRA_COMMANDS: dict[str, Any] = {"demo": demo, "tokenizer": write_tokenizer, "serve": serve}
 
 RUNS = "runs"
 """Default directory of runs."""
@@ -222,60 +206,6 @@ class DistillationCLI(LightningCLI):
         if not meant and not isinstance(error, ValueError | ImportError):
             text = f"{type(error).__name__}: {text}\n({TRACEBACK}=1 shows where it comes from)"
         self.parser.error(text)
-
-
-def main() -> None:
-    """Entry point of ``lightning-kd`` and ``python -m lightning_kd``."""
-    end_together()
-    for hidden in filter(None, OwnModules.of_arguments(sys.argv[1:]).install()):
-        sys.stderr.write(f"lightning-kd: {hidden}\n")
-    leave_out_noise()
-    # A data class is otherwise only taken for itself, never for a preset that derives from it.
-    set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
-    set_loader("yaml", read_file, (YAMLError,))
-    if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
-        command = EXTRA_COMMANDS[sys.argv[1]]
-        try:
-            auto_cli(
-                command,
-                args=sys.argv[2:],
-                as_positional=False,
-                parser_class=ShortErrors,
-                prog=f"lightning-kd {sys.argv[1]}",
-            )
-        except ValueError as error:
-            sys.stderr.write(f"lightning-kd {sys.argv[1]}: error: {error}\n")
-            raise SystemExit(2) from error
-        return
-    DistillationCLI(
-        LightningModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        trainer_class=CommandTrainer,
-        auto_configure_optimizers=False,
-        seed_everything_default=0,
-        save_config_kwargs={"overwrite": True},
-        parser_class=ShortErrorParser,
-        parser_kwargs={
-            "prog": "lightning-kd",
-            "description": DESCRIPTION,
-            "formatter_class": HelpFormatter,
-            "version": version("lightning-kd"),
-        },
-        trainer_defaults={
-            "logger": {
-                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-                "init_args": {"save_dir": RUNS, "name": "", "default_hp_metric": False},
-            },
-            "callbacks": [
-                TensorBoardLayout(),
-                TokensPerSecond(),
-                TimeoutReport(),
-                SaveOnTermination(),
-            ],
-        },
-    )
 
 
 def _own_logger(logger: Any) -> Any:
