@@ -84,11 +84,15 @@ class DocumentData(PlainTextData):
     """Plain text, one document in a row and no other beside it; every token is trained on.
 
     For models that read each text from its beginning, and to score texts one by one. A batch is as
-    wide as its longest document.
+    wide as its longest document. With a ``prompt_length``, documents have prompts, for methods that
+    generate.
 
     The other options are those of :class:`PlainTextData`.
 
     Args:
+        prompt_length: First tokens of each document that are its prompt, with what the tokenizer puts
+            there: the loss is on what follows, and what is generated goes on from there. Of a shorter
+            document, all but its last token. 0 for no prompts.
         max_length: Longest document, in tokens, with what the tokenizer adds.
         truncation: What happens to longer ones: ``error``, ``drop``, or ``right`` (cut the end, and
             with it the EOS). Counted and logged.
@@ -100,6 +104,7 @@ class DocumentData(PlainTextData):
     def __init__(
         self,
         *,
+        prompt_length: int = 0,
         max_length: int = 1024,
         truncation: TruncationPolicy = "error",
         text_column: str = "text",
@@ -142,6 +147,12 @@ class DocumentData(PlainTextData):
             raise ValueError(
                 f"max_length is {max_length}; it must be 2 or more, for one token to predict another"
             )
+        if not 0 <= prompt_length < max_length:
+            raise ValueError(
+                f"prompt_length is {prompt_length}; it must be 0, for no prompts, or more, and less "
+                f"than max_length, which is {max_length}"
+            )
+        self.prompt_length = prompt_length
         self.limit = LengthLimit(max_length, truncation=truncation)
 
     def rows(self, split: Split) -> Rows | None:
@@ -151,9 +162,21 @@ class DocumentData(PlainTextData):
             return None
 
         def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
-            return [Encoded([], ids) for ids in self.encode(columns[self.text_column])]
+            return [self._document(ids) for ids in self.encode(columns[self.text_column])]
 
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
+
+    def _document(self, ids: list[int]) -> Encoded:
+        """Return a document, its first tokens as a prompt if documents have one."""
+        # One with nothing behind its prompt is refused where documents of one token are.
+        length = min(self.prompt_length, len(ids) - 1)
+        if length < 1:
+            return Encoded([], ids)
+        prompt, rest = ids[:length], ids[length:]
+        return Encoded(prompt, rest, self._text(prompt), self._text(rest))
+
+    def _text(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 class PackedTextData(PlainTextData):

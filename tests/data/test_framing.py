@@ -235,3 +235,43 @@ def test_a_thousand_stories_have_the_known_loss(cli, capsys, shared_data):
     nats, tokens = validate_stories(cli, capsys, shared_data, 1000)
     assert tokens == 382_961
     assert round(nats, 4) == 1.3970
+
+
+@pytest.mark.parametrize("frame", FRAMES)
+def test_a_document_begins_with_its_prompt(frame):
+    tokenizer = framing(FRAMES[frame])
+    path = jsonl({"text": "abcde"}, {"text": "fghab"})
+    whole = DocumentData(tokenizer=tokenizer, train=path).rows("train")
+    parts = DocumentData(tokenizer=tokenizer, train=path, prompt_length=3).rows("train")
+    before = len(special_token_frame(tokenizer)[0])
+    for row, text in enumerate(("abcde", "fghab")):
+        example = parts.example(row, 0)
+        assert example.input_ids == whole.example(row, 0).input_ids
+        assert example.prompt_length == 3
+        assert example.prompt.replace(" ", "") == text[: 3 - before]
+        assert example.completion.replace(" ", "") == text[3 - before :]
+    batch = Collator(0)([(0, 0, parts.example(0, 0)), (1, 1, parts.example(1, 0))])
+    ids = batch["input_ids"]
+    assert torch.equal(batch["prompt_ids"], ids[:, :3])
+    assert torch.equal(batch["labels"][:, 3:], ids[:, 3:])
+    assert (batch["labels"][:, :3] == -100).all()
+
+
+def test_a_short_document_keeps_a_token_to_learn():
+    tokenizer = framing(FRAMES["nothing"])
+    path = jsonl({"text": "abc"}, {"text": "abcdef"})
+    rows = DocumentData(tokenizer=tokenizer, train=path, prompt_length=5).rows("train")
+    assert [rows.example(row, 0).prompt_length for row in range(2)] == [3, 5]
+    with pytest.raises(
+        ValueError, match=r"rows.jsonl:1: the document has 1 tokens, so there is none"
+    ):
+        DocumentData(
+            tokenizer=tokenizer, train=jsonl({"text": "a"}), prompt_length=5, add_eos=False
+        ).rows("train")
+
+
+def test_a_prompt_is_shorter_than_the_longest_document():
+    tokenizer = framing(FRAMES["nothing"])
+    for length in (-1, 8):
+        with pytest.raises(ValueError, match=f"prompt_length is {length}; it must be 0, for no"):
+            DocumentData(tokenizer=tokenizer, train="x.jsonl", prompt_length=length, max_length=8)
