@@ -78,6 +78,10 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
         (["--model", "GKD", "--data", "ChatsData"], "did you mean ChatData? choose ArithmeticData"),
         (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
         (["--trainer.callbacks", "EarlyStop"], "did you mean EarlyStopping? choose "),
+        (
+            ["--trainer.logger", "TensorBoard"],
+            "did you mean TensorBoardLogger? choose CSVLogger or ",
+        ),
         (["--model", "GKD", "--model.optimizer", "AdmaW"], "did you mean AdamW? choose "),
         (["--model", "GKD", "--model.lr_scheduler", "CosineWarmup"], " or WarmupCosine, or your"),
     ],
@@ -85,7 +89,10 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
 def test_an_unknown_class_comes_with_the_nearest_and_the_list(flags, said, fails):
     error = fails("fit", *flags)
     assert said in error
-    for base in ("DistillationModule", "TeacherModule", "DistillationData", "BaseFinetuning"):
+    assert f"there is no class '{flags[-1]}'" in error
+    assert "Expected" not in error
+    bases = ("DistillationModule", "TeacherModule", "DistillationData", "BaseFinetuning")
+    for base in (*bases, "LightningModule", " Callback ", "DataPipe"):
         assert base not in error.split("choose")[-1]
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from lightning_kd.cli.messages import classes_to_choose, is_for_the_user, shorten
+from lightning_kd.cli.class_choices import classes_to_choose
+from lightning_kd.cli.messages import is_for_the_user, shorten
 from lightning_kd.divergences import ForwardKL, make_divergence
 from lightning_kd.fused import DivergenceTerm, LogitsChunk, TeacherCrossEntropy
 from lightning_kd.imports import why_no_class

@@ -5,7 +5,7 @@ import sys
 import traceback
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
-from difflib import SequenceMatcher, get_close_matches
+from difflib import SequenceMatcher
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_kd.callbacks
 import lightning_kd.public
+from lightning_kd.cli.class_choices import NO_CLASS, classes_to_choose
 from lightning_kd.cli.habits import ELSEWHERE
 from lightning_kd.imports import why_no_class
 
@@ -203,53 +204,6 @@ def forms(message: str) -> list[str]:
     return [f"a list is written in brackets: '[\"{found[1]}\"]'"] if found else []
 
 
-def classes_to_choose(message: str) -> list[str]:
-    """Return a line with the public classes that an unknown name may stand for, the nearest first.
-
-    Example:
-        >>> import lightning_kd
-        >>> classes_to_choose('''Subtypes: [<class 'lightning_kd.generation.engine.Engine'>]
-        ...     - Expected a dot import path string: CacheSampler''')
-        ['did you mean CachedSampler? choose CachedSampler or ...']
-    """
-    given = re.search(r"Expected a dot import path string: (\S+)", message)
-    if given is None:
-        return []
-    subtypes = re.sub(r"\[\[.*?\]", "[", message)  # what a callable takes is not what it makes
-    named = re.findall(r"\b((?:[a-z_]\w*\.)+)([A-Z]\w*)\b", subtypes)
-    if re.search(r'Parser key "(?:\w+\.)*optimizer"', message):
-        named.append(("torch.optim.optimizer.", "Optimizer"))
-    found: set[type] = set()
-    for module, name in named:
-        waiting = [getattr(sys.modules.get(module[:-1]), name, None)]
-        while waiting:
-            each = waiting.pop()
-            if isinstance(each, type) and each not in found:
-                found.add(each)
-                waiting += each.__subclasses__()
-    names = sorted({c.__name__ for c in found if _is_choice(c)})
-    if not names:
-        return []
-    near = get_close_matches(given[1], names, n=1)
-    hint = f"did you mean {near[0]}? choose" if near else "choose"
-    return [f"{hint} {' or '.join(names)}, or your own by its path"]
-
-
-def _is_choice(cls: type) -> bool:
-    """Return whether a class is public, not only a base of others, and of this library or below it."""
-    package = cls.__module__.partition(".")[0]
-    members = (getattr(cls, name, None) for name in dir(cls))
-    if cls.__name__.startswith(("_", "Base")) or any(
-        getattr(member, "__isabstractmethod__", False) for member in members
-    ):
-        return False
-    if package == "lightning_kd":
-        public = (lightning_kd.public, lightning_kd.callbacks)
-        return any(getattr(part, cls.__name__, None) is cls for part in public)
-    below = {"lightning", "torch"}
-    return package in below and cls.__bases__[0].__module__.partition(".")[0] in below
-
-
 def shorten(message: str) -> str:
     """The lines of a jsonargparse message that say what came and what was expected.
 
@@ -282,7 +236,9 @@ def shorten(message: str) -> str:
     if not all(line.strip().removeprefix("- ").startswith(place) for line in telling):
         others = telling
     texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in others))
-    return "\n  ".join(texts) or message
+    if any(text.startswith(NO_CLASS) for text in texts):
+        texts = [t for t in texts if not t.startswith(("Expected a <class", "Given value"))]
+    return re.sub(rf"{NO_CLASS}(\S+)", r"there is no class '\1'", "\n  ".join(texts) or message)
 
 
 def is_for_the_user(error: BaseException) -> bool:
