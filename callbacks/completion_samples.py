@@ -1,14 +1,25 @@
 """Evaluation and logging of the student's completions."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torchmetrics import Metric
 
-from lightning_kd.batch import FILLER_ROW, Batch, has_prompts
+from lightning_kd.batch import FILLER_ROW, Batch, PromptBatch, has_prompts, references_of
+from lightning_kd.callbacks.reference_checks import check_data, check_states
 from lightning_kd.callbacks.text_tables import log_table
 from lightning_kd.collectives import any_process
-from lightning_kd.evaluation import ExactMatch
+from lightning_kd.evaluation import (
+    CompletionMetric,
+    CompletionScore,
+    ExactMatch,
+    as_metric,
+    computed,
+    metric_name,
+)
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule
@@ -16,50 +27,84 @@ from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.strategies import adapter_of
 
 Stage = Literal["val", "test"]
+_SPLIT: dict[Stage, Literal["validation", "test"]] = {"val": "validation", "test": "test"}
 
 
 class CompletionSamples(Callback):
-    """Complete validation prompts greedily; log the share of exact matches and a table of samples.
+    """Complete validation prompts; log metrics of the completions and a table of samples.
 
-    Logs ``val/exact_match`` (``test/exact_match``) over the first ``batches`` batches, and the table
-    ``val/samples`` to each logger that can show one (TensorBoard, Weights & Biases). Batches without
-    prompts are skipped.
+    Each prompt is completed once, for all metrics, by default greedily. Logs their numbers as
+    ``val/exact_match`` (``test/exact_match``) and so on, over the first ``batches`` batches, and the
+    table ``val/samples`` to each logger that can show one (TensorBoard, Weights & Biases). Batches
+    without prompts are skipped; if there are no others, ``metrics`` that were given are refused.
 
     Args:
         max_new_tokens: Largest number of tokens of a completion.
         batches: Number of evaluation batches that each rank completes; -1 for all.
         samples: Number of rows of the table.
+        metrics: What completions are measured by: ``ExactMatch``, ``GSM8KAccuracy``, ``RougeL``,
+            ``DistinctN``, ``Repetition``, any ``torchmetrics`` class of texts and lists of references
+            by its import path, or a function by its own: ``(completion, references) -> number``, of
+            which the mean is logged. Defaults to ``[ExactMatch]``.
+        temperature: 0 takes the most likely token; above 0, samples at this temperature, seeded by
+            ``seed_everything`` and each row's number.
+        top_k: When sampling, keep only the most likely tokens; 0 keeps all.
+        top_p: When sampling, keep the smallest set of tokens with this probability; 1 keeps all.
+        completions_per_prompt: Samples of each prompt; means are over all of them.
+        stop_strings: Texts at which a completion is cut before it is measured, as a model without
+            fine-tuning goes on with the next question.
 
     Raises:
-        ValueError: If a value is out of its range.
+        ValueError: If a value is out of its range, or something in ``metrics`` is no metric.
     """
 
-    def __init__(self, max_new_tokens: int = 128, batches: int = -1, samples: int = 8) -> None:
+    def __init__(
+        self,
+        max_new_tokens: int = 128,
+        batches: int = -1,
+        samples: int = 8,
+        metrics: list[CompletionMetric | CompletionScore] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        completions_per_prompt: int = 1,
+        stop_strings: list[str] | None = None,
+    ) -> None:
         if batches < -1 or batches == 0:
             raise ValueError(f"batches is {batches}; give 1 or more, or -1 for all")
         if samples < 0:
             raise ValueError(f"samples is {samples}; it must be 0 or more")
-        self.options = GenerationOptions(max_new_tokens=max_new_tokens)
-        self.batches = batches
-        self.samples = samples
-        self._metric = ExactMatch()
+        if completions_per_prompt < 1 or (completions_per_prompt > 1 and temperature == 0):
+            raise ValueError(
+                f"completions_per_prompt is {completions_per_prompt} at temperature {temperature}; it "
+                "must be 1 or more, and 1 at temperature 0, where all completions are the same one"
+            )
+        if metrics == [] or "" in (stop_strings or []):
+            what = "metrics" if metrics == [] else "one of stop_strings"
+            raise ValueError(f"{what} is empty; leave it out")
+        self.options = GenerationOptions(max_new_tokens, temperature, top_k, top_p)
+        self.batches, self.samples = batches, samples
+        self.completions_per_prompt, self.stop_strings = completions_per_prompt, stop_strings or []
+        self._are_given = metrics is not None
+        self.metrics: list[Metric] = [as_metric(given) for given in metrics or [ExactMatch()]]
         self._table: list[tuple[str, str, str]] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate that prompts and completions fit into the student's positions.
+        """Validate that prompts and completions fit into the student's positions, and references.
 
         Raises:
-            ValueError: If they are longer.
+            ValueError: If they are longer, or a metric cannot be computed.
         """
-        self._check_lengths(trainer, pl_module)
+        self._check(trainer, pl_module, "validation")
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate the lengths in a run that only validates."""
-        self._check_lengths(trainer, pl_module)
+        """Validate lengths and references in a run that only validates."""
+        if trainer.state.fn == "validate":
+            self._check(trainer, pl_module, "validation")
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate the lengths of test data."""
-        self._check_lengths(trainer, pl_module)
+        """Validate lengths and references of test data."""
+        self._check(trainer, pl_module, "test")
 
     def on_validation_batch_end(
         self,
@@ -71,7 +116,7 @@ class CompletionSamples(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Complete the batch."""
-        self._complete(pl_module, batch, batch_idx)
+        self._measure(pl_module, batch, batch_idx)
 
     def on_test_batch_end(
         self,
@@ -83,52 +128,111 @@ class CompletionSamples(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Complete the batch."""
-        self._complete(pl_module, batch, batch_idx)
+        self._measure(pl_module, batch, batch_idx)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the metric and the table."""
+        """Log the metrics and the table."""
         self._log("val", trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the metric and the table."""
+        """Log the metrics and the table."""
         self._log("test", trainer, pl_module)
 
-    def _check_lengths(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _check(
+        self, trainer: L.Trainer, module: L.LightningModule, split: Literal["validation", "test"]
+    ) -> None:
         if not isinstance(module, DistillationModule):
             return
-        longest = longest_rows(trainer)
-        prompt = max((longest[s][1] for s in ("validation", "test") if s in longest), default=0)
+        prompt = longest_rows(trainer).get(split, (0, 0))[1]
         if prompt > 0:
             length = prompt + self.options.max_new_tokens
             what = "prompts and max_new_tokens of CompletionSamples"
             check_length({"student": module.student}, length, what)
+        check_states(self.metrics, trainer.world_size)
+        check_data(self.metrics, trainer, split, self.batches)
+        self._forget()  # what an evaluation that was broken off has left
 
-    def _complete(self, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def _measure(self, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
         beyond = self.batches != -1 and batch_idx >= self.batches
         if beyond or not has_prompts(batch) or not isinstance(module, DistillationModule):
             return
-        with adapter_of(module.trainer).outside_of_steps():
-            completions = module.complete(batch, purpose="samples", options=self.options)
-        texts = completions.texts(module.tokenizer)
+        completed = [self._complete(module, batch, n) for n in range(self.completions_per_prompt)]
         rows = [
-            (prompt, text, reference)
-            for row, prompt, text, reference in zip(
-                batch["row"].tolist(), batch["prompt"], texts, batch["completion"], strict=True
+            (prompt, text, references)
+            for row, prompt, texts, references in zip(
+                batch["row"].tolist(),
+                batch["prompt"],
+                zip(*completed, strict=True),
+                references_of(batch),
+                strict=True,
             )
             if row != FILLER_ROW
+            for text in texts
         ]
-        self._metric.to(module.device)
-        self._metric.update([row[1] for row in rows], [row[2] for row in rows])
-        self._table += rows[: self.samples - len(self._table)]
+        for metric in self.metrics:
+            metric.to(module.device)
+            metric.update([row[1] for row in rows], [row[2] for row in rows])
+        shown = rows[: self.samples - len(self._table)]
+        self._table += [(row[0], row[1], "\n".join(row[2])) for row in shown]
+
+    def _complete(
+        self, module: DistillationModule, batch: PromptBatch, number: int
+    ) -> Sequence[str]:
+        purpose = f"samples/{number}" if number else "samples"
+        with adapter_of(module.trainer).outside_of_steps():
+            completions = module.complete(batch, purpose=purpose, options=self.options)
+        return [cut_at(text, self.stop_strings) for text in completions.texts(module.tokenizer)]
 
     def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
         # On every rank: one without a row or a batch must take part in the sum.
-        if any_process(self._metric.update_called, module.device):
-            self._metric.to(module.device).update([], [])
-            share = self._metric.compute()
-            module.log(f"{stage}/exact_match", share, prog_bar=True, sync_dist=True)
+        measured = any_process(self.metrics[0].update_called, module.device)
+        if not measured and self._are_given:
+            names = ", ".join(map(metric_name, self.metrics))
+            raise ValueError(
+                f"CompletionSamples is to measure {names}, and data.{_SPLIT[stage]} has no prompts to "
+                "complete; use data with prompts, or leave metrics out"
+            )
+        for name, value in self._values(module).items() if measured else ():
+            module.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
         if self._table:
             header = ("prompt", "completion", "reference")
             log_table(trainer, f"{stage}/samples", header, self._table, trainer.global_step)
-        self._metric.reset()
+        self._forget()
+
+    def _values(self, module: L.LightningModule) -> dict[str, Tensor]:
+        values: dict[str, Tensor] = {}
+        taken = _logged_by(module)
+        for metric in self.metrics:
+            if not metric.update_called:
+                metric.to(module.device).update([], [])
+            for name, value in computed(metric).items():
+                if name in values or name in taken:
+                    raise ValueError(
+                        f"{metric_name(metric)} would log {name}, a name that another number has; give "
+                        "it another name"
+                    )
+                values[name] = value.to(module.device)
+        return values
+
+    def _forget(self) -> None:
+        for metric in self.metrics:
+            metric.reset()
         self._table = []
+
+
+def _logged_by(module: L.LightningModule) -> set[str]:
+    """Return what a module logs of an evaluation itself."""
+    if not isinstance(module, DistillationModule):
+        return set()
+    own = {"loss", "tokens", "perplexity", "entropy_gap", *module.terms}
+    return own | set(module.eval_distribution.names) | set(module.eval_distribution.dropped_names)
+
+
+def cut_at(text: str, stop_strings: Sequence[str]) -> str:
+    r"""Return what stands before the first of some texts.
+
+    Example:
+        >>> cut_at("72\n\nQuestion: What", ["Question:", "\n\n"])
+        '72'
+    """
+    return text[: min((text.find(stop) for stop in stop_strings if stop in text), default=None)]

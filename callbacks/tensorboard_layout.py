@@ -47,6 +47,9 @@ LAYOUT = {
     "Text": {
         "perplexity": ["Multiline", [r"(train|val)/perplexity$"]],
         "exact match": ["Multiline", [r"val/exact_match$"]],
+        "accuracy on GSM8K": ["Multiline", [r"val/gsm8k_accuracy_(strict|flexible)$"]],
+        "ROUGE-L": ["Multiline", [r"val/rouge_l$"]],
+        "repeated and distinct n-grams": ["Multiline", [r"val/(repetition|distinct)_\d+$"]],
     },
     "Normalization": {
         "loss under each normalization": [

@@ -58,6 +58,9 @@ class PromptBatch(Batch):
     """The prompt's text, one per row."""
     completion: list[str]
     """The reference completion's text, one per row."""
+    references: NotRequired[list[list[str]]]
+    """The texts that each row's completion is compared with, where they are others than the reference
+    alone; none for a row that has no reference."""
 
 
 class Rollout(PromptBatch):
@@ -159,6 +162,16 @@ def require_prompts(batch: Batch) -> PromptBatch:
             "prompts and completions"
         )
     return batch
+
+
+def references_of(batch: PromptBatch) -> list[list[str]]:
+    """Return the texts that the completion of each row is compared with.
+
+    Example:
+        >>> references_of({"completion": ["a", "b"]})
+        [['a'], ['b']]
+    """
+    return batch.get("references") or [[text] for text in batch["completion"]]
 
 
 def text_of(batch: Batch) -> Batch | None:

@@ -87,6 +87,8 @@ def with_prompts(
         )
     rows = [row[kept] for row, kept in zip(ids, in_prompt, strict=True)]
     completions = [row[kept] for row, kept in zip(ids, labeled, strict=True)]
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in completions]
+    found = zip(texts, completions, strict=True)
     width = max(len(row) for row in rows)
     pad = padding_id(tokenizer)
     numbers = torch.arange(first, first + len(rows), device=ids.device)
@@ -101,7 +103,8 @@ def with_prompts(
                 [_on_the_left(torch.ones_like(row), width, 0) for row in rows]
             ),
             "prompt": [tokenizer.decode(row) for row in rows],
-            "completion": [tokenizer.decode(row, skip_special_tokens=True) for row in completions],
+            "completion": texts,
+            "references": [[text] if len(row) else [] for text, row in found],
         },
     )
 

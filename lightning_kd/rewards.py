@@ -27,7 +27,9 @@ def exact_match(*, completions: list[str], references: list[str], **_: Any) -> l
 
 
 def final_answer(*, completions: list[str], references: list[str], **_: Any) -> list[float]:
-    """1 where the number after the last ``####`` is that of the reference, as GSM8K is scored.
+    """1 where the number after the last ``####`` has the value of the reference's, in GSM8K's form.
+
+    More lenient than :class:`~lightning_kd.evaluation.GSM8KAccuracy`, which is how GSM8K is scored.
 
     Raises:
         ValueError: If a reference has no final answer.

@@ -268,7 +268,7 @@ TABLE = {
     ),
     "wrong row type": (
         [*JSONL, "--data.train", "number.jsonl"],
-        ["number.jsonl:2", "'completion' must be text, got int 2"],
+        ["number.jsonl:2", "'completion' must be text or a list of texts, got int 2"],
     ),
     "null": ([*JSONL, "--data.train", "null.jsonl"], ["null.jsonl:2", "got nothing"]),
     "row is a list": ([*JSONL, "--data.train", "list.jsonl"], ["list.jsonl:2", "object"]),

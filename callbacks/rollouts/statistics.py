@@ -1,7 +1,7 @@
 """Statistics of generated completions and of the time that generation takes."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_kd.callbacks.metric_logging import log_metrics
 from lightning_kd.callbacks.rollouts.lengths import is_empty
+from lightning_kd.evaluation import distinct_ngrams, repeated_ngrams
 from lightning_kd.generation import Completions
 
 _REPEATED = 4
@@ -80,9 +81,10 @@ class RolloutStatistics:
 
     def _metrics(self, trainer: L.Trainer, generated: Completions) -> dict[str, Tensor]:
         rows = [
-            ids[mask] for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
+            ids[mask].tolist()
+            for ids, mask in zip(generated.ids.cpu(), generated.mask.cpu(), strict=True)
         ]
-        repeated = [repeated_grams(row, _REPEATED) for row in rows]
+        repeated = [repeated_ngrams(row, _REPEATED) for row in rows]
         of_rows = [generated.mask.sum(-1), generated.ended, is_empty(generated)]
         of_rows.append(torch.tensor(repeated, device=generated.ids.device))
         own = torch.stack([values.double() for values in of_rows])
@@ -104,34 +106,12 @@ class RolloutStatistics:
             "eos_rate": ended.mean(),
             "truncation_rate": 1 - ended.mean(),
             "empty_rate": empty.mean(),
-            "distinct_1": torch.tensor(distinct(rows, 1)),
-            "distinct_2": torch.tensor(distinct(rows, 2)),
+            "distinct_1": torch.tensor(distinct_ngrams(rows, 1)),
+            "distinct_2": torch.tensor(distinct_ngrams(rows, 2)),
             "tokens_per_second": all_lengths.sum() / self._seconds,
             "time_share": torch.tensor(self._seconds / elapsed),
             **repetition,
         }
-
-
-def repeated_grams(row: Tensor, n: int) -> int:
-    """Count the n-grams of a row that stand earlier in it too.
-
-    Example:
-        >>> repeated_grams(torch.tensor([1, 1, 1, 2, 1, 1]), 2)  # 11 11 12 21 11: the second and last
-        2
-    """
-    grams = [tuple(gram) for gram in row.unfold(0, n, 1).tolist()] if len(row) >= n else []
-    return len(grams) - len(set(grams))
-
-
-def distinct(rows: Sequence[Tensor], n: int) -> float:
-    """Compute the share of distinct n-grams among all n-grams of the rows; 0 if there are none.
-
-    Example:
-        >>> distinct([torch.tensor([1, 1, 1]), torch.tensor([1, 2])], 2)
-        0.6666666666666666
-    """
-    grams = [tuple(gram) for row in rows if len(row) >= n for gram in row.unfold(0, n, 1).tolist()]
-    return len(set(grams)) / max(1, len(grams))
 
 
 def passes_multiple(after: int, until: int, every: int) -> bool:

@@ -5,6 +5,7 @@ import sys
 from difflib import get_close_matches
 
 import lightning_kd.callbacks
+import lightning_kd.evaluation
 import lightning_kd.public
 
 NO_CLASS = "Expected a dot import path string: "
@@ -58,7 +59,7 @@ def _is_choice(cls: type) -> bool:
     ):
         return False
     if package == "lightning_kd":
-        public = (lightning_kd.public, lightning_kd.callbacks)
+        public = (lightning_kd.public, lightning_kd.callbacks, lightning_kd.evaluation)
         return any(getattr(part, cls.__name__, None) is cls for part in public)
     below = {"lightning", "torch"}
     return package in below and cls.__bases__[0].__module__.partition(".")[0] in below

@@ -57,7 +57,8 @@ def _encoded(
     reference = text_of_content((chat.answer or {}).get("content"))
     prompt_text = rendered.text[: rendered.prompt]
     if not chat.trained:
-        return Encoded(whole, [], prompt_text, reference)
+        references = None if chat.answer is not None else ()
+        return Encoded(whole, [], prompt_text, reference, references=references)
     last = rendered.spans[-1]
     cuts = sorted({0, rendered.prompt, *(cut for span in rendered.spans for cut in span)})
     cuts += [last[1]] if last[0] == last[1] else []  # an empty answer, which only ends

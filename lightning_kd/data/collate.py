@@ -1,6 +1,7 @@
 """From examples to a padded batch."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -47,13 +48,19 @@ class Collator:
 
     def _with_prompts(self, batch: Batch, examples: Sequence[Example]) -> PromptBatch:
         prompts = [example.input_ids[: example.prompt_length] for example in examples]
-        return {
+        found: dict[str, Any] = {
             **batch,
             "prompt_ids": _pad(prompts, self.pad_id, left=True),
             "prompt_mask": _pad([[1] * len(row) for row in prompts], 0, left=True),
             "prompt": [example.prompt or "" for example in examples],
             "completion": [example.completion for example in examples],
         }
+        if any(example.references is not None for example in examples):
+            found["references"] = [
+                [example.completion] if example.references is None else list(example.references)
+                for example in examples
+            ]
+        return cast(PromptBatch, found)
 
 
 def _labels(number: int, example: Example) -> list[int]:

@@ -26,6 +26,8 @@ class Example:
     """Further columns of the row."""
     trained: Sequence[bool] = ()
     """Whether the loss is on each token; empty for those from ``prompt_length`` on."""
+    references: Sequence[str] | None = None
+    """Texts that a completion is compared with. Defaults to ``completion`` alone; empty for none."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,8 @@ class Encoded:
     """Whether each token of both is trained on; empty for those of the completion."""
     remarks: Sequence[str] = ()
     """What else to say of the row, in words that follow "of 10 rows, 3"."""
+    references: Sequence[str] | None = None
+    """Texts that a completion is compared with. Defaults to ``completion_text`` alone."""
 
 
 @dataclass(frozen=True)

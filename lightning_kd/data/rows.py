@@ -131,6 +131,7 @@ class EncodedRows:
             found["completion"],
             {name: found[f"extra:{name}"] for name in self._extra},
             found["trained"],
+            found["references"],
         )
 
 
@@ -159,6 +160,7 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
         "prompt_length": len(kept[0]) if kept else 0,
         "prompt": encoded.prompt_text,
         "completion": encoded.completion_text,
+        "references": encoded.references,
         "dropped": kept is None,
         "cut": kept is not None and len(ids) < len(prompt) + len(completion),
         "after_eos": encoded.after_eos,

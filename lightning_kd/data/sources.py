@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from glob import glob, has_magic
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import datasets
@@ -17,15 +18,20 @@ WHERE = "__where__"
 """Column with the place of each row: ``train.jsonl:17``."""
 
 
+TEXTS = str | list[str]
+"""Type of a column with a text or a list of texts, which :func:`texts_of` reads."""
+
+Kind = type | UnionType
+
 _FORMAT = 3
 """Version of the rows of :func:`load_rows`: a cache of another version is not used."""
 
 
 def load_rows(
     path: RowsLike,
-    required: dict[str, type],
+    required: Mapping[str, Kind],
     *,
-    optional: Mapping[str, type] | None = None,
+    optional: Mapping[str, Kind] | None = None,
     split: str = "train",
     subset: str | None = None,
 ) -> datasets.Dataset:
@@ -35,8 +41,8 @@ def load_rows(
         path: A ``.jsonl``, ``.json``, ``.csv``, ``.parquet`` or ``.txt`` file, a glob of such files,
             a directory that ``datasets`` wrote or understands, the name of a data set on the hub, or
             rows themselves.
-        required: Columns that must be there, and the type of their values: ``str``, ``list`` or
-            ``bool``.
+        required: Columns that must be there, and the type of their values: ``str``, ``list``,
+            ``bool`` or :data:`TEXTS`.
         optional: Columns that are taken along where they exist, and their types.
         split: Split of a hub data set or directory; a file is one split. Names rows that were given.
         subset: Configuration of a hub data set.
@@ -67,6 +73,19 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{path} has no rows; training and evaluation need at least one")
     return rows
+
+
+def texts_of(cell: str | None, kind: Kind) -> list[str]:
+    """Return the texts of a cell that :func:`load_rows` has read as :data:`TEXTS`, or as one text.
+
+    Example:
+        >>> texts_of('["a", "b"]', TEXTS), texts_of('"a"', TEXTS), texts_of("a", str)
+        (['a', 'b'], ['a'], ['a'])
+    """
+    if cell is None:
+        return []
+    found = json.loads(cell) if kind == TEXTS else cell
+    return [found] if isinstance(found, str) else list(found)
 
 
 def digests(path: RowsLike, split: str) -> dict[str, str]:
@@ -105,7 +124,7 @@ def _files(path: str) -> list[str]:
 
 
 def _from_file(
-    path: str, required: dict[str, type], optional: Mapping[str, type]
+    path: str, required: Mapping[str, Kind], optional: Mapping[str, Kind]
 ) -> datasets.Dataset:
     status = Path(path).stat()
     # The stamp is part of the cache's key: a changed file is read again, also one that was put in
@@ -131,8 +150,8 @@ def _of_file(path: str, stamp: tuple[int | str, ...]) -> Iterator[Row]:
 
 def _from_datasets(
     path: str,
-    required: dict[str, type],
-    optional: Mapping[str, type],
+    required: Mapping[str, Kind],
+    optional: Mapping[str, Kind],
     split: str,
     subset: str | None,
 ) -> datasets.Dataset:
@@ -159,7 +178,7 @@ def _from_datasets(
 
 
 def _of_columns(
-    rows: datasets.Dataset, name: str, required: dict[str, type], optional: Mapping[str, type]
+    rows: datasets.Dataset, name: str, required: Mapping[str, Kind], optional: Mapping[str, Kind]
 ) -> datasets.Dataset:
     wanted = [column for column in (*required, *optional) if column in rows.column_names]
     missing = [column for column in required if column not in wanted]
@@ -191,8 +210,8 @@ def _of_rows(rows: datasets.Dataset, name: str) -> Iterator[Row]:
 
 def _table(
     read: Callable[..., Iterator[Row]],
-    required: dict[str, type],
-    optional: Mapping[str, type],
+    required: Mapping[str, Kind],
+    optional: Mapping[str, Kind],
     **source: Any,
 ) -> datasets.Dataset:
     columns = (*required, *optional, WHERE)
@@ -217,8 +236,8 @@ def _table(
 def _checked(
     read: Callable[..., Iterator[Row]],
     source: dict[str, Any],
-    required: dict[str, type],
-    optional: Mapping[str, type],
+    required: Mapping[str, Kind],
+    optional: Mapping[str, Kind],
 ) -> Iterator[dict[str, str | None]]:
     for where, row in read(**source):
         values: dict[str, str | None] = {WHERE: where}
@@ -233,13 +252,25 @@ def _checked(
         yield values
 
 
-_KINDS = {str: "text", list: "a list", bool: "true or false"}
+_KINDS: dict[Kind, str] = {
+    str: "text",
+    list: "a list",
+    bool: "true or false",
+    TEXTS: "text or a list of texts",
+}
 
 
-def _as_text(value: Any, expected: type, place: str) -> str:
-    if not isinstance(value, expected):
+def _as_text(value: Any, expected: Kind, place: str) -> str:
+    texts = value if isinstance(value, list) and value else [value]
+    fits = isinstance(value, expected) if expected != TEXTS else all(type(t) is str for t in texts)
+    if not fits:
         got = "nothing" if value is None else f"{type(value).__name__} {value!r:.60}"
-        if expected is str and isinstance(value, list) and value and isinstance(value[0], dict):
+        if (
+            expected in (str, TEXTS)
+            and isinstance(value, list)
+            and value
+            and isinstance(value[0], dict)
+        ):
             got += "; lists of messages are read by ChatData"
         raise ValueError(f"{place} must be {_KINDS[expected]}, got {got}")
     try:

@@ -19,7 +19,7 @@ from lightning_kd.data.encoding import (
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
 from lightning_kd.data.objects import RowsLike, check_source
 from lightning_kd.data.rows import EncodedRows
-from lightning_kd.data.sources import WHERE, digests, load_rows
+from lightning_kd.data.sources import TEXTS, WHERE, Kind, digests, load_rows, texts_of
 from lightning_kd.data.templates import PromptTemplate
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 
@@ -112,8 +112,11 @@ class PromptCompletionData(TextData):
 
     Args:
         prompt_column: Column of the prompt.
-        completion_column: Column of the completion; ``predict`` does without. None for prompts that
-            only a model completes: nothing of the data itself is then trained on.
+        completion_column: Column of the completion, or of a list of them: the loss is on the first,
+            and metrics of completions take the best of all. ``predict`` does without. None for
+            prompts that only a model completes: nothing of the data itself is then trained on.
+        references_column: Column of the texts, one or a list, that metrics of completions compare
+            with in validation and test. Defaults to the completions.
         ended_column: Column that is true or false, where there is one: an EOS is appended to
             completions that ended, and to none that were cut. Without it all have ended. None
             leaves a column of this name alone.
@@ -137,6 +140,7 @@ class PromptCompletionData(TextData):
         *,
         prompt_column: str = "prompt",
         completion_column: str | None = "completion",
+        references_column: str | None = None,
         ended_column: str | None = ENDED,
         use_token_ids: bool = True,
         prompt_template: str | list[str] = "{prompt}",
@@ -169,6 +173,7 @@ class PromptCompletionData(TextData):
             worker_timeout=worker_timeout,
         )
         self.prompt_column, self.completion_column = prompt_column, completion_column
+        self.references_column = references_column
         self.ended_column, self.use_token_ids = ended_column, use_token_ids
         templates = [prompt_template] if isinstance(prompt_template, str) else prompt_template
         self.template = PromptTemplate(tuple(templates), prompt_column)
@@ -180,20 +185,24 @@ class PromptCompletionData(TextData):
         if path is None:
             return None
         completed = self.completion_column is not None and split != "predict"
-        required = [*self.template.required, *self.extra_columns]
-        optional: dict[str, type] = {FINGERPRINT: str}
+        required: dict[str, Kind] = dict.fromkeys(
+            [*self.template.required, *self.extra_columns], str
+        )
+        optional: dict[str, Kind] = {FINGERPRINT: str}
         optional |= dict.fromkeys([self.prompt_column, *self.template.columns], str)
         if self.use_token_ids:
             optional[PROMPT_IDS] = list
         if self.completion_column is not None and completed:
-            required.append(self.completion_column)
+            required[self.completion_column] = self._kind(self.completion_column)
             optional |= {COMPLETION_IDS: list} if self.use_token_ids else {}
             optional |= {} if self.ended_column is None else {self.ended_column: bool}
         elif self.completion_column is not None:
-            optional[self.completion_column] = str
+            optional[self.completion_column] = self._kind(self.completion_column)
+        if self.references_column is not None and split in {"validation", "test"}:
+            required[self.references_column] = self._kind(self.references_column)
         raw = load_rows(
             path,
-            dict.fromkeys(required, str),
+            required,
             optional={name: kind for name, kind in optional.items() if name not in required},
             split=split,
             subset=self.subset,
@@ -211,15 +220,14 @@ class PromptCompletionData(TextData):
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
         ended = columns.get(self.ended_column or "", [None] * len(columns[WHERE]))
         given = given_ids(columns, COMPLETION_IDS, self.tokenizer)
+        prompts = self._encode_prompts(columns)
         completions = encode_completions(
-            _unless(columns[self.completion_column or ""], given),
+            _unless([row.completion_text for row in prompts], given),
             self.tokenizer,
             [value != "false" for value in ended],
         )
         rows = []
-        for number, (row, completion) in enumerate(
-            zip(self._encode_prompts(columns), completions, strict=True)
-        ):
+        for number, (row, completion) in enumerate(zip(prompts, completions, strict=True)):
             ids, after_eos = given[number], ""
             if ids is None:
                 ids, after_eos = completion.ids, completion.after_eos
@@ -239,18 +247,41 @@ class PromptCompletionData(TextData):
             else self.template.fill({name: columns[name][row] for name in self.template.columns})
             for row, fingerprint in enumerate(columns[FINGERPRINT])
         ]
-        references = columns.get(self.completion_column or "") or [""] * len(texts)
+        completions = self._texts(columns, self.completion_column)
+        references = self._texts(columns, self.references_column)
         given = given_ids(columns, PROMPT_IDS, self.tokenizer)
+        encoded = encode_prompts(_unless(texts, given), self.tokenizer)
         return [
-            Encoded(prompt if ids is None else ids, [], text, reference or "")
-            for prompt, ids, text, reference in zip(
-                encode_prompts(_unless(texts, given), self.tokenizer),
-                given,
-                texts,
-                references,
-                strict=True,
+            Encoded(
+                encoded[row] if ids is None else ids,
+                [],
+                text,
+                (completions[row] or [""])[0],
+                references=_references(completions[row], references[row]),
+                remarks=[SEVERAL] if len(completions[row]) > 1 else [],
             )
+            for row, (ids, text) in enumerate(zip(given, texts, strict=True))
         ]
+
+    def _kind(self, column: str) -> Kind:
+        """Return the type of a column of texts: one text where it is also read as another column."""
+        others = {self.prompt_column, *self.template.columns, *self.extra_columns}
+        return str if column in others else TEXTS
+
+    def _texts(self, columns: dict[str, list[Any]], column: str | None) -> list[list[str]]:
+        """Return the texts of each row in a column; none where there is no such column."""
+        cells = columns.get(column or "", [None] * len(columns[WHERE]))
+        return [texts_of(cell, self._kind(column or "")) for cell in cells]
+
+
+SEVERAL = "have several completions, and the loss is on the first"
+
+
+def _references(completions: list[str], references: list[str]) -> list[str] | None:
+    """Return what a completion is compared with; None for the completion alone."""
+    if references:
+        return references
+    return None if len(completions) == 1 else completions
 
 
 def _unless(texts: Sequence[str], given: Sequence[list[int] | None]) -> list[str]:

@@ -28,6 +28,7 @@ from lightning_kd.loops.fit import (
 )
 from lightning_kd.loops.logs import EarlierRows, forget_steps
 from lightning_kd.loops.module_hooks import ModuleHooks
+from lightning_kd.loops.monitors import MonitorChecks
 from lightning_kd.loops.place import place_of
 from lightning_kd.loops.requeue import RequeueAfterStep, SavesAfterStep, requeues
 
@@ -49,7 +50,7 @@ def prepare_trainer(trainer: L.Trainer) -> None:
         trainer.callbacks.insert(0, ResumeState(EarlierRows(trainer)))  # type: ignore[attr-defined]
     if requeues(trainer) and not any(isinstance(c, RequeueAfterStep) for c in trainer.callbacks):  # type: ignore[attr-defined]
         trainer.callbacks.append(RequeueAfterStep())  # type: ignore[attr-defined]
-    for added in (EpochChecks, ModuleHooks):
+    for added in (EpochChecks, MonitorChecks, ModuleHooks):
         if not any(isinstance(callback, added) for callback in trainer.callbacks):  # type: ignore[attr-defined]
             trainer.callbacks.append(added())  # type: ignore[attr-defined]
     trainer.callbacks.sort(key=_turn)  # type: ignore[attr-defined]
@@ -68,7 +69,7 @@ def prepare_trainer(trainer: L.Trainer) -> None:
 
 def _turn(callback: Callback) -> int:
     """Return the place of a callback: checks and saving come after what is checked and saved."""
-    behind = (EpochChecks, ModuleHooks, SavesAfterStep, Checkpoint)
+    behind = (EpochChecks, MonitorChecks, ModuleHooks, SavesAfterStep, Checkpoint)
     return next((turn for turn, kind in enumerate(behind, 1) if isinstance(callback, kind)), 0)
 
 

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
+from torchmetrics.text import BLEUScore
 
 from lightning_kd.callbacks import (
     CompletionSamples,
@@ -28,6 +29,7 @@ from lightning_kd.callbacks import (
     OnPolicyGeneration,
     SaveOnTermination,
 )
+from lightning_kd.evaluation import DistinctN, ExactMatch, Repetition, RougeL
 from lightning_kd.fused import WeightedSum
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import StudentSpec
@@ -103,9 +105,20 @@ def numbers(fit: Any, *prefixes: str) -> dict[str, float]:
     return {k: v.item() for k, v in logged.items() if k.startswith(prefixes or ("val/", "train/"))}
 
 
+def every_metric() -> list[Any]:
+    """Return metrics of sums, of joined lists, and of torchmetrics."""
+    metrics = [ExactMatch(), RougeL(), DistinctN(), Repetition(2), BLEUScore(n_gram=1)]
+    return [*metrics, letters]
+
+
+def letters(completion: str, references: list[str]) -> float:
+    """Count the letters of a completion."""
+    return float(len(completion))
+
+
 def only_fillers() -> dict[str, float]:
     """Complete and score validation rows that only the first rank has."""
-    fit = run("fillers", [CompletionSamples(max_new_tokens=4)])
+    fit = run("fillers", [CompletionSamples(max_new_tokens=4, metrics=every_metric())])
     fit.validate(SupervisedKD(**two()), datamodule=Letters(rows=3, batch_size=3), verbose=False)
     return numbers(fit)
 
@@ -120,7 +133,7 @@ def no_batch() -> dict[str, float]:
         def val_dataloader(self) -> Any:
             return Endless([with_prompts(ROWS)] if RANK == 0 else [])
 
-    fit = run("no_batch", [CompletionSamples(max_new_tokens=4)])
+    fit = run("no_batch", [CompletionSamples(max_new_tokens=4, metrics=every_metric())])
     module = SupervisedKD(**two())
     fit.validate(module, datamodule=Data([]), verbose=False)
     return numbers(fit)

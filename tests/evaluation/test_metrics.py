@@ -1,11 +1,11 @@
-"""Metrics of completions, and of distributions that are in no evaluation and no step."""
+"""Metrics of distributions that are in no evaluation and no step."""
 
 import math
 
 import pytest
 import torch
 
-from lightning_kd.evaluation import DistributionMetrics, ExactMatch
+from lightning_kd.evaluation import DistributionMetrics
 
 
 def test_a_student_alone_is_compared_with_nobody():
@@ -14,12 +14,6 @@ def test_a_student_alone_is_compared_with_nobody():
     metrics.update(values, targets)
     found = {name: value.item() for name, value in metrics.compute().items()}
     assert found == pytest.approx({"perplexity": math.exp(2), "student_entropy": 0.6})
-
-
-def test_one_completion_is_all_or_nothing():
-    metric = ExactMatch()
-    metric.update([" 12"], ["12 "])
-    assert metric.compute() == 1
 
 
 def test_nothing_is_shown_where_nothing_was_measured():

@@ -10,7 +10,7 @@ import torch
 
 from lightning_kd.callbacks.rollouts.lengths import LengthHistory, WindowLengths
 from lightning_kd.callbacks.rollouts.runaway import RunawayWarning
-from lightning_kd.callbacks.rollouts.statistics import repeated_grams
+from lightning_kd.evaluation import repeated_ngrams
 from lightning_kd.generation import Completions
 
 ALONE = SimpleNamespace(sum_over_ranks=lambda values: values)
@@ -82,7 +82,7 @@ def test_repetitions_are_counted_one_by_one():
         row = rng.integers(0, 3, length).tolist()
         grams = [row[i : i + 4] for i in range(length - 3)]
         again = sum(grams[i] in grams[:i] for i in range(len(grams)))
-        assert repeated_grams(torch.tensor(row, dtype=torch.long), 4) == again
+        assert repeated_ngrams(row, 4) == again
     assert again > 10
 
 

@@ -1,0 +1,84 @@
+"""What a metric of completions cannot be computed with, said before anything is generated."""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import lightning as L
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_mean
+
+from lightning_kd.batch import has_prompts, references_of
+from lightning_kd.collectives import gather_objects
+from lightning_kd.data import DistillationData
+from lightning_kd.evaluation import CompletionMetric, check_references, metric_name
+
+
+def check_states(metrics: Sequence[Metric], world_size: int) -> None:
+    """Refuse metrics that several processes cannot compute together.
+
+    Args:
+        metrics: Metrics of completions.
+        world_size: Processes of the run.
+
+    Raises:
+        ValueError: If one has a list that is not joined, for which a process without a completion
+            would be waited for forever, or a mean, which is not that of all completions.
+    """
+    for metric in metrics if world_size > 1 else ():
+        for state, reduction in metric._reductions.items():
+            listed = reduction is None and isinstance(metric._defaults[state], list)
+            if listed or reduction is dim_zero_mean:
+                raise ValueError(
+                    f"{metric_name(metric)} keeps {state} in a way that {world_size} processes do not "
+                    "add up right; compute it in one (--trainer.devices 1), or write a metric whose "
+                    'states are sums: add_state(..., dist_reduce_fx="sum")'
+                )
+
+
+def check_data(
+    metrics: Sequence[Metric],
+    trainer: L.Trainer,
+    split: Literal["validation", "test"],
+    batches: int,
+) -> None:
+    """Validate the references of the rows that will be completed, on all processes together.
+
+    Data of a user's own loader shows its references as they come.
+
+    Args:
+        metrics: Metrics of completions.
+        trainer: Has the data.
+        split: Whose rows.
+        batches: Number of evaluation batches of each process; -1 for all.
+
+    Raises:
+        ValueError: If a metric cannot be computed with one of them, on any process.
+    """
+    data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, DistillationData):
+        return
+    said = None
+    try:
+        for references in _references(data, split, None if batches == -1 else batches):
+            for metric in metrics:
+                if isinstance(metric, CompletionMetric):
+                    metric.check_references(references)
+                else:
+                    check_references(metric, references)
+    except ValueError as error:
+        said = f"data.{split}: {error}"
+    for refused in gather_objects(said):
+        if refused is not None:
+            raise ValueError(refused)
+
+
+def _references(
+    data: DistillationData, split: Literal["validation", "test"], batches: int | None
+) -> Iterator[list[list[str]]]:
+    left = None if batches is None else batches * data.eval_batch_size
+    for batch in data.texts(split):
+        if not has_prompts(batch) or left == 0:
+            return
+        references = references_of(batch)[:left]
+        left = None if left is None else left - len(references)
+        yield references
