@@ -50,7 +50,7 @@ class JsonlPredictions(Callback):
             ValueError: If the data is read from the output file.
         """
         assert isinstance(pl_module, DistillationModule)
-        check_output(trainer, self.path, "predictions.path")
+        check_output(getattr(trainer, "datamodule", None), self.path, "predictions.path")
         self._fingerprint = tokenizer_fingerprint(pl_module.tokenizer)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._part(trainer.global_rank).write_text("", encoding="utf-8")

@@ -4,21 +4,18 @@ import glob
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 
-
-def check_output(trainer: L.Trainer, path: Path, option: str) -> None:
+def check_output(data: Any, path: Path, option: str) -> None:
     """Validate that an output file is not a file that the run reads.
 
     Args:
-        trainer: Trainer with the data module.
+        data: The data module; None where a loader is used.
         path: Output file.
         option: Name of its option.
 
     Raises:
         ValueError: If the data is read from that file.
     """
-    data: Any = getattr(trainer, "datamodule", None)
     parts = [data, getattr(data, "prompts", None), getattr(data, "text", None)]
     given = [source for part in parts for source in getattr(part, "paths", {}).values()]
     named = [source for source in given if isinstance(source, str) and source]

@@ -64,6 +64,7 @@ from lightning_kd.preflight import Preflight, check
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Cosine, Linear, Steps
 from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
+from lightning_kd.student_evaluation import evaluate
 from lightning_kd.teachers import (
     CachedTeacher,
     LocalTeacher,
@@ -145,6 +146,7 @@ __all__ = [
     "arithmetic_tokenizer",
     "available_divergences",
     "check",
+    "evaluate",
     "fused_linear_divergence",
     "make_divergence",
     "register_divergence",

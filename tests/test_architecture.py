@@ -21,7 +21,7 @@ LAYERS = [
     {"teachers"},
     {"data", "modules", "serving"},
     {"callbacks"},
-    {"preflight"},
+    {"preflight", "student_evaluation"},
     {"public"},
     {"demo", "run_directories", "cache_writing"},
     {"cli", "__init__", "__main__"},

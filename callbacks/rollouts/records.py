@@ -52,7 +52,7 @@ class RolloutRecords:
         """
         if self.path is None:
             return
-        check_output(trainer, self.path, "on_policy.path")
+        check_output(getattr(trainer, "datamodule", None), self.path, "on_policy.path")
         if not self.resumed and self.path.exists() and self.path.stat().st_size > 0:
             raise ValueError(
                 f"on_policy.path is {str(self.path)!r}, which exists, and this run goes on from no "

@@ -52,6 +52,29 @@ def _is_text(name: str, value: str) -> bool:
     return bool(handed_on or re.fullmatch(_TEMPLATE, name))
 
 
+def with_student_data(arguments: list[str]) -> list[str]:
+    """Return the command line of ``evaluate`` with the data that it has by itself, to be changed.
+
+    Example:
+        >>> with_student_data(["evaluate", "--student", "runs/student", "--data.test", "a.jsonl"])[:5]
+        ['evaluate', '--data', 'PromptCompletionData', '--data.tokenizer', 'runs/student']
+        >>> with_student_data(["serve", "--teacher", "runs/teacher"])
+        ['serve', '--teacher', 'runs/teacher']
+
+    Raises:
+        ValueError: If nothing says which student.
+    """
+    flat = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
+    if arguments[:1] != ["evaluate"] or flat[-1] in {"-h", "--help"}:
+        return arguments
+    own = ["--data", "PromptCompletionData"]
+    if "--student" in flat[:-1]:
+        own += ["--data.tokenizer", flat[flat.index("--student") + 1]]
+    elif not {"--config", "--data.help", "--completions.help", "--callbacks.help"} & {*flat}:
+        raise ValueError("which model? give --student, its directory or hub name")
+    return [arguments[0], *own, *arguments[1:]]
+
+
 def missing_arguments(config: Any) -> Iterator[str]:
     """Yield a message for each constructor argument without type, default and value.
 

@@ -8,6 +8,7 @@ COMMANDS = {
     "validate": "evaluate a checkpoint on the validation split",
     "test": "evaluate a checkpoint on the test split",
     "predict": "write completions of a checkpoint to a file",
+    "evaluate": "evaluate an exported student, or any model, on data",
     "export": "write the student of a checkpoint as a Hugging Face model with a card",
     "cache": "write what a teacher says about the data, for CachedTeacher to read",
     "serve": "serve a teacher to runs in other processes",

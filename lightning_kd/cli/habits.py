@@ -20,6 +20,7 @@ ELSEWHERE = {
     "max_grad_norm": "--trainer.gradient_clip_val",
     "max_length": "--data.max_length",
     "max_new_tokens": "--on_policy.generation.max_new_tokens",
+    "metrics": "--completions.metrics",
     "max_seq_length": "--data.max_length",
     "model_name_or_path": "--model.student.name_or_path",
     "num_generations": "--on_policy.group_size",

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from typing import Any
 
 from jsonargparse import auto_cli, set_loader, set_parsing_settings
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from yaml import YAMLError
 
@@ -14,6 +15,7 @@ from lightning_kd.callbacks import (
     TimeoutReport,
     TokensPerSecond,
 )
+from lightning_kd.cli.arguments import with_student_data
 from lightning_kd.cli.check import CommandTrainer
 from lightning_kd.cli.commands import DESCRIPTION
 from lightning_kd.cli.distillation_cli import RUNS, DistillationCLI
@@ -26,8 +28,14 @@ from lightning_kd.imports import OwnModules
 from lightning_kd.modules import MiniLLMObjective
 from lightning_kd.processes import end_together
 from lightning_kd.serving import serve
+from lightning_kd.student_evaluation import evaluate
 
-EXTRA_COMMANDS: dict[str, Any] = {"demo": demo, "tokenizer": write_tokenizer, "serve": serve}
+EXTRA_COMMANDS: dict[str, Any] = {
+    "demo": demo,
+    "evaluate": evaluate,
+    "tokenizer": write_tokenizer,
+    "serve": serve,
+}
 
 
 def main() -> None:
@@ -44,12 +52,12 @@ def main() -> None:
         try:
             auto_cli(
                 command,
-                args=sys.argv[2:],
+                args=with_student_data(sys.argv[1:])[1:],
                 as_positional=False,
                 parser_class=ShortErrors,
                 prog=f"lightning-kd {sys.argv[1]}",
             )
-        except ValueError as error:
+        except (ValueError, ImportError, MisconfigurationException) as error:
             sys.stderr.write(f"lightning-kd {sys.argv[1]}: error: {error}\n")
             raise SystemExit(2) from error
         return

@@ -1,0 +1,87 @@
+"""Evaluation of a student that is on disk, without the run that trained it."""
+
+import json
+from pathlib import Path
+
+import lightning as L
+from jsonargparse.typing import lazy_instance
+from lightning.pytorch.callbacks import Callback
+
+from lightning_kd.callbacks import CompletionSamples, ProgressBar
+from lightning_kd.callbacks.output_paths import check_output
+from lightning_kd.data import DistillationData
+from lightning_kd.modules import SFT, SupervisedKD
+from lightning_kd.processes import wait_for
+
+_DEFAULT = lazy_instance(CompletionSamples)
+"""Exact match, greedily; help shows what it is made of."""
+
+
+def evaluate(
+    student: str,
+    data: DistillationData,
+    completions: CompletionSamples | None = _DEFAULT,
+    teacher: str | None = None,
+    callbacks: list[Callback] | None = None,
+    output: str | None = None,
+    accelerator: str = "auto",
+    devices: int | str = 1,
+    precision: str | None = None,
+    seed_everything: int = 0,
+) -> dict[str, float]:
+    """Evaluate a student that was exported, or any causal language model, on test data.
+
+    Prints a table of all that ``lightning-kd test`` logs: cross-entropy and perplexity, metrics of
+    completions, and those of further callbacks; beside a teacher also both KL divergences.
+
+    Args:
+        student: Directory or hub name of the model, with its tokenizer.
+        data: The test rows. A class of data module is chosen by its name; by itself it is
+            PromptCompletionData with the student's tokenizer, so that ``--data.test FILE`` is enough.
+        completions: How prompts are completed, and by what completions are measured; null completes
+            none.
+        teacher: Directory or hub name of a model that the student is compared with.
+        callbacks: Further callbacks that log to ``test/``.
+        output: File to write the numbers to, as JSON.
+        accelerator: As of Lightning's trainer.
+        devices: As of Lightning's trainer; several share the rows.
+        precision: As of Lightning's trainer, such as ``bf16-mixed``.
+        seed_everything: Seed of completions that are sampled.
+
+    Returns:
+        The numbers, by the names that they are logged under.
+
+    Raises:
+        ValueError: If there is no such model, no test data, or something cannot be computed.
+
+    Example:
+        >>> from lightning_kd import ArithmeticData
+        >>> evaluate("runs/student", ArithmeticData(), completions=None)  # doctest: +SKIP
+        {'test/loss': 0.02, ...}
+    """
+    place = None if output is None else Path(output)
+    if place is not None and (place.is_dir() or not place.resolve().parent.is_dir()):
+        raise ValueError(f"output is {output!r}; give a file in a directory that exists")
+    L.seed_everything(seed_everything, verbose=False)
+    measured = CompletionSamples() if completions is _DEFAULT else completions
+    asked = [*(callbacks or []), *([] if measured is None else [measured])]
+    trainer = L.Trainer(
+        accelerator=accelerator,
+        devices=devices,
+        precision=precision,  # type: ignore[arg-type]  # a name among Lightning's, or refused there
+        callbacks=[*asked, ProgressBar()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+    )
+    module = (
+        SFT(student=student) if teacher is None else SupervisedKD(student=student, teacher=teacher)
+    )
+    if place is not None:
+        check_output(data, place, "output")
+    (numbers,) = trainer.test(module, datamodule=data)
+    wait_for(trainer.strategy.launcher)
+    if place is not None and trainer.is_global_zero:
+        said = {"student": student, "teacher": teacher, "metrics": dict(numbers)}
+        place.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    return dict(numbers)
