@@ -72,7 +72,7 @@ def with_student_data(arguments: list[str]) -> list[str]:
         own += ["--data.tokenizer", flat[flat.index("--student") + 1]]
     elif not {"--config", "--data.help", "--completions.help", "--callbacks.help"} & {*flat}:
         raise ValueError("which model? give --student, its directory or hub name")
-    return [arguments[0], *own, *arguments[1:]]
+    return [arguments[0], *own, *as_text(arguments[1:])]
 
 
 def missing_arguments(config: Any) -> Iterator[str]:
