@@ -1,6 +1,7 @@
 """Lightning callbacks: rollouts, diagnostics, export, predictions, samples, TensorBoard."""
 
 from lightning_kd.callbacks.completion_samples import CompletionSamples
+from lightning_kd.callbacks.document_likelihoods import DocumentLikelihoods
 from lightning_kd.callbacks.hf_export import HFExport
 from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
 from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnostics
@@ -15,6 +16,7 @@ from lightning_kd.callbacks.timeout_report import TimeoutReport
 
 __all__ = [
     "CompletionSamples",
+    "DocumentLikelihoods",
     "HFExport",
     "HealthOptions",
     "JsonlPredictions",

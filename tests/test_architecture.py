@@ -10,7 +10,16 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"functions", "imports", "option_checks"},
-    {"batch", "collectives", "tokenization", "seeding", "resuming", "processes", "integrity"},
+    {
+        "batch",
+        "collectives",
+        "tokenization",
+        "token_bytes",
+        "seeding",
+        "resuming",
+        "processes",
+        "integrity",
+    },
     {"rebuilding", "own_batches"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"checkpoints", "filesystem", "loops", "wire"},

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from lightning_kd.option_checks import check_choice
 
 TruncationPolicy = Literal["error", "drop", "left", "right"]
+DocumentPolicy = Literal["error", "drop", "right", "windows"]
+"""What happens to a document that is too long; ``windows`` makes a row of each part."""
 
 _Item = TypeVar("_Item")
 
@@ -39,7 +41,8 @@ class LengthLimit:
         max_prompt_length: Longest prompt, in tokens. Defaults to no limit of its own.
         truncation: ``error`` refuses the data, ``drop`` leaves the row out, ``left`` cuts the
             beginning of the prompt, ``right`` cuts the end of the completion (which then has no EOS)
-            and of the prompt. What was dropped or cut is counted and logged.
+            and of the prompt. What was dropped or cut is counted and logged. ``windows``, for
+            documents alone, makes several rows of one.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -47,11 +50,12 @@ class LengthLimit:
 
     max_length: int
     max_prompt_length: int | None = None
-    truncation: TruncationPolicy = "error"
+    truncation: TruncationPolicy | DocumentPolicy = "error"
 
     def __post_init__(self) -> None:
         """Check the values."""
-        check_choice("truncation", self.truncation, get_args(TruncationPolicy))
+        choices = dict.fromkeys((*get_args(TruncationPolicy), *get_args(DocumentPolicy)))
+        check_choice("truncation", self.truncation, tuple(choices))
         for name in ("max_length", "max_prompt_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -76,6 +80,11 @@ class LengthLimit:
             ([2, 3], [4, 5])
         """
         longest_prompt = self.max_prompt_length or self.max_length
+        if prompt and self.truncation == "windows":
+            raise ValueError(
+                f"{where}: truncation is windows, which are parts of documents, and this row has a "
+                "prompt; choose error, drop, left or right"
+            )
         if len(prompt) <= longest_prompt and len(prompt) + len(completion) <= self.max_length:
             return prompt, completion
         if self.truncation == "error":
@@ -89,11 +98,26 @@ class LengthLimit:
         kept_prompt = prompt[:longest_prompt]
         return kept_prompt, completion[: max(0, self.max_length - len(kept_prompt))]
 
+    def windows(self, document: list[_Item]) -> list[list[_Item]]:
+        """Return a document in the parts that become rows: itself, unless the policy is ``windows``.
+
+        Each window begins with the last token of the one before, which is not scored again, so that
+        every token but the first of the document is scored once.
+
+        Example:
+            >>> LengthLimit(3, truncation="windows").windows([1, 2, 3, 4, 5, 6])
+            [[1, 2, 3], [3, 4, 5], [5, 6]]
+        """
+        if self.truncation != "windows" or len(document) <= self.max_length:
+            return [document]
+        starts = range(0, len(document) - 1, self.max_length - 1)
+        return [document[start : start + self.max_length] for start in starts]
+
     def _too_long(self, prompt: int, completion: int, longest_prompt: int) -> str:
         if not prompt:
             return (
                 f"the document has {completion} tokens; allowed are {self.max_length}. Raise "
-                "max_length, or choose truncation: drop or right"
+                "max_length, or choose truncation: drop, right or windows"
             )
         return (
             f"the prompt has {prompt} tokens and the completion {completion}; allowed are "

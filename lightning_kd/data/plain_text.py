@@ -6,7 +6,7 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import Split
-from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy, encode_documents
+from lightning_kd.data.encoding import DocumentPolicy, Encoded, LengthLimit, encode_documents
 from lightning_kd.data.objects import RowsLike
 from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import load_rows
@@ -94,8 +94,10 @@ class DocumentData(PlainTextData):
             there: the loss is on what follows, and what is generated goes on from there. Of a shorter
             document, all but its last token. 0 for no prompts.
         max_length: Longest document, in tokens, with what the tokenizer adds.
-        truncation: What happens to longer ones: ``error``, ``drop``, or ``right`` (cut the end, and
-            with it the EOS). Counted and logged.
+        truncation: What happens to longer ones: ``error``, ``drop``, ``right`` (cut the end, and
+            with it the EOS), or ``windows``: they are read on in rows of ``max_length``, each beginning
+            with the last token of the one before, so that every token is scored once, and with a
+            further column ``document``. What is dropped or cut is counted and logged.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -106,7 +108,7 @@ class DocumentData(PlainTextData):
         *,
         prompt_length: int = 0,
         max_length: int = 1024,
-        truncation: TruncationPolicy = "error",
+        truncation: DocumentPolicy = "error",
         text_column: str = "text",
         add_eos: bool = True,
         strip: bool = False,
@@ -138,10 +140,11 @@ class DocumentData(PlainTextData):
             num_workers=num_workers,
             worker_timeout=worker_timeout,
         )
-        if truncation == "left":
+        check_choice("truncation", truncation, get_args(DocumentPolicy))
+        if prompt_length and truncation == "windows":
             raise ValueError(
-                "truncation is 'left', which cuts prompts, and a document has none; choose error, "
-                "drop or right"
+                f"truncation is windows and prompt_length {prompt_length}: parts of a document have no "
+                "prompts; choose error, drop or right, or leave prompt_length out"
             )
         if max_length < 2:
             raise ValueError(

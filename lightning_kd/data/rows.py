@@ -3,6 +3,7 @@
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import datasets
@@ -17,6 +18,9 @@ log = logging.getLogger(__name__)
 
 ROWS_AT_ONCE = 1000
 """Rows that are tokenized together."""
+
+DOCUMENT = "document"
+"""Further column of the windows of documents: the number of the document, from 0."""
 
 Encode = Callable[[dict[str, list[Any]]], list[Encoded]]
 """Columns of some rows to the tokens and texts of their prompts and completions."""
@@ -51,15 +55,23 @@ class EncodedRows:
         extra: Sequence[str] = (),
     ) -> None:
         self._extra = extra
+        if limit.truncation == "windows" and DOCUMENT not in extra:
+            self._extra = (*extra, DOCUMENT)
         columns: dict[str, list[Any]] = defaultdict(list)
         remarks: list[tuple[str, str]] = []
+        documents = 0
         for rows in raw.iter(ROWS_AT_ONCE):
-            for encoded, where in zip(encode(rows), rows[WHERE], strict=True):
-                for name, value in _limited(encoded, limit, where).items():
-                    columns[name].append(value)
+            found = zip(encode(rows), rows[WHERE], strict=True)
+            for place, (encoded, where) in enumerate(found):
+                further = {name: rows[name][place] for name in extra}
+                further = {DOCUMENT: documents} | further
+                documents += 1
+                for part in limit.windows(encoded.completion):
+                    row = _limited(replace(encoded, completion=part), limit, where)
+                    row |= {f"extra:{name}": further[name] for name in self._extra}
+                    for name, value in row.items():
+                        columns[name].append(value)
                 remarks += [(remark, where) for remark in encoded.remarks]
-            for name in extra:
-                columns[f"extra:{name}"] += rows[name]
         self.max_lengths = (max(map(len, columns["input_ids"])), max(columns["prompt_length"]))
         tokenized = datasets.Dataset.from_dict(columns)
         keep = [row for row, dropped in enumerate(tokenized["dropped"]) if not dropped]

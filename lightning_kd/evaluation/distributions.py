@@ -1,5 +1,6 @@
 """Metrics of a student's next-token distribution, against its teacher's and against the text."""
 
+import math
 from typing import ClassVar
 
 import torch
@@ -50,6 +51,9 @@ class DistributionMetrics(Metric):
     that are among the teacher's, and ``student_overlap_mass`` and ``teacher_overlap_mass``, the
     probability that each side gives to these shared tokens, as far as the teacher tells k tokens.
 
+    With the bytes of the labels there is ``bits_per_byte``, what the student needs for a byte of text:
+    :math:`-\sum \log q(y) / (\ln 2 \cdot \text{bytes})`. An EOS costs nats and has no bytes.
+
     Example:
         >>> from lightning_kd.fused import DistributionRows, LogitsChunk, MaterializedLogits
         >>> metrics, targets = DistributionMetrics(), torch.tensor([2])
@@ -86,6 +90,7 @@ class DistributionMetrics(Metric):
     counts: Tensor
     dropped: Tensor
     dropped_tokens: Tensor
+    nats_and_bytes: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,6 +101,7 @@ class DistributionMetrics(Metric):
         self.add_state("counts", zero.repeat(len(self.names)), dist_reduce_fx="sum")
         self.add_state("dropped", zero.repeat(2), dist_reduce_fx="sum")
         self.add_state("dropped_tokens", zero.repeat(2), dist_reduce_fx="sum")
+        self.add_state("nats_and_bytes", zero.repeat(2), dist_reduce_fx="sum")
         # Sums of a whole evaluation: float32 would lose the last tokens of a large one.
         self.set_dtype(torch.float64)
 
@@ -169,6 +175,18 @@ class DistributionMetrics(Metric):
                 tokens = labeled.sum()[None].double()
                 self.dropped_tokens = self.dropped_tokens.double().index_add(0, place, tokens)
 
+    def update_bytes(self, nats: Tensor, label_bytes: Tensor) -> None:
+        """Add how many bytes labels stand for.
+
+        Args:
+            nats: Of each label, ``(N,)``.
+            label_bytes: Of each label, ``(N,)``; one that is not known, below 0, leaves
+                ``bits_per_byte`` out of the results.
+        """
+        counted = label_bytes.double().masked_fill(label_bytes < 0, float("nan"))
+        sums = torch.stack([nats.sum(dtype=torch.float64), counted.sum()])
+        self.nats_and_bytes = self.nats_and_bytes.double() + sums
+
     def compute(self) -> dict[str, Tensor]:
         """The means, by name, of what was measured anywhere."""
         result: dict[str, Tensor] = {}
@@ -179,6 +197,9 @@ class DistributionMetrics(Metric):
                 result[name] = total / count
         if "teacher_entropy" in result:
             result["entropy_gap"] = result["student_entropy"] - result["teacher_entropy"]
+        nats, counted = self.nats_and_bytes
+        if counted > 0:  # not where one is unknown, which makes the sum NaN
+            result["bits_per_byte"] = nats / counted / math.log(2)
         for side, name in enumerate(self.dropped_names):
             if self.dropped_tokens[side] > 0:
                 result[name] = self.dropped[side] / self.dropped_tokens[side]

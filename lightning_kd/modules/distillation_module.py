@@ -18,6 +18,7 @@ from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentLike
 from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatchLoss, Scores, evaluate
+from lightning_kd.modules.measured import MeasuredModule
 from lightning_kd.modules.optimization import (
     WarmupCosine,
     built_optimizer,
@@ -32,7 +33,7 @@ from lightning_kd.strategies import StrategyAdapter, adapter_of
 from lightning_kd.tokenization import TokenizerLike
 
 
-class DistillationModule(TunableModule, StepCountingModule):
+class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
     A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says
@@ -174,6 +175,7 @@ class DistillationModule(TunableModule, StepCountingModule):
         terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)
         _, loss = self._evaluate(scores, terms, self.eval_distribution)
         self._evaluation.add(loss)
+        self.count_bytes(batch, scores.positions)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of test data."""
@@ -269,6 +271,7 @@ class DistillationModule(TunableModule, StepCountingModule):
         if metrics is not None:
             kind = None if scores.teacher is None else scores.teacher.kind
             metrics.update(watched, targets, kind)
+            self.label_nats = watched[0]
         return total, loss
 
     def _log_gradient_norm(self, norm: Tensor | None) -> None:
@@ -283,18 +286,3 @@ class DistillationModule(TunableModule, StepCountingModule):
         shown = self._log_distribution(stage, self.eval_distribution)
         self._log_terms(stage, reduced.means, self._evaluation.terms, shown)
         self.log(f"{stage}/tokens", float(reduced.tokens), sync_dist=True)
-
-    def _log_terms(
-        self, stage: str, means: Mapping[str, float], names: Sequence[str], shown: set[str]
-    ) -> None:
-        # Lightning would average two values of one name, so a metric of that name stands alone: it
-        # means the same in every run.
-        values = {f"{stage}/{name}": means[name] for name in names}
-        new = {name: value for name, value in values.items() if name not in shown}
-        self.log_dict(new, sync_dist=stage != "train")
-
-    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
-        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
-        self.log_dict(values, sync_dist=stage != "train")
-        metrics.reset()
-        return set(values)

@@ -135,7 +135,11 @@ def test_long_documents_are_refused_dropped_or_cut_with_their_end(caplog):
 @pytest.mark.parametrize(
     ("module", "settings", "message"),
     [
-        (DocumentData, {"truncation": "left"}, "truncation is 'left', which cuts prompts"),
+        (
+            DocumentData,
+            {"truncation": "left"},
+            "unknown truncation 'left'; choose one of .*windows",
+        ),
         (DocumentData, {"max_length": 1}, "max_length is 1; it must be 2 or more"),
         (PackedTextData, {"extra_columns": ["kind"]}, "extra_columns is .* several rows"),
     ],

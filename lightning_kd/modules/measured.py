@@ -1,0 +1,94 @@
+"""Logging of what is measured beside the loss; the bytes of text that labels stand for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.evaluation import DistributionMetrics
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.token_bytes import TokenBytes
+
+
+@dataclass(frozen=True)
+class LabelLikelihood:
+    """What each label of an evaluated micro-batch costs, and how much text it is."""
+
+    positions: ScoredPositions
+    nats: Tensor
+    """Minus the student's log-probability of each label, ``(N,)``."""
+    bytes: Tensor | None
+    """Of text, ``(N,)``; below 0 where a token's are not known, None where no token's are."""
+
+    def per_row(self) -> Tensor:
+        """Return nats, tokens and bytes of each row, ``(B, 3)``, float64; NaN for unknown bytes.
+
+        Example:
+            >>> positions = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8], [-100, -100, 9]]))
+            >>> nats, size = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([3, 0, -1])
+            >>> LabelLikelihood(positions, nats, size).per_row().tolist()
+            [[3.0, 2.0, 3.0], [4.0, 1.0, nan]]
+        """
+        labeled = self.positions.targets != IGNORE_INDEX
+        size = self.nats.new_full(self.nats.shape, float("nan"), dtype=torch.float64)
+        if self.bytes is not None:
+            size = self.bytes.double().masked_fill(self.bytes < 0, float("nan"))
+        values = torch.stack([self.nats.double(), torch.ones_like(size), size], -1)[labeled]
+        rows = values.new_zeros(len(self.positions.mask), 3)
+        return rows.index_add(0, self.positions.rows[labeled], values)
+
+
+class MeasuredModule(L.LightningModule):
+    """A module that logs metrics, and says after each evaluated batch what its labels cost."""
+
+    tokenizer: PreTrainedTokenizerBase
+
+    label_nats: Tensor
+    """Of the last micro-batch that was measured, ``(N,)``."""
+
+    label_likelihood: LabelLikelihood
+    """Of the last evaluated batch, for callbacks."""
+
+    eval_distribution: DistributionMetrics
+
+    _known: tuple[PreTrainedTokenizerBase, TokenBytes | None] | None = None
+
+    def token_bytes(self) -> TokenBytes | None:
+        """Return the bytes of the tokenizer's tokens; None if they are not known."""
+        tokenizer = self.tokenizer
+        if self._known is None or self._known[0] is not tokenizer:
+            try:
+                found: TokenBytes | None = TokenBytes.of_tokenizer(tokenizer)
+            except ValueError:
+                found = None
+            self._known = (tokenizer, found)
+        return self._known[1]
+
+    def count_bytes(self, batch: Batch, positions: ScoredPositions) -> None:
+        """Add the bytes of an evaluated batch's labels to the metrics, where they are known."""
+        known, labeled = self.token_bytes(), positions.targets != IGNORE_INDEX
+        size, ids = None, batch["input_ids"]
+        if known is not None:
+            size = positions.of_tokens(known.to(ids.device).of(ids))
+        if size is not None:
+            self.eval_distribution.update_bytes(self.label_nats[labeled], size[labeled])
+        self.label_likelihood = LabelLikelihood(positions, self.label_nats, size)
+
+    def _log_terms(
+        self, stage: str, means: Mapping[str, float], names: Sequence[str], shown: set[str]
+    ) -> None:
+        # Lightning would average two values of one name, so a metric of that name stands alone: it
+        # means the same in every run.
+        values = {f"{stage}/{name}": means[name] for name in names}
+        new = {name: value for name, value in values.items() if name not in shown}
+        self.log_dict(new, sync_dist=stage != "train")
+
+    def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
+        values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        self.log_dict(values, sync_dist=stage != "train")
+        metrics.reset()
+        return set(values)

@@ -1,0 +1,194 @@
+"""Tokens as bytes: how much text each token of a tokenizer stands for."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+UNKNOWN = -1
+"""Bytes of a token of which nobody knows what text it stands for, such as ``<unk>``."""
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""What SentencePiece writes for a space."""
+
+_KEEPS_TEXT = {"ByteLevel", "Digits", "Metaspace", "Punctuation", "Split"}
+"""Kinds of pre-tokenizers that cut a text without leaving anything out."""
+
+
+@dataclass(frozen=True)
+class TokenBytes:
+    """Bytes of UTF-8 text that each token of a tokenizer stands for.
+
+    Special tokens stand for none. The bytes of a text's tokens add up to those of the text as the
+    tokenizer reads it (some normalize to NFC). The space that some tokenizers put before a text is
+    none of its bytes; it is told by its place, at the beginning of a row or behind a special token, so
+    that of a text that begins with a space itself one byte may be missing.
+
+    Example:
+        >>> from lightning_kd.data.tokenizer_training import train_tokenizer
+        >>> tokenizer = train_tokenizer(["two and two is four"] * 3, vocab_size=270)
+        >>> text = "two or \u00e9"
+        >>> ids = torch.tensor([[*tokenizer(text)["input_ids"], tokenizer.eos_token_id]])
+        >>> TokenBytes.of_tokenizer(tokenizer).of(ids).sum().item(), len(text.encode())
+        (9, 9)
+    """
+
+    pieces: tuple[bytes | None, ...]
+    """Bytes of each token, as it is in the middle of a text; None where they are not known."""
+    lengths: Tensor
+    """Number of them, ``(V,)``; :data:`UNKNOWN` where they are not known."""
+    is_special: Tensor
+    """True for special tokens, ``(V,)``."""
+    may_begin_with_added_space: Tensor
+    """True for tokens whose first byte is not of the text if they begin one, ``(V,)``."""
+
+    @classmethod
+    def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
+        """Read the bytes off a tokenizer, in time linear in its vocabulary.
+
+        They are known of byte-level BPE, of SentencePiece with byte fallback, and of tokenizers whose
+        tokens joined are the text.
+
+        Raises:
+            ValueError: If it is of another kind, or changes a text before it cuts it.
+        """
+        kind = _Kind.of(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        pieces: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
+        for token, number in vocabulary.items():
+            pieces[number] = kind.bytes_of(token)
+        for number, added in kind.backend.get_added_tokens_decoder().items():
+            # White space around it would be part of it.
+            pieces[number] = None if added.lstrip or added.rstrip else added.content.encode()
+        special = torch.zeros(len(pieces), dtype=torch.bool)
+        for number in _special_ids(tokenizer, kind.backend):
+            special[number], pieces[number] = True, b""
+        model: Any = kind.backend.model
+        unknown = {tokenizer.unk_token, getattr(model, "unk_token", None)} & vocabulary.keys()
+        for token in () if kind.knows_every_byte else unknown:
+            pieces[vocabulary[token]] = None  # any text that the tokenizer has no token for
+        lengths = [UNKNOWN if piece is None else len(piece) for piece in pieces]
+        begins = [kind.adds_space and piece is not None and piece[:1] == b" " for piece in pieces]
+        return cls(tuple(pieces), torch.tensor(lengths), special, torch.tensor(begins))
+
+    def to(self, device: torch.device) -> "TokenBytes":
+        """Return the same on a device."""
+        tensors = (self.lengths, self.is_special, self.may_begin_with_added_space)
+        return TokenBytes(self.pieces, *(tensor.to(device) for tensor in tensors))
+
+    def of(self, ids: Tensor) -> Tensor:
+        """Return the bytes of each token of some rows, ``(B, T) -> (B, T)``.
+
+        Tokens that the tokenizer does not have are :data:`UNKNOWN`.
+        """
+        known = (ids >= 0) & (ids < len(self.lengths))
+        safe = ids.where(known, 0)
+        begins = F.pad(self.is_special[safe][:, :-1], (1, 0), value=True)
+        added = begins & self.may_begin_with_added_space[safe]
+        return (self.lengths[safe] - added.long()).where(known, UNKNOWN)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the tokens of a tokenizer are made of."""
+
+    backend: Tokenizer
+    bytes_of: Callable[[str], bytes | None]
+    adds_space: bool
+    knows_every_byte: bool
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_Kind":
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(_refused(tokenizer, "it is none of the tokenizers library"))
+        decoders = _parts(backend.decoder, "decoders")
+        before = _parts(backend.pre_tokenizer, "pretokenizers")
+        lost = [part["type"] for part in before if not _keeps_text(part)]
+        changes = [p["type"] for p in _parts(backend.normalizer, "normalizers") if _changes(p)]
+        if lost or changes:
+            raise ValueError(
+                _refused(
+                    tokenizer, f"{', '.join([*changes, *lost])} changes a text before it is cut"
+                )
+            )
+        types = [part["type"] for part in decoders]
+        if types == ["ByteLevel"]:
+            adds = any(part.get("add_prefix_space") for part in before)
+            return cls(backend, _bytes_of_letters, adds, True)
+        model: Any = backend.model
+        if getattr(model, "byte_fallback", False) and {*types} <= _SENTENCE_PIECE:
+            adds = any(
+                part.get("start", 0) > 0 or part.get("prepend_scheme", "never") != "never"
+                for part in decoders
+            )
+            return cls(backend, _bytes_of_piece, adds, True)
+        if types == ["Fuse"] and not any(
+            part["type"] in {"ByteLevel", "Metaspace"} for part in before
+        ):
+            return cls(backend, str.encode, False, False)
+        what = " and ".join(types) or "a space between tokens"
+        raise ValueError(_refused(tokenizer, f"{what} joins its tokens to a text"))
+
+
+_SENTENCE_PIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+
+
+def _refused(tokenizer: PreTrainedTokenizerBase, reason: str) -> str:
+    return (
+        f"the bytes of the tokens of {type(tokenizer).__name__} are not known, for {reason}; they are "
+        "of byte-level BPE and of SentencePiece with byte fallback"
+    )
+
+
+def _parts(component: object, several: str) -> Sequence[dict[str, Any]]:
+    """Return the steps of a part of a tokenizer, in order."""
+    if component is None:
+        return []
+    state = json.loads(cast(Any, component).__getstate__())
+    return state[several] if state["type"] == "Sequence" else [state]
+
+
+def _keeps_text(step: dict[str, Any]) -> bool:
+    return step["type"] in _KEEPS_TEXT and step.get("behavior") != "Removed"
+
+
+def _changes(step: dict[str, Any]) -> bool:
+    """Return whether a normalizer changes more than how a text is written down."""
+    if step["type"] == "Replace":
+        return bool(step["pattern"] != {"String": " "} or step["content"] != _SPACE)
+    return not (step["type"] == "NFC" or (step["type"] == "Prepend" and step["prepend"] == _SPACE))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, backend: Tokenizer) -> set[int]:
+    added = backend.get_added_tokens_decoder().items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+
+
+def _letters() -> dict[str, int]:
+    """Return the letter that byte-level BPE writes for each byte, as GPT-2 has them."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in shown]
+    letters = {chr(byte): byte for byte in shown}
+    return letters | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+_BYTE_OF = _letters()
+
+
+def _bytes_of_letters(token: str) -> bytes | None:
+    if any(letter not in _BYTE_OF for letter in token):
+        return None
+    return bytes(_BYTE_OF[letter] for letter in token)
+
+
+def _bytes_of_piece(token: str) -> bytes:
+    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
+        return bytes([int(token[3:5], 16)])
+    return token.replace(_SPACE, " ").encode()

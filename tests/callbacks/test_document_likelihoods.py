@@ -1,0 +1,159 @@
+"""Bits per byte and the report by document, against a direct sum in float64."""
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lightning_kd import SFT, DocumentData, PackedTextData, PromptCompletionData, SupervisedKD
+from lightning_kd.callbacks import DocumentLikelihoods
+from lightning_kd.data.tokenizer_training import train_tokenizer
+from tests.support.harness import trainer
+
+TEXTS = [
+    "two and two is four",
+    "\u00e9t\u00e9",
+    "to be, or not to be: that is the question, " * 3,
+    " x ",
+    "five",
+]
+TOKENIZER = train_tokenizer(TEXTS, 280)
+
+
+def student(seed=0):
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=280,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.5,
+    )
+    return LlamaForCausalLM(config)
+
+
+@torch.no_grad()
+def direct(text, length=256, model=None):
+    """Nats and tokens of a document by transformers' own loss, a window at a time."""
+    model = (model or student()).double().eval()
+    ids = [*TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
+    total, start = 0.0, 0
+    while start < len(ids) - 1:
+        window = torch.tensor([ids[start : start + length]])
+        total += model(window, labels=window).loss.item() * (window.shape[1] - 1)
+        start += length - 1
+    first = len(TOKENIZER.convert_ids_to_tokens(ids[0]))  # byte-level: a letter for each byte
+    return total, len(ids) - 1, len(text.encode()) - first
+
+
+def rows(texts=TEXTS):
+    return [{"text": text, "book": "ab"[place % 2]} for place, text in enumerate(texts)]
+
+
+def evaluated(data, *callbacks, module=None, **settings):
+    fit = trainer(limit_val_batches=1.0, callbacks=list(callbacks), **settings)
+    (result,) = fit.validate(module or SFT(student=student()), datamodule=data, verbose=False)
+    return result
+
+
+def records(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("length", [256, 16])
+def test_documents_cost_what_transformers_says_also_over_windows(tmp_path, length):
+    data = DocumentData(
+        tokenizer=TOKENIZER,
+        validation=rows(),
+        max_length=length,
+        truncation="windows",
+        batch_size=2,
+    )
+    found = evaluated(data, DocumentLikelihoods(str(tmp_path / "a" / "documents.jsonl")))
+    wanted = [direct(text, length) for text in TEXTS]
+    written = records(tmp_path / "a" / "documents.jsonl")
+    assert [record["document"] for record in written] == [0, 1, 2, 3, 4]
+    for record, (nats, tokens, size) in zip(written, wanted, strict=True):
+        assert record["nats"] == pytest.approx(nats, rel=1e-5)
+        assert (record["tokens"], record["bytes"]) == (tokens, size)
+    nats, tokens, size = map(sum, zip(*wanted, strict=True))
+    assert found["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
+    assert found["val/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    assert found["val/tokens"] == tokens
+
+
+def test_rows_of_one_document_are_added_up(tmp_path):
+    data = DocumentData(
+        tokenizer=TOKENIZER, validation=rows(), extra_columns=["book"], batch_size=2
+    )
+    evaluated(data, DocumentLikelihoods(str(tmp_path / "d.jsonl"), document_column="book"))
+    odd, even = records(tmp_path / "d.jsonl")
+    assert (odd["document"], even["document"]) == ("a", "b")
+    assert odd["nats"] == pytest.approx(sum(direct(text)[0] for text in TEXTS[::2]), rel=1e-5)
+    assert even["tokens"] == sum(direct(text)[1] for text in TEXTS[1::2])
+
+
+def test_a_column_that_the_rows_do_not_have_is_refused(tmp_path):
+    data = DocumentData(tokenizer=TOKENIZER, validation=rows())
+    with pytest.raises(ValueError, match="document_column is 'bok'"):
+        evaluated(data, DocumentLikelihoods(str(tmp_path / "d.jsonl"), document_column="bok"))
+
+
+def test_only_completions_are_counted_where_only_they_are_scored():
+    pairs = [{"prompt": "two and ", "completion": "two is"}, {"prompt": "f", "completion": "ive"}]
+    data = PromptCompletionData(tokenizer=TOKENIZER, validation=pairs, batch_size=2)
+    found = evaluated(data)
+    total, model = 0.0, student().double().eval()
+    for pair in pairs:
+        prompt = TOKENIZER(pair["prompt"])["input_ids"]
+        ids = [*prompt, *TOKENIZER(pair["completion"])["input_ids"], TOKENIZER.eos_token_id]
+        with torch.no_grad():
+            scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        total -= sum(scores[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
+    assert found["val/bits_per_byte"] == pytest.approx(total / math.log(2) / 9, rel=1e-5)
+
+
+def test_bits_per_byte_are_the_students_whatever_it_learns_from():
+    data = PackedTextData(tokenizer=TOKENIZER, validation=rows(), block_length=16, batch_size=2)
+    alone = evaluated(data)["val/bits_per_byte"]
+    taught = SupervisedKD(student=student(), teacher=student(1), alpha=0.0)
+    assert evaluated(data, module=taught)["val/bits_per_byte"] == alone
+
+
+def test_it_is_watched_and_the_file_is_that_of_the_last_validation(tmp_path):
+    data = DocumentData(tokenizer=TOKENIZER, train=rows(), validation=rows(), batch_size=2)
+    module = SFT(student=student())
+    best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/bits_per_byte")
+    fit = trainer(
+        max_steps=2,
+        limit_val_batches=1.0,
+        val_check_interval=1,
+        num_sanity_val_steps=1,
+        enable_checkpointing=True,
+        callbacks=[
+            best,
+            EarlyStopping("val/bits_per_byte"),
+            DocumentLikelihoods(str(tmp_path / "d.jsonl")),
+        ],
+    )
+    fit.fit(module, datamodule=data)
+    wanted = direct(TEXTS[0], model=module.student)
+    assert records(tmp_path / "d.jsonl")[0]["nats"] == pytest.approx(wanted[0], rel=1e-5)
+    assert best.best_model_score is not None
+
+
+def test_windows_are_parts_of_documents_without_prompts():
+    with pytest.raises(ValueError, match="truncation is windows and prompt_length 3"):
+        DocumentData(tokenizer=TOKENIZER, truncation="windows", prompt_length=3)
+    data = PromptCompletionData(
+        tokenizer=TOKENIZER,
+        validation=[{"prompt": "a", "completion": "b"}],
+        truncation="windows",
+    )
+    with pytest.raises(ValueError, match="truncation is windows"):
+        data.setup("validate")

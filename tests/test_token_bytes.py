@@ -1,0 +1,133 @@
+"""Bytes of tokens, against the UTF-8 of the texts themselves."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lightning_kd.data import arithmetic_tokenizer
+from lightning_kd.data.encoding import encode_documents
+from lightning_kd.data.tokenizer_training import train_tokenizer
+from lightning_kd.token_bytes import UNKNOWN, TokenBytes
+from tests.support.toys import letter_tokenizer
+
+TEXTS = [
+    "Once upon a time",
+    "  two spaces, and\n\n\ttabs ",
+    "h\u00e9llo \u6f22\u5b57 \U0001f642!",
+    "ends in half",
+]
+BLOCK = "\u2581"
+
+
+def wrapped(backend, **special):
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", clean_up_tokenization_spaces=False, **special
+    )
+
+
+def sentence_piece(adds_space=True):
+    """A Llama's tokenizer: pieces of a few letters, and a token for each byte."""
+    letters = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    letters += [BLOCK, "O", "n", "c", "e", "t", "a", "On", "ce", f"{BLOCK}a", BLOCK * 2]
+    merges = [("O", "n"), ("c", "e"), (BLOCK, "a"), (BLOCK, BLOCK)]
+    model = models.BPE(
+        {token: place for place, token in enumerate(letters)},
+        merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    backend = Tokenizer(model)
+    steps = [normalizers.Prepend(BLOCK)] if adds_space else []
+    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", BLOCK)])
+    strip = [decoders.Strip(" ", 1, 0)] if adds_space else []
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(BLOCK, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return wrapped(backend, bos_token="<s>", unk_token="<unk>")
+
+
+TOKENIZERS = {
+    "byte-level": lambda: train_tokenizer(["two and two is four, \u6f22\u5b57"] * 3, 290),
+    "sentence-piece": sentence_piece,
+    "without an added space": lambda: sentence_piece(adds_space=False),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_bytes_of_tokens_add_up_to_those_of_the_text(kind):
+    tokenizer = TOKENIZERS[kind]()
+    known = TokenBytes.of_tokenizer(tokenizer)
+    for text in TEXTS:
+        (ids,) = encode_documents([text], tokenizer, add_eos=True)
+        assert ids[-1] == tokenizer.eos_token_id
+        assert known.of(torch.tensor([ids])).sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_joined_documents_have_the_bytes_of_all(kind):
+    """As in blocks of packed text; the added space of each document is told by the token before it."""
+    tokenizer = TOKENIZERS[kind]()
+    documents = encode_documents(TEXTS, tokenizer, add_eos=True)
+    ids = torch.tensor([[token for document in documents for token in document]])
+    total = TokenBytes.of_tokenizer(tokenizer).of(ids).sum()
+    assert total == sum(len(text.encode()) for text in TEXTS)
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_pieces_are_the_text_also_where_a_character_is_cut(kind):
+    tokenizer = TOKENIZERS[kind]()
+    known = TokenBytes.of_tokenizer(tokenizer)
+    for text in TEXTS:
+        ids = tokenizer(text)["input_ids"]
+        joined = b"".join(known.pieces[token] for token in ids)
+        assert joined.removeprefix(b" " if kind == "sentence-piece" else b"") == text.encode()
+
+
+def test_a_tokenizer_that_puts_a_space_before_a_text_counts_none_for_it():
+    backend = train_tokenizer(["two and two"] * 3, 270).backend_tokenizer
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.add_special_tokens(["</s>"])
+    known = TokenBytes.of_tokenizer(wrapped(backend))
+    assert known.of(torch.tensor([wrapped(backend)("two and")["input_ids"]])).sum() == 7
+
+
+def test_an_added_token_is_text_unless_it_is_special():
+    tokenizer = train_tokenizer(["two and two"] * 3, 270)
+    tokenizer.add_tokens(["\u00e9\u00e9"])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    ids = torch.tensor([tokenizer("a\u00e9\u00e9<|turn|>b")["input_ids"]])
+    assert TokenBytes.of_tokenizer(tokenizer).of(ids).tolist() == [[1, 4, 0, 1]]
+
+
+def test_what_is_no_text_of_the_tokenizer_is_unknown():
+    tokenizer = arithmetic_tokenizer()
+    known = TokenBytes.of_tokenizer(tokenizer)
+    ids = torch.tensor([[*tokenizer("12+")["input_ids"], tokenizer.eos_token_id, 10_000, -100]])
+    assert known.of(ids).tolist() == [[1, 1, 1, 0, UNKNOWN, UNKNOWN]]
+    assert known.lengths[tokenizer.pad_token_id] == UNKNOWN  # it stands for any other letter
+
+
+def changed(**parts):
+    backend = train_tokenizer(["two and two"] * 3, 270).backend_tokenizer
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    return wrapped(backend)
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "reason"),
+    [
+        (letter_tokenizer, "a space between tokens joins its tokens"),
+        (lambda: changed(normalizer=normalizers.Lowercase()), "Lowercase changes a text"),
+        (lambda: changed(pre_tokenizer=pre_tokenizers.Whitespace()), "Whitespace changes a text"),
+        (lambda: changed(decoder=decoders.WordPiece()), "WordPiece joins its tokens"),
+    ],
+)
+def test_other_tokenizers_are_refused_by_name(tokenizer, reason):
+    with pytest.raises(ValueError, match=reason):
+        TokenBytes.of_tokenizer(tokenizer())
