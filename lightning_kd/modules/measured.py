@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.evaluation import DistributionMetrics
+from lightning_kd.loops.logged_values import forget_values
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.token_bytes import TokenBytes
 
@@ -55,6 +56,9 @@ class MeasuredModule(L.LightningModule):
 
     eval_distribution: DistributionMetrics
 
+    _logged: frozenset[str] = frozenset()
+    """What the last training step with metrics had."""
+
     _known: tuple[PreTrainedTokenizerBase, TokenBytes | None] | None = None
 
     def token_bytes(self) -> TokenBytes | None:
@@ -89,6 +93,9 @@ class MeasuredModule(L.LightningModule):
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
+        if stage == "train":
+            forget_values(self.trainer, self._logged.difference(values))
+            self._logged = frozenset(values)
         self.log_dict(values, sync_dist=stage != "train")
         metrics.reset()
         return set(values)

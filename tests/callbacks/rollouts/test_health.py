@@ -73,6 +73,17 @@ def test_overlap_and_entropies_are_those_of_all_logits_on_the_students_tokens(me
     assert got == pytest.approx(expected, rel=1e-5)
 
 
+def test_overlap_is_logged_at_the_steps_whose_completions_the_student_wrote():
+    """Lightning alone would repeat the last value at each step in between."""
+    module = module_of(GKD, LocalTeacher.of(tiny_llama(1)))
+    logged = run(module, 12, options={"lmbda": 0.5}, batch_size=2).steps
+    written = [step for step in logged if logged[step]["rollout/on_policy"] == 1]
+    assert 0 < len(written) < 12
+    for name in OVERLAPS:
+        assert [step for step in logged if name in logged[step]] == written
+    assert all("train/forward_kl" in values for values in logged.values())
+
+
 @pytest.mark.parametrize(
     ("teacher", "k", "there"),
     [
