@@ -13,6 +13,7 @@ from lightning_kd.callbacks.save_on_termination import SaveOnTermination
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
 from lightning_kd.callbacks.timeout_report import TimeoutReport
+from lightning_kd.callbacks.training_cost import TrainingCost
 
 __all__ = [
     "CompletionSamples",
@@ -28,4 +29,5 @@ __all__ = [
     "TensorBoardLayout",
     "TimeoutReport",
     "TokensPerSecond",
+    "TrainingCost",
 ]

@@ -76,7 +76,7 @@ def cli(monkeypatch):
     """Run ``lightning-kd`` with arguments; what it prints is captured by pytest."""
 
     # What Ctrl-C does to a process is pytest's own business.
-    monkeypatch.setattr("lightning_kd.cli.main.end_together", lambda: None)
+    monkeypatch.setattr("lightning_kd.cli.preparation.end_together", lambda: None)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["lightning-kd", *map(str, arguments)])

@@ -32,7 +32,7 @@ LAYERS = [
     {"callbacks"},
     {"preflight", "student_evaluation"},
     {"public"},
-    {"demo", "run_directories", "cache_writing"},
+    {"demo", "run_directories", "cache_writing", "comparison"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})
@@ -95,8 +95,22 @@ def test_every_config_is_named_in_the_readme_and_run_by_a_test():
     )
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert yaml.safe_load(path.read_text())
-        assert str(path.relative_to(ROOT)) in readme
-        assert path.stem in tests
+        if path.parent.name != "experiments":
+            assert str(path.relative_to(ROOT)) in readme
+            assert path.stem in tests
+
+
+def test_every_experiment_is_named_in_its_document_and_run_by_a_test():
+    """Also what it takes: a smaller size, and metrics that say which way is better."""
+    document = (ROOT / "docs" / "comparing.md").read_text()
+    tests = (ROOT / "tests" / "comparison" / "test_command.py").read_text()
+    for path in (ROOT / "configs" / "experiments").glob("*.yaml"):
+        assert str(path.relative_to(ROOT)) in document
+        assert f'"{path.stem}"' in tests
+        said = yaml.safe_load(path.read_text())
+        assert said["questions"]
+        assert said["quick"]
+        assert said["metrics"]
 
 
 def test_the_readme_names_real_targets_configs_and_files():

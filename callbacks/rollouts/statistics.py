@@ -22,6 +22,8 @@ _REPEATED = 4
 class RolloutStatistics:
     """Statistics of the completions of one window at a time.
 
+    ``generated_tokens`` counts those of all windows that this process has generated.
+
     Args:
         histograms_every: Optimizer steps between histograms of lengths; 0 for none.
     """
@@ -30,6 +32,7 @@ class RolloutStatistics:
         if histograms_every < 0:
             raise ValueError(f"table_every is {histograms_every}; it must be 0 or more")
         self.histograms_every = histograms_every
+        self.generated_tokens = 0
         self.begin()
 
     def begin(self) -> None:
@@ -42,6 +45,7 @@ class RolloutStatistics:
         """Add completions, and the time that generating them took."""
         self._generated = replace(generated, log_probs=None, sampling_log_probs=None)
         self._seconds = seconds
+        self.generated_tokens += int(generated.mask.sum())
 
     def state_dict(self) -> dict[str, Any]:
         """Return the statistics so far, for a checkpoint in the middle of a window."""

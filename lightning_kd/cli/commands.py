@@ -10,6 +10,7 @@ COMMANDS = {
     "predict": "write completions of a checkpoint to a file",
     "evaluate": "evaluate an exported student, or any model, on data",
     "export": "write the student of a checkpoint as a Hugging Face model with a card",
+    "compare": "make several runs with several seeds, and a table of them",
     "cache": "write what a teacher says about the data, for CachedTeacher to read",
     "serve": "serve a teacher to runs in other processes",
     "tokenizer": "train a tokenizer on your own text",

@@ -63,7 +63,15 @@ class DistillationCLI(LightningCLI):
             given = with_run_config(sys.argv[1:])
         except ValueError as error:
             self.parser.error(str(error))
-        self.config = parser.parse_args(as_text(settle_models(given)))
+        self.read_arguments(given)
+
+    def read_arguments(self, given: list[str]) -> None:
+        """Parse a command and its options.
+
+        Args:
+            given: The words after the program's name.
+        """
+        self.config = self.parser.parse_args(as_text(settle_models(given)))
         for name, value in list(self.config.items()):
             if isinstance(value, Text):
                 self.config[name] = str(value)

@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_kd import CachedTeacher, DocumentData, LocalTeacher, StudentSpec, SupervisedKD
 from lightning_kd.cache_writing import CacheOptions, write_cache
+from lightning_kd.comparison.documents import replace_between_marks
 from lightning_kd.teachers import Teacher
 from tests.benchmarks.stories import DATA, STORIES, STUDENT, head
-from tests.support.documents import replace_between_marks
 
 KS = (4, 16, 64, 256)
 HELD_OUT, STEPS, EVERY, SEEDS = 200, 600, 100, 3

@@ -9,9 +9,9 @@ import logging
 import warnings
 from pathlib import Path
 
+from lightning_kd.comparison.documents import replace_between_marks
 from tests.callbacks.audit.audit_runs import Outcome, audit, audit_two_processes
 from tests.callbacks.audit.audited_modules import CORRECT, PLANTED, Case
-from tests.support.documents import replace_between_marks
 
 HEADINGS = "| module | processes x micro-batches | result |\n| --- | --- | --- |"
 

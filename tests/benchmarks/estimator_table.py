@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lightning_kd import SFT, CorrectedTopK, DocumentData, SampledToken, StudentSpec
+from lightning_kd.comparison.documents import replace_between_marks
 from lightning_kd.divergences import ReverseKL
 from lightning_kd.fused import (
     DivergenceTerm,
@@ -36,7 +37,6 @@ from lightning_kd.generation import SamplingOptions, generate
 from lightning_kd.modules.reverse_kl_estimators import ReverseKLEstimator, SampledPositions
 from lightning_kd.policy import ImportanceSampling
 from tests.benchmarks.stories import DATA, STORIES, STUDENT, head
-from tests.support.documents import replace_between_marks
 
 STEPS, ROWS, LENGTH = 300, 8, 65
 KS = (4, 16, 64)

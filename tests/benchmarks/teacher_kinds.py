@@ -25,8 +25,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_kd.cache import read_manifest
+from lightning_kd.comparison.documents import replace_between_marks
 from lightning_kd.data import train_tokenizer
-from tests.support.documents import replace_between_marks
 from tests.support.servers import serving
 
 VOCABULARY, WIDTH, LAYERS, K, STEPS, ROWS, LENGTH = 4096, 512, 10, 64, 10, 8, 129

@@ -1,0 +1,28 @@
+"""What comes before any command of ``lightning-kd``."""
+
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import set_loader, set_parsing_settings
+from yaml import YAMLError
+
+from lightning_kd.cli.models import read_file
+from lightning_kd.cli.output import leave_out_noise
+from lightning_kd.imports import OwnModules
+from lightning_kd.modules import MiniLLMObjective
+from lightning_kd.processes import end_together
+
+
+def prepare(configs: Sequence[str] = ()) -> None:
+    """Make this process one of a command: its signals, what it may import, and how it reads.
+
+    Args:
+        configs: Files that a user's own classes may lie beside, with those of the command line.
+    """
+    end_together()
+    for hidden in filter(None, OwnModules.of_arguments([*configs, *sys.argv[1:]]).install()):
+        sys.stderr.write(f"lightning-kd: {hidden}\n")
+    leave_out_noise()
+    # A data class is otherwise only taken for itself, never for a preset that derives from it.
+    set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
+    set_loader("yaml", read_file, (YAMLError,))

@@ -1,0 +1,20 @@
+"""Several runs, each with several seeds, side by side.
+
+==================  ================================================================
+``experiment``      runs that differ in what they are given
+``reading``         experiment files
+``metrics``         what a table shows of a run
+``placeholders``    values that the command line gives, and students of other runs
+``plan``            the runs of an experiment, one for each seed and budget
+``order``           which run comes before which
+``records``         what a run has left, and whether it is still what is asked for
+``workers``         commands in processes that have imported everything already
+``execution``       the runs in turn, with a line for each
+``statistics``      means, deviations and paired differences
+``curves``          values over steps and seconds, from event files
+``figures``         pictures
+``documents``       tables between two marks of a document
+``tables``          what the terminal and the page show
+``report``          the page, the numbers and the pictures
+==================  ================================================================
+"""

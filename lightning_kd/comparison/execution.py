@@ -1,0 +1,214 @@
+"""The runs of a comparison in turn, with a line for each."""
+
+import fcntl
+import os
+import shlex
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+
+from lightning_kd.comparison.metrics import Metric
+from lightning_kd.comparison.plan import Job
+from lightning_kd.comparison.records import Records, State, read_json
+from lightning_kd.comparison.workers import Workers
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run."""
+
+    job: Job
+    result: dict[str, Any] | None
+    """None where it failed or was not started."""
+    error: str = ""
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold a directory for one comparison alone.
+
+    Raises:
+        ValueError: If another comparison holds it.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "compare.lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"another comparison (process {file.read().strip()}) is writing to {output}; wait for "
+                "it, or give another --output"
+            ) from error
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+class Execution:
+    """Makes the runs that are not there yet.
+
+    Args:
+        jobs: All runs, in order.
+        records: What they have left.
+        workers: Run the commands.
+        metrics: Numbers that a run's line shows, and that its test must give.
+        console: Where lines go.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        records: Records,
+        workers: Workers,
+        metrics: Sequence[Metric],
+        console: Console,
+    ) -> None:
+        self.jobs, self.records, self.workers = jobs, records, workers
+        self.metrics, self.console = metrics, console
+        self._took: dict[str, list[float]] = {}
+
+    def run_all(self, states: Sequence[State]) -> list[Outcome]:
+        """Make all runs; those after a signal, or whose start has failed, are not begun.
+
+        Args:
+            states: How far each has come.
+        """
+        outcomes: list[Outcome] = []
+        failed: dict[Path, Job] = {}
+        waiting = [job for job, state in zip(self.jobs, states, strict=True) if not state.tested]
+        with self.workers.listening():
+            for job, state in zip(self.jobs, states, strict=True):
+                if state.tested:
+                    outcomes.append(Outcome(job, read_json(job.directory / "result.json")))
+                    continue
+                if self.workers.stopped():
+                    break
+                place = waiting.index(job) + 1
+                reads = [*job.fit_reads, *job.test_reads]
+                missing = next((failed[path] for path in reads if path in failed), None)
+                if missing is None:
+                    outcome = self._run(job, state)
+                else:
+                    outcome = Outcome(job, None, f"not started, because {missing.title} failed")
+                if outcome.result is None and self.workers.stopped():
+                    break
+                if outcome.result is None:
+                    failed[job.directory] = job
+                outcomes.append(outcome)
+                self.console.print(
+                    f"[{place}/{len(waiting)}] {self._line(outcome)}; {self._left(waiting[place:])}",
+                    markup=False,
+                    highlight=False,
+                    soft_wrap=True,
+                )
+        return outcomes
+
+    def _run(self, job: Job, state: State) -> Outcome:
+        """Train, unless that is done, and test."""
+        started = time.monotonic()
+        self.records.clear(job, state)
+        self.records.prepare(job)
+        commands = ["fit", "test"] if job.variant.shown else ["fit"]
+        for command in commands[state.trained :]:
+            words = self._words(job, command, state)
+            left, log = job.directory / f"{command}.json", job.directory / "log.txt"
+            left.unlink(missing_ok=True)
+            with log.open("a") as file:
+                file.write(f"$ lightning-kd {shlex.join(words)}\n")
+            code = self.workers.run(words, left, log)
+            if code or not left.exists():
+                return Outcome(job, None, f"{command} failed: {_last_words(log, code)} ({log})")
+        result = self.records.finish(job)
+        lacking = [m.name for m in self.metrics if m.name not in result["metrics"]]
+        if lacking and job.variant.shown:
+            (job.directory / "result.json").unlink()
+            given = ", ".join(sorted(result["metrics"]))
+            return Outcome(job, None, f"its test gave no {', '.join(lacking)}; it gave {given}")
+        self._took.setdefault(job.variant.name, []).append(time.monotonic() - started)
+        return Outcome(job, result)
+
+    def _words(self, job: Job, command: str, state: State) -> list[str]:
+        if command == "fit":
+            on = ["--ckpt_path", str(state.checkpoint)] if state.checkpoint else []
+            return ["fit", "--config", str(job.directory / "fit.yaml"), *on]
+        return [job.stage, "--config", str(job.directory / "test.yaml")]
+
+    def _line(self, outcome: Outcome) -> str:
+        if outcome.result is None:
+            return f"{outcome.job.title}: {outcome.error}"
+        found = outcome.result["metrics"]
+        shown = self.metrics or [Metric(name) for name in sorted(found)[:3]]
+        shown = [metric for metric in shown if metric.name in found]
+        numbers = [f"{m.shown} {m.text(found[m.name])}" for m in shown]
+        seconds = f"{outcome.result['cost']['seconds']:.0f} s of training"
+        return f"{outcome.job.title}: {', '.join([*numbers, seconds])}"
+
+    def _left(self, jobs: Sequence[Job]) -> str:
+        if not jobs:
+            return "all done"
+        known = [seconds for took in self._took.values() for seconds in took]
+        if not known:
+            return f"{len(jobs)} left"
+        expected = sum(fmean(self._took.get(job.variant.name, known)) for job in jobs)
+        return f"about {_duration(expected)} left"
+
+
+def check_unchanged(jobs: Sequence[Job], states: Sequence[State], *, rerun: bool) -> list[State]:
+    """Return states in which nothing is left of runs that have changed.
+
+    Args:
+        jobs: The runs.
+        states: Their states.
+        rerun: Whether changed ones are made anew.
+
+    Raises:
+        ValueError: If some have changed and are not to be made anew.
+    """
+    changed = [(j, s) for j, s in zip(jobs, states, strict=True) if s.changed]
+    if changed and not rerun:
+        lines = [f"  {job.title} ({job.directory}): {state.changed}" for job, state in changed]
+        raise ValueError(
+            "\n".join(
+                [
+                    "these runs are there, and are not what is asked for:",
+                    *lines[:10],
+                    *([f"  and {len(lines) - 10} more"] if len(lines) > 10 else []),
+                    "--rerun_changed makes them anew; or give another --output",
+                ]
+            )
+        )
+    return [State(trained=s.trained) if s.changed else s for s in states]
+
+
+def _last_words(log: Path, code: int) -> str:
+    """Return the error that a log ends with, in a line."""
+    if code < 0:
+        return f"ended by signal {-code}"
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    since = max(i for i, line in enumerate(lines) if line.startswith("$ "))
+    own = [line for line in lines[since + 1 :] if line]
+    errors = [i for i, line in enumerate(own) if line.startswith("lightning-kd: error: ")]
+    if errors:
+        return " ".join(own[errors[-1] :]).removeprefix("lightning-kd: error: ")[:500]
+    return own[-1][:500] if own else f"exit code {code}"
+
+
+def _duration(seconds: float) -> str:
+    """Write a duration.
+
+    Example:
+        >>> _duration(40), _duration(200), _duration(9000)
+        ('40 s', '3 min', '2 h 30 min')
+    """
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,250 @@
+"""The runs of an experiment, one for each seed and budget, with all that each is given."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lightning_kd.comparison.experiment import Experiment, Layer, Variant
+from lightning_kd.comparison.order import ordered_runs
+from lightning_kd.comparison.placeholders import fill, placeholders
+
+Resolve = Callable[[str, Sequence[str], Sequence[Mapping[str, Any]]], dict[str, Any]]
+"""Parses a command with configuration files and further options; returns the whole configuration."""
+
+_OURS = ("trainer.logger", "trainer.default_root_dir", "export.dirpath", "export.push_to_hub")
+"""Options that say where a run's files go, which a comparison decides."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and its test."""
+
+    variant: Variant
+    budget: str
+    """Empty where there are none, and for a run that all budgets share."""
+    seed: int
+    directory: Path
+    fit: Mapping[str, Any]
+    """The whole configuration of ``fit``."""
+    test: Mapping[str, Any]
+    """The whole configuration of the test."""
+    stage: str
+    """The command that measures: ``test`` or ``validate``."""
+    fit_reads: Sequence[Path] = field(default_factory=list)
+    """Directories of the runs whose students it trains from."""
+    test_reads: Sequence[Path] = field(default_factory=list)
+    """Directories of the runs whose students its test reads."""
+
+    @property
+    def title(self) -> str:
+        """What a line of progress calls it."""
+        budget = f", {self.budget}" if self.budget else ""
+        return f"{self.variant.label}{budget}, seed {self.seed}"
+
+    @property
+    def student(self) -> Path:
+        """The exported student."""
+        return student_of(self.directory)
+
+
+def student_of(directory: Path) -> Path:
+    """Return where a run's student goes."""
+    return directory / "student"
+
+
+def values_of(experiment: Experiment, given: Sequence[str]) -> dict[str, Any]:
+    """Return what stands for each placeholder.
+
+    Args:
+        experiment: Has their names and defaults.
+        given: ``NAME=VALUE``, as typed.
+
+    Raises:
+        ValueError: If a name is unknown or a value missing.
+    """
+    values = dict(experiment.placeholders)
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"--set {text}: give it as NAME=VALUE")
+        if name not in values:
+            near = get_close_matches(name, values, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"--set {text}: {experiment.name} has no placeholder {name!r}; {hint}it has "
+                f"{', '.join(values) or 'none'}"
+            )
+        values[name] = yaml.safe_load(value)
+    missing = [name for name, value in values.items() if value is None]
+    if missing:
+        lines = [f"  --set {name}=...  {experiment.explained.get(name, '')}" for name in missing]
+        raise ValueError("\n".join([f"{experiment.name} needs", *lines]))
+    return values
+
+
+def plan(
+    experiment: Experiment,
+    seeds: Sequence[int],
+    output: Path,
+    values: Mapping[str, Any],
+    resolve: Resolve,
+    *,
+    quick: bool = False,
+) -> list[Job]:
+    """Return the runs in the order in which they are made: a run comes after those that it reads.
+
+    Args:
+        experiment: The experiment.
+        seeds: Each run is made with each of them.
+        output: Directory of all runs.
+        values: What stands for each placeholder.
+        resolve: The parser, which refuses what no run could take.
+        quick: Whether the smaller sizes are meant.
+
+    Raises:
+        ValueError: If a run could not be started as it is given.
+    """
+    if quick and experiment.quick is None:
+        raise ValueError(f"--quick: {experiment.name} says no smaller sizes (quick:)")
+    ordered = ordered_runs(experiment, values)
+    jobs: list[Job] = []
+    for seed in seeds:
+        for variant in ordered:
+            for budget in [""] if variant.once else experiment.budgets or [""]:
+                last = experiment.quick if quick else None
+                layers = [experiment.common, variant.layer]
+                layers += [experiment.budgets[budget]] if budget else []
+                jobs.append(
+                    _job(
+                        variant,
+                        [*layers, *([last] if last else [])],
+                        seed,
+                        budget,
+                        output,
+                        {**values, "seed": seed},
+                        _students(experiment, budget, seed, output),
+                        resolve,
+                        _stage(experiment),
+                    )
+                )
+    return jobs
+
+
+def directory_of(variant: Variant, budget: str, seed: int, output: Path) -> Path:
+    """Return where everything of a run goes."""
+    shared = variant.once or not budget
+    return output / ("" if shared else budget) / variant.name / str(seed)
+
+
+def _stage(experiment: Experiment) -> str:
+    """Return the command that measures: ``test``, or ``validate`` where metrics begin with val/."""
+    return "validate" if any(m.name.startswith("val/") for m in experiment.metrics) else "test"
+
+
+def _students(experiment: Experiment, budget: str, seed: int, output: Path) -> dict[str, Any]:
+    return {
+        variant.name: str(student_of(directory_of(variant, budget, seed, output)))
+        for variant in experiment.variants
+    }
+
+
+def _job(
+    variant: Variant,
+    layers: Sequence[Layer],
+    seed: int,
+    budget: str,
+    output: Path,
+    values: Mapping[str, Any],
+    students: Mapping[str, str],
+    resolve: Resolve,
+    stage: str,
+) -> Job:
+    directory = directory_of(variant, budget, seed, output)
+    files = [file for layer in layers for file in layer.files]
+    read = {**values, **students, "student": str(student_of(directory))}
+    options = [fill(layer.options, read) for layer in layers if layer.options]
+    tested = [fill(layer.test, read) for layer in layers if layer.test]
+    own = _own(variant, seed, directory, output)
+    where = f"run {variant.name}" + (f", budget {budget}" if budget else "")
+    try:
+        for part in [*map(_read, files), *options, *tested]:
+            _refuse_ours(part)
+        fit = resolve("fit", files, [*options, own])
+        start = {"model": {"init_args": {"student": _exported(fit, read["student"])}}}
+        quiet = {"trainer": {"logger": False}, "on_policy": None}
+        test = resolve(stage, files, [*options, own, start, *tested, quiet])
+        _check_split(test, stage)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+    def of_others(parts: Sequence[Mapping[str, Any]]) -> list[Path]:
+        named = {*placeholders(parts)} & students.keys() - {variant.name}
+        return [Path(students[name]).parent for name in sorted(named)]
+
+    return Job(
+        variant,
+        budget,
+        seed,
+        directory,
+        fit,
+        test,
+        stage,
+        of_others([layer.options for layer in layers]),
+        of_others([layer.test for layer in layers]),
+    )
+
+
+def _read(file: str) -> Any:
+    return yaml.safe_load(Path(file).read_text())
+
+
+def _own(variant: Variant, seed: int, directory: Path, output: Path) -> dict[str, Any]:
+    """Return the options that a comparison decides."""
+    logger = {"save_dir": str(output), "name": str(directory.relative_to(output)), "version": ""}
+    return {
+        "seed_everything": variant.seed_times * seed + variant.seed_plus,
+        "trainer": {
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+                "init_args": {**logger, "default_hp_metric": False},
+            },
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "callbacks+": [{"class_path": "TrainingCost"}],
+        },
+        "export": {"dirpath": str(student_of(directory))},
+    }
+
+
+def _exported(fit: Mapping[str, Any], student: str) -> dict[str, Any]:
+    """Return what a student is loaded from after training; adapters are in its weights by then."""
+    trained = fit["model"]["init_args"].get("student") or {}
+    adapted = (trained.get("init_args") or trained).get("lora") is not None
+    return {"name_or_path": student} | ({"lora": None} if adapted else {})
+
+
+def _refuse_ours(part: Any) -> None:
+    for option in (*_OURS, "seed_everything", "ckpt_path"):
+        inside = part
+        for name in option.split("."):
+            inside = inside.get(name) if isinstance(inside, Mapping) else None
+        if inside is not None:
+            raise ValueError(
+                f"{option} is given, but a comparison puts each run into a directory of its own and "
+                "gives it its seed; leave it out"
+            )
+
+
+def _check_split(test: Mapping[str, Any], stage: str) -> None:
+    """Validate that data that are read from files have those that are measured on."""
+    split, data = {"test": "test", "validate": "validation"}[stage], test["data"]
+    options = data.get("init_args", {})
+    if "train" in options and split in options and options[split] is None:
+        raise ValueError(
+            f"the metrics are of the {split} split, but data.{split} is not given; give it, or choose "
+            "metrics of the other split (test/..., val/...)"
+        )

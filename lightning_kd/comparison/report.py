@@ -1,0 +1,175 @@
+"""The page, the numbers and the pictures of a comparison."""
+
+import shlex
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from lightning_kd.comparison.documents import check_marks, replace_between_marks
+from lightning_kd.comparison.execution import Outcome
+from lightning_kd.comparison.experiment import Experiment
+from lightning_kd.comparison.figures import draw_bars, draw_curves
+from lightning_kd.comparison.records import write_atomically, write_json
+from lightning_kd.comparison.tables import (
+    compared,
+    difference_rows,
+    markdown,
+    metrics_of,
+    of_budget,
+    rich_table,
+    rows,
+    verdict,
+    what_can_be_told,
+)
+
+MARKS = "results"
+"""Name of the marks that a page has."""
+
+_ALT = {
+    "curves": "Metrics over steps and over seconds of training, mean and deviation over seeds",
+    "bars": "Metrics of each run, mean and deviation over seeds, a dot for each seed",
+}
+
+
+def check_page(page: Path) -> None:
+    """Validate that a page has the marks.
+
+    Raises:
+        ValueError: If it has not, or does not exist.
+    """
+    if not page.is_file():
+        raise ValueError(
+            f"--write: there is no page {page}; write one with <!-- {MARKS} --> and "
+            f"<!-- end of {MARKS} --> where the tables belong"
+        )
+    check_marks(page, MARKS)
+
+
+class Report:
+    """What the runs of an experiment come to.
+
+    Args:
+        experiment: The experiment.
+        outcomes: What became of its runs, as far as they were made.
+        command: What was typed.
+    """
+
+    def __init__(
+        self, experiment: Experiment, outcomes: Sequence[Outcome], command: Sequence[str]
+    ) -> None:
+        self.experiment, self.outcomes, self.command = experiment, outcomes, command
+        shown = [o for o in outcomes if o.job.variant.shown]
+        self.results = [o.result for o in shown if o.result is not None]
+        self.seeds = sorted({result["seed"] for result in self.results})
+        found = {result["budget"] for result in self.results}
+        self.budgets = [b for b in experiment.budgets if b in found] or [""]
+        self.metrics = metrics_of(experiment, self.results) if self.results else []
+
+    def show(self, console: Console) -> None:
+        """Print the tables, and which differences are significant."""
+        for budget in self.budgets:
+            own = of_budget(self.results, budget)
+            console.print(rich_table(rows(self.experiment, own), budget))
+            if len(self.seeds) > 1:
+                for metric in self._directed():
+                    found = compared(self.experiment, own, metric)
+                    console.print(verdict(self.experiment, found, metric), markup=False)
+
+    def write(self, output: Path) -> None:
+        """Write ``report.md``, ``report.json`` and the pictures."""
+        write_json(output / "report.json", self._numbers())
+        for budget in self.budgets:
+            places: dict[str, list[Path]] = {}
+            for outcome in self.outcomes:
+                job = outcome.job
+                if (
+                    outcome.result is None
+                    or not job.variant.shown
+                    or job.budget not in ("", budget)
+                ):
+                    continue
+                places.setdefault(outcome.job.variant.name, []).append(outcome.job.directory)
+            curves = output / self._picture("curves", budget)
+            curves.unlink(missing_ok=True)
+            draw_curves(self.experiment, places, curves)
+            if self.metrics:
+                bars = output / self._picture("bars", budget)
+                draw_bars(self.experiment, of_budget(self.results, budget), self.metrics, bars)
+        text = [f"# {self.experiment.title}\n"]
+        text += [f"- {question}" for question in self.experiment.questions]
+        write_atomically(output / "report.md", "\n".join([*text, "", self._page(output, "")]))
+
+    def write_into(self, page: Path, output: Path) -> None:
+        """Put tables between the marks of a page, with pictures and numbers beside it.
+
+        Args:
+            page: A Markdown file; it is named in the names of the others.
+            output: Where the report was written.
+        """
+        prefix = f"{page.stem}_"
+        for picture in self._pictures(output):
+            shutil.copyfile(output / picture, page.with_name(prefix + picture))
+        shutil.copyfile(output / "report.json", page.with_suffix(".json"))
+        replace_between_marks(page, MARKS, self._page(output, prefix))
+
+    def _directed(self) -> list[Any]:
+        return [metric for metric in self.metrics if metric.better]
+
+    def _picture(self, kind: str, budget: str) -> str:
+        return f"{kind}_{budget}.png" if budget else f"{kind}.png"
+
+    def _pictures(self, output: Path) -> list[str]:
+        names = [self._picture(kind, b) for b in self.budgets for kind in ("curves", "bars")]
+        return [name for name in names if (output / name).exists()]
+
+    def _page(self, output: Path, prefix: str) -> str:
+        """Return tables and pictures as Markdown."""
+        parts = [f"```bash\n{shlex.join(self.command)}\n```\n", what_can_be_told(len(self.seeds))]
+        devices = sorted({result["device"] for result in self.results})
+        versions = self.results[0]["versions"]
+        parts.append(
+            f"\nSeeds {', '.join(map(str, self.seeds))}; {' and '.join(devices)}; "
+            f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n"
+        )
+        failed = [o for o in self.outcomes if o.result is None]
+        parts += [f"- {o.job.title}: {o.error}" for o in failed]
+        for budget in self.budgets:
+            own = of_budget(self.results, budget)
+            parts += [f"## {budget}\n"] if budget else []
+            parts.append(markdown(rows(self.experiment, own)))
+            for kind in ("curves", "bars"):
+                name = self._picture(kind, budget)
+                if (output / name).exists():
+                    parts.append(f"![{_ALT[kind]}]({prefix}{name})\n")
+            if len(self.seeds) > 1:
+                for metric in self._directed():
+                    found = compared(self.experiment, own, metric)
+                    parts.append(f"{verdict(self.experiment, found, metric)}.\n")
+                    parts.append(markdown(difference_rows(self.experiment, found, metric)))
+        return "\n".join(parts)
+
+    def _numbers(self) -> dict[str, Any]:
+        tables = {
+            budget: {
+                metric.name: [
+                    asdict(d)
+                    for d in compared(self.experiment, of_budget(self.results, budget), metric)
+                ]
+                for metric in self.metrics
+            }
+            for budget in self.budgets
+        }
+        return {
+            "title": self.experiment.title,
+            "questions": list(self.experiment.questions),
+            "command": list(self.command),
+            "seeds": self.seeds,
+            "metrics": [asdict(metric) for metric in self.metrics],
+            "results": self.results,
+            "differences": tables,
+            "failed": {o.job.title: o.error for o in self.outcomes if o.result is None},
+        }

@@ -1,0 +1,160 @@
+"""What the terminal and the page show of the results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+
+from lightning_kd.comparison.experiment import Experiment
+from lightning_kd.comparison.metrics import COSTS, Metric
+from lightning_kd.comparison.statistics import (
+    Difference,
+    Summary,
+    differences,
+    least_possible_p,
+    summarize,
+)
+
+LEVEL = 0.05
+"""Below it, a corrected p-value is called significant."""
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def metrics_of(experiment: Experiment, results: Results) -> list[Metric]:
+    """Return the columns: those that the experiment names, or all that every run has."""
+    if experiment.metrics:
+        return list(experiment.metrics)
+    common = set.intersection(*(set(result["metrics"]) for result in results))
+    return [Metric(name) for name in sorted(common)]
+
+
+def of_budget(results: Results, budget: str) -> list[Mapping[str, Any]]:
+    """Return the results under a budget, and those of runs that all budgets share."""
+    return [result for result in results if result["budget"] in ("", budget)]
+
+
+def by_run(results: Results, part: str, name: str) -> dict[str, dict[int, float]]:
+    """Return a number of each run, by seed.
+
+    Args:
+        results: Of all runs.
+        part: ``metrics`` or ``cost``.
+        name: Of the number.
+    """
+    found: dict[str, dict[int, float]] = {}
+    for result in results:
+        if name in result[part]:
+            found.setdefault(result["run"], {})[result["seed"]] = result[part][name]
+    return found
+
+
+def rows(experiment: Experiment, results: Results) -> list[list[str]]:
+    """Return the table of one budget: a header, then a row for each run."""
+    metrics = metrics_of(experiment, results)
+    columns = [(by_run(results, "metrics", m.name), m) for m in metrics]
+    costs = [(by_run(results, "cost", name), name) for name in experiment.costs]
+    header = ["", *(_head(m) for m in metrics), *(COSTS[name] for name in experiment.costs)]
+    table = [header]
+    for variant in (each for each in experiment.variants if each.shown):
+        cells = [variant.label]
+        for values, metric in columns:
+            own = values.get(variant.name, {})
+            cells.append(shown(summarize([*own.values()]), metric) if own else "-")
+        for values, name in costs:
+            own = values.get(variant.name, {})
+            cells.append(_cost(summarize([*own.values()]), name) if own else "-")
+        table.append(cells)
+    return table
+
+
+def shown(summary: Summary, metric: Metric) -> str:
+    """Write mean and deviation.
+
+    Example:
+        >>> shown(Summary(0.954, 0.033, 3), Metric("a", percent=True))
+        '95.4 ± 3.3 %'
+    """
+    if summary.deviation is None:
+        return metric.text(summary.mean)
+    if metric.percent:
+        return f"{100 * summary.mean:.1f} ± {100 * summary.deviation:.1f} %"
+    return f"{summary.mean:.4g} ± {summary.deviation:.2g}"
+
+
+def compared(experiment: Experiment, results: Results, metric: Metric) -> list[Difference]:
+    """Return the differences between runs in one metric."""
+    return differences(by_run(results, "metrics", metric.name), experiment.pairs)
+
+
+def rich_table(table: Sequence[Sequence[str]], title: str) -> Table:
+    """Return a table for the terminal."""
+    made = Table(title=title or None)
+    for head in table[0]:
+        made.add_column(head, overflow="fold")
+    for cells in table[1:]:
+        made.add_row(*cells)
+    return made
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """Return a table for a page."""
+    lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def difference_rows(
+    experiment: Experiment, found: Sequence[Difference], metric: Metric
+) -> list[list[str]]:
+    """Return the table of differences in a metric, the surest first."""
+    labels = {variant.name: variant.label for variant in experiment.variants}
+    table = [["difference", _head(metric), "seeds above zero", "p", "p, corrected"]]
+    for each in sorted(found, key=lambda d: 2.0 if d.p is None else d.p):
+        p = "-" if each.p is None else f"{each.p:.3g}"
+        corrected = "-" if each.corrected is None else f"{each.corrected:.3g}"
+        name = f"{labels[each.one]} - {labels[each.other]}"
+        signs = f"{each.positive} of {each.summary.seeds}"
+        table.append([name, shown(each.summary, metric), signs, p, corrected])
+    return table
+
+
+def verdict(experiment: Experiment, found: Sequence[Difference], metric: Metric) -> str:
+    """Return which runs differ, in a sentence."""
+    labels = {variant.name: variant.label for variant in experiment.variants}
+    sure = [d for d in found if d.corrected is not None and d.corrected < LEVEL]
+    if not sure:
+        return f"{metric.shown}: no difference is significant at {LEVEL}"
+    parts = []
+    for each in sure:
+        above = each.summary.mean > 0
+        more, less = (each.one, each.other) if above else (each.other, each.one)
+        parts.append(f"{labels[more]} > {labels[less]}")
+    return f"{metric.shown}, significant at {LEVEL}: {', '.join(parts)}"
+
+
+def what_can_be_told(seeds: int) -> str:
+    """Return what so many seeds allow to say.
+
+    Example:
+        >>> what_can_be_told(1)
+        'One seed: there are no error bars, and no difference can be tested.'
+    """
+    if seeds < 2:
+        return "One seed: there are no error bars, and no difference can be tested."
+    return (
+        f"± is the sample standard deviation over {seeds} seeds. Differences are paired by seed; p is "
+        "of a two-sided t-test, which takes them to be normally distributed, corrected for the number "
+        "of differences in the table (Holm). Without that assumption, by the signs alone, "
+        f"{seeds} seeds can give no p below {least_possible_p(seeds):g}."
+    )
+
+
+def _head(metric: Metric) -> str:
+    arrow = {"higher": " ↑", "lower": " ↓", "": ""}[metric.better]
+    return metric.shown + arrow
+
+
+def _cost(summary: Summary, name: str) -> str:
+    if "seconds" in name:
+        return f"{summary.mean:.0f} s" if summary.mean >= 10 else f"{summary.mean:.1f} s"
+    return f"{summary.mean:,.0f}{' MB' if name == 'peak_memory_mb' else ''}"

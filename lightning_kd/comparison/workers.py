@@ -1,0 +1,116 @@
+"""Commands in processes that are forked from one that has imported everything.
+
+A run in a process of its own leaves no memory, seeds or handlers to the next, has a peak of memory of
+its own, and can fail without the others. Importing takes as long as a small run: so it is done once.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning_kd.processes import signals_held
+
+Entry = Callable[[Sequence[str], Path], None]
+"""Runs a command line and leaves what came of it in a file; a function of a module."""
+
+_SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_GRACE = 600.0
+"""Seconds that a run has to end its step and save."""
+
+
+class Workers:
+    """Processes that each run one command.
+
+    Args:
+        entry: What they run.
+        module: What is imported before, with all that it imports.
+    """
+
+    def __init__(self, entry: Entry, module: str) -> None:
+        self.entry = entry
+        self.received: int = 0
+        """Number of the signal that has come; 0 if none has."""
+        self._context: Any = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([module])
+        self._process: Any = None
+
+    def stopped(self) -> bool:
+        """Return whether a signal has come."""
+        return self.received != 0
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Pass signals on: the first asks the run to save and end, the second ends it at once."""
+        before: dict[int, Any] = {}
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._end(signal.SIGKILL if self.received else signal.SIGTERM)
+            self.received = self.received or int(number)
+
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as by nohup
+                    before[number] = signal.signal(number, handle)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def run(self, words: Sequence[str], left: Path, log: Path) -> int:
+        """Run a command and wait for its end.
+
+        Args:
+            words: The command line, without the program's name.
+            left: File for what comes of it.
+            log: File that all it prints is appended to.
+
+        Returns:
+            Its exit code; below zero, minus the signal that has ended it.
+        """
+        process = self._context.Process(target=_work, args=(self.entry, words, left, log))
+        with signals_held():
+            process.start()
+        self._process = process
+        if self.received:  # before there was anything to pass it on to
+            self._end(signal.SIGTERM)
+        limit = None
+        while process.is_alive():
+            wait([process.sentinel], 0.5 if limit is None else limit)
+            if limit is not None and process.is_alive():
+                process.kill()
+            limit = _GRACE if self.received else None
+        process.join()
+        self._process = None
+        return int(process.exitcode)
+
+    def _end(self, number: int) -> None:
+        if self._process is not None and self._process.is_alive():
+            os.kill(self._process.pid, number)
+
+
+def _work(entry: Entry, words: Sequence[str], left: Path, log: Path) -> None:
+    """Run a command as a process of its own: what a terminal sends goes to the comparison alone."""
+    os.setpgrp()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_SETMASK, set())
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    entry(words, left)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # this is a worker
+    wait([parent.sentinel])
+    os._exit(128 + signal.SIGTERM)

@@ -1,0 +1,253 @@
+"""``lightning-kd compare`` as a user types it, killed and typed again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, SMALL, run
+
+pytestmark = EXPECTED_WARNINGS
+ROOT = CONFIGS.parent
+TINY = {
+    "model": {
+        "class_path": "SFT",
+        "init_args": {
+            "student": {"config": yaml.safe_load(SMALL)},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+        },
+    },
+    "data": {
+        "class_path": "ArithmeticData",
+        "init_args": {"batch_size": 4, "train_size": 40, "validation_size": 8, "test_size": 8},
+    },
+    "trainer": {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_steps": 8,
+        "val_check_interval": 4,
+        "check_val_every_n_epoch": None,
+        "log_every_n_steps": 1,
+        "callbacks": [
+            {
+                "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "init_args": {"every_n_train_steps": 2, "save_last": True},
+            }
+        ],
+    },
+}
+OF_SFT = {
+    "model": {
+        "class_path": "GKD",
+        "init_args": {"teacher": {"name_or_path": "{SFT}"}},
+    },
+    "on_policy": {"generation": {"max_new_tokens": 5}, "path": "{written}_{seed}.jsonl"},
+}
+EXPERIMENT = {
+    "title": "Two runs",
+    "placeholders": {"written": "where completions go"},
+    "common": TINY,
+    "runs": {"SFT": {}, "GKD": OF_SFT},
+    "metrics": {"test/loss": "lower"},
+    "curves": {"val/loss": {}},
+}
+
+
+def command(*words):
+    return [sys.executable, "-m", "lightning_kd", "compare", *map(str, words)]
+
+
+def write(**changes):
+    Path("tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT | changes))
+    return ["--config", "tiny.yaml", "--set", "written=generated"]
+
+
+def calm(**more):
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+def result(place):
+    return json.loads(Path(place, "result.json").read_text())
+
+
+def until(condition, seconds=120):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+def same_run(one, other):
+    """Bit for bit, but for what a clock or the system says."""
+    assert one["metrics"] == other["metrics"]
+    for name in ("steps", "tokens", "generated_tokens"):
+        assert one["cost"][name] == other["cost"][name]
+
+
+def stopping():
+    """What is common to runs that wait where the test wants them to."""
+    common = json.loads(json.dumps(TINY))
+    common["trainer"]["callbacks"].append({"class_path": "tests.comparison.places.Waiting"})
+    return common
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What the runs come to where nobody ends them."""
+    folder = tmp_path_factory.mktemp("whole")
+    said = EXPERIMENT | {"common": stopping(), "runs": {"GKD": OF_SFT, "SFT": {}}}
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(said))
+    words = command("--config", "tiny.yaml", "--set", "written=generated")
+    subprocess.run(words, env=calm(), cwd=folder, check=True, capture_output=True, timeout=300)
+    return {name: result(folder / "runs" / "tiny" / name / "0") for name in ("SFT", "GKD")}
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_runs_are_made_once_and_shown(tmp_path):
+    words = [*write(), "--seeds", 0, 1]
+    done = run(*command(*words), **calm())
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    assert [line.split(":")[0] for line in lines] == [
+        "[1/4] SFT, seed 0",
+        "[2/4] GKD, seed 0",
+        "[3/4] SFT, seed 1",
+        "[4/4] GKD, seed 1",
+    ]
+    assert lines[-1].endswith("all done")
+    for seed in (0, 1):
+        made = result(f"runs/tiny/GKD/{seed}")
+        written = Path(f"generated_{seed}.jsonl").read_text().splitlines()
+        tokens = sum(len(json.loads(line)["completion_ids"]) for line in written)
+        assert made["cost"]["generated_tokens"] == made["cost"]["tokens"] == tokens
+        assert made["cost"]["steps"] == 8
+        assert 0 < made["cost"]["seconds"] < made["cost"]["wall_seconds"]
+        assert result(f"runs/tiny/SFT/{seed}")["cost"]["generated_tokens"] == 0
+    page = Path("runs/tiny/report.md").read_text()
+    means = [result(f"runs/tiny/SFT/{seed}")["metrics"]["test/loss"] for seed in (0, 1)]
+    assert f"| SFT | {sum(means) / 2:.4g} ± " in page
+    # Nothing is made again; a changed option is said, and made anew where that is asked for.
+    before = Path("runs/tiny/SFT/0/fit.json").stat().st_mtime_ns
+    again = run(*command(*words), **calm())
+    assert again.returncode == 0, again.stderr
+    assert "4 runs in runs/tiny, 4 of them there" in again.stdout
+    changed = json.loads(json.dumps(EXPERIMENT["common"]))
+    changed["trainer"]["max_steps"] = 6
+    words = [*write(common=changed), "--seeds", 0]
+    refused = run(*command(*words), **calm())
+    assert refused.returncode == 2
+    assert "SFT, seed 0 (runs/tiny/SFT/0): trainer.max_steps: 8 -> 6" in refused.stderr
+    assert "GKD, seed 0" in refused.stderr
+    assert Path("runs/tiny/SFT/0/fit.json").stat().st_mtime_ns == before
+    Path("generated_0.jsonl").unlink()
+    anew = run(*command(*words, "--rerun_changed"), **calm())
+    assert anew.returncode == 0, anew.stdout + anew.stderr
+    assert result("runs/tiny/GKD/0")["cost"]["steps"] == 6
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_comparison_that_was_ended_goes_on_where_it_was(number, whole):
+    words = write(common=stopping(), runs={"GKD": OF_SFT, "SFT": {}})
+    Path("wait").touch()
+    with Path("said").open("w") as said:
+        process = subprocess.Popen(command(*words), env=calm(), stdout=said, stderr=said)
+        until(Path("step_6").exists)
+        refused = run(*command(*words), **calm())
+        assert refused.returncode == 2
+        assert f"another comparison (process {process.pid})" in refused.stderr
+        process.send_signal(number)
+        if number != signal.SIGKILL:
+            time.sleep(0.2)
+            Path("wait").unlink()
+        code = process.wait(120)
+    text = Path("said").read_text()
+    if number == signal.SIGKILL:
+        assert code == -number
+    else:
+        assert code == 128 + number, text
+        assert "Stopped; go on with: lightning-kd compare --config tiny.yaml" in text
+    saved = Path("runs/tiny/SFT/0/checkpoints/last.ckpt")
+    assert saved.exists()
+    assert not Path("runs/tiny/SFT/0/result.json").exists()
+    Path("wait").unlink(missing_ok=True)
+    done = run(*command(*words), **calm())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--ckpt_path" in Path("runs/tiny/SFT/0/log.txt").read_text()
+    for name in ("SFT", "GKD"):
+        same_run(result(f"runs/tiny/{name}/0"), whole[name])
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_run_that_fails_is_reported_and_the_others_are_made(tmp_path):
+    failing = {"trainer": {"callbacks+": [{"class_path": "tests.comparison.places.Failing"}]}}
+    read = {"model": {"init_args": {"student": {"name_or_path": "{Bad}"}}}}
+    words = write(runs={"Bad": failing, "After": read, "Good": {}})
+    done = run(*command(*words), **calm())
+    assert done.returncode == 1
+    assert "Bad, seed 0: fit failed: RuntimeError: a defect in the middle" in done.stdout
+    assert "(runs/tiny/Bad/0/log.txt)" in done.stdout
+    assert "After, seed 0: not started, because Bad, seed 0 failed" in done.stdout
+    assert "2 of 3 runs failed" in done.stdout
+    assert result("runs/tiny/Good/0")["cost"]["steps"] == 8
+    assert "| Good |" in Path("runs/tiny/report.md").read_text()
+    Path("mended").touch()
+    again = run(*command(*words), **calm())
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "3 runs in runs/tiny, 1 of them there" in again.stdout
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_metric_that_never_comes_is_a_failure_that_lists_what_came(tmp_path):
+    words = write(runs={"SFT": {}}, metrics={"test/bleu": "higher"})
+    done = run(*command(*words), **calm())
+    assert done.returncode == 1
+    assert "its test gave no test/bleu; it gave test/" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "message"),
+    [
+        ({}, ["--seeds", 0, 0], "give each seed once"),
+        ({}, ["--quick"], "tiny says no smaller sizes"),
+        ({}, ["--set", "writen=x"], "no placeholder 'writen'; did you mean written"),
+        ({}, ["--write", "gone.md"], "there is no page gone.md"),
+        ({}, ["--configs", "a.yaml"], "give --config with an experiment file, or --configs"),
+        ({}, ["--output_dir", "x"], "did you mean"),
+        ({"runs": {"A": {"model": {"class_path": "SFTT"}}}}, [], "did you mean SFT?"),
+        (
+            {"runs": {"A": {"trainer": {"max_step": 3}}}},
+            [],
+            "run A: Subcommand 'fit' does not accept option 'trainer.max_step'",
+        ),
+        (
+            {"runs": {"A": {"model": {"init_args": {"optimizer": {"init_args": {"lr": "x"}}}}}}},
+            [],
+            "run A: ",
+        ),
+        ({"placeholders": {"written": "", "data": "texts"}}, [], "--set data=...  texts"),
+    ],
+)
+def test_what_could_not_be_run_is_refused_before_anything_begins(changes, more, message, fails):
+    assert message in fails("compare", *write(**changes), *more)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("name", ["normalization"])
+@pytest.mark.processes
+@pytest.mark.slow
+def test_an_experiment_of_the_repository_runs_at_its_smaller_size(name, tmp_path):
+    words = ["--config", CONFIGS / "experiments" / f"{name}.yaml", "--quick"]
+    done = run(*command(*words), **calm())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert Path(f"runs/{name}_quick/curves.png").exists()

@@ -1,0 +1,134 @@
+"""What an experiment file may say, and what is refused by name."""
+
+import pytest
+import yaml
+
+from lightning_kd.comparison.metrics import Metric
+from lightning_kd.comparison.plan import values_of
+from lightning_kd.comparison.reading import of_configs, read_experiment
+
+RUNS = {"A": {"model": {"class_path": "SFT"}}, "B": {}}
+
+
+def written(tmp_path, **said):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def test_an_experiment_is_what_its_file_says(tmp_path):
+    (tmp_path / "base.yaml").write_text("trainer: {max_steps: 1}")
+    path = written(
+        tmp_path,
+        title="Two",
+        questions=["Which?"],
+        config="base.yaml",
+        common={"test": {"trainer": {"limit_test_batches": 1}}},
+        runs=RUNS | {"C": {"once": True, "shown": False, "seed_everything": {"times": 2}}},
+        budgets={"steps": {"trainer": {"max_steps": 5}}},
+        metrics={"test/loss": "lower", "test/x": {"better": "higher", "percent": True}},
+        pairs=[["A", "B"]],
+    )
+    made = read_experiment(path)
+    assert (made.name, made.title, made.questions) == ("tiny", "Two", ["Which?"])
+    assert made.common.files == [str(tmp_path / "base.yaml")]
+    assert made.common.test == {"trainer": {"limit_test_batches": 1}}
+    assert [(v.name, v.once, v.shown, v.seed_times) for v in made.variants] == [
+        ("A", False, True, 1),
+        ("B", False, True, 1),
+        ("C", True, False, 2),
+    ]
+    assert made.metrics == [Metric("test/loss", "lower"), Metric("test/x", "higher", percent=True)]
+    assert made.pairs == [("A", "B")]
+    assert made.all_files == [str(path), str(tmp_path / "base.yaml")]
+
+
+def test_variations_are_runs_for_each_combination(tmp_path):
+    path = written(
+        tmp_path,
+        variations={
+            "model.init_args.divergence": ["forward_kl", "reverse_kl"],
+            "model.init_args.normalization": {"own": {"class_path": "ConstantLength"}},
+        },
+    )
+    first, second = read_experiment(path).variants
+    assert (first.name, second.name) == ("forward_kl,own", "reverse_kl,own")
+    assert second.layer.options == {
+        "model": {
+            "init_args": {
+                "divergence": "reverse_kl",
+                "normalization": {"class_path": "ConstantLength"},
+            }
+        }
+    }
+
+
+def test_a_run_has_variations_over_its_own_options(tmp_path):
+    run = {"trainer": {"max_steps": 3}, "variations": {"trainer.gradient_clip_val": [1.0, 2.0]}}
+    (first, second) = read_experiment(written(tmp_path, runs={"A": run})).variants
+    assert (first.name, second.label) == ("A-1.0", "A 2.0")
+    assert first.layer.options == {"trainer": {"max_steps": 3, "gradient_clip_val": 1.0}}
+
+
+def test_ordinary_configs_are_runs_under_their_names(tmp_path):
+    paths = [tmp_path / "a.yaml", tmp_path / "b.yaml"]
+    for path in paths:
+        path.write_text("trainer: {max_steps: 1}")
+    made = of_configs(paths)
+    assert [v.name for v in made.variants] == ["a", "b"]
+    assert made.variants[0].layer.files == [str(paths[0])]
+    with pytest.raises(ValueError, match="a is the name of two runs"):
+        of_configs([paths[0], paths[0]])
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"run": RUNS}, "there is no 'run'; did you mean runs"),
+        ({}, "there are no runs"),
+        ({"runs": ["A"]}, "runs holds names"),
+        ({"runs": {"A": {"modl": {}}}}, r"runs.A: there is no 'modl'; did you mean model"),
+        ({"runs": {"A": {"seed_everything": 3}}}, "seed_everything holds names"),
+        ({"runs": {"A": {"seed_everything": {"time": 3}}}}, "did you mean times"),
+        ({"runs": {"A": {"seed_everything": {"plus": -3}}}}, "plus is -3; it is a whole number"),
+        ({"runs": {"A": {"once": "yes please"}}}, "once is 'yes please'"),
+        ({"runs": {"A": {"export": {"dirpath": "x"}}}}, "export: there is no 'dirpath'"),
+        ({"runs": {"A": {"config": "gone.yaml"}}}, "there is no file .*gone.yaml"),
+        ({"runs": {"A/B": {}}}, "'A/B' is no name"),
+        ({"runs": {"seed": {}}}, "'seed' is no name"),
+        ({"runs": {"A": {}}, "budgets": {"A": {}}}, "A is the name of two runs, budgets"),
+        ({"runs": RUNS, "variations": {"modl.x": [1]}}, "did you mean model"),
+        ({"runs": RUNS, "variations": {"model.x": [{"a": 1}]}}, "where a value has options"),
+        ({"runs": RUNS, "pairs": [["A", "C"]]}, "pairs: there is no 'C'"),
+        ({"runs": RUNS, "costs": ["second"]}, "there is no 'second'; did you mean seconds"),
+        ({"runs": RUNS, "metrics": {"test/a": "more"}}, "unknown .*better 'more'"),
+        ({"runs": RUNS, "metrics": {"test/a": {"title": 3}}}, "title is 3; it must be a str"),
+        ({"runs": RUNS, "metrics": {"test/a": {"beter": "lower"}}}, "a metric has better"),
+        ({"runs": RUNS, "metrics": ["test/a", "val/b"]}, "all of the test split"),
+        ({"runs": RUNS, "questions": "Which?"}, "questions is a list of texts"),
+    ],
+)
+def test_what_no_experiment_has_is_refused(said, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        read_experiment(written(tmp_path, **said))
+
+
+def test_a_file_that_is_no_yaml_is_refused(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: [")
+    with pytest.raises(ValueError, match="is no YAML"):
+        read_experiment(tmp_path / "x.yaml")
+
+
+def test_every_placeholder_that_has_no_value_is_named(tmp_path):
+    said = {"data": "directory of the texts", "teacher": {"help": "model"}, "n": {"default": 3}}
+    made = read_experiment(written(tmp_path, runs=RUNS, placeholders=said))
+    with pytest.raises(ValueError, match="needs") as refused:
+        values_of(made, [])
+    assert "--set data=...  directory of the texts" in str(refused.value)
+    assert "--set teacher=...  model" in str(refused.value)
+    given = ["data=../x", "teacher=a=b", "n=5"]
+    assert values_of(made, given) == {"data": "../x", "teacher": "a=b", "n": 5}
+    with pytest.raises(ValueError, match="no placeholder 'date'; did you mean data"):
+        values_of(made, ["date=1"])
+    with pytest.raises(ValueError, match="NAME=VALUE"):
+        values_of(made, ["data"])

@@ -1,0 +1,156 @@
+"""Tables, pictures and pages from results and event files, against NumPy."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_kd.comparison.curves import SECONDS, curve, read_scalars
+from lightning_kd.comparison.execution import Outcome
+from lightning_kd.comparison.experiment import Experiment, Layer, Variant
+from lightning_kd.comparison.metrics import Metric
+from lightning_kd.comparison.plan import Job
+from lightning_kd.comparison.report import Report, check_page
+
+NAMES = ("A", "B", "start")
+VALUES = {"A": [0.25, 0.5, 0.75], "B": [0.125, 0.25, 0.25], "start": [0.0, 0.0, 0.0]}
+EXPERIMENT = Experiment(
+    "tiny",
+    "Tiny",
+    [Variant(name, Layer(), name, shown=name != "start") for name in NAMES],
+    questions=["Which?"],
+    metrics=[Metric("test/x", "higher", title="share", percent=True)],
+    curves=[Metric("val/x")],
+    costs=["tokens", "seconds"],
+)
+
+
+def outcome(name, seed, folder=Path(), budget=""):
+    (variant,) = [v for v in EXPERIMENT.variants if v.name == name]
+    job = Job(variant, budget, seed, folder / name / str(seed), {}, {}, "test")
+    result = {
+        "run": name,
+        "budget": budget,
+        "seed": seed,
+        "versions": {"torch": "1"},
+        "metrics": {"test/x": VALUES[name][seed]},
+        "cost": {"tokens": 1000.0 * (seed + 1), "seconds": 20.0 + seed},
+        "device": "cpu",
+    }
+    return Outcome(job, result)
+
+
+def write_events(folder, values, seconds, first=0):
+    with SummaryWriter(folder) as writer:
+        for step, (value, second) in enumerate(zip(values, seconds, strict=True), first):
+            writer.add_scalar("val/x", value, step)
+            writer.add_scalar(SECONDS, second, step)
+
+
+@pytest.fixture
+def report(tmp_path):
+    outcomes = [outcome(name, seed, tmp_path) for seed in range(3) for name in NAMES]
+    for each in outcomes:
+        write_events(each.job.directory, [0.0, 1.0], [1.0, 2.0])
+    return Report(EXPERIMENT, outcomes, ["lightning-kd", "compare", "--config", "a b.yaml"])
+
+
+def test_the_table_has_means_and_deviations_of_the_seeds(report, tmp_path):
+    report.write(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    for name in ("A", "B"):
+        mean, deviation = np.mean(VALUES[name]), np.std(VALUES[name], ddof=1)
+        row = f"| {name} | {100 * mean:.1f} ± {100 * deviation:.1f} % | 2,000 | 21 s |"
+        assert row in page
+    assert "| start |" not in page
+    assert "lightning-kd compare --config 'a b.yaml'" in page
+    assert "- Which?" in page
+    assert "3 seeds can give no p below 0.25" in page
+    numbers = json.loads((tmp_path / "report.json").read_text())
+    assert len(numbers["results"]) == 6
+    (difference,) = numbers["differences"][""]["test/x"]
+    gaps = np.subtract(VALUES["A"], VALUES["B"])
+    assert difference["summary"]["mean"] == pytest.approx(gaps.mean())
+    assert difference["positive"] == 3
+    for picture in ("curves.png", "bars.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+        assert f"]({picture})" in page
+
+
+def test_the_terminal_shows_the_table_and_what_is_significant(report):
+    console = Console(record=True, width=100)
+    report.show(console)
+    said = console.export_text()
+    assert re.search(r"A +│ 50.0 ± 25.0 %", said)
+    assert "share: no difference is significant at 0.05" in said
+
+
+def test_one_seed_has_no_error_bars_and_says_so(tmp_path):
+    report = Report(EXPERIMENT, [outcome("A", 0, tmp_path)], ["lightning-kd"])
+    report.write(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert "| A | 25.0 % | 1,000 | 20 s |" in page
+    assert "One seed: there are no error bars" in page
+    assert "difference |" not in page
+
+
+def test_tables_and_pictures_go_between_the_marks_of_a_page(report, tmp_path):
+    report.write(tmp_path)
+    page = tmp_path / "docs" / "tiny.md"
+    page.parent.mkdir()
+    with pytest.raises(ValueError, match="there is no page"):
+        check_page(page)
+    page.write_text("# By hand\n")
+    with pytest.raises(ValueError, match="has no <!-- results -->"):
+        check_page(page)
+    page.write_text("# By hand\n<!-- results -->\nold\n<!-- end of results -->\nlast words\n")
+    check_page(page)
+    report.write_into(page, tmp_path)
+    text = page.read_text()
+    assert text.startswith("# By hand\n")
+    assert text.endswith("last words\n")
+    assert "old" not in text
+    for name in re.findall(r"\]\((\w+\.png)\)", text):
+        assert (page.parent / name).is_file()
+    assert json.loads(page.with_suffix(".json").read_text())["title"] == "Tiny"
+
+
+def test_budgets_have_a_table_and_pictures_each(tmp_path):
+    budgets = {"steps": Layer(), "time": Layer()}
+    experiment = Experiment(
+        "tiny", "Tiny", EXPERIMENT.variants, budgets=budgets, metrics=EXPERIMENT.metrics
+    )
+    outcomes = [outcome("A", seed, tmp_path, budget) for seed in (0, 1) for budget in budgets]
+    outcomes += [outcome("B", seed, tmp_path) for seed in (0, 1)]
+    Report(experiment, outcomes, ["x"]).write(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    for budget in budgets:
+        assert f"## {budget}" in page
+        assert (tmp_path / f"bars_{budget}.png").is_file()
+    assert page.count("| B | 18.8 ± 8.8 % |") == 2
+
+
+def test_a_curve_is_the_mean_over_seeds_with_the_seconds_of_each_step(tmp_path):
+    draw = np.random.default_rng(0)
+    values, seconds = draw.normal(size=(3, 4)), np.cumsum(draw.uniform(size=(3, 4)), axis=1)
+    for seed in range(3):
+        write_events(tmp_path / str(seed), values[seed], seconds[seed])
+    made = curve([read_scalars(tmp_path / str(seed)) for seed in range(3)], "val/x")
+    assert made.steps == [1, 2, 3, 4]
+    assert made.mean == pytest.approx(values.mean(axis=0), rel=1e-5)
+    assert made.deviation == pytest.approx(values.std(axis=0, ddof=1), rel=1e-5)
+    assert made.seconds == pytest.approx(seconds.mean(axis=0), rel=1e-5)
+    assert curve([read_scalars(tmp_path / "0")], "val/other") is None
+
+
+def test_steps_that_were_made_again_have_the_later_value(tmp_path):
+    write_events(tmp_path, [1.0, 2.0, 3.0], [1, 2, 3])
+    later = tmp_path / "later"
+    write_events(later, [20.0, 30.0], [2, 3], first=1)
+    (file,) = later.iterdir()
+    file.rename(tmp_path / f"{file.name}.again")
+    assert read_scalars(tmp_path)["val/x"] == {0: 1.0, 1: 20.0, 2: 30.0}
