@@ -1,5 +1,6 @@
 """Lightning callbacks: rollouts, diagnostics, export, predictions, samples, TensorBoard."""
 
+from lightning_kd.callbacks.blimp import BLiMP
 from lightning_kd.callbacks.completion_samples import CompletionSamples
 from lightning_kd.callbacks.document_likelihoods import DocumentLikelihoods
 from lightning_kd.callbacks.hf_export import HFExport
@@ -16,6 +17,7 @@ from lightning_kd.callbacks.timeout_report import TimeoutReport
 from lightning_kd.callbacks.training_cost import TrainingCost
 
 __all__ = [
+    "BLiMP",
     "CompletionSamples",
     "DocumentLikelihoods",
     "HFExport",

@@ -1,0 +1,132 @@
+"""Evaluation of a student on minimal pairs of sentences."""
+
+from typing import Any, Literal
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_kd.callbacks.text_scores import log_likelihoods
+from lightning_kd.data.encoding import encode_documents
+from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies, read_minimal_pairs
+from lightning_kd.models.positions import check_length
+from lightning_kd.modules import DistillationModule
+
+_SANITY_PAIRS = 2
+
+
+class BLiMP(Callback):
+    r"""Log how often an acceptable sentence is likelier than its unacceptable twin.
+
+    A sentence's score is :math:`\sum_t \log q(y_t \mid y_{<t})`, over its tokens behind what the
+    tokenizer begins a text with: with a BOS that is all of them; without, the first token only begins
+    the text and is not scored. No EOS is appended. A pair counts where the acceptable sentence has the
+    higher score; a tie does not.
+
+    Logs ``val/blimp``, the mean over the files, and the means over the files of each field
+    (``val/blimp_morphology``) and each phenomenon (``val/blimp_island_effects``), as far as the files
+    name them; ``test/`` in a test. The sanity check has two pairs of each file.
+
+    Args:
+        path: Directory of BLiMP's ``.jsonl`` files; other minimal pairs need ``sentence_good`` and
+            ``sentence_bad`` on each line.
+        limit: Pairs of each file, the first ones. Defaults to all.
+        every_n_validations: Validations from one with BLiMP to the next, the first included; 0 leaves
+            it to the test. In between, what a monitor sees is the last value.
+        batch_size: Sentences that are scored together, of about one length.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    References:
+        Warstadt et al., *BLiMP: The Benchmark of Linguistic Minimal Pairs for English*, TACL 2020.
+        https://arxiv.org/abs/1912.00582
+    """
+
+    def __init__(
+        self,
+        path: str,
+        limit: int | None = None,
+        every_n_validations: int = 1,
+        batch_size: int = 64,
+    ) -> None:
+        for name, value, least in (
+            ("limit", limit, 1),
+            ("every_n_validations", every_n_validations, 0),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} is {value}; it must be {least} or more")
+        self.path, self.limit = path, limit
+        self.every_n_validations, self.batch_size = every_n_validations, batch_size
+        self._files: list[MinimalPairs] = []
+        self._tokens: dict[str, list[int]] = {}
+        self._validations = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Read the pairs.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if stage != "predict":
+            self._files = [file.first(self.limit) for file in read_minimal_pairs(self.path)]
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tokenize the sentences.
+
+        Raises:
+            ValueError: If one is too long for the student, or nothing of it can be scored.
+        """
+        assert isinstance(pl_module, DistillationModule)
+        sentences = [text for file in self._files for text in (*file.good, *file.bad)]
+        encoded = encode_documents(sentences, pl_module.tokenizer, add_eos=False)
+        for text, ids in zip(sentences, encoded, strict=True):
+            if len(ids) < 2:
+                raise ValueError(
+                    f"the sentence {text!r} of {self.path} is one token, of which nothing is scored, "
+                    "for the tokenizer begins no text with a BOS; leave the pair out"
+                )
+        check_length({"student": pl_module.student}, max(map(len, encoded)), "sentences of BLiMP")
+        self._tokens = dict(zip(sentences, encoded, strict=True))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tokenize the sentences in a run that only validates."""
+        if trainer.state.fn == "validate":
+            self.on_fit_start(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Tokenize the sentences."""
+        self.on_fit_start(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of validations so far, which a resumed run goes on from."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a number of validations."""
+        self._validations = state_dict["validations"]
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the pairs, if it is their turn."""
+        if self.every_n_validations == 0:
+            return
+        if trainer.sanity_checking:
+            self._log("val", pl_module, [file.first(_SANITY_PAIRS) for file in self._files])
+            return
+        if self._validations % self.every_n_validations == 0:
+            self._log("val", pl_module, self._files)
+        self._validations += trainer.state.fn == "fit"
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Score the pairs."""
+        self._log("test", pl_module, self._files)
+
+    def _log(
+        self, stage: Literal["val", "test"], module: L.LightningModule, files: list[MinimalPairs]
+    ) -> None:
+        assert isinstance(module, DistillationModule)
+        good = [self._tokens[text] for file in files for text in file.good]
+        bad = [self._tokens[text] for file in files for text in file.bad]
+        scores = log_likelihoods(module, good + bad, self.batch_size)
+        for name, value in accuracies(files, scores[: len(good)], scores[len(good) :]).items():
+            module.log(f"{stage}/{name}", value, sync_dist=True)

@@ -1,0 +1,106 @@
+"""Minimal pairs: a sentence that is acceptable, and one that is not."""
+
+import json
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+GOOD, BAD = "sentence_good", "sentence_bad"
+
+
+@dataclass(frozen=True)
+class MinimalPairs:
+    """The pairs of one file of BLiMP, a paradigm."""
+
+    name: str
+    """Of the file, without its ending."""
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+    field: str | None = None
+    """Field of linguistics (``syntax``), if the file names it."""
+    phenomenon: str | None = None
+    """Phenomenon (``island_effects``), if the file names it as ``linguistics_term``."""
+
+    def first(self, limit: int | None) -> "MinimalPairs":
+        """Return the first pairs alone; all without a limit."""
+        return MinimalPairs(
+            self.name, self.good[:limit], self.bad[:limit], self.field, self.phenomenon
+        )
+
+
+def read_minimal_pairs(directory: str | Path) -> list[MinimalPairs]:
+    """Read the ``.jsonl`` files of a directory, in the order of their names.
+
+    Raises:
+        ValueError: If there are none, or a line is no object with two different sentences.
+    """
+    paths = sorted(Path(directory).expanduser().glob("*.jsonl"))
+    if not paths:
+        raise ValueError(
+            f"there are no .jsonl files of minimal pairs in {str(directory)!r}; give the directory of "
+            f"BLiMP's files, each with {GOOD} and {BAD} on every line"
+        )
+    return [_read(path) for path in paths]
+
+
+def _read(path: Path) -> MinimalPairs:
+    pairs: list[tuple[str, str]] = []
+    names: tuple[str | None, str | None] = (None, None)
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
+        found = [record.get(key) for key in (GOOD, BAD)] if isinstance(record, dict) else []
+        if not all(isinstance(text, str) and text for text in found) or len({*found}) < 2:
+            raise ValueError(
+                f"{path}, line {number}: a minimal pair is an object with two different texts, {GOOD} "
+                f"and {BAD}; got {line[:120]}"
+            )
+        if not pairs:
+            names = record.get("field"), record.get("linguistics_term")
+        pairs.append((str(found[0]), str(found[1])))
+    if not pairs:
+        raise ValueError(f"{path} has no minimal pairs")
+    good, bad = zip(*pairs, strict=True)
+    return MinimalPairs(path.stem, good, bad, *names)
+
+
+def accuracies(files: Sequence[MinimalPairs], good: Tensor, bad: Tensor) -> dict[str, float]:
+    """Return the share of pairs whose acceptable sentence is the likelier one.
+
+    Args:
+        files: The pairs.
+        good: Log-likelihoods of the acceptable sentences of all files, in order, ``(pairs,)``.
+        bad: Those of the others. A tie is no success.
+
+    Returns:
+        ``blimp``, the mean over files; ``blimp_FIELD`` and ``blimp_PHENOMENON``, the means over their
+        files. (BLiMP writes one field in two ways, ``syntax_semantics`` and ``syntax/semantics``.)
+
+    Example:
+        >>> import torch
+        >>> files = [
+        ...     MinimalPairs("one", ("a", "b"), ("c", "d"), "syntax", "binding"),
+        ...     MinimalPairs("two", ("a",), ("c",), "semantics", "quantifiers"),
+        ... ]
+        >>> accuracies(files, torch.tensor([-1.0, -1.0, -1.0]), torch.tensor([-2.0, -0.5, -3.0]))
+        ... # doctest: +NORMALIZE_WHITESPACE
+        {'blimp': 0.75, 'blimp_syntax': 0.5, 'blimp_binding': 0.5, 'blimp_semantics': 1.0,
+         'blimp_quantifiers': 1.0}
+    """
+    groups: dict[str, list[float]] = defaultdict(list)
+    start = 0
+    for file in files:
+        own = slice(start, start + len(file.good))
+        start = own.stop
+        share = (good[own] > bad[own]).double().mean().item()
+        # A field and a phenomenon of one name (morphology) are the same group once.
+        groups["blimp"].append(share)
+        for name in dict.fromkeys((file.field, file.phenomenon)):
+            if name is not None:
+                groups[f"blimp_{name.replace('/', '_')}"].append(share)
+    return {name: sum(values) / len(values) for name, values in groups.items()}
