@@ -10,6 +10,7 @@ from lightning_kd.evaluation.completion_metric import (
     metric_name,
 )
 from lightning_kd.evaluation.distributions import DistributionMetrics
+from lightning_kd.evaluation.exposure_bias import ExcessError
 from lightning_kd.evaluation.gsm8k import GSM8KAccuracy
 from lightning_kd.evaluation.ngrams import (
     DistinctN,
@@ -18,6 +19,7 @@ from lightning_kd.evaluation.ngrams import (
     repeated_ngrams,
 )
 from lightning_kd.evaluation.overlap import Overlap
+from lightning_kd.evaluation.speculative import speed_up, tokens_per_call
 from lightning_kd.evaluation.text import ExactMatch, RougeL
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "DistinctN",
     "DistributionMetrics",
     "ExactMatch",
+    "ExcessError",
     "GSM8KAccuracy",
     "MeanScore",
     "Overlap",
@@ -37,4 +40,6 @@ __all__ = [
     "distinct_ngrams",
     "metric_name",
     "repeated_ngrams",
+    "speed_up",
+    "tokens_per_call",
 ]
