@@ -224,7 +224,7 @@ def _logged_by(module: L.LightningModule) -> set[str]:
     """Return what a module logs of an evaluation itself."""
     if not isinstance(module, DistillationModule):
         return set()
-    own = {"loss", "tokens", "perplexity", "entropy_gap", *module.terms}
+    own = {"loss", "tokens", "perplexity", "entropy_gap", "bits_per_byte", *module.terms}
     return own | set(module.eval_distribution.names) | set(module.eval_distribution.dropped_names)
 
 

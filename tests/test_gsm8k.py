@@ -16,7 +16,10 @@ from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, QUIET, scalar
 pytestmark = [*EXPECTED_WARNINGS, pytest.mark.command_line]
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_text()
-WATCHED, FEW_SHOT = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
+WATCHED, FEW_SHOT = (
+    re.findall(r"```yaml\n(.*?)```", PAGE.split(f"## {section}\n")[1], flags=re.S)[0]
+    for section in ("Completions", "GSM8K")
+)
 OVERLAYS = [*("--config", CONFIGS / "sft.yaml"), *("--config", CONFIGS / "overlays" / "gsm8k.yaml")]
 PROBLEMS = [
     {"question": f"{a}+{b}?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from lightning_kd import ArithmeticData, PromptCompletionData, evaluate
 from lightning_kd.callbacks import CompletionSamples
 from lightning_kd.cli.arguments import with_student_data
+from lightning_kd.cli.habits import OF_EVALUATE
 from lightning_kd.evaluation import ExactMatch, RougeL
 from tests.support.command_line import EXPECTED_WARNINGS
 from tests.support.toys import letter_tokenizer, tiny_llama
@@ -21,7 +22,12 @@ from tests.support.toys import letter_tokenizer, tiny_llama
 pytestmark = EXPECTED_WARNINGS
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = (ROOT / "docs" / "evaluation.md").read_text()
+PAGE = (
+    (ROOT / "docs" / "evaluation.md")
+    .read_text()
+    .split("## A student on disk\n")[1]
+    .split("\n## ")[0]
+)
 ROWS = [
     {"prompt": "abc"[: 1 + number % 3], "completion": ["de"[: 1 + number % 2], "k b b b"]}
     for number in range(7)
@@ -163,6 +169,14 @@ def test_a_file_says_it_all(cli, on_disk, capsys):
 )
 def test_what_is_wrong_is_said_in_a_line(fails, on_disk, words, says):
     assert says in fails("evaluate", *words)
+
+
+@pytest.mark.parametrize("typed", OF_EVALUATE)
+def test_what_others_call_an_option_is_answered_with_ours(fails, typed):
+    words = ["--student", "runs/student", "--data.test", "test.jsonl"]
+    assert f"--{typed}: did you mean {OF_EVALUATE[typed]}?" in fails(
+        "evaluate", *words, f"--{typed}", "1"
+    )
 
 
 def test_other_data_takes_the_students_tokenizer():

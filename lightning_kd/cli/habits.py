@@ -20,7 +20,6 @@ ELSEWHERE = {
     "max_grad_norm": "--trainer.gradient_clip_val",
     "max_length": "--data.max_length",
     "max_new_tokens": "--on_policy.generation.max_new_tokens",
-    "metrics": "--completions.metrics",
     "max_seq_length": "--data.max_length",
     "model_name_or_path": "--model.student.name_or_path",
     "num_generations": "--on_policy.group_size",
@@ -40,3 +39,16 @@ ELSEWHERE = {
     "weight_decay": "--model.optimizer.weight_decay",
 }
 """Options of transformers' Trainer and of TRL, and the ones that stand for them."""
+
+OF_EVALUATE = {
+    "batch_size": "--data.eval_batch_size",
+    "max_new_tokens": "--completions.max_new_tokens",
+    "metrics": "--completions.metrics",
+    "model": "--student",
+    "model_name_or_path": "--student",
+    "output_dir": "--output",
+    "seed": "--seed_everything",
+    "temperature": "--completions.temperature",
+    "test": "--data.test",
+}
+"""What may be typed to ``lightning-kd evaluate``, and the options that stand for it."""

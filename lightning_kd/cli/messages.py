@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_kd.callbacks
 import lightning_kd.public
 from lightning_kd.cli.class_choices import NO_CLASS, classes_to_choose
-from lightning_kd.cli.habits import ELSEWHERE
+from lightning_kd.cli.habits import ELSEWHERE, OF_EVALUATE
 from lightning_kd.imports import why_no_class
 
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
@@ -113,7 +113,8 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
     if name in options:
         return ""
     full = spelled_as(name, arguments)
-    known_as = ELSEWHERE.get(name.rpartition(".")[2], full)
+    habits = OF_EVALUATE if "completions" in options else ELSEWHERE
+    known_as = habits.get(name.rpartition(".")[2], full)
     if full.startswith("--") and full != known_as:
         return f"{full}: did you mean {known_as}?"
     before, parts, group = full.removesuffix(name), name.split("."), name.rpartition(".")[0]
