@@ -496,6 +496,9 @@ class Mine(SupervisedKD):
         self.bonus = bonus
 
 
+LETTERS = [{"prompt": "ab", "completion": c} for c in ("cd", "de", "ef", "gh")]
+
+
 def method(**options):
     """A method with a student and a teacher that are the same in every call."""
     given = {"student": tiny_llama(0), "teacher": tiny_llama(1), "optimizer": sgd}
@@ -699,6 +702,21 @@ class TestTrainer:
         run.callbacks.append(seen)
         run.fit(module, datamodule=data)
         assert seen.values == losses(method(), Letters(64, batch_size=8), max_steps=3)
+
+    @pytest.mark.parametrize(
+        "limits", [{"max_steps": 3, "max_epochs": None}, {"max_steps": -1, "max_epochs": 1}]
+    )
+    @pytest.mark.parametrize("validation", [LETTERS, None])
+    def test_the_search_for_a_batch_size_ends_with_the_data(self, limits, validation):
+        """As Lightning's own loaders end it; trials of several passes and without validation."""
+        data = PromptCompletionData(
+            train=LETTERS, validation=validation, tokenizer=letter_tokenizer(), batch_size=2
+        )
+        module, run = method(), trainer(**limits)
+        found = Tuner(run).scale_batch_size(module, datamodule=data, max_trials=9)
+        assert found == data.batch_size == 4
+        run.fit(module, datamodule=data)
+        assert run.global_step == (3 if limits["max_steps"] == 3 else 1)
 
     @pytest.mark.parametrize(
         ("callback", "function"),

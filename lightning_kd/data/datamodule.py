@@ -134,9 +134,8 @@ class DistillationData(Resumable, L.LightningDataModule):
                 prepare_trainer(trainer)
         for split in _SPLITS_OF[stage]:
             self.read(split, optional=stage == "fit" and split == "validation")
-        if stage == "fit" and trainer is not None and self._rows["validation"] is None:
-            # An empty loader in its place would make Lightning warn at every run.
-            trainer.limit_val_batches = 0
+        if stage == "fit":
+            self._limit_validation()
 
     def read(self, split: Split, *, optional: bool = False) -> None:
         """Read and tokenize a split, once.
@@ -227,6 +226,8 @@ class DistillationData(Resumable, L.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """The training rows, an epoch at a time."""
+        # A search for a batch size has its own limit, and asks for these rows first.
+        self._limit_validation()
         return self.stream(self._rollout_plan)
 
     def stream(self, plan: RolloutPlan | None = None) -> TrainingLoader:
@@ -274,6 +275,11 @@ class DistillationData(Resumable, L.LightningDataModule):
             num_workers=self.num_workers,
             worker_timeout=self.worker_timeout,
         )
+
+    def _limit_validation(self) -> None:
+        if self.trainer is not None and self._rows.get("validation", ...) is None:
+            # An empty loader in its place would make Lightning warn at every run.
+            self.trainer.limit_val_batches = 0
 
     def _ready(self, split: Split) -> Rows:
         rows = self._rows.get(split)

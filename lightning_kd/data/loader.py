@@ -90,6 +90,11 @@ class TrainingLoader:
         self.position = 0
         self.set_epoch(0)
 
+    @property
+    def dataset(self) -> Rows:
+        """The rows, whose number a search for a batch size does not exceed."""
+        return self.rows
+
     def start_of(self, epoch: int) -> int:
         """Return the position at which an epoch begins."""
         return self.epochs.start(epoch) * self.plan.window

@@ -162,15 +162,15 @@ class FitLoop(_FitLoop):
         trainer, loader = self.trainer, epoch_loader(self.trainer)
         if loader is not None:
             epoch = processed(self.epoch_progress.current)
+            if self.epoch_loop.batch_progress.total.ready == 0:
+                loader.position = 0  # of an earlier trial of a search, whose progress is forgotten
             loader.set_epoch(epoch)
             self.max_batches = limited(loader.length_of(epoch), trainer.limit_train_batches)
             self._data_fetcher.combined_loader.limits = [self.max_batches]
             self._data_fetcher.length = self.max_batches
-        interval = validation_interval(trainer)
-        if isinstance(interval, float) and isinstance(self.max_batches, int):
-            trainer.val_check_batch = batches_between_validations(
-                interval, self.max_batches, trainer
-            )
+        interval, length = validation_interval(trainer), self.max_batches
+        if isinstance(interval, float) and isinstance(length, int):
+            trainer.val_check_batch = batches_between_validations(interval, length, trainer)
 
     def on_run_start(self) -> None:
         """Begin; a run that was saved at the end of an epoch ends that epoch first."""
@@ -202,8 +202,8 @@ class FitLoop(_FitLoop):
         if self._without_batches > 1:
             raise ValueError(
                 f"the training loader has given no batch in epoch {self.trainer.current_epoch}, though "
-                f"its length is {self.max_batches}: training would not end. Check whether the "
-                "loader can be iterated over more than once"
+                f"its length is {self.max_batches}: training would not end. Check whether the loader "
+                "can be iterated over more than once"
             )
         super().on_advance_end()
         self.epoch_loop.moment = ""
