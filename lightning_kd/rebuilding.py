@@ -1,5 +1,6 @@
 """Constructor arguments as plain data, and objects from such data again."""
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
@@ -37,6 +38,8 @@ def to_plain(value: Any) -> Plain:
     """
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if isinstance(value, os.PathLike):
+        return str(os.fspath(value))
     if isinstance(value, list | tuple):
         return [to_plain(item) for item in value]
     if isinstance(value, Mapping):

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
-    TokenizerLike = str | PreTrainedTokenizerBase
+    TokenizerLike = str | os.PathLike[str] | PreTrainedTokenizerBase
 else:
     # What a command line and its help offer: all that can be written there.
     TokenizerLike = str
@@ -22,13 +23,14 @@ def tokenizer_of(given: object) -> PreTrainedTokenizerBase:
     """
     if isinstance(given, PreTrainedTokenizerBase):
         return given
-    if not isinstance(given, str):
+    if not isinstance(given, str | os.PathLike):
         what = f"class ({given.__name__})" if isinstance(given, type) else type(given).__name__
         raise ValueError(
-            f"tokenizer is a {what}; give a directory, a hub name, or a tokenizer of transformers "
-            "(a processor has one as its .tokenizer)"
+            f"tokenizer is a {what}; give a directory, a hub name, or a tokenizer of transformers (a "
+            "processor has one as its .tokenizer; of a Tokenizer of tokenizers, "
+            "PreTrainedTokenizerFast(tokenizer_object=...), with its eos_token)"
         )
-    return load_tokenizer(given)
+    return load_tokenizer(os.fspath(given))
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:

@@ -215,9 +215,58 @@ class TestModels:
         module = SFT(student=saved)
         assert module.tokenizer.get_vocab() == letter_tokenizer().get_vocab()
 
+    def test_by_path_and_by_the_options_of_a_file(self, saved, other):
+        named = losses(SupervisedKD(student=saved, teacher=other, optimizer=sgd))
+        paths = SupervisedKD(
+            student=Path(saved), teacher=Path(other), tokenizer=Path(saved), optimizer=sgd
+        )
+        options = SupervisedKD(
+            student={"name_or_path": saved, "gradient_checkpointing": True},
+            teacher={"name_or_path": other},
+            optimizer=sgd,
+        )
+        data = rows_data(tokenizer=Path(saved))
+        assert losses(paths) == named == losses(options)
+        assert losses(SFT(student=saved, optimizer=sgd), data) == losses(
+            SFT(student=saved, optimizer=sgd), rows_data()
+        )
+        assert options.student.is_gradient_checkpointing
+
     def test_a_tokenizer_that_is_none_is_refused(self):
-        with pytest.raises(ValueError, match="tokenizer is a int; give a directory"):
-            _ = SFT(student=tiny_llama(0), tokenizer=3).tokenizer
+        for given in (3, letter_tokenizer().backend_tokenizer):
+            with pytest.raises(ValueError, match=r"tokenizer is a .*; give a directory"):
+                _ = SFT(student=tiny_llama(0), tokenizer=given).tokenizer
+        for given in (None, 3, letter_tokenizer().backend_tokenizer):
+            with pytest.raises(ValueError, match=r"tokenizer is a .*; give a directory"):
+                rows_data(tokenizer=given).setup("fit")
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (
+                {"student": {"name_or_path": "x", "lorra": 1}},
+                "student has the options .'lorra'.; th",
+            ),
+            ({"student": {"hidden_size": 8}}, r"student is a dict; give .* \(with model_type\)"),
+            (
+                {"student": tiny_llama(0).model},
+                "the student is a LlamaModel, which has no output he",
+            ),
+            (
+                {"teacher": tiny_llama(0).model},
+                "the teacher is a LlamaModel, which has no output he",
+            ),
+        ],
+    )
+    def test_what_is_no_language_model_is_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            SupervisedKD(**{"student": tiny_llama(0), "teacher": tiny_llama(1)} | arguments)
+
+    @pytest.mark.parametrize("optimizer", ["AdamW", 1e-4, {"class_path": "torch.optim.SGD"}])
+    def test_an_optimizer_is_what_makes_one(self, optimizer):
+        module = SFT(student=tiny_llama(0), optimizer=optimizer)
+        with pytest.raises(ValueError, match=r"optimizer is a .*; give a class of torch.optim"):
+            trainer(max_steps=1).fit(module, datamodule=Letters())
 
 
 def batches(data, loader="train_dataloader"):
@@ -235,12 +284,18 @@ class TestData:
         shuffled = table.shuffle(seed=1)
         back = shuffled.select(sorted(range(12), key=lambda i: ROWS.index(shuffled[i])))
         seen = []
-        for rows in (ROWS, tuple(ROWS), table, splits["train"], back, tmp_path / "rows.jsonl"):
-            data = rows_data(rows if not hasattr(rows, "suffix") else str(rows))
+        path = tmp_path / "rows.jsonl"
+        for rows in (ROWS, tuple(ROWS), table, splits["train"], back, path, str(path)):
+            data = rows_data(rows)
             data.setup("fit")
             seen.append(batches(data))
         assert all(each == seen[0] for each in seen)
         assert len(seen[0]) == 6
+
+    @pytest.mark.parametrize("size", ["8", 2.5, None])
+    def test_a_batch_size_is_a_number(self, size):
+        with pytest.raises(ValueError, match=f"batch_size is {size} and"):
+            rows_data(batch_size=size)
 
     def test_plain_text_as_rows(self):
         texts = [{"text": "abcdefgh"}, {"text": "ijklmnop"}]

@@ -10,6 +10,7 @@ from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import Example
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.seeding import derive_seed
+from lightning_kd.tokenization import TokenizerLike
 
 _SIGNS = "0123456789+="
 
@@ -49,7 +50,7 @@ class ArithmeticData(DistillationData):
         label_noise: float = 0.0,
         validation_size: int = 1000,
         test_size: int = 1000,
-        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        tokenizer: TokenizerLike | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,

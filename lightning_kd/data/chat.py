@@ -17,6 +17,7 @@ from lightning_kd.data.sources import WHERE, load_rows
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.option_checks import check_choice
+from lightning_kd.tokenization import TokenizerLike
 
 _RESERVED = {"messages", "tools", "documents", "add_generation_prompt", "chat_template"}
 
@@ -68,7 +69,7 @@ class ChatData(TextData):
         predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,

@@ -16,9 +16,10 @@ from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.loops import prepare_trainer
+from lightning_kd.option_checks import is_number
 from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import run_seed
-from lightning_kd.tokenization import load_tokenizer
+from lightning_kd.tokenization import TokenizerLike, tokenizer_of
 
 Split = Literal["train", "validation", "test", "predict"]
 _SPLITS_OF: dict[str, tuple[Split, ...]] = {
@@ -58,7 +59,7 @@ class DistillationData(Resumable, L.LightningDataModule):
     def __init__(
         self,
         *,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -66,7 +67,11 @@ class DistillationData(Resumable, L.LightningDataModule):
     ) -> None:
         super().__init__()
         sizes = (batch_size, batch_size if eval_batch_size is None else eval_batch_size)
-        if min(sizes) < 1 or max(sizes) > _MOST_ROWS:
+        if (
+            not all(is_number(size, whole=True) for size in sizes)
+            or min(sizes) < 1
+            or max(sizes) > _MOST_ROWS
+        ):
             raise ValueError(
                 f"batch_size is {batch_size} and eval_batch_size {eval_batch_size}; "
                 f"they must be 1 or more, and at most {_MOST_ROWS:,}"
@@ -107,8 +112,7 @@ class DistillationData(Resumable, L.LightningDataModule):
         Raises:
             ValueError: If there is none, or it has no EOS.
         """
-        if isinstance(self._tokenizer, str):
-            self._tokenizer = load_tokenizer(self._tokenizer)
+        self._tokenizer = tokenizer_of(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token; completions could not end")
         return self._tokenizer
@@ -226,8 +230,7 @@ class DistillationData(Resumable, L.LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """The training rows, an epoch at a time."""
-        # A search for a batch size has its own limit, and asks for these rows first.
-        self._limit_validation()
+        self._limit_validation()  # a search for a batch size has set its own
         return self.stream(self._rollout_plan)
 
     def stream(self, plan: RolloutPlan | None = None) -> TrainingLoader:

@@ -2,23 +2,26 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import datasets
 
 if TYPE_CHECKING:
-    RowsLike = str | datasets.Dataset | Sequence[Mapping[str, Any]]
+    RowsSource = str | datasets.Dataset | Sequence[Mapping[str, Any]]
+    RowsLike = os.PathLike[str] | RowsSource
 else:
     # What a command line and its help offer: all that can be written there.
+    RowsSource = str
     RowsLike = str
 
 _AT_ONCE = 1000
 """Rows that are hashed together."""
 
 
-def check_source(source: object, name: str) -> None:
-    """Validate that data is given as a path or hub name, or as rows.
+def source_of(source: Any, name: str) -> Any:
+    """Return data that is given as a path or hub name, or as rows; paths as text.
 
     Args:
         source: What was given; None for nothing.
@@ -34,8 +37,10 @@ def check_source(source: object, name: str) -> None:
             f"{name}=dataset[...]"
         )
     rows = isinstance(source, Sequence) and all(isinstance(row, Mapping) for row in source)
+    if isinstance(source, os.PathLike):
+        return os.fspath(source)
     if source is None or isinstance(source, str | datasets.Dataset) or rows:
-        return
+        return source
     what = f"a {type(source).__name__}"
     if isinstance(source, Sequence):
         number, row = next((i, r) for i, r in enumerate(source) if not isinstance(r, Mapping))

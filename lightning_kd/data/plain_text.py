@@ -3,7 +3,6 @@
 from typing import Any, Literal, get_args
 
 import datasets
-from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import DocumentPolicy, Encoded, LengthLimit, encode_documents
@@ -14,6 +13,7 @@ from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.option_checks import check_choice
 from lightning_kd.seeding import run_seed
+from lightning_kd.tokenization import TokenizerLike
 
 Offsets = Literal["random", "fixed"]
 
@@ -45,7 +45,7 @@ class PlainTextData(TextData):
         predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -118,7 +118,7 @@ class DocumentData(PlainTextData):
         predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -215,7 +215,7 @@ class PackedTextData(PlainTextData):
         predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,

@@ -6,8 +6,6 @@ from glob import has_magic
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import (
     Encoded,
@@ -17,11 +15,12 @@ from lightning_kd.data.encoding import (
     encode_prompts,
 )
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
-from lightning_kd.data.objects import RowsLike, check_source
+from lightning_kd.data.objects import RowsLike, RowsSource, source_of
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import TEXTS, WHERE, Kind, digests, load_rows, texts_of
 from lightning_kd.data.templates import PromptTemplate
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
+from lightning_kd.tokenization import TokenizerLike
 
 
 class TextData(DistillationData):
@@ -52,7 +51,7 @@ class TextData(DistillationData):
         predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,
@@ -65,14 +64,12 @@ class TextData(DistillationData):
             num_workers=num_workers,
             worker_timeout=worker_timeout,
         )
-        self.paths: dict[Split, RowsLike | None] = {
-            "train": train,
-            "validation": validation,
-            "test": test,
-            "predict": predict,
+        self.paths: dict[Split, RowsSource | None] = {
+            "train": source_of(train, "train"),
+            "validation": source_of(validation, "validation"),
+            "test": source_of(test, "test"),
+            "predict": source_of(predict, "predict"),
         }
-        for name, source in self.paths.items():
-            check_source(source, name)
         self._digests: dict[Split, dict[str, str]] = {}
         self.subset = subset
         self.extra_columns = extra_columns or []
@@ -153,7 +150,7 @@ class PromptCompletionData(TextData):
         predict: RowsLike | None = None,
         subset: str | None = None,
         extra_columns: list[str] | None = None,
-        tokenizer: str | PreTrainedTokenizerBase,
+        tokenizer: TokenizerLike,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         num_workers: int = 0,

@@ -1,5 +1,7 @@
 """Models as users hand them over: by name, by configuration, or as objects."""
 
+import inspect
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -10,7 +12,7 @@ from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.student_spec import StudentSpec
 
 if TYPE_CHECKING:
-    ModelLike = str | Mapping[str, Any] | PretrainedConfig | PreTrainedModel
+    ModelLike = str | os.PathLike[str] | Mapping[str, Any] | PretrainedConfig | PreTrainedModel
     StudentLike = StudentSpec | ModelLike
 else:
     # What a command line and its help offer: all that can be written there.
@@ -34,8 +36,8 @@ def student_of(given: object) -> StudentSpec:
     spec = spec_of(given, StudentSpec, "student")
     if spec is None:
         raise ValueError(
-            f"student is a {kind_of(given)}; give the name or directory of a model, its configuration, "
-            "a model of transformers or peft, or StudentSpec(...)"
+            f"student is a {kind_of(given)}; give the name or directory of a model, its configuration "
+            "(with model_type), a model of transformers or peft, or StudentSpec(...)"
         )
     return spec
 
@@ -56,12 +58,14 @@ def spec_of(given: object, kind: type[_Spec], role: str) -> _Spec | None:
         ValueError: If the model is compiled as a whole.
     """
     match given:
-        case str():
-            return kind(given)
+        case str() | os.PathLike():
+            return kind(os.fspath(given))
         case PretrainedConfig():
             return kind(config={"model_type": given.model_type, **given.to_dict()})
         case Mapping() if "model_type" in given:
             return kind(config=dict(given))
+        case Mapping() if given.keys() & {"name_or_path", "config"}:
+            return _of_options(given, kind, role)
         case nn.Module() if hasattr(given, "_orig_mod"):
             raise ValueError(
                 f"the {role} is a model that torch.compile has wrapped, whose weights have other names "
@@ -69,8 +73,22 @@ def spec_of(given: object, kind: type[_Spec], role: str) -> _Spec | None:
                 "in place: for layer in model.model.layers: layer.compile()"
             )
         case nn.Module() if isinstance(getattr(given, "config", None), PretrainedConfig):
+            if getattr(given, "get_output_embeddings", lambda: None)() is None:
+                raise ValueError(
+                    f"the {role} is a {type(given).__name__}, which has no output head; load it with "
+                    "AutoModelForCausalLM"
+                )
             return kind.of(given)
     return None
+
+
+def _of_options(given: Mapping[str, Any], kind: type[_Spec], role: str) -> _Spec:
+    """Return the spec of the options that a configuration file would have."""
+    known = inspect.signature(kind).parameters
+    unknown = sorted(given.keys() - known.keys())
+    if unknown:
+        raise ValueError(f"{role} has the options {unknown}; there are {sorted(known)}")
+    return kind(**given)
 
 
 def kind_of(given: object) -> str:

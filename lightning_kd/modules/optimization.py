@@ -36,6 +36,11 @@ def built_optimizer(build: OptimizerCallable, parameters: Iterable[Parameter]) -
     Raises:
         ValueError: If it does not take its options.
     """
+    if not callable(build):
+        raise ValueError(
+            f"optimizer is a {type(build).__name__}; give a class of torch.optim, or one with options: "
+            "functools.partial(torch.optim.AdamW, lr=1e-4)"
+        )
     try:
         return build(parameter_groups(parameters))
     except (TypeError, ValueError) as error:

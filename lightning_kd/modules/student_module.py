@@ -163,8 +163,8 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
                 given = self.student_spec.name_or_path
             if given is None:
                 raise ValueError(
-                    "no tokenizer: give the module tokenizer=... (a directory, a hub name, or a "
-                    "tokenizer), or train it with a data module that has one"
+                    "no tokenizer: give tokenizer=... (a directory, a hub name, or a tokenizer; to "
+                    "load_from_checkpoint too), or train the module with data that have one"
                 )
             self._tokenizer = tokenizer_of(given)
         return self._tokenizer

@@ -37,8 +37,8 @@ def as_teacher(given: object, role: str = "teacher") -> Teacher:
     spec = spec_of(given, LocalTeacher, role)
     if spec is None:
         raise ValueError(
-            f"{role} is a {kind_of(given)}; give the name or directory of a model, its configuration, "
-            "a model of transformers or peft, or a Teacher such as LocalTeacher(...) or "
-            "TeacherEnsemble([...])"
+            f"{role} is a {kind_of(given)}; give the name or directory of a model, its configuration "
+            "(with model_type), a model of transformers or peft, or a Teacher such as "
+            "LocalTeacher(...) or TeacherEnsemble([...])"
         )
     return spec
