@@ -130,7 +130,8 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         text: Plain text, with the same ``batch_size``.
 
     Raises:
-        ValueError: If the batch sizes differ, or text does not come in blocks of one length.
+        ValueError: If the batch sizes differ, or text does not come in blocks of one length; in a
+            run, if the tokenizers differ.
     """
 
     def __init__(self, prompts: DistillationData, text: PackedTextData) -> None:
@@ -167,8 +168,25 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         self.prompts.trainer = self.trainer
         self.prompts.setup(stage)
         if stage is None or TrainerFn(stage) is TrainerFn.FITTING:
+            self.check_tokenizers()
             self.text.trainer = self.trainer
             self.text.read("train")
+
+    def check_tokenizers(self) -> None:
+        """Validate that both streams have the same tokens.
+
+        Raises:
+            ValueError: If they have not.
+        """
+        ours, theirs = self.prompts.tokenizer, self.text.tokenizer
+        vocabularies = ours.get_vocab(), theirs.get_vocab()
+        if vocabularies[0] != vocabularies[1]:
+            differ = {token for token, _ in vocabularies[0].items() ^ vocabularies[1].items()}
+            raise ValueError(
+                f"the tokenizer of data.text ({_name(theirs)}) is another one than that of "
+                f"data.prompts ({_name(ours)}): {len(differ):,} tokens have other ids, such as "
+                f"{min(differ)!r}, and one model reads both streams. Give both the same tokenizer"
+            )
 
     @property
     def rollout_plan(self) -> RolloutPlan | None:
@@ -207,3 +225,7 @@ class PromptsAndText(Resumable, L.LightningDataModule):
     def predict_dataloader(self) -> EvaluationLoader:
         """Every row to complete, once."""
         return self.prompts.predict_dataloader()
+
+
+def _name(tokenizer: PreTrainedTokenizerBase) -> str:
+    return tokenizer.name_or_path or type(tokenizer).__name__
