@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from lightning_kd.fused.chunked_pass import chunk_size, part_size
@@ -17,18 +16,20 @@ from lightning_kd.generation import CachedSampler, TransformersEngine
 from lightning_kd.generation.cache import allocated_length
 from lightning_kd.models import FusedLogits, ModelSpec, vocabulary_size
 from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.preflight.cache_sizes import cache_bytes, kept_types
 from lightning_kd.preflight.facts import MemoryFacts, MemoryPart, RowFacts
+from lightning_kd.preflight.optimizer_states import optimizer_bytes
 from lightning_kd.preflight.setting import Setting
 
-_TRUE = {"bf16-true": 2, "16-true": 2, "64-true": 8}
-"""Bytes of a student's number, where the precision converts it."""
+_TRUE = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+"""Type of a student's numbers, where the precision converts it."""
+
+_MIXED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+"""Type that autocast computes in."""
 
 _TEMPORARIES = {False: 3, True: 8}
 """Tensors of the size of a part of a chunk that arithmetic takes, without and with a teacher. Some
 divergences take more."""
-
-_PROXY = 256
-"""Rows and columns of the matrix that an optimizer is measured on, if it needs numbers."""
 
 
 @dataclass(frozen=True)
@@ -129,10 +130,10 @@ def available_bytes(device: torch.device) -> int | None:
     return min(found, default=None)
 
 
-def _size(tensors: Iterable[Tensor], each: int | None = None) -> int:
-    """Return bytes of tensors; ``each`` is the size of a floating-point number, if it will change."""
+def _size(tensors: Iterable[Tensor], dtype: torch.dtype | None = None) -> int:
+    """Return bytes of tensors; ``dtype`` is that of floating-point numbers, if it will change."""
     return sum(
-        t.numel() * (each if each is not None and t.is_floating_point() else t.element_size())
+        t.numel() * (dtype if dtype is not None and t.is_floating_point() else t.dtype).itemsize
         for t in tensors
     )
 
@@ -142,8 +143,8 @@ def _weights(sized: SizedModel, setting: Setting, *, is_student: bool) -> Iterat
     here, what = str(setting.device), f"weights of the {sized.role}"
     if setting.device.type == sized.held_on:
         return  # what is free is without it
-    each = _TRUE.get(setting.precision) if is_student else None
-    size = _size((*sized.model.parameters(), *sized.model.buffers()), each)
+    dtype = _TRUE.get(setting.precision) if is_student else None
+    size = _size((*sized.model.parameters(), *sized.model.buffers()), dtype)
     if placement == "sharded" or (is_student and setting.shards > 1):
         yield MemoryPart(f"{what}, a share", size // setting.shards, here)
     elif placement == "offloaded" and here != "cpu":
@@ -158,42 +159,12 @@ def _weights(sized: SizedModel, setting: Setting, *, is_student: bool) -> Iterat
 def _training(
     module: DistillationModule, student: SizedModel, setting: Setting
 ) -> Iterator[MemoryPart]:
-    here, each = str(setting.device), _TRUE.get(setting.precision)
+    here, dtype = str(setting.device), _TRUE.get(setting.precision)
     trained = [p for p in student.model.parameters() if p.requires_grad]
     share = ", a share" if setting.shards > 1 else ""
-    yield MemoryPart(f"gradients{share}", _size(trained, each) // setting.shards, here)
-    states = optimizer_bytes(module, trained)
-    if each is not None and trained:
-        states = states * each // trained[0].element_size()
+    yield MemoryPart(f"gradients{share}", _size(trained, dtype) // setting.shards, here)
+    states = optimizer_bytes(module, trained, dtype)
     yield MemoryPart(f"states of the optimizer{share}", states // setting.shards, here)
-
-
-def optimizer_bytes(module: DistillationModule, parameters: Sequence[Parameter]) -> int:
-    """Return bytes of the states that a module's optimizer will have, of parameters without memory.
-
-    The optimizer takes a step on the meta device. One that needs numbers takes it on a small matrix,
-    and what it keeps for each number there is taken to hold for all.
-    """
-    wide = [Parameter(torch.empty_like(p, device="meta")) for p in parameters]
-    try:
-        return _states_after_step(module, wide)
-    except (RuntimeError, NotImplementedError):
-        proxy = Parameter(torch.zeros(_PROXY, _PROXY, dtype=parameters[0].dtype))
-        kept = _states_after_step(module, [proxy])
-        return int(kept / _size([proxy]) * _size(parameters))
-
-
-def _states_after_step(module: DistillationModule, parameters: Sequence[Parameter]) -> int:
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = module.make_optimizer(parameters)
-    optimizer.step()
-    return sum(
-        _size([value])
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, Tensor)
-    )
 
 
 def _logits(
@@ -208,8 +179,10 @@ def _logits(
 
     A pass over the logits writes these gradients before they are added to those of the weights.
     """
-    generated = 0 if setting.rollouts is None else setting.rollouts.max_new_tokens
-    positions = batch_size * max(generated, rows.most_labels, 1)
+    rollouts = setting.rollouts
+    generated = rollouts.max_new_tokens if rollouts is not None and rollouts.any else 0
+    given = rows.most_labels if rollouts is None or rollouts.trains_on_data else 0
+    positions = batch_size * max(generated, given, 1)
     told = isinstance(module, TeacherModule) and module.answer_kind == "full_distribution"
     widths = [vocabulary_size(each.model) for each in (student, *(teachers if told else ()))]
     row = sum(widths) * 4
@@ -246,30 +219,15 @@ def _caches(
     generating += teachers if rollouts.by_teacher else []
     parts, unknown = [], []
     for each in generating:
-        token = cache_bytes(each.model, 2 if setting.precision.endswith("mixed") else None)
+        dtype, mixed = each.model.dtype, _MIXED.get(setting.precision)
+        if each is student:
+            dtype = _TRUE.get(setting.precision, dtype)
+        kept = (dtype, dtype) if mixed is None else kept_types(each.model, mixed)
+        token = cache_bytes(each.model, kept or (dtype, dtype))
         if token is None:
             unknown.append(f"the state of the {each.role} while it generates")
         else:
             size = rollouts.rows * length * token
-            parts.append(MemoryPart(f"key-value cache of the {each.role}", size, here))
+            most = "" if kept else ", at most"
+            parts.append(MemoryPart(f"key-value cache of the {each.role}{most}", size, here))
     return parts, unknown
-
-
-def cache_bytes(model: PreTrainedModel, each: int | None = None) -> int | None:
-    """Return bytes of the keys and values of one token; None if the configuration does not tell.
-
-    Args:
-        model: A model, without weights.
-        each: Bytes of a number. Defaults to those of the weights.
-    """
-    config: Any = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or getattr(
-        config, "num_attention_heads", None
-    )
-    layers, hidden = config.num_hidden_layers, getattr(config, "hidden_size", None)
-    width = getattr(config, "head_dim", None)
-    if width is None and hidden and heads:
-        width = hidden // config.num_attention_heads
-    if not heads or not width:
-        return None
-    return 2 * int(layers) * int(heads) * int(width) * (each or model.dtype.itemsize)
