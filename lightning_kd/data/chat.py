@@ -98,6 +98,8 @@ class ChatData(TextData):
         self.messages_column, self.train_on = messages_column, train_on
         self.chat_template_kwargs, self.eos_token = chat_template_kwargs or {}, eos_token
         self.limit = LengthLimit(max_length, max_prompt_length, truncation)
+        self.roles: frozenset[str] = frozenset()
+        """Who speaks in the splits that have been read."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -140,7 +142,9 @@ class ChatData(TextData):
         )
         train_on = "none" if split == "predict" else self.train_on
         chats = ChatRows(raw, self.messages_column, train_on, self.extra_columns)
-        return EncodedRows(chats, self._encode, self.limit, self.extra_columns)
+        encoded = EncodedRows(chats, self._encode, self.limit, self.extra_columns)
+        self.roles |= chats.roles
+        return encoded
 
     def _encode(self, columns: Mapping[str, list[Any]]) -> list[Encoded]:
         return encode_chats(columns[CHAT], self.tokenizer, self.chat_template_kwargs)
@@ -165,12 +169,15 @@ class ChatRows:
     ) -> None:
         self._raw, self._messages_column = raw, messages_column
         self._train_on, self._extra = train_on, extra
+        self.roles: frozenset[str] = frozenset()
+        """Who speaks in the rows that have been read."""
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
         """Yield conversations, their places and the columns that go along."""
         for columns in self._raw.iter(batch_size):
             given = {n: column for n, column in columns.items() if n not in {WHERE, *self._extra}}
             found = list(read_chats(given, self._messages_column, columns[WHERE], self._train_on))
+            self.roles |= {message["role"] for _, chat in found for message in chat.messages}
             yield {
                 CHAT: [chat for _, chat in found],
                 WHERE: [chat.where for _, chat in found],

@@ -1,6 +1,7 @@
 """Checking of a run before it starts: facts are collected, and judged."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import lightning as L
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +16,7 @@ from lightning_kd.preflight.facts import Facts, ModelFacts, TokenizerFacts
 from lightning_kd.preflight.findings import judge
 from lightning_kd.preflight.memory import SizedModel, describe_memory
 from lightning_kd.preflight.report import Report
-from lightning_kd.preflight.rows import batches, describe_rows, is_chat, texts_of, training_data
+from lightning_kd.preflight.rows import batches, describe_rows, roles_of, texts_of, training_data
 from lightning_kd.preflight.setting import Setting
 from lightning_kd.preflight.tokenizers import describe_tokenizer, saved_tokenizer
 from lightning_kd.tokenization import tokenizer_of
@@ -92,7 +93,9 @@ def collect(
             some = list(batches(datamodule, rows, tokenizer))
         except ValueError as error:
             refused.append(str(error))
-    texts, chats = texts_of(some), is_chat(datamodule)
+    texts, roles = texts_of(some, tokenizer), roles_of(datamodule)
+    framed = isinstance(training_data(datamodule), DistillationData) and not roles
+    compared = partial(describe_tokenizer, data=tokenizer, texts=texts, roles=roles, framed=framed)
     sized: list[SizedModel] = []
     described: list[ModelFacts] = []
     for role, spec in _specs(module):
@@ -107,9 +110,7 @@ def collect(
         sized.append(SizedModel(role, spec, model, held))
         about = None
         if own is not None:
-            about = describe_tokenizer(
-                own, str(spec.name_or_path), data=tokenizer, texts=texts, chats=chats
-            )
+            about = compared(own, str(spec.name_or_path))
         described.append(_describe(sized[-1], about))
     batch_size = getattr(datamodule, "batch_size", None) or len(some[0]["labels"] if some else [0])
     setting = Setting.of(trainer, batch_size)
@@ -126,12 +127,8 @@ def collect(
             refused.append(str(error))
     return Facts(
         method=type(module).__name__,
-        tokenizer=describe_tokenizer(
-            tokenizer, _name(tokenizer), data=tokenizer, texts=texts, chats=chats
-        ),
-        named=None
-        if named is None
-        else describe_tokenizer(named, _name(named), data=tokenizer, texts=texts, chats=chats),
+        tokenizer=compared(tokenizer, _name(tokenizer)),
+        named=None if named is None else compared(named, _name(named)),
         policy=module.vocabulary if isinstance(module, TeacherModule) else "",
         student=next((d for d in described if d.role == "student"), None),
         teachers=[d for d in described if d.role != "student"],

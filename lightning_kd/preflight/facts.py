@@ -17,6 +17,8 @@ class TokenizerFacts:
         other_ids: How it differs from the data's tokenizer; empty where it gives the same ids.
         other_template: How its chat template differs from the data's; empty where both render the
             same, where it has none, and where the data is no chats.
+        other_start: How what it puts before a text, as a BOS, differs from what the data's puts there;
+            empty where both put the same, and where the data is chats.
     """
 
     name: str
@@ -26,6 +28,7 @@ class TokenizerFacts:
     has_template: bool
     other_ids: str = ""
     other_template: str = ""
+    other_start: str = ""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,11 @@ class RolloutFacts:
     trains_on_data: bool
     by_student: bool
     by_teacher: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether anything is generated."""
+        return self.by_student or self.by_teacher
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def _untrained_eos(facts: Facts) -> Said:
     )
     yield (
         f"none of {rows.labeled:,} completions that were looked at is trained to end: their labels "
-        f"have no {_eos(facts)}. The student will write to the limit of each generation",
+        f"are without {_eos(facts)}. The student will write to the limit of each generation",
         cause,
     )
 
@@ -87,7 +87,7 @@ def _masked_eos(facts: Facts) -> Said:
 
 def _endless(facts: Facts) -> Said:
     rows, rollouts, eos = facts.rows, facts.rollouts, facts.tokenizer.eos_id
-    if rollouts is not None and rows is not None and rows.completions:
+    if rollouts is not None and rollouts.any and rows is not None and rows.completions:
         longer = sum(length > rollouts.max_new_tokens for length in rows.completions)
         if longer > _MOST * len(rows.completions):
             longest = max(rows.completions)
@@ -199,6 +199,13 @@ def _tokenizer(facts: Facts) -> Said:
                 f"the data's ({facts.tokenizer.name}): {model.tokenizer.other_ids}",
                 f"give data.tokenizer: {model.tokenizer.name}, or a {model.role} that was trained "
                 "with the data's tokenizer",
+            )
+        elif model.tokenizer is not None and model.tokenizer.other_start:
+            yield (
+                f"the tokenizer that the {model.role} was trained with ({model.tokenizer.name}) frames "
+                f"texts otherwise than the data's ({facts.tokenizer.name}): "
+                f"{model.tokenizer.other_start}",
+                f"give data.tokenizer: {model.tokenizer.name}, or have it begin a text as the data's",
             )
 
 

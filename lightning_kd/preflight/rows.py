@@ -26,9 +26,10 @@ def training_data(datamodule: L.LightningDataModule) -> L.LightningDataModule:
     return datamodule.prompts if isinstance(datamodule, PromptsAndText) else datamodule
 
 
-def is_chat(datamodule: L.LightningDataModule) -> bool:
-    """Return whether rows are rendered by a chat template."""
-    return isinstance(training_data(datamodule), ChatData)
+def roles_of(datamodule: L.LightningDataModule) -> frozenset[str]:
+    """Return who speaks in rows that are rendered by a chat template; empty of other rows."""
+    data = training_data(datamodule)
+    return data.roles if isinstance(data, ChatData) else frozenset()
 
 
 def batches(
@@ -48,9 +49,7 @@ def batches(
     data = training_data(datamodule)
     if isinstance(data, DistillationData):
         data.read("train")
-        size = len(data.read_rows("train"))
-        step = max(1, size // looked_at)
-        numbers = range(0, size, step)[:looked_at]
+        numbers = spread(len(data.read_rows("train")), looked_at)
         for start in range(0, len(numbers), _ROWS_AT_ONCE):
             yield data.batch_of("train", numbers[start : start + _ROWS_AT_ONCE])
         return
@@ -65,6 +64,18 @@ def batches(
         yield batch
 
 
+def spread(size: int, count: int) -> list[int]:
+    """Return at most so many of the numbers below ``size``, evenly: the first and the last among them.
+
+    Example:
+        >>> spread(5, 8), spread(10, 4), spread(10, 1)
+        ([0, 1, 2, 3, 4], [0, 3, 6, 9], [0])
+    """
+    if size <= count:
+        return list(range(size))
+    return [number * (size - 1) // max(1, count - 1) for number in range(count)]
+
+
 def _prompts_alone(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Batch:
     """Return a batch of prompts, padded on either side, as this library collates prompts."""
     prompts = with_prompts(batch, tokenizer, 0)
@@ -74,12 +85,15 @@ def _prompts_alone(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Batch:
     return Collator(padding_id(tokenizer))([(n, n, e) for n, e in enumerate(examples)])
 
 
-def texts_of(some: Sequence[Batch]) -> list[str]:
-    """Return prompts and completions of a few rows, as text."""
+def texts_of(some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return prompts and completions of a few rows, as text; of rows without prompts, what they say."""
     found: list[str] = []
     for batch in some[:1]:
         if has_prompts(batch):
             found += [text for text in (*batch["prompt"], *batch["completion"]) if text]
+        else:
+            rows = real_tokens(batch["input_ids"], batch["attention_mask"].bool())
+            found += tokenizer.batch_decode(rows, skip_special_tokens=True)
     return found[:_ROWS_AT_ONCE]
 
 

@@ -15,18 +15,15 @@ _SHORT = Chat(
     "a short chat",
     trained=(1,),
 )
-_LONGER = Chat(
-    [
-        {"role": "system", "content": "Be brief."},
-        *_SHORT.messages,
-        {"role": "user", "content": "And?"},
-        {"role": "assistant", "content": "That is all."},
-    ],
-    "a longer chat",
-    trained=(4,),
+_TURNS = [
+    *_SHORT.messages,
+    {"role": "user", "content": "And?"},
+    {"role": "assistant", "content": "That is all."},
+]
+_LONGER = Chat(_TURNS, "a longer chat", trained=(3,))
+_BRIEFED = Chat(
+    [{"role": "system", "content": "Be brief."}, *_TURNS], "a chat with a system message", (4,)
 )
-_CHATS = (_SHORT, _LONGER)
-"""Chats that templates are compared by."""
 
 _SHOWN = 40
 """Characters around the first difference of two texts."""
@@ -40,7 +37,8 @@ def describe_tokenizer(
     *,
     data: PreTrainedTokenizerBase,
     texts: Sequence[str],
-    chats: bool,
+    roles: frozenset[str],
+    framed: bool,
 ) -> TokenizerFacts:
     """Return what is known of a tokenizer, compared with that of the data.
 
@@ -49,7 +47,8 @@ def describe_tokenizer(
         name: Where it comes from.
         data: That of the data; it may be the same.
         texts: Texts of the data, which both tokenize.
-        chats: Whether the data is rendered by its chat template.
+        roles: Who speaks in the data, if it is rendered by its chat template.
+        framed: Whether texts of the data begin with what the tokenizer puts there.
     """
     other = tokenizer is not data
     return TokenizerFacts(
@@ -63,7 +62,8 @@ def describe_tokenizer(
         },
         has_template=bool(tokenizer.chat_template),
         other_ids=_other_ids(data, tokenizer, texts) if other else "",
-        other_template=_other_template(data, tokenizer) if other and chats else "",
+        other_template=_other_template(data, tokenizer, roles) if other and roles else "",
+        other_start=_other_start(data, tokenizer) if other and framed else "",
     )
 
 
@@ -110,12 +110,31 @@ def _other_ids(
     return ""
 
 
-def _other_template(data: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+def _other_start(data: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str:
+    ours, theirs = _start(data), _start(other)
+    if ours == theirs:
+        return ""
+    return f"it begins a text with {theirs or 'nothing'}, and the data's with {ours or 'nothing'}"
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return what a tokenizer puts before a text, as text."""
+    whole, bare = (
+        tokenizer("So.", add_special_tokens=added, verbose=False)["input_ids"]
+        for added in (True, False)
+    )
+    at = next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)
+    return ", ".join(f"{tokenizer.decode([token])!r} ({token})" for token in whole[:at])
+
+
+def _other_template(
+    data: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, roles: frozenset[str]
+) -> str:
     if not data.chat_template or not other.chat_template:
         return ""
     if data.chat_template == other.chat_template:
         return ""
-    for chat in _CHATS:
+    for chat in (_SHORT, _LONGER, *([_BRIEFED] if "system" in roles else [])):
         ours, theirs = _rendered(data, chat), _rendered(other, chat)
         if ours != theirs:
             return (
