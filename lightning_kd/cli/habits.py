@@ -49,6 +49,5 @@ OF_EVALUATE = {
     "output_dir": "--output",
     "seed": "--seed_everything",
     "temperature": "--completions.temperature",
-    "test": "--data.test",
 }
 """What may be typed to ``lightning-kd evaluate``, and the options that stand for it."""
