@@ -262,6 +262,12 @@ class TestModels:
         with pytest.raises(ValueError, match=message):
             SupervisedKD(**{"student": tiny_llama(0), "teacher": tiny_llama(1)} | arguments)
 
+    def test_float16_weights_come_with_a_warning(self):
+        module = SFT(student=tiny_llama(0).half())
+        with pytest.warns(UserWarning, match="weights that are trained are float16"):
+            trainer(max_steps=2).fit(module, datamodule=Letters())
+        assert module.student.lm_head.weight.isnan().any()
+
     @pytest.mark.parametrize("optimizer", ["AdamW", 1e-4, {"class_path": "torch.optim.SGD"}])
     def test_an_optimizer_is_what_makes_one(self, optimizer):
         module = SFT(student=tiny_llama(0), optimizer=optimizer)

@@ -1,5 +1,6 @@
 """Constructor arguments as everyone may read them."""
 
+import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -41,7 +42,7 @@ def shown(value: Any) -> Plain:
         case str() | Path():
             return presentable(str(value))
         case ModelSpec():
-            return model_text(value)
+            return _model(value)
         case PreTrainedModel() | PreTrainedTokenizerBase():
             return presentable(value.name_or_path) or type(value).__name__
         case Resumable():
@@ -98,6 +99,15 @@ def is_repo_name(name: str) -> bool:
     except HFValidationError:
         return False
     return re.match(r"[./~]", name) is None
+
+
+def _model(spec: ModelSpec) -> Plain:
+    """Return where a model comes from, and how it is loaded, where that is not the default."""
+    default = {name: p.default for name, p in inspect.signature(type(spec)).parameters.items()}
+    told = {"name_or_path", "config", "revision"}
+    options = {} if spec.is_given else spec.effective_arguments()
+    chosen = {n: v for n, v in options.items() if n not in told and v != default.get(n)}
+    return {"from": model_text(spec), **_known(chosen)} if chosen else model_text(spec)
 
 
 def _known(arguments: Mapping[str, Any]) -> dict[str, Plain]:

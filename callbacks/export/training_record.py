@@ -112,7 +112,7 @@ def described(module: DistillationModule, data: object) -> TrainingRecord:
     if isinstance(teacher, Teacher) and not models:
         models = [type(teacher).__name__]
     options = arguments_of(module)
-    for apart in ("student", "tokenizer", "optimizer", "lr_scheduler"):
+    for apart in ("tokenizer", "optimizer", "lr_scheduler"):
         options.pop(apart, None)
     arguments = arguments_of(data) if isinstance(data, Resumable) else {}
     return TrainingRecord(

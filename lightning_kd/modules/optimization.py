@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig, OptimizerLRScheduler
@@ -41,8 +42,15 @@ def built_optimizer(build: OptimizerCallable, parameters: Iterable[Parameter]) -
             f"optimizer is a {type(build).__name__}; give a class of torch.optim, or one with options: "
             "functools.partial(torch.optim.AdamW, lr=1e-4)"
         )
+    groups = parameter_groups(parameters)
+    if any(weight.dtype == torch.float16 for group in groups for weight in group["params"]):
+        rank_zero_warn(
+            "weights that are trained are float16, whose smallest number is above the 1e-8 by which "
+            "AdamW keeps from dividing by zero: losses become NaN. Load the student in float32, with "
+            "trainer.precision: 16-mixed if you want float16 products, or in bfloat16"
+        )
     try:
-        return build(parameter_groups(parameters))
+        return build(groups)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the optimizer refuses its options: {error}") from error
 

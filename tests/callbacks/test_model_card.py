@@ -17,7 +17,7 @@ from lightning_kd.callbacks.export.card import CardContext, model_card
 from lightning_kd.callbacks.export.options import base_model
 from lightning_kd.callbacks.export.redaction import presentable, presentable_command
 from lightning_kd.callbacks.export.training_record import TrainingRecord
-from lightning_kd.models import StudentSpec
+from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.modules import SFT, SupervisedKD
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
 from tests.support.command_line import EXPECTED_WARNINGS
@@ -111,6 +111,18 @@ def test_several_teachers_and_no_teacher():
     assert front["tags"] == ["lightning-kd", "sft"]
     assert "teacher" not in rows(body, "Training")
     assert "Validation" not in body  # there was none
+
+
+def test_how_models_were_loaded_is_told_where_it_is_not_the_default():
+    pytest.importorskip("peft")
+    student = StudentSpec(saved("start", 1), lora=LoRA(r=4, alpha=8), dtype="bfloat16")
+    teacher = LocalTeacher(saved("teacher", 2), dtype="bfloat16")
+    fit(SupervisedKD(student=student, teacher=teacher), HFExport("student"))
+    told = yaml.safe_load(card()[2]["yaml"])["model"]
+    lora = told["student"].pop("lora")["LoRA"]
+    assert told["student"] == {"from": "start", "dtype": "bfloat16"}
+    assert (lora["r"], lora["alpha"]) == (4, 8)
+    assert told["teacher"] == {"from": "teacher", "dtype": "bfloat16"}
 
 
 def test_the_best_weights_come_with_their_own_validation():
