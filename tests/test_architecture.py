@@ -32,7 +32,7 @@ LAYERS = [
     {"callbacks"},
     {"preflight", "student_evaluation"},
     {"public"},
-    {"demo", "run_directories", "cache_writing", "comparison"},
+    {"run_directories", "cache_writing", "comparison"},
     {"cli", "__init__", "__main__"},
 ]
 FILES = sorted({*(ROOT / "lightning_kd").rglob("*.py"), *(ROOT / "callbacks").rglob("*.py")})
@@ -103,7 +103,10 @@ def test_every_config_is_named_in_the_readme_and_run_by_a_test():
 def test_every_experiment_is_named_in_its_document_and_run_by_a_test():
     """Also what it takes: a smaller size, and metrics that say which way is better."""
     document = (ROOT / "docs" / "comparing.md").read_text()
-    tests = (ROOT / "tests" / "comparison" / "test_command.py").read_text()
+    tests = "".join(
+        (ROOT / "tests" / name).read_text()
+        for name in ("comparison/test_command.py", "test_demo.py")
+    )
     for path in (ROOT / "configs" / "experiments").glob("*.yaml"):
         assert str(path.relative_to(ROOT)) in document
         assert f'"{path.stem}"' in tests

@@ -1,42 +1,65 @@
-import os
-import signal
+"""The demonstration at a size that teaches nothing: what is shown is that every part is there."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from lightning.pytorch.callbacks import Callback
 
-from lightning_kd.demo import demo
+from lightning_kd.comparison.reading import read_experiment
+from tests.support.command_line import CONFIGS, run
+
+NAMES = ["teacher_a", "teacher_b", "SFT", "SupervisedKD", "BabyLlama", "GKD", "MiniLLM"]
+SIZE = ["--teacher_steps", "2", "--student_steps", "4", "--train_size", "16"]
 
 
+@pytest.mark.processes
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_the_demo_trains_tests_prints_and_draws(tmp_path, capsys):
-    """Too few steps to learn anything: what is shown is that every part is there."""
-    results = demo(str(tmp_path / "demo"), teacher_steps=2, student_steps=2, train_size=16)
-    names = ["teacher_a", "teacher_b", "SFT", "SupervisedKD", "BabyLlama", "GKD", "MiniLLM"]
-    assert [result.name for result in results] == names
-    printed = capsys.readouterr().out
-    for result in results:
-        assert result.name in printed
-        assert (tmp_path / "demo" / result.name / "student" / "model.safetensors").exists()
-        assert 0 <= result.metrics["test/exact_match"] <= 1
-    assert results[0].metrics["test/forward_kl"] == pytest.approx(0, abs=1e-7)
-    assert results[1].metrics["test/forward_kl"] > 0
-    assert (tmp_path / "demo" / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_the_demo_trains_tests_prints_and_draws(tmp_path):
+    command = [sys.executable, "-m", "lightning_kd", "demo", *SIZE]
+    done = run(*command, PYTHONPATH=str(CONFIGS.parent), OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = {}
+    for name in NAMES:
+        assert name in done.stdout
+        place = Path("runs/demo", name, "0")
+        assert (place / "student" / "model.safetensors").exists()
+        results[name] = json.loads((place / "result.json").read_text())
+        assert 0 <= results[name]["metrics"]["test/exact_match"] <= 1
+    for title in ("exact match", "KL to teacher_a", "reverse KL", "wall time"):
+        assert title in done.stdout
+    assert results["teacher_a"]["metrics"]["test/forward_kl"] == pytest.approx(0, abs=1e-7)
+    assert results["teacher_b"]["metrics"]["test/forward_kl"] > 0
+    steps = {name: result["cost"]["steps"] for name, result in results.items()}
+    assert steps == dict.fromkeys(NAMES, 4) | dict.fromkeys(
+        ["teacher_a", "teacher_b", "MiniLLM"], 2
+    )
+    assert Path("runs/demo/curves.png").read_bytes().startswith(b"\x89PNG")
+    # Of other options, it says so; nothing is quietly shown that is of another demonstration.
+    changed = run(*command, "--train_size", "17", PYTHONPATH=str(CONFIGS.parent))
+    assert changed.returncode == 2
+    assert "data.init_args.train_size: 16 -> 17" in changed.stderr
 
 
-class Terminated(Callback):
-    """A scheduler's signal in the middle of training."""
+def test_the_experiment_is_a_config_too_with_the_commands_defaults():
+    path = CONFIGS / "experiments" / "demo.yaml"
+    assert path.resolve() == (CONFIGS.parent / "lightning_kd" / "cli" / "demo.yaml").resolve()
+    said = read_experiment(path)
+    assert [variant.name for variant in said.variants] == NAMES
+    defaults = said.placeholders
+    for name in ("teacher", "student", "minillm"):
+        assert defaults[f"{name}_checks"] == defaults[f"{name}_steps"] // 8
+    assert defaults["minillm_steps"] == defaults["student_steps"] // 2
 
-    def on_train_batch_start(self, *_) -> None:
-        os.kill(os.getpid(), signal.SIGTERM)
 
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
-@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-def test_a_demo_that_is_terminated_does_not_end_as_one_that_has_succeeded(tmp_path, monkeypatch):
-    monkeypatch.setattr("lightning_kd.demo._writing", lambda name: [Terminated()])
-    with pytest.raises(SystemExit) as ended:
-        demo(str(tmp_path / "demo"), teacher_steps=2, student_steps=2, train_size=16)
-    assert ended.value.code == 128 + signal.SIGTERM
+@pytest.mark.processes
+def test_help_says_what_each_option_is():
+    help_ = subprocess.run(
+        [sys.executable, "-m", "lightning_kd", "demo", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "Share of these problems with a wrong answer." in help_
+    assert "Make runs anew that are there with other options." in help_

@@ -8,12 +8,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_kd.cli.arguments import with_student_data
 from lightning_kd.cli.compare import compare
+from lightning_kd.cli.demo import demo
 from lightning_kd.cli.distillation_cli import DistillationCLI
 from lightning_kd.cli.messages import ShortErrors
 from lightning_kd.cli.preparation import prepare
 from lightning_kd.cli.trainer_command import trainer_command
 from lightning_kd.data import write_tokenizer
-from lightning_kd.demo import demo
 from lightning_kd.serving import serve
 from lightning_kd.student_evaluation import evaluate
 
