@@ -118,7 +118,8 @@ def run_comparison(
             report.show(console)
             report.write(output)
             console.print(
-                f"The report is {output}/report.md; tensorboard --logdir {output}", soft_wrap=True
+                f"Tables and pictures are in {output}/report.md; tensorboard --logdir {output}",
+                soft_wrap=True,
             )
         if workers.received:
             console.print(f"Stopped; go on with: {shlex.join(command)}", soft_wrap=True)
