@@ -8,12 +8,21 @@ import datasets
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.chat_encoding import encode_chats
-from lightning_kd.data.conversations import COLUMNS, MESSAGES, TOOLS, TrainOn, read_chats
+from lightning_kd.data.conversations import (
+    COLUMNS,
+    MESSAGES,
+    SHAREGPT,
+    SYSTEM,
+    TOOLS,
+    TrainOn,
+    read_chats,
+)
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy
 from lightning_kd.data.objects import RowsLike
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import WHERE, load_rows
+from lightning_kd.data.template_variables import check_variables
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.option_checks import check_choice
@@ -129,8 +138,10 @@ class ChatData(TextData):
             raise ValueError(
                 "the tokenizer has no chat template; use one that has, or prompt columns"
             )
+        check_variables(self.tokenizer, self.chat_template_kwargs)
         # Any type: a column that stands beside the messages may hold something else, as an id.
         others = [TOOLS, *(COLUMNS if self.messages_column == MESSAGES else ())]
+        others += [SYSTEM] if self.messages_column in {MESSAGES, SHAREGPT} else []
         optional: dict[str, type] = {self.messages_column: object, **dict.fromkeys(others, object)}
         extra: dict[str, type] = dict.fromkeys(self.extra_columns, str)
         raw = load_rows(

@@ -14,6 +14,11 @@ from lightning_kd.data.turns import RenderedChat
 CHANGED = (
     "have an answer that the chat template changes, and what is trained on is what it makes of it"
 )
+UNREAD = (
+    "have reasoning_content in an answer that is trained on, and the chat template leaves it out, so "
+    "that nothing is learned of it"
+)
+EMPTY = "have an answer without a word, of which its end alone is trained on"
 NO_END_WITHIN = (
     "have answers before the last one that end without an EOS, so that nothing learns to end there"
 )
@@ -66,17 +71,20 @@ def _encoded(
     prompt: list[int] = []
     completion: list[int] = []
     trained: list[bool] = []
-    behind, ends = "", 0
+    behind, ends, empty = "", 0, False
     for span, ids in zip(pairwise(cuts), pieces, strict=True):
         learned = 0
         if span in rendered.spans:
             ended = end_with_eos(ids, tokenizer, ended=span == last)
             learned, behind = len(ended.ids), behind or ended.after_eos
             ends += span != last and ended.ids[-1:] == [tokenizer.eos_token_id]
+            empty |= list(ended.ids) in ([], [tokenizer.eos_token_id])
             ids = ended.ids if span == last else ids
         (prompt if span[1] <= rendered.prompt and span != last else completion).extend(ids)
         trained += [number < learned for number in range(len(ids))]
     remarks = [CHANGED] if rendered.changed else []
+    remarks += [UNREAD] if rendered.unread else []
+    remarks += [EMPTY] if empty else []
     remarks += [NO_END_WITHIN] if ends < len(chat.trained) - 1 else []
     remarks += _other_end(pieces[-1], tokenizer)
     return Encoded(

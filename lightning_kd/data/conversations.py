@@ -18,8 +18,13 @@ _SHAREGPT_ROLES = {
 
 MESSAGES = "messages"
 """Column of a whole conversation, unless another is named."""
-COLUMNS = ("prompt", "completion", "conversations")
+SHAREGPT = "conversations"
+COLUMNS = ("prompt", "completion", SHAREGPT)
 """Columns that stand for :data:`MESSAGES` where there is none: TRL's, and ShareGPT's."""
+SYSTEM = "system"
+"""Column with the system message beside ``conversations``, as ShareGPT has it."""
+REASONING = "reasoning_content"
+"""Key of a message with what the assistant thought."""
 TOOLS = "tools"
 """Column with the schemas of functions that the assistant may call."""
 
@@ -78,24 +83,40 @@ def read_chats(
         answers = [
             number
             for number, message in enumerate(messages)
-            if message["role"] == "assistant" and number >= max(1, context)
+            if message["role"] == "assistant"
+            and number >= max(1, context)
+            and message.get("weight") != 0
         ]
         if train_on == "none":
             yield row, _checked(Chat(messages, where, (), tools))
             continue
-        if not answers or (train_on != "each" and answers[-1] != len(messages) - 1):
-            raise ValueError(
-                f"{where}: a chat needs a prompt and, at its end, the assistant's message; this one "
-                f"has {len(messages)} messages and ends with the {messages[-1]['role']}'s. For "
-                "prompts that only a model answers, set data.train_on: none"
-            )
+        if not answers or (train_on == "last" and answers[-1] != len(messages) - 1):
+            raise ValueError(f"{where}: {_nothing_to_learn(messages, bool(answers))}")
         if train_on == "each":
             for number in answers:
                 place = f"{where}, message {number + 1}" if len(answers) > 1 else where
                 yield row, Chat(messages[: number + 1], place, (number,), tools)
         else:
             trained = answers if train_on == "all" else answers[-1:]
-            yield row, Chat(messages, where, tuple(trained), tools)
+            # What follows the last of them changes nothing of it.
+            yield row, Chat(messages[: trained[-1] + 1], where, tuple(trained), tools)
+
+
+def _nothing_to_learn(messages: Sequence[Message], earlier: bool) -> str:
+    """Return why a chat has no answer to train on, and what to do."""
+    last = messages[-1]
+    if last["role"] == "assistant" and last.get("weight") == 0:
+        return "the chat's last message has weight 0, so it is not trained on" + (
+            ", and no other is"
+            if not earlier
+            else "; set data.train_on: all or each for those before it"
+        )
+    return (
+        "a chat needs a prompt and, at its end, the assistant's message; this one has "
+        f"{len(messages)} messages and ends with the {last['role']}'s. "
+        + ("To train on the answers before it, set data.train_on: all or each. " if earlier else "")
+        + "For prompts that only a model answers, set data.train_on: none"
+    )
 
 
 def _messages_of(
@@ -103,10 +124,12 @@ def _messages_of(
 ) -> tuple[list[Message], int]:
     """Return the messages of a row, and how many of them are a prompt that is never trained on."""
     whole = given.get(messages_column)
-    if whole is None and messages_column == MESSAGES:
-        whole = given.get("conversations")
-    if whole is not None:
+    if whole is not None and messages_column != SHAREGPT:
         return _messages(whole, where), 0
+    if whole is None and messages_column == MESSAGES:
+        whole = given.get(SHAREGPT)
+    if whole is not None:
+        return _with_system(given.get(SYSTEM), _messages(whole, where), where), 0
     prompt, completion = given.get("prompt"), given.get("completion")
     if messages_column != MESSAGES or prompt is None:
         raise ValueError(
@@ -138,6 +161,19 @@ def _messages_of(
     return [*before, *after], len(before)
 
 
+def _with_system(system: Any, messages: list[Message], where: str) -> list[Message]:
+    """Return messages behind the column of ShareGPT's system message, if it has one."""
+    if not system:
+        return messages
+    if not isinstance(system, str) or messages[0]["role"] == "system":
+        came = "the chat begins with a system message too" if isinstance(system, str) else "no text"
+        raise ValueError(
+            f"{where}: column {SYSTEM!r} is the system message of {SHAREGPT!r}, and {came}; give it "
+            "in one place, as text"
+        )
+    return [{"role": "system", "content": system}, *messages]
+
+
 def _messages(given: Any, where: str) -> list[Message]:
     if not isinstance(given, list) or not given:
         raise ValueError(f"{where}: a chat is a list of messages, got {given!r:.80}")
@@ -159,6 +195,13 @@ def _message(message: Any, where: str) -> Message:
         raise ValueError(f"{where}: a message needs role and content, got {message!r:.80}")
     if message.get("role") not in ROLES:
         raise ValueError(f"{where}: unknown role {message.get('role')!r}; choose one of {ROLES}")
+    if message.get("weight") not in (None, 0, 1):
+        raise ValueError(
+            f"{where}: weight of a message is {message['weight']!r}; it is 1, or 0 where it is not "
+            "trained on"
+        )
+    if message.get("function_call"):
+        raise ValueError(f"{where}: function_call is not read; give the call as tool_calls")
     content = message.get("content")
     if isinstance(content, list):
         _check_parts(content, where)

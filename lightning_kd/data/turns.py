@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_kd.data.conversations import Chat, Message, text_of_content
+from lightning_kd.data.left_out import Coverage
 
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _PARTS = ("first part", "second part")
@@ -25,12 +26,14 @@ class RenderedChat:
         prompt: Characters of the prompt, which ends where the answer begins.
         spans: Where what is trained on begins and ends, in characters, in order.
         changed: Whether the template changes an answer that is trained on.
+        unread: Whether it leaves out the ``reasoning_content`` of one.
     """
 
     text: str
     prompt: int
     spans: Sequence[tuple[int, int]] = ()
     changed: bool = False
+    unread: bool = False
 
 
 class TemplateMisfitError(ValueError):
@@ -51,6 +54,9 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self._variables = {**tokenizer.special_tokens_map, **(arguments or {})}
         self._takes_parts: bool | None = None
+        self._coverage = Coverage(
+            lambda chat: self._text(chat.messages, chat, add_generation_prompt=not chat.trained)
+        )
 
     def rendered(self, chat: Chat) -> RenderedChat:
         """Return a conversation as text, with what is trained on.
@@ -61,13 +67,14 @@ class ChatTemplate:
 
         Raises:
             TemplateMisfitError: If a turn is rendered otherwise than when it was the last one, or
-                the template leaves out a message of the prompt.
+                the template leaves out something that the conversation holds.
         """
         if any(isinstance(message.get("content"), list) for message in chat.messages):
             chat = chat if self._has_parts() else _joined(chat)
+        lost, unread = self._coverage.of(chat)
         prompt = self._text(chat.prompt, chat, add_generation_prompt=True)
         if not chat.trained:
-            _check_nothing_left_out(chat.prompt, prompt)
+            _check_nothing_left_out(chat.prompt, prompt, lost)
             return RenderedChat(prompt, len(prompt))
         text, marks = self._marked(chat)
         spans, changed = [], False
@@ -85,8 +92,8 @@ class ChatTemplate:
                     "would be trained on; correct the template"
                 )
             spans += [(a, self._with_eos(text, b)) for a, b in own]
-        _check_nothing_left_out(chat.prompt, prompt)
-        return RenderedChat(text, len(prompt), spans, changed)
+        _check_nothing_left_out(chat.prompt, prompt, lost)
+        return RenderedChat(text, len(prompt), spans, changed, unread)
 
     def _turn(self, chat: Chat, number: int, text: str) -> tuple[int, int]:
         """Return where a turn begins and ends in the text of the whole conversation."""
@@ -163,13 +170,18 @@ def _joined(chat: Chat) -> Chat:
     return replace(chat, messages=joined)
 
 
-def _check_nothing_left_out(messages: Sequence[Message], text: str) -> None:
+def _check_nothing_left_out(messages: Sequence[Message], text: str, lost: str | None) -> None:
+    if lost is not None:
+        raise _left_out(lost)
     for number, message in enumerate(messages, 1):
         content = message.get("content")
         parts = [part["text"] for part in content] if isinstance(content, list) else [content or ""]
         if message["role"] in _READ_AS_GIVEN and any(part.strip() not in text for part in parts):
-            raise TemplateMisfitError(
-                f"leaves out message {number}, of role {message['role']!r}, or changes its text, "
-                "and a model would never see it; leave it out of the rows, or give it a role that "
-                "the template knows"
-            )
+            raise _left_out(f"message {number}, of role {message['role']!r}")
+
+
+def _left_out(what: str) -> TemplateMisfitError:
+    return TemplateMisfitError(
+        f"leaves out {what}, or changes its text, and a model would never see it; leave it out of the "
+        "rows, or take a template that has a place for it"
+    )

@@ -398,3 +398,101 @@ def test_a_token_across_the_border_is_none_of_the_answer():
     whole = tokenizer.apply_chat_template([ASK, answer])["input_ids"]
     assert whole[: len(prompt)] != prompt  # the merge is there
     assert marked(example, tokenizer).endswith("assistant\n[[\n\nit is 4.<|im_end|>]]")
+
+
+SILENT = CHATML.replace("{{ m.content }}", "{{ m.content or '' }}")
+ONLY = "{% for m in messages if m.role != 'tool' %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "lost"),
+    [
+        (SILENT, {"messages": WITH_TOOLS}, "tool_calls of message 2, of role 'assistant'"),
+        (SILENT, {"messages": [ASK, FOUR], "tools": [TOOL]}, "the column 'tools'"),
+        (SILENT, {"messages": WITH_TOOLS[:2]}, "tool_calls of message 2"),
+        (
+            SILENT.replace("{% for m in messages %}", ONLY),
+            {"messages": [ASK, FOUR, {"role": "tool", "content": "4"}, FIVE]},
+            "message 3, of role 'tool'",
+        ),
+        (
+            SILENT.replace("{% for m in messages %}", ONLY.replace("tool", "developer")),
+            {"messages": [{"role": "developer", "content": "hi"}, user("hi there"), FOUR]},
+            "message 1, of role 'developer'",
+        ),
+    ],
+)
+@pytest.mark.parametrize("train_on", ["last", "all", "each"])
+def test_what_a_template_does_not_read_is_named(template, row, lost, train_on):
+    tokenizer = family_tokenizer("chatml")
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"chats\.jsonl:2.* leaves out {lost}"):
+        rows(tokenizer, [{"messages": [ASK, FOUR]}, row], train_on=train_on)
+
+
+def test_reasoning_that_is_not_learned_and_answers_without_a_word_are_counted(caplog):
+    thought = assistant("5", reasoning_content="2+3 is 5")
+    with caplog.at_level(logging.WARNING):
+        rows("chatml", [{"messages": [ASK, FOUR]}, {"messages": [ASK, thought]}])
+    assert "of 2 rows, 1 have reasoning_content in an answer" in caplog.text
+    assert "The first is chats.jsonl:2" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        rows("chatml", [{"messages": [ASK, thought, MORE, FIVE]}, {"messages": [ASK, FOUR]}])
+    assert caplog.text == ""  # of an earlier answer it is not learned anyway
+    with caplog.at_level(logging.WARNING):
+        found, tokenizer = rows(
+            "chatml", [{"messages": [ASK, FOUR]}, {"messages": [ASK, assistant("")]}]
+        )
+    assert "of 2 rows, 1 have an answer without a word, of which its end alone" in caplog.text
+    assert marked(found.example(1, 0), tokenizer).endswith("assistant\n[[<|im_end|>]]")
+
+
+@pytest.mark.parametrize("options", [{}, {"messages_column": "conversations"}])
+def test_the_system_column_of_sharegpt_is_the_system_message(options):
+    found, _ = rows("chatml", {"conversations": SHAREGPT, "system": "be kind"}, **options)
+    assert found.example(0, 0).prompt.startswith(
+        "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user"
+    )
+    for none in (None, ""):
+        found, _ = rows("chatml", {"conversations": SHAREGPT, "system": none}, **options)
+        assert found.example(0, 0).prompt.startswith("<|im_start|>user")
+    both = [{"from": "system", "value": "be brief"}, *SHAREGPT]
+    with pytest.raises(ValueError, match=r"chats\.jsonl:1: column 'system' .* too; give it"):
+        rows("chatml", {"conversations": both, "system": "be kind"}, **options)
+    with pytest.raises(ValueError, match=r"chats\.jsonl:1: column 'system' .* no text"):
+        rows("chatml", {"conversations": SHAREGPT, "system": ["be kind"]}, **options)
+
+
+def test_messages_of_weight_0_are_not_trained_on():
+    heavy, light = FOUR | {"weight": 1}, FOUR | {"weight": 0}
+    found, tokenizer = rows("chatml", {"messages": [ASK, light, MORE, FIVE]}, train_on="all")
+    assert marked(found.example(0, 0), tokenizer) == LAST["chatml"]
+    found, _ = rows(
+        "chatml", {"messages": [ASK, heavy, MORE, FIVE | {"weight": 0}]}, train_on="all"
+    )
+    assert marked(found.example(0, 0), tokenizer).endswith("assistant\n[[it is 4.<|im_end|>]]")
+    with pytest.raises(ValueError, match=r"last message has weight 0, .* set data.train_on: all"):
+        rows("chatml", {"messages": [ASK, FOUR, MORE, FIVE | {"weight": 0}]})
+    with pytest.raises(ValueError, match="has weight 0, so it is not trained on, and no other is"):
+        rows("chatml", {"messages": [ASK, light]}, train_on="each")
+    with pytest.raises(ValueError, match=r"weight of a message is 0\.5; it is 1, or 0"):
+        rows("chatml", {"messages": [ASK, FOUR | {"weight": 0.5}]})
+
+
+def test_what_follows_the_last_answer_is_left_off_or_the_way_out_is_said():
+    found, tokenizer = rows("chatml", {"messages": [*TWO_TURNS, ASK]}, train_on="all")
+    same, _ = rows("chatml", {"messages": TWO_TURNS}, train_on="all", name="same.jsonl")
+    assert marked(found.example(0, 0), tokenizer) == marked(same.example(0, 0), tokenizer)
+    with pytest.raises(ValueError, match=r"ends with the user's\. To train on the answers before"):
+        rows("chatml", {"messages": [*TWO_TURNS, ASK]})
+
+
+def test_variables_that_a_template_does_not_read_are_refused():
+    message = r"'enable_thinkin', which the chat template does not read.* are .*enable_thinking"
+    with pytest.raises(ValueError, match=message):
+        rows("qwen3", {"messages": [ASK, FOUR]}, chat_template_kwargs={"enable_thinkin": False})
+    with pytest.raises(ValueError, match=r"'enable_thinking', .* variables that it reads are"):
+        rows("chatml", {"messages": [ASK, FOUR]}, chat_template_kwargs={"enable_thinking": False})
+    marks = {"chat_template_kwargs": {"m": 1}}  # a template with marks is parsed as well
+    rows("chatml marked", {"messages": [ASK, FOUR]}, **marks)
