@@ -61,10 +61,11 @@ def from_plain(data: Plain) -> Any:
     """Return what :func:`to_plain` made data of.
 
     Only classes of this library, of torch's optimizers and schedules, and those that derive from
-    them are made, and only where they have been imported already: a file imports nothing.
+    them are made, and only where they have been imported already: a file imports nothing, and does
+    not decide that code which comes with a model is run.
 
     Raises:
-        ValueError: If the data names another class.
+        ValueError: If the data names another class, or trusts code.
 
     Example:
         >>> from_plain({"class_path": "torch.optim.sgd.SGD", "init_args": {"lr": 0.1}}).keywords
@@ -77,6 +78,12 @@ def from_plain(data: Plain) -> Any:
     if not isinstance(data.get(_CLASS), str):
         return {name: from_plain(item) for name, item in data.items()}
     found = _class_named(data[_CLASS])
+    if (data.get(_ARGUMENTS) or {}).get("trust_remote_code"):
+        raise ValueError(
+            f"the checkpoint has a {found.__name__} with trust_remote_code, which would run code that "
+            "comes with the model, and a file cannot decide that: if you trust it, give the argument "
+            f"yourself: a {found.__name__} that says so"
+        )
     arguments = {n: from_plain(v) for n, v in (data.get(_ARGUMENTS) or {}).items()}
     return partial(found, **arguments) if issubclass(found, _CALLED_LATER) else found(**arguments)
 

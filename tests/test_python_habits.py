@@ -471,6 +471,25 @@ class TestCheckpoints:
         back = SupervisedKD.load_from_checkpoint(path, teacher=tiny_llama(1), optimizer=sgd)
         trainer(max_steps=1).fit(back, datamodule=Letters())
 
+    @pytest.mark.parametrize("role", ["student", "teacher"])
+    def test_a_checkpoint_does_not_decide_that_code_is_run(self, saved, other, tmp_path, role):
+        _, path = trained(SupervisedKD(student=saved, teacher=other), tmp_path)
+        checkpoint = torch.load(path, weights_only=True)
+        model = checkpoint["hyper_parameters"][role]
+        kind = "StudentSpec" if role == "student" else "LocalTeacher"
+        if not isinstance(model, dict):
+            module = "models.student_spec" if role == "student" else "teachers.local"
+            path_of = f"lightning_kd.{module}.{kind}"
+            model = {"class_path": path_of, "init_args": {"name_or_path": model}}
+        model["init_args"]["trust_remote_code"] = True
+        checkpoint["hyper_parameters"][role] = model
+        torch.save(checkpoint, path)
+        with pytest.raises(
+            ValueError, match=f"has a {kind} with trust_remote_code, which would run"
+        ):
+            SupervisedKD.load_from_checkpoint(path)
+        SupervisedKD.load_from_checkpoint(path, **{role: saved if role == "student" else other})
+
     def test_the_student_keeps_its_generation_config(self, tmp_path):
         student = tiny_llama(0)
         student.generation_config.eos_token_id = [1, 5]
