@@ -6,6 +6,7 @@ from lightning_kd.callbacks.document_likelihoods import DocumentLikelihoods
 from lightning_kd.callbacks.exposure_bias import ExposureBias
 from lightning_kd.callbacks.hf_export import HFExport
 from lightning_kd.callbacks.jsonl_predictions import JsonlPredictions
+from lightning_kd.callbacks.lm_eval_tasks import LMEvalTasks
 from lightning_kd.callbacks.loss_normalization import LossNormalizationDiagnostics
 from lightning_kd.callbacks.non_finite_guard import NonFiniteGuard
 from lightning_kd.callbacks.on_policy_generation import OnPolicyGeneration
@@ -26,6 +27,7 @@ __all__ = [
     "HFExport",
     "HealthOptions",
     "JsonlPredictions",
+    "LMEvalTasks",
     "LossNormalizationDiagnostics",
     "NonFiniteGuard",
     "OnPolicyGeneration",

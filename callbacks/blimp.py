@@ -1,10 +1,8 @@
 """Evaluation of a student on minimal pairs of sentences."""
 
-from typing import Any, Literal
-
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
+from lightning_kd.callbacks.occasional import OccasionalEvaluation, Stage
 from lightning_kd.callbacks.text_scores import log_likelihoods
 from lightning_kd.data.encoding import encode_documents
 from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies, read_minimal_pairs
@@ -14,7 +12,7 @@ from lightning_kd.modules import DistillationModule
 _SANITY_PAIRS = 2
 
 
-class BLiMP(Callback):
+class BLiMP(OccasionalEvaluation):
     r"""Log how often an acceptable sentence is likelier than its unacceptable twin.
 
     A sentence's score is :math:`\sum_t \log q(y_t \mid y_{<t})`, over its tokens behind what the
@@ -49,18 +47,13 @@ class BLiMP(Callback):
         every_n_validations: int = 1,
         batch_size: int = 64,
     ) -> None:
-        for name, value, least in (
-            ("limit", limit, 1),
-            ("every_n_validations", every_n_validations, 0),
-            ("batch_size", batch_size, 1),
-        ):
-            if value is not None and value < least:
-                raise ValueError(f"{name} is {value}; it must be {least} or more")
-        self.path, self.limit = path, limit
-        self.every_n_validations, self.batch_size = every_n_validations, batch_size
+        super().__init__(every_n_validations)
+        for name, value in (("limit", limit), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be 1 or more")
+        self.path, self.limit, self.batch_size = path, limit, batch_size
         self._files: list[MinimalPairs] = []
         self._tokens: dict[str, list[int]] = {}
-        self._validations = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Read the pairs.
@@ -98,33 +91,10 @@ class BLiMP(Callback):
         """Tokenize the sentences."""
         self.on_fit_start(trainer, pl_module)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the number of validations so far, which a resumed run goes on from."""
-        return {"validations": self._validations}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a number of validations."""
-        self._validations = state_dict["validations"]
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the pairs, if it is their turn."""
-        if self.every_n_validations == 0:
-            return
-        if trainer.sanity_checking:
-            self._log("val", pl_module, [file.first(_SANITY_PAIRS) for file in self._files])
-            return
-        if self._validations % self.every_n_validations == 0:
-            self._log("val", pl_module, self._files)
-        self._validations += trainer.state.fn == "fit"
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Score the pairs."""
-        self._log("test", pl_module, self._files)
-
-    def _log(
-        self, stage: Literal["val", "test"], module: L.LightningModule, files: list[MinimalPairs]
-    ) -> None:
+    def evaluate(self, stage: Stage, module: L.LightningModule, *, is_trial: bool) -> None:
+        """Score the pairs, a few of each file in a trial."""
         assert isinstance(module, DistillationModule)
+        files = [file.first(_SANITY_PAIRS if is_trial else None) for file in self._files]
         good = [self._tokens[text] for file in files for text in file.good]
         bad = [self._tokens[text] for file in files for text in file.bad]
         scores = log_likelihoods(module, good + bad, self.batch_size)

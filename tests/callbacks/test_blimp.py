@@ -95,9 +95,9 @@ def test_every_so_often_also_in_a_run_that_goes_on(tmp_path):
     seen = []
 
     class Counted(BLiMP):
-        def _log(self, *args):
-            seen.append(args[0])
-            super()._log(*args)
+        def evaluate(self, stage, module, *, is_trial):
+            seen.append(stage)
+            super().evaluate(stage, module, is_trial=is_trial)
 
     def run(steps, checkpoint=None):
         callback = Counted(write(tmp_path), every_n_validations=3)
