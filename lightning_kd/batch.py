@@ -117,10 +117,11 @@ def check_batch(batch: object) -> None:
 
 
 def check_contents(batch: Batch) -> None:
-    """Validate the padding of a batch, and that it has no inputs that no model would be given.
+    """Validate padding and labels of a batch, and that it has no inputs that no model is given.
 
     Raises:
-        ValueError: If rows are not padded on the right, padding has labels, or positions come along.
+        ValueError: If rows are not padded on the right, labels are other tokens than the row's, padding
+            has labels, or positions come along.
     """
     unread = {"position_ids", "token_type_ids", "inputs_embeds"} & batch.keys()
     if unread:
@@ -128,7 +129,7 @@ def check_contents(batch: Batch) -> None:
             f"the batch has {', '.join(sorted(unread))}, which is not read: models get input_ids and "
             "attention_mask. Leave it out"
         )
-    mask, labels = batch["attention_mask"], batch["labels"]
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
     if (mask[:, 1:] > mask[:, :-1]).any():
         raise ValueError(
             "the attention_mask is 0 before a 1: rows that are trained on or evaluated are padded on "
@@ -137,6 +138,15 @@ def check_contents(batch: Batch) -> None:
     if ((labels != IGNORE_INDEX) & (mask == 0)).any():
         raise ValueError(
             f"there are labels on padding, where attention_mask is 0; they must be {IGNORE_INDEX}"
+        )
+    other = (labels != IGNORE_INDEX) & (labels != ids)
+    if other.any():
+        row, place = other.nonzero()[0].tolist()
+        raise ValueError(
+            f"row {row} has label {int(labels[row, place])} at token {place}, where input_ids has "
+            f"{int(ids[row, place])}: labels are the token itself where it is trained on, and "
+            f"{IGNORE_INDEX} elsewhere. They are not shifted, and tokens are not masked "
+            "(DataCollatorForLanguageModeling with mlm=False)"
         )
 
 

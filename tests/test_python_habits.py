@@ -905,6 +905,63 @@ class TestOwnLoaders:
         assert batch["labels"].tolist() == [[2, 3, -100]]
 
     @pytest.mark.parametrize(
+        ("second", "message"),
+        [
+            ({"labels": [3, 4, 1, -100]}, "row 0 has label 3 at token 0, where input_ids has 2"),
+            (
+                {"labels": [0, 0, 0, 0]},
+                r"row 0 has label 0 .* not shifted, and tokens are not masked",
+            ),
+            ({"attention_mask": [0, 1, 1, 1]}, "rows that are trained on or evaluated are padded"),
+            ({"labels": None}, "the batch has no labels, so it is prompts alone"),
+        ],
+        ids=["shifted", "zero", "left", "none"],
+    )
+    def test_each_batch_is_checked(self, second, message):
+        good = {"input_ids": [2, 3, 4, 1], "attention_mask": [1] * 4, "labels": [2, 3, 4, 1]}
+        given = [good, good | second]
+        batches = [
+            {name: torch.tensor([ids] * 2) for name, ids in batch.items() if ids is not None}
+            for batch in given
+        ]
+        module = SFT(student=tiny_llama(0), tokenizer=letter_tokenizer())
+        run = trainer(max_steps=2)
+        with pytest.raises(ValueError, match=message):
+            run.fit(module, DataLoader(batches, batch_size=None))
+        assert run.global_step == 1
+        with pytest.raises(ValueError, match=message):
+            trainer(limit_val_batches=1.0).validate(module, DataLoader(batches, batch_size=None))
+
+    @pytest.mark.parametrize(
+        ("number", "which"), [(3, "all optimizer steps"), (16, "16 optimizer")]
+    )
+    def test_batches_without_a_single_label_are_refused(self, number, which):
+        ids = torch.tensor([[2, 3, 1]])
+        nothing = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        nothing |= {"labels": torch.full_like(ids, -100)}
+        some = nothing | {"labels": ids}
+        module = SFT(student=tiny_llama(0), tokenizer=letter_tokenizer())
+        with pytest.raises(ValueError, match=f"{which}.* had no label"):
+            trainer(max_steps=20).fit(module, DataLoader([nothing] * number, batch_size=None))
+        run = trainer(limit_val_batches=1.0)
+        with pytest.raises(ValueError, match=r"all batches of the evaluation had no label"):
+            run.validate(module, DataLoader([nothing] * number, batch_size=None), verbose=False)
+        module = SFT(student=tiny_llama(0), tokenizer=letter_tokenizer())
+        run = trainer(max_steps=number)
+        run.fit(module, DataLoader([*[nothing] * (number - 1), some], batch_size=None))
+        assert run.global_step == number  # a batch that has none among others is no error
+
+    @pytest.mark.parametrize(
+        ("method", "callbacks"), [(OnPolicyDistillation, []), (GKD, [{"lmbda": 0.0}]), (GKD, [])]
+    )
+    def test_prompts_alone_ask_for_what_completes_them(self, method, callbacks):
+        module = method(student=tiny_llama(0), teacher=tiny_llama(1), tokenizer=letter_tokenizer())
+        run = trainer(max_steps=1, callbacks=[greedy(**options) for options in callbacks])
+        loader = own_loader(PROMPTS, DataCollatorWithPadding(letter_tokenizer()))
+        with pytest.raises(ValueError, match=r"prompts alone.* OnPolicyGeneration with lmbda: 1"):
+            run.fit(module, loader)
+
+    @pytest.mark.parametrize(
         ("rows", "collate"),
         [
             (PROMPTS, DataCollatorWithPadding(letter_tokenizer())),

@@ -143,6 +143,7 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
         self._adapter.scale_gradients(self._gradients(), self._close_step)
         step = self._step_means
+        self.check_trained(step.tokens)
         self.log("train/loss", step.means["loss"], prog_bar=True)
         self.log("train/tokens", float(step.tokens))
         self.log("train/lr", optimizer.param_groups[0]["lr"])
@@ -281,6 +282,7 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
         self._evaluation.open(self.device)
         reduced = self._evaluation.close(self.sum_over_ranks)
+        self.check_evaluated(reduced.tokens)
         # All ranks have the same means already; sync_dist tells Lightning that this is known.
         self.log(f"{stage}/loss", reduced.means["loss"], prog_bar=True, sync_dist=True)
         shown = self._log_distribution(stage, self.eval_distribution)

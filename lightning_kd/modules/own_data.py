@@ -1,11 +1,23 @@
 """Batches of loaders of the user's own, where completions are generated or compared."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents
 from lightning_kd.own_batches import evaluated, is_own
+
+_UNLABELED = 16
+"""Optimizer steps one after the other without a label, after which a run is given up."""
+
+
+def _no_labels(which: str) -> str:
+    return (
+        f"{which} had no label: all of labels is {IGNORE_INDEX}, so nothing is trained on or "
+        "evaluated; give each token that is its own id there (docs/data.md)"
+    )
 
 
 class ReadsOwnBatches(L.LightningModule):
@@ -18,6 +30,68 @@ class ReadsOwnBatches(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
 
     _own_rows = 0
+    _trains_on_own = False
+    _unlabeled = 0
+    _labeled = False
+
+    def check_own(self, batch: Batch, batch_idx: int) -> None:
+        """Validate a batch's form, and padding and labels: of each on the CPU, elsewhere of the first.
+
+        On an accelerator each look at values waits for it.
+
+        Raises:
+            ValueError: If it is none to train on, or prompts alone that nothing completes.
+        """
+        given = isinstance(batch, Mapping) and {"input_ids", "attention_mask"} <= batch.keys()
+        if given and batch.get("labels") is None:
+            raise ValueError(
+                "the batch has no labels, so it is prompts alone, and nothing completes them here: "
+                "give labels as well, or, for a method that learns from what is generated, add the "
+                "callback OnPolicyGeneration with lmbda: 1 (in training)"
+            )
+        check_batch(batch)
+        if batch_idx == 0 or batch["input_ids"].device.type == "cpu":
+            check_contents(batch)
+        self._trains_on_own = self.trainer.training and is_own(batch)
+
+    def check_trained(self, tokens: int) -> None:
+        """Validate that optimizer steps on a loader of the user's own train on something.
+
+        Args:
+            tokens: Scored tokens of a step, of all ranks.
+
+        Raises:
+            ValueError: If none of many steps has a label.
+        """
+        self._unlabeled = 0 if tokens or not self._trains_on_own else self._unlabeled + 1
+        self._labeled |= tokens > 0
+        if self._unlabeled >= _UNLABELED:
+            raise ValueError(_no_labels(f"{_UNLABELED} optimizer steps in a row"))
+
+    def on_train_epoch_start(self) -> None:
+        """Count steps without labels anew."""
+        self._unlabeled, self._labeled = 0, False
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse an epoch of a loader of the user's own that has trained on nothing.
+
+        Raises:
+            ValueError: If none of its batches had a label.
+        """
+        if self._unlabeled and not self._labeled:
+            raise ValueError(_no_labels("all optimizer steps of the epoch"))
+
+    def check_evaluated(self, tokens: int) -> None:
+        """Validate that an evaluation with a loader of the user's own has scored something.
+
+        Args:
+            tokens: Scored tokens of all ranks.
+
+        Raises:
+            ValueError: If it has not, so that its loss would be 0.
+        """
+        if tokens == 0 and self._own_rows and not self.trainer.sanity_checking:
+            raise ValueError(_no_labels("all batches of the evaluation"))
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add prompts, texts and numbers of rows to a batch of a loader of the user's own."""

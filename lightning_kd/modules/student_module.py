@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.batch import Batch, check_batch, check_contents, require_prompts
+from lightning_kd.batch import Batch, require_prompts
 from lightning_kd.checkpoints import RUN_KEY, compare_weights
 from lightning_kd.generation import (
     Completions,
@@ -93,10 +93,8 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
             self.resumption = Resumption(self)  # an earlier fit is none of this one's business
 
     def check_rows(self, batch: Batch, batch_idx: int) -> None:
-        """Validate the form of a batch, its length for each model, and the padding of the first."""
-        check_batch(batch)
-        if batch_idx == 0:  # on an accelerator each look at values waits for it
-            check_contents(batch)
+        """Validate the form of a batch, its length for each model, padding and labels."""
+        self.check_own(batch, batch_idx)
         check_length(self.models, batch["input_ids"].shape[1], "the rows of a batch")
 
     def configure_model(self) -> None:
