@@ -16,7 +16,14 @@ from lightning_kd.preflight.facts import Facts, ModelFacts, TokenizerFacts
 from lightning_kd.preflight.findings import judge
 from lightning_kd.preflight.memory import SizedModel, describe_memory
 from lightning_kd.preflight.report import Report
-from lightning_kd.preflight.rows import batches, describe_rows, roles_of, texts_of, training_data
+from lightning_kd.preflight.rows import (
+    Data,
+    batches,
+    describe_rows,
+    roles_of,
+    texts_of,
+    training_data,
+)
 from lightning_kd.preflight.setting import Setting
 from lightning_kd.preflight.tokenizers import describe_tokenizer, saved_tokenizer
 from lightning_kd.tokenization import tokenizer_of
@@ -27,7 +34,7 @@ ROWS = 256
 
 def check(
     module: L.LightningModule,
-    datamodule: L.LightningDataModule,
+    datamodule: Data,
     trainer: L.Trainer | None = None,
     *,
     rows: int = ROWS,
@@ -39,7 +46,7 @@ def check(
 
     Args:
         module: A method of this library.
-        datamodule: Its data.
+        datamodule: Its data, or a loader of your own, whose first batches are looked at.
         trainer: What would train it, with its callbacks: device, precision, rollouts. Defaults to one
             process in float32.
         rows: Training rows that are looked at one by one.
@@ -70,7 +77,7 @@ def check(
 
 def collect(
     module: DistillationModule,
-    datamodule: L.LightningDataModule,
+    datamodule: Data,
     trainer: L.Trainer | None,
     *,
     rows: int,
@@ -140,7 +147,7 @@ def collect(
 
 
 def _tokenizers(
-    module: DistillationModule, datamodule: L.LightningDataModule
+    module: DistillationModule, datamodule: Data
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase | None]:
     """Return the data's tokenizer, and another one that was named for the module.
 

@@ -73,12 +73,13 @@ def _untrained_eos(facts: Facts) -> Said:
 
 def _masked_eos(facts: Facts) -> Said:
     rows = facts.rows
-    if rows is None or rows.ended or not rows.masked_ends or not _learns_ends(facts):
+    if rows is None or rows.ended or not rows.masked_ends or not _trains_on_data(facts):
         return
     pad = facts.tokenizer.special.get("pad_token")
     same = pad is not None and pad[1] == facts.tokenizer.eos_id
+    what = "completions" if rows.have_prompts else "rows"
     yield (
-        f"completions have {_eos(facts)} at their end, and it is masked out of the labels"
+        f"{what} have {_eos(facts)} at their end, and it is masked out of the labels"
         + (": the padding is the same token, and all of it was taken for padding" if same else ""),
         "make labels and attention_mask from the lengths of rows, never from ids != pad, as the data "
         "modules of this library do; or give the tokenizer a padding token of its own",
@@ -241,9 +242,12 @@ MISMATCHES: dict[str, Callable[[Facts], Said]] = {
 
 def _learns_ends(facts: Facts) -> bool:
     """Return whether completions of the data are trained on, so that they have to end."""
-    rows, rollouts = facts.rows, facts.rollouts
-    on_data = rollouts is None or rollouts.trains_on_data
-    return rows is not None and on_data and rows.have_prompts and rows.labeled > 0
+    return facts.rows is not None and facts.rows.have_prompts and _trains_on_data(facts)
+
+
+def _trains_on_data(facts: Facts) -> bool:
+    on_data = facts.rollouts is None or facts.rollouts.trains_on_data
+    return facts.rows is not None and on_data and facts.rows.labeled > 0
 
 
 def _other_tokenizer(model: ModelFacts) -> bool:

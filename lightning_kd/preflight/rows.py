@@ -1,7 +1,8 @@
 """Facts about the training rows: what is trained on, and what is left out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import lightning as L
 import torch
@@ -21,25 +22,29 @@ _SHOWN = 48
 """Tokens of the example on each side of where its completion begins."""
 
 
-def training_data(datamodule: L.LightningDataModule) -> L.LightningDataModule:
-    """Return the data module whose rows are prompts or texts of the method."""
+Data = L.LightningDataModule | Iterable[Any]
+"""A data module, or a loader of the user's own."""
+
+
+def training_data(datamodule: Data) -> Data:
+    """Return the data whose rows are prompts or texts of the method."""
     return datamodule.prompts if isinstance(datamodule, PromptsAndText) else datamodule
 
 
-def roles_of(datamodule: L.LightningDataModule) -> frozenset[str]:
+def roles_of(datamodule: Data) -> frozenset[str]:
     """Return who speaks in rows that are rendered by a chat template; empty of other rows."""
     data = training_data(datamodule)
     return data.roles if isinstance(data, ChatData) else frozenset()
 
 
 def batches(
-    datamodule: L.LightningDataModule, looked_at: int, tokenizer: PreTrainedTokenizerBase
+    datamodule: Data, looked_at: int, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Batch]:
     """Yield some training rows, spread over all of them, as training collates them.
 
     Args:
-        datamodule: The data. Of one that is not this library's, the first batches are taken, and
-            its loader is iterated over.
+        datamodule: The data. Of one that is not this library's, or a loader, the first batches are
+            taken, and the loader is iterated over.
         looked_at: Number of rows.
         tokenizer: The data's.
 
@@ -53,9 +58,7 @@ def batches(
         for start in range(0, len(numbers), _ROWS_AT_ONCE):
             yield data.batch_of("train", numbers[start : start + _ROWS_AT_ONCE])
         return
-    data.prepare_data()
-    data.setup("fit")
-    for batch in islice(data.train_dataloader(), max(1, looked_at // _ROWS_AT_ONCE)):
+    for batch in islice(_loader(data), max(1, looked_at // _ROWS_AT_ONCE)):
         if is_own(batch) and batch.get("labels") is None:
             yield _prompts_alone(batch, tokenizer)
             continue
@@ -74,6 +77,20 @@ def spread(size: int, count: int) -> list[int]:
     if size <= count:
         return list(range(size))
     return [number * (size - 1) // max(1, count - 1) for number in range(count)]
+
+
+def _loader(data: Data) -> Iterable[Any]:
+    if isinstance(data, L.LightningDataModule):
+        data.prepare_data()
+        data.setup("fit")
+        loader: Iterable[Any] = data.train_dataloader()
+        return loader
+    if isinstance(data, Iterator):
+        raise ValueError(
+            f"the loader is a {type(data).__name__}, which gives its batches once: a look at them "
+            "would take them from the run. Give a DataLoader, or anything that begins anew"
+        )
+    return data
 
 
 def _prompts_alone(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> Batch:
@@ -98,7 +115,7 @@ def texts_of(some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def describe_rows(
-    datamodule: L.LightningDataModule, some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase
+    datamodule: Data, some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase
 ) -> RowFacts:
     """Return what is known of training rows.
 
