@@ -1,13 +1,17 @@
 """The report of a check at the start of a run."""
 
+from typing import Any
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_kd.modules import DistillationModule
 from lightning_kd.preflight.collect import ROWS, collect
 from lightning_kd.preflight.findings import judge
 from lightning_kd.preflight.report import Report
+from lightning_kd.preflight.rows import begins_anew
 
 
 class Preflight(Callback):
@@ -31,12 +35,23 @@ class Preflight(Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Say it, before a run fits."""
-        data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        module_of_data: L.LightningDataModule | None = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = module_of_data or trainer.fit_loop._data_source.instance
         if stage != "fit" or not (self.enabled and trainer.is_global_zero):
             return
-        if data is None or not isinstance(pl_module, DistillationModule):
+        if isinstance(data, L.LightningModule | None) or not isinstance(
+            pl_module, DistillationModule
+        ):
             return
-        facts = collect(pl_module, data, trainer, rows=self.rows, iterate=False)
+        own = module_of_data is None
+        iterate = own and begins_anew(data)
+        if own and not iterate:
+            rank_zero_info(
+                f"Training rows: not looked at, as this would take them from the {type(data).__name__} "
+                "or change their order (lightning_kd.check does)"
+            )
+        with isolate_rng():
+            facts = collect(pl_module, data, trainer, rows=self.rows, iterate=iterate)
         # What is refused, the run itself says in a moment.
         findings = [finding for finding in judge(facts) if finding.name != "refused"]
         for line in Report(facts, tuple(findings)).short():

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents, has_prompts
@@ -77,6 +78,21 @@ def spread(size: int, count: int) -> list[int]:
     if size <= count:
         return list(range(size))
     return [number * (size - 1) // max(1, count - 1) for number in range(count)]
+
+
+def begins_anew(loader: object) -> bool:
+    """Return whether a look at a loader's batches leaves those of a run as they are.
+
+    So it is where order and batches come from the global generators alone, which can be put back.
+    """
+    return (
+        isinstance(loader, DataLoader)
+        and not isinstance(loader.dataset, IterableDataset)
+        and isinstance(loader.sampler, SequentialSampler | RandomSampler)
+        and loader.generator is None
+        and getattr(loader.sampler, "generator", None) is None
+        and not loader.persistent_workers
+    )
 
 
 def _loader(data: Data) -> Iterable[Any]:
