@@ -3,7 +3,7 @@
 import inspect
 import os
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -73,7 +73,9 @@ def spec_of(given: object, kind: type[_Spec], role: str) -> _Spec | None:
                 "in place: for layer in model.model.layers: layer.compile()"
             )
         case nn.Module() if isinstance(getattr(given, "config", None), PretrainedConfig):
-            if getattr(given, "get_output_embeddings", lambda: None)() is None:
+            # Of a class of one's own, only its forward pass can tell.
+            known = type(given).__module__.startswith("transformers.")
+            if known and cast(PreTrainedModel, given).get_output_embeddings() is None:
                 raise ValueError(
                     f"the {role} is a {type(given).__name__}, which has no output head; load it with "
                     "AutoModelForCausalLM"
