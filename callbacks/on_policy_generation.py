@@ -20,6 +20,7 @@ from lightning_kd.callbacks.rollouts.checks import (
     check_module,
     check_ranges,
     check_sampling,
+    check_shards,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import check_teacher, complete
@@ -28,7 +29,7 @@ from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
-from lightning_kd.data import RolloutPlan, Window
+from lightning_kd.data import RolloutPlan, Window, WindowedLoader
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batches
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
@@ -168,9 +169,18 @@ class OnPolicyGeneration(Resumable, Callback):
         Raises:
             ValueError: If they are not.
         """
-        module = check_module(pl_module, self.engine, unshard=self.unshard)
-        self.health.check(module)
+        self.check(pl_module)
+        check_shards(pl_module, unshard=self.unshard)
         self.records.check(trainer)
+
+    def check(self, pl_module: L.LightningModule) -> None:
+        """Validate that a module, which has its models and data, goes together with the options.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        module = check_module(pl_module, self.engine)
+        self.health.check(module)
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         check_sampling(module, self.generation, always=always)
         check_teacher(module, self.mixture_alpha, self.off_policy, self.lmbda, self.engine)
@@ -179,7 +189,10 @@ class OnPolicyGeneration(Resumable, Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate that groups fill a window, and that a restored one is cut as this run's are."""
-        check_groups(loader_of(trainer))
+        loader = loader_of(trainer)
+        if not isinstance(loader, WindowedLoader):  # which has no groups
+            rows = loader.samples_per_micro_batch * loader.plan.micro_batches
+            check_groups(rows, loader.plan.group_size)
         check_cut(trainer, self._rollouts)
 
     def on_train_batch_start(

@@ -6,7 +6,7 @@ import lightning as L
 
 from lightning_kd.batch import Rollout
 from lightning_kd.callbacks.rollouts.planning import loader_of
-from lightning_kd.data import PairedLoader, TrainingLoader, WindowedLoader
+from lightning_kd.data import WindowedLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import is_fsdp2_sharded
@@ -34,18 +34,16 @@ def check_ranges(
         raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
 
 
-def check_module(module: L.LightningModule, engine: Engine, *, unshard: bool) -> DistillationModule:
+def check_module(module: L.LightningModule, engine: Engine) -> DistillationModule:
     """Return a module that uses completions, for which the engine gives what it needs.
 
     Args:
         module: The module that is trained.
         engine: What generates.
-        unshard: Whether weights are gathered while it does.
 
     Raises:
         ValueError: If the module is none of this library, its method learns from the data's
-            completions alone or needs log-probabilities that the engine does not give, or weights
-            are to be gathered that are not sharded.
+            completions alone, or needs log-probabilities that the engine does not give.
     """
     if not isinstance(module, DistillationModule):
         raise ValueError(
@@ -59,12 +57,20 @@ def check_module(module: L.LightningModule, engine: Engine, *, unshard: bool) ->
         )
     if module.needs_own_samples:
         check_log_probs(engine, type(module).__name__)
-    if unshard and not is_fsdp2_sharded(module.student):
+    return module
+
+
+def check_shards(module: L.LightningModule, *, unshard: bool) -> None:
+    """Validate that weights that are to be gathered are sharded.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if unshard and not is_fsdp2_sharded(module.student):  # type: ignore[arg-type]
         raise ValueError(
             "unshard: true gathers shards of FSDP2, and this strategy has none; leave it out, "
             "or use --trainer.strategy fsdp2"
         )
-    return module
 
 
 def check_sampling(module: DistillationModule, options: GenerationOptions, *, always: bool) -> None:
@@ -122,19 +128,20 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
         check_length(module.models, row, "train rows")
 
 
-def check_groups(loader: TrainingLoader | PairedLoader | WindowedLoader) -> None:
-    """Validate that groups of completions fill a window; other loaders have no groups.
+def check_groups(rows: int, group_size: int) -> None:
+    """Validate that groups of completions fill a window.
+
+    Args:
+        rows: Of a window, over all processes and micro-batches.
+        group_size: Completions of a prompt.
 
     Raises:
         ValueError: If they do not.
     """
-    if isinstance(loader, WindowedLoader):
-        return
-    rows = loader.samples_per_micro_batch * loader.plan.micro_batches
-    if rows % loader.plan.group_size:
+    if rows % group_size:
         raise ValueError(
             f"a window has {rows} rows over all processes and micro-batches, which group_size "
-            f"{loader.plan.group_size} does not divide; change batch_size or steps_per_window"
+            f"{group_size} does not divide; change batch_size or steps_per_window"
         )
 
 

@@ -108,7 +108,7 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
             self.student = self.student_spec.build(self.tokenizer)
         if not is_sharded(self.student):
             self._shard()
-        self.check_lengths()
+        self.check_lengths(rewritten=generates_completions(self.trainer))
 
     def _shard(self) -> None:
         adapted = self.student_spec.is_given and has_adapters(self.student)
@@ -126,14 +126,16 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
         """The models that read the rows, by role."""
         return {"student": self.student}
 
-    def check_lengths(self) -> None:
+    def check_lengths(self, *, rewritten: bool) -> None:
         """Validate that rows fit the positions of the models, and are more than prompts to train on.
+
+        Args:
+            rewritten: Whether completions of the training rows may be generated.
 
         Raises:
             ValueError: If rows, or prompts with their completions, are longer, or nothing completes
                 the prompts.
         """
-        rewritten = generates_completions(self.trainer)
         for split, (row, prompt) in longest_rows(self.trainer).items():
             if split == "predict":
                 length = prompt + self.generation.max_new_tokens

@@ -144,10 +144,9 @@ class TeacherModule(DistillationModule):
         super().setup(stage)
         if stage == "fit":
             self.train_distribution.overlap = None  # what an earlier run's callback has asked for
-            check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
+            self.check_origin()
         if stage != "predict":
-            check_temperatures(self.teacher, self.answer_kind, self.teacher_temperatures)
-            check_divergences(self.teacher, self.answer_kind, self.teacher_divergences)
+            self.check_answers()
             self._has_teacher = True
             self.teacher.prepare(
                 self.tokenizer,
@@ -161,8 +160,32 @@ class TeacherModule(DistillationModule):
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""
         super().configure_model()
-        if not self._has_teacher:
-            return
+        if self._has_teacher:
+            self.compare_vocabularies()
+
+    def check_origin(self) -> None:
+        """Validate that there is something to learn from the teacher.
+
+        Raises:
+            ValueError: If it is the student as it starts.
+        """
+        check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
+
+    def check_answers(self) -> None:
+        """Validate that the teacher's answers tell what the method computes from them.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        check_temperatures(self.teacher, self.answer_kind, self.teacher_temperatures)
+        check_divergences(self.teacher, self.answer_kind, self.teacher_divergences)
+
+    def compare_vocabularies(self) -> None:
+        """Set the width at which the student and a teacher that is ready are compared.
+
+        Raises:
+            ValueError: If they cannot be compared.
+        """
         known = self.teacher.vocabulary_size
         if not isinstance(known, int) or known < 1:
             raise ValueError(

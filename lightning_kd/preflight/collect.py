@@ -15,6 +15,7 @@ from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.preflight.facts import Facts, ModelFacts, TokenizerFacts
 from lightning_kd.preflight.findings import judge
 from lightning_kd.preflight.memory import SizedModel, describe_memory
+from lightning_kd.preflight.rehearsal import Rehearsal
 from lightning_kd.preflight.report import Report
 from lightning_kd.preflight.rows import (
     Data,
@@ -90,7 +91,8 @@ def collect(
         datamodule: Its data.
         trainer: What would train it.
         rows: Training rows that are looked at one by one.
-        iterate: Whether the loader of another library's data module may be iterated over.
+        iterate: Whether the loader of another library's data module may be iterated over, and what
+            ``fit`` checks before its first step is checked, too.
     """
     tokenizer, named = _tokenizers(module, datamodule)
     refused: list[str] = []
@@ -132,6 +134,10 @@ def collect(
             )
         except ValueError as error:  # of the optimizer, or of what the teacher answers
             refused.append(str(error))
+    if iterate and len(sized) == len(list(_specs(module))):
+        rehearsal = Rehearsal(module, datamodule, trainer, tokenizer)
+        rehearsal.run(sized, some)
+        refused += [said for said in rehearsal.refused if said not in refused]
     return Facts(
         method=type(module).__name__,
         tokenizer=compared(tokenizer, _name(tokenizer)),

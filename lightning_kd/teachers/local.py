@@ -209,7 +209,27 @@ class LocalTeacher(ModelSpec, Teacher):
         self, tokenizer: PreTrainedTokenizerBase, role: str, policy: VocabularyPolicy
     ) -> PreTrainedModel:
         model = self.load(tokenizer, role)
+        self.check_model(model, tokenizer, role, policy)
+        return model
+
+    def check_model(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        role: str,
+        policy: VocabularyPolicy,
+    ) -> None:
+        """Validate that the model has the data's tokens.
+
+        Args:
+            model: The model of this spec; its weights need not be there.
+            tokenizer: The data's.
+            role: Its name in messages.
+            policy: What happens to a wider vocabulary.
+
+        Raises:
+            ValueError: If it has others.
+        """
         if self.name_or_path is not None:
             check_tokenizers(tokenizer, self.name_or_path, role, policy)
         check_ids(tokenizer, model, role)
-        return model
