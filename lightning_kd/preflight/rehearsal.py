@@ -1,6 +1,6 @@
 """What ``fit`` checks before its first step, on models without weights."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -29,7 +29,7 @@ class Rehearsal:
 
     Args:
         module: The method.
-        datamodule: Its data.
+        datamodule: Its data, or a loader.
         trainer: What would train it; without one, nothing that it decides is checked.
         tokenizer: The data's.
     """
@@ -37,12 +37,14 @@ class Rehearsal:
     def __init__(
         self,
         module: DistillationModule,
-        datamodule: L.LightningDataModule,
+        datamodule: L.LightningDataModule | Iterable[Any],
         trainer: L.Trainer | None,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.refused: list[str] = []
-        self._module, self._data, self._trainer = module, datamodule, trainer
+        given = isinstance(datamodule, L.LightningDataModule)
+        self._data: Any = datamodule if given else None  # a loader alone is no data module
+        self._module, self._trainer = module, trainer
         self._tokenizer = tokenizer
 
     def run(self, sized: Sequence[SizedModel], some: Sequence[Batch]) -> None:
