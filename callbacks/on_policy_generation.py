@@ -29,7 +29,7 @@ from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
-from lightning_kd.data import RolloutPlan, Window, WindowedLoader
+from lightning_kd.data import RolloutPlan, Window
 from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
 from lightning_kd.generation.rollouts import Truncation, rollout_batches
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
@@ -164,21 +164,13 @@ class OnPolicyGeneration(Resumable, Callback):
             give_plan(trainer, pl_module, plan, given_by=type(self).__name__)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate that module, options and engine are compatible, before the first step.
-
-        Raises:
-            ValueError: If they are not.
-        """
+        """Refuse module, options and engine that do not go together, before the first step."""
         self.check(pl_module)
         check_shards(pl_module, unshard=self.unshard)
         self.records.check(trainer)
 
     def check(self, pl_module: L.LightningModule) -> None:
-        """Validate that a module, which has its models and data, goes together with the options.
-
-        Raises:
-            ValueError: If it does not.
-        """
+        """Refuse a module that does not go together with the options; it has its models and data."""
         module = check_module(pl_module, self.engine)
         self.health.check(module)
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
@@ -189,10 +181,7 @@ class OnPolicyGeneration(Resumable, Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validate that groups fill a window, and that a restored one is cut as this run's are."""
-        loader = loader_of(trainer)
-        if not isinstance(loader, WindowedLoader):  # which has no groups
-            rows = loader.samples_per_micro_batch * loader.plan.micro_batches
-            check_groups(rows, loader.plan.group_size)
+        check_groups(loader_of(trainer))
         check_cut(trainer, self._rollouts)
 
     def on_train_batch_start(

@@ -6,7 +6,7 @@ import lightning as L
 
 from lightning_kd.batch import Rollout
 from lightning_kd.callbacks.rollouts.planning import loader_of
-from lightning_kd.data import WindowedLoader
+from lightning_kd.data import PairedLoader, TrainingLoader, WindowedLoader
 from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import is_fsdp2_sharded
@@ -128,7 +128,14 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
         check_length(module.models, row, "train rows")
 
 
-def check_groups(rows: int, group_size: int) -> None:
+def check_groups(loader: TrainingLoader | PairedLoader | WindowedLoader) -> None:
+    """Refuse groups of completions that do not fill a window; other loaders have no groups."""
+    if not isinstance(loader, WindowedLoader):
+        rows = loader.samples_per_micro_batch * loader.plan.micro_batches
+        check_window(rows, loader.plan.group_size)
+
+
+def check_window(rows: int, group_size: int) -> None:
     """Validate that groups of completions fill a window.
 
     Args:

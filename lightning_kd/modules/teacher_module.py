@@ -144,7 +144,7 @@ class TeacherModule(DistillationModule):
         super().setup(stage)
         if stage == "fit":
             self.train_distribution.overlap = None  # what an earlier run's callback has asked for
-            self.check_origin()
+            check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
         if stage != "predict":
             self.check_answers()
             self._has_teacher = True
@@ -163,20 +163,8 @@ class TeacherModule(DistillationModule):
         if self._has_teacher:
             self.compare_vocabularies()
 
-    def check_origin(self) -> None:
-        """Validate that there is something to learn from the teacher.
-
-        Raises:
-            ValueError: If it is the student as it starts.
-        """
-        check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
-
     def check_answers(self) -> None:
-        """Validate that the teacher's answers tell what the method computes from them.
-
-        Raises:
-            ValueError: If they do not.
-        """
+        """Refuse a teacher whose answers do not tell what the method computes from them."""
         check_temperatures(self.teacher, self.answer_kind, self.teacher_temperatures)
         check_divergences(self.teacher, self.answer_kind, self.teacher_divergences)
 

@@ -11,11 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks import OnPolicyGeneration
-from lightning_kd.callbacks.rollouts.checks import check_groups
+from lightning_kd.callbacks.rollouts.checks import check_window
 from lightning_kd.data import DistillationData, PromptsAndText
 from lightning_kd.loops.checks import check_limits
 from lightning_kd.models.vocabulary import check_ids
 from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.policy_gradient import as_rollout
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.preflight.memory import SizedModel
@@ -59,7 +60,8 @@ class Rehearsal:
             self._passes(check_limits, self._trainer)
             self._passes(check_trainer, self._trainer)
         if isinstance(self._module, TeacherModule):
-            self._passes(self._module.check_origin)
+            own, alike = self._module, self._module.learns_from_its_start
+            self._passes(check_origin, own.student_spec, own.teacher, alike=alike)
         with self._stand_in(sized) as module:
             student = sized[0].model
             ready = self._passes(check_ids, self._tokenizer, student, "student")
@@ -152,4 +154,4 @@ class Rehearsal:
             if isinstance(self._data, DistillationData | PromptsAndText) and rows:
                 steps = callback.steps_per_window * trainer.accumulate_grad_batches
                 window = rows * trainer.world_size * steps
-                self._passes(check_groups, window, callback.plan.group_size)
+                self._passes(check_window, window, callback.plan.group_size)
