@@ -1,5 +1,6 @@
 """Export of the trained student as a Hugging Face directory."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from lightning_kd.callbacks.export.directory import (
     check_replaceable,
     write_directory,
 )
+from lightning_kd.callbacks.export.first_rank import on_first_rank
 from lightning_kd.callbacks.export.hub import HubRepository
 from lightning_kd.callbacks.export.redaction import presentable
 from lightning_kd.callbacks.export.remedies import after_failed_push, after_failed_write
@@ -44,7 +46,8 @@ class HFExport(Callback):
 
     A model that the run reads (its student, teachers or tokenizer) is never replaced. Another model is
     replaced only with ``overwrite``, or if it is this run's own: in the logger's directory, or
-    exported by the run that is resumed.
+    exported by the run that is resumed. A directory with anything beside a model, such as files of
+    your own, is never replaced.
 
     The card tells the method with its options, teachers, data, the last validation, and the commands
     that trained. It has no tokens, and of paths outside of the working directory the last name alone.
@@ -77,7 +80,12 @@ class HFExport(Callback):
             raise ValueError(
                 "export.private is false, and nothing is pushed to the hub; give export.push_to_hub"
             )
-        self.dirpath, self.weights, self.overwrite = dirpath, weights, overwrite
+        if dirpath is not None and not str(dirpath):
+            raise ValueError(
+                "export.dirpath is empty; name a directory, or leave it out for student in the run's"
+            )
+        self.dirpath = None if dirpath is None else os.path.expanduser(dirpath)
+        self.weights, self.overwrite = weights, overwrite
         self.repository = None if push_to_hub is None else HubRepository(push_to_hub, private)
         self.record = TrainingRecord()
         self._run = uuid4().hex
@@ -162,7 +170,7 @@ class HFExport(Callback):
             ValueError: If adapters cannot be merged, or the directory cannot be written.
         """
         check_mergeable(module.student)
-        _on_first_rank(trainer, lambda: check_place(module, directory))
+        on_first_rank(trainer, lambda: check_place(module, directory))
 
     def check_hub(self, trainer: L.Trainer) -> None:
         """Validate that the hub would take a student, if it is to be pushed there.
@@ -171,7 +179,7 @@ class HFExport(Callback):
             ValueError: If it would not.
         """
         if self.repository is not None:
-            _on_first_rank(trainer, self.repository.check)
+            on_first_rank(trainer, self.repository.check)
 
     def write(
         self,
@@ -200,7 +208,9 @@ class HFExport(Callback):
             try:
                 weights, record = read()
                 context = CardContext(record, self._name(directory), presentable(description))
-                write_directory(module, weights, directory, self._run, context)
+                write_directory(
+                    module, weights, directory, self._run, context, overwrite=self.overwrite
+                )
             except (OSError, RuntimeError, SafetensorError) as error:
                 raise ValueError(
                     f"the student could not be written to {directory}: {error}. "
@@ -212,7 +222,7 @@ class HFExport(Callback):
                 rank_zero_info(f"It is pushed to {self.repository.push(directory, remedy)}")
 
         log_dir = trainer.log_dir  # on every rank: the trainer broadcasts it
-        _on_first_rank(trainer, export)
+        on_first_rank(trainer, export)
 
     def _exports(
         self, module: L.LightningModule, trainer: L.Trainer
@@ -235,7 +245,7 @@ class HFExport(Callback):
         return str(directory.relative_to(here)) if inside else directory.name
 
     def _check_replaceable(self, trainer: L.Trainer, directory: Path) -> None:
-        _on_first_rank(
+        on_first_rank(
             trainer, lambda: check_replaceable(directory, self._run, overwrite=self.overwrite)
         )
 
@@ -281,20 +291,3 @@ class HFExport(Callback):
         score = monitor.best_model_score
         value = "" if score is None else f" {float(score):.4g}"
         return f"its best weights, with {monitor.monitor}{value}, from {monitor.best_model_path}"
-
-
-def _on_first_rank(trainer: L.Trainer, check: Callable[[], None]) -> None:
-    """Call a function on the first rank; all ranks raise its ``ValueError``.
-
-    Raises:
-        ValueError: If the function raises one.
-    """
-    message: str | None = None
-    if trainer.is_global_zero:
-        try:
-            check()
-        except ValueError as error:
-            message = str(error)
-    message = trainer.strategy.broadcast(message)
-    if message is not None:
-        raise ValueError(message)

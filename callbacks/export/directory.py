@@ -1,18 +1,33 @@
 """The directory of an exported student: what may be replaced, and how it is written."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from lightning_kd.callbacks.export.card import CardContext, model_card
 from lightning_kd.callbacks.export.options import CARD
 from lightning_kd.callbacks.export.student import write_student
-from lightning_kd.checkpoints import fresh_name
 from lightning_kd.filesystem import check_writable, flush, replace_directory
 from lightning_kd.modules import DistillationModule
 
 RUN = ".run"
-"""File in the exported directory that holds the id of the run."""
+"""File in the exported directory: the id of the run, and the names of what was exported, by line."""
+
+_OF_A_MODEL = [
+    *("config.json", "generation_config.json", CARD, RUN),
+    *(
+        "model*.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model*.bin*",
+        "adapter_model.*",
+    ),
+    *("adapter_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt"),
+    *("chat_template.jinja", "chat_template.json", "modeling_*.py", "configuration_*.py"),
+]
+"""Files that make up a model that no run has exported; all others are somebody's own."""
 
 
 def check_place(module: DistillationModule, directory: Path) -> None:
@@ -28,7 +43,7 @@ def check_place(module: DistillationModule, directory: Path) -> None:
                 "replaces what it reads. Choose another directory"
             )
     try:
-        fresh_name(directory).exists()
+        _fresh_name(directory).exists()
         if directory.exists() and not directory.is_dir():
             raise NotADirectoryError("there is a file of that name")
         check_writable(directory)
@@ -52,11 +67,12 @@ def check_replaceable(directory: Path, run: str, *, overwrite: bool) -> None:
     """
     if not directory.exists() or not any(directory.iterdir()):
         return
-    others = sorted(p.name for p in directory.iterdir() if p.is_dir())
+    others = _others(directory)
     if others or not (directory / "config.json").exists():
         raise ValueError(
             f"export.dirpath is {directory}, which does not hold only a model: it also has "
-            f"{', '.join(others[:3]) or 'files without a config.json'}. Choose another directory"
+            f"{', '.join(others[:3]) or 'files without a config.json'}. Nothing of it was touched: "
+            "move that elsewhere, or choose another directory"
         )
     if _exporting_run(directory) != run and not overwrite:
         raise ValueError(
@@ -71,8 +87,12 @@ def write_directory(
     directory: Path,
     run: str,
     context: CardContext,
+    *,
+    overwrite: bool,
 ) -> None:
     """Write to a temporary directory and rename it; remove it if that fails.
+
+    The temporary one is its own: another process may be writing for the same name.
 
     Args:
         module: The method, with its student.
@@ -80,24 +100,51 @@ def write_directory(
         directory: Gets its name when all of it is there.
         run: Id of the run.
         context: What the model card says of it.
+        overwrite: Whether the model of another run may be replaced.
+
+    Raises:
+        ValueError: If something else has got the name in the meantime.
     """
-    fresh = fresh_name(directory)
-    shutil.rmtree(fresh, ignore_errors=True)
+    fresh = _fresh_name(directory)
     try:
         fresh.mkdir(parents=True)
         changed = write_student(module, weights, fresh)
-        (fresh / RUN).write_text(run)
         (fresh / CARD).write_text(str(model_card(context, changed)), encoding="utf-8")
+        names = sorted(path.name for path in fresh.iterdir())
+        (fresh / RUN).write_text("\n".join([run, *names]), encoding="utf-8")
         flush(fresh)
+        check_replaceable(directory, run, overwrite=overwrite)
         replace_directory(fresh, directory)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
+def _fresh_name(directory: Path) -> Path:
+    """Return a name beside a directory that no other process writes to."""
+    return directory.with_name(f"{directory.name}.fresh.{uuid4().hex[:8]}")
+
+
+def _others(directory: Path) -> list[str]:
+    """Return the names of what is there beside a model."""
+    exported = _mark(directory)[1:]
+    known = [RUN, *exported] if exported else []
+    return sorted(
+        path.name
+        for path in directory.iterdir()
+        if path.is_dir()
+        or not (path.name in known if known else any(fnmatch(path.name, n) for n in _OF_A_MODEL))
+    )
+
+
 def _exporting_run(directory: Path) -> str | None:
     """Return the id of the run that exported a model; None if it was not exported by a run."""
+    return next(iter(_mark(directory)), None)
+
+
+def _mark(directory: Path) -> list[str]:
+    """Return the id of the run and the names of what it exported; earlier versions wrote no names."""
     mark = directory / RUN
-    return mark.read_text().strip() if mark.is_file() else None
+    return mark.read_text(encoding="utf-8").strip().splitlines() if mark.is_file() else []
 
 
 def _inputs(module: DistillationModule) -> list[tuple[str, str]]:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lightning_kd import filesystem
 from lightning_kd.callbacks import HFExport
+from lightning_kd.callbacks.export import directory
 from lightning_kd.callbacks.export.card import CardContext
 from lightning_kd.callbacks.export.directory import write_directory
 from lightning_kd.callbacks.export.training_record import TrainingRecord
@@ -116,7 +117,7 @@ def test_an_unwritable_directory_is_rejected_before_the_first_step():
     refused(sft(), HFExport("file/student"), "could not be written to .*file/student")
     refused(sft(), HFExport("/proc/student"), "could not be written to /proc/student")
     refused(sft(), HFExport("a" * 252), "File name too long")
-    refused(sft(), HFExport("folder", overwrite=True), "files without a config.json")
+    refused(sft(), HFExport("folder", overwrite=True), "it also has notes.txt")
     refused(sft(), HFExport("model", overwrite=True), "it also has checkpoint-1")
 
 
@@ -155,6 +156,51 @@ def test_a_resumed_run_does_not_replace_the_export_of_another_run():
     resumed = {"ckpt_path": "checkpoints/step=2.ckpt", "steps": 4}
     refused(sft(), HFExport("elsewhere"), "model in .*elsewhere already", **resumed)
     assert torch.equal(logits("elsewhere"), before)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_of_ones_own_in_an_export_are_named_and_stay(overwrite):
+    keep = {"dirpath": "checkpoints", "filename": "{step}", "every_n_train_steps": 2}
+    fit(sft(), HFExport("student"), ModelCheckpoint(**keep), enable_checkpointing=True)
+    resumed = {"ckpt_path": "checkpoints/step=2.ckpt", "steps": 4}
+    for name in ("my_notes.txt", "eval_results.json", "tokenizer_notes.txt"):
+        Path("student", name).write_text("precious")
+        refused(sft(), HFExport("student", overwrite=overwrite), f"also has {name}", **resumed)
+        Path("student", name).unlink()
+    saved("other")
+    Path("other/my_notes.txt").write_text("precious")
+    refused(sft(), HFExport("other", overwrite=True), "also has my_notes.txt")
+
+
+def test_of_two_runs_that_export_to_one_new_directory_one_is_refused(monkeypatch):
+    """The second one begins to write while the first one does, and both are complete."""
+    written = []
+    whole = directory.write_student
+
+    def write_student(module, weights, fresh):
+        changed = whole(module, weights, fresh)
+        written.append(fresh)
+        if len(written) == 1:
+            fit(sft(lr=0.2), HFExport("student"))
+        return changed
+
+    monkeypatch.setattr(directory, "write_student", write_student)
+    with pytest.raises(ValueError, match=r"there is a model in .*student already"):
+        fit(sft(), HFExport("student"))
+    expected = sft(lr=0.2)
+    fit(expected)
+    assert torch.equal(logits("student"), expected.student.eval()(IDS).logits)
+    assert len({*written}) == 2
+    assert os.listdir() == ["student"]
+
+
+def test_a_directory_of_ones_home_and_no_name_at_all(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    fit(sft(), HFExport("~/student"))
+    assert (tmp_path / "home/student/config.json").is_file()
+    assert not Path("~").exists()
+    with pytest.raises(ValueError, match=r"export.dirpath is empty"):
+        HFExport("")
 
 
 def best(**options):
@@ -255,7 +301,7 @@ def test_a_failed_export_leaves_no_incomplete_directory_and_names_the_remedy():
 def _export(module):
     context = CardContext(TrainingRecord(), "student", "its weights")
     weights = module.student.state_dict()
-    write_directory(module, weights, Path("student").resolve(), "run", context)
+    write_directory(module, weights, Path("student").resolve(), "run", context, overwrite=False)
 
 
 def _export_for_ever(one, other, start):
