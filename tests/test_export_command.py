@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_kd.cli.export import with_run_config
+from lightning_kd.data import arithmetic_tokenizer
 from tests.support.command_line import CONFIGS, DEBUG, EXPECTED_WARNINGS, QUIET, SMALL, fit, run
 from tests.support.toys import tiny_llama
 
@@ -72,6 +73,20 @@ def test_a_checkpoint_is_exported_by_its_path_alone(cli, teacher, caplog):
     assert f"The student is in {Path('runs/version_0/student').resolve()}: " in caplog.text
     assert sorted(path.name for path in Path("runs").iterdir()) == ["version_0"]
     assert not Path("predictions.jsonl").exists()
+
+
+@pytest.mark.parametrize("command", ["export", "validate", "predict"])
+def test_another_tokenizer_than_that_of_the_run_is_said(cli, command):
+    cli(*fit("sft", *saving()))
+    tokenizer = arithmetic_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained("other")
+    data = ["--data", "PromptCompletionData", "--data.tokenizer", "other"]
+    Path("rows.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n')
+    data += ["--data.validation", "rows.jsonl", "--data.predict", "rows.jsonl"]
+    config = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "last"]
+    with pytest.warns(UserWarning, match="other is another tokenizer than that of the run which"):
+        cli(command, *config, *data)
 
 
 def test_last_and_best_of_a_run_and_a_run_that_never_exported(cli, fails):

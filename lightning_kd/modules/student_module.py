@@ -18,12 +18,13 @@ from lightning_kd.generation import (
     engine_for,
     generate,
 )
-from lightning_kd.loops import for_evaluation, prepare_trainer
+from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import StudentLike
 from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.given import student_of
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import is_sharded, shard
+from lightning_kd.modules.evaluated_checkpoint import prepare_evaluation
 from lightning_kd.modules.own_data import ReadsOwnBatches
 from lightning_kd.modules.restoring import RestorableModule, check_method
 from lightning_kd.modules.resume import Resumption
@@ -221,9 +222,8 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the arguments that a resumed run must not change; models as they were built."""
-        settings = super().resume_settings() | {"tokenizer": self.tokenizer}
         spec, built = self.student_spec.resume_settings(), {"config": self.student.config}
-        return settings | {"student": spec | built}
+        return super().resume_settings() | {"tokenizer": self.tokenizer, "student": spec | built}
 
     def on_fit_start(self) -> None:
         """Record the settings of this run, and refuse those that a resumed one must not change.
@@ -285,7 +285,7 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
         if self.trainer.state.fn is TrainerFn.FITTING:
             self.resumption.load(checkpoint, checkpoint[RUN_KEY])
         else:
-            for_evaluation(self.trainer, checkpoint.get("callbacks", {}))
+            prepare_evaluation(self.trainer, checkpoint, self.tokenizer)
 
 
 def generates_completions(trainer: L.Trainer) -> bool:

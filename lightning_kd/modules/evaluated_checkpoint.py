@@ -1,0 +1,31 @@
+"""A checkpoint that is evaluated or exported, and not trained on from."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.checkpoints import RUN_KEY
+from lightning_kd.loops import for_evaluation
+from lightning_kd.resuming import tokenizer_digest
+
+
+def prepare_evaluation(
+    trainer: L.Trainer, checkpoint: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Leave out what only training goes on from, and warn of another tokenizer than the run had.
+
+    Args:
+        trainer: Evaluates, predicts or exports.
+        checkpoint: Its contents.
+        tokenizer: The one that is there now.
+    """
+    for_evaluation(trainer, checkpoint.get("callbacks", {}))
+    saved = checkpoint[RUN_KEY].get("settings", {}).get("model", {}).get("tokenizer")
+    if saved not in (None, tokenizer_digest(tokenizer)):
+        rank_zero_warn(
+            f"{tokenizer.name_or_path or 'the tokenizer'} is another tokenizer than that of the run "
+            "which saved the checkpoint (tokens, rules or chat template differ), so what the student "
+            "says may mean something else. Give data.tokenizer as the run had it"
+        )
