@@ -1,5 +1,6 @@
 """The repository on the Hugging Face hub to which a student is pushed."""
 
+import json
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_session, get_token
+from huggingface_hub import HfApi, ModelInfo, get_session, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
@@ -69,16 +70,19 @@ class HubRepository:
         api = HfApi()
         with _patience(_ANSWER_TIMEOUT):
             try:
-                known = api.whoami()
-                self._check_rights(known)
-                self._check_visibility(api)
-            except ValueError:
-                raise
+                known, there = api.whoami(), self._there(api)
             except Exception as error:  # whatever the network does
                 raise ValueError(
                     f"export.push_to_hub is {self.name!r}, and the hub at {api.endpoint} does not take "
                     f"the token, or does not answer: {_said(error)}"
                 ) from error
+        if not isinstance(known, dict) or not known.get("name"):
+            raise ValueError(
+                f"export.push_to_hub is {self.name!r}, and {api.endpoint} does not answer as a hub: it "
+                "does not say whose the token is"
+            )
+        self._check_rights(known)
+        self._check_visibility(there)
 
     def push(self, directory: Path, otherwise: str = "") -> str:
         """Upload a directory as a new commit, and return its address.
@@ -96,8 +100,10 @@ class HubRepository:
         api = HfApi()
         with _patience(_UPLOAD_TIMEOUT):
             try:
-                created = api.create_repo(self.name, private=self.private, exist_ok=True)
-                self._check_visibility(api)
+                there = self._there(api)
+                self._check_visibility(there)
+                if there is None:
+                    api.create_repo(self.name, private=self.private)
                 api.upload_folder(
                     repo_id=self.name,
                     folder_path=directory,
@@ -112,27 +118,44 @@ class HubRepository:
                     f"Nothing is lost: it is complete in {directory}. Upload it with\n"
                     f"  hf upload {self.name} {shlex.quote(str(directory))} .{private}{otherwise}"
                 ) from error
-        return str(created)
+        return f"{api.endpoint}/{self.name}"
 
     def _check_rights(self, known: dict[str, Any]) -> None:
-        owner = self.name.partition("/")[0]
-        own = [known.get("name"), *(organization["name"] for organization in known.get("orgs", ()))]
+        owner, who = self.name.partition("/")[0], known["name"]
+        roles = {org.get("name"): org.get("roleInOrg") for org in known.get("orgs") or ()}
+        own = [who, *(name for name, role in roles.items() if role != "read")]
         if owner not in own:
             raise ValueError(
-                f"export.push_to_hub is {self.name!r}, and the token is of {own[0]}, who may write to "
+                f"export.push_to_hub is {self.name!r}, and the token is of {who}, who may write to "
                 f"{', '.join(f'{name}/...' for name in own)}; choose one of these, or another token"
             )
-        if known.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        token = (known.get("auth") or {}).get("accessToken") or {}
+        if token.get("role") == "read" or not self._in_scope(token.get("fineGrained")):
             raise ValueError(
-                f"export.push_to_hub is {self.name!r}, and the token may only read; give one that may "
-                "write (https://huggingface.co/settings/tokens)"
+                f"export.push_to_hub is {self.name!r}, and the token may only read there; give one "
+                "that may write (https://huggingface.co/settings/tokens)"
             )
 
-    def _check_visibility(self, api: HfApi) -> None:
+    def _in_scope(self, granted: dict[str, Any] | None) -> bool:
+        """Return whether a token may write, as far as it has scopes at all."""
+        if granted is None:
+            return True
+        writable = [
+            scope.get("entity", {}).get("name")
+            for scope in granted.get("scoped") or ()
+            if "repo.write" in scope.get("permissions", ())
+        ]
+        return self.name in writable or self.name.partition("/")[0] in writable
+
+    def _there(self, api: HfApi) -> ModelInfo | None:
         try:
-            there = api.model_info(self.name, timeout=_ANSWER_TIMEOUT)
+            return api.model_info(self.name, timeout=_ANSWER_TIMEOUT)
         except RepositoryNotFoundError:
-            return  # it will be made
+            return None  # it will be made
+
+    def _check_visibility(self, there: ModelInfo | None) -> None:
+        if there is None:
+            return
         if there.private is not None and there.private != self.private:
             seen = "private" if there.private else "public"
             raise ValueError(
@@ -156,6 +179,8 @@ def _patience(seconds: float) -> Iterator[None]:
 
 def _said(error: BaseException) -> str:
     """Return what came, in one line, with the cause of an error that hides it."""
+    if isinstance(error, json.JSONDecodeError):
+        return "what came is no JSON, but perhaps the page of a proxy or of a login"
     said = " ".join(str(error).split()) or type(error).__name__
     cause = error.__cause__ if isinstance(error, RuntimeError) else None
     return said if cause is None else f"{said} ({_said(cause)})"

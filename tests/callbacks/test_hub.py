@@ -136,8 +136,50 @@ def test_what_the_hub_says_instead_is_told(hub, status):
 
 def test_rights_are_looked_at_before_training(hub):
     refused("the token is of ada, who may write to ada/..., lab/...", name="bob/student")
+    hub.lab_role = "read"
+    refused("who may write to ada/...; choose", name="lab/student")
     hub.role = "read"
     refused("the token may only read")
+
+
+def scope(name, *permissions, kind="user"):
+    return {"entity": {"type": kind, "name": name}, "permissions": list(permissions)}
+
+
+def test_a_fine_grained_token_has_to_write_to_the_owner_or_the_repository(hub):
+    hub.role = "fineGrained"
+    for scopes in (
+        [],
+        [scope("ada", "repo.content.read")],
+        [scope("lab", "repo.write", kind="org"), scope("ada/other", "repo.write", kind="model")],
+    ):
+        hub.scopes = scopes
+        refused("the token may only read there")
+    hub.scopes = [scope("ada", "repo.content.read", "repo.write")]
+    fit(HFExport("student", push_to_hub=NAME), Steps(save_top_k=0))
+    hub.scopes = [scope(NAME, "repo.write", kind="model")]
+    fit(HFExport("again", push_to_hub=NAME), Steps(save_top_k=0))
+    assert len(hub.commits[NAME]) == 2
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        (b"<html>log in</html>", "what came is no JSON, but perhaps the page of a proxy"),
+        (b"null", "does not say whose the token is"),
+        (b"[]", "does not say whose the token is"),
+        (b"{}", "does not say whose the token is"),
+    ],
+)
+def test_an_answer_that_is_not_of_a_hub_is_called_that(hub, page, said):
+    hub.pages["whoami"] = page
+    assert f"export.push_to_hub is {NAME!r}, and " in refused(said)
+
+
+def test_a_page_instead_of_the_repository_is_called_that(hub):
+    hub.make(NAME)
+    hub.pages["api/models"] = b"<html>log in</html>"
+    refused("the hub at .* does not answer: what came is no JSON")
 
 
 def test_a_repository_that_others_see_is_not_taken_for_a_private_one(hub):
@@ -162,7 +204,8 @@ def test_no_hub_is_asked_where_that_is_forbidden(hub, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("part", "status"), [("repos/create", 500), ("commit/main", 403), ("commit/main", 500)]
+    ("part", "status"),
+    [("repos/create", 409), ("repos/create", 500), ("commit/main", 403), ("commit/main", 500)],
 )
 def test_a_failed_upload_loses_nothing_and_says_how_to_go_on(hub, part, status):
     hub.refuses[part] = status

@@ -23,8 +23,11 @@ class Hub:
 
     Attributes:
         refuses: Status with which it answers requests whose path contains a text.
+        pages: What it answers, with 200 and as it is, to requests whose path contains a text.
         silent: Seconds before each answer.
         role: Of the token.
+        scopes: Of the token, if it is a fine-grained one.
+        lab_role: Of its owner in the organization ``lab``.
     """
 
     def __init__(self) -> None:
@@ -34,8 +37,11 @@ class Hub:
         self.blobs: dict[str, bytes] = {}
         self.asked: list[str] = []
         self.refuses: dict[str, int] = {}
+        self.pages: dict[str, bytes] = {}
         self.silent = 0.0
         self.role = "write"
+        self.scopes: list[dict[str, Any]] | None = None
+        self.lab_role = "write"
         self.address = ""
 
     def make(self, name: str, *, private: bool = True, **files: bytes) -> None:
@@ -48,8 +54,11 @@ class Hub:
         name = "/".join(parts[1:3])
         match [method, place, *parts]:
             case ["GET", "api", "whoami-v2"]:
-                auth = {"accessToken": {"role": self.role}}
-                return 200, {"name": "ada", "orgs": [{"name": "lab"}], "auth": auth}
+                token: dict[str, Any] = {"role": self.role}
+                if self.scopes is not None:
+                    token["fineGrained"] = {"global": [], "scoped": self.scopes}
+                orgs = [{"name": "lab", "roleInOrg": self.lab_role}]
+                return 200, {"name": "ada", "orgs": orgs, "auth": {"accessToken": token}}
             case ["POST", "api", "repos", "create"]:
                 return self._create(json.loads(body))
             case ["POST", "api", "validate-yaml"]:
@@ -139,6 +148,9 @@ def serving() -> Iterator[Hub]:
                 if part in self.path:
                     status, answer = refusal, {"error": f"refused with {refusal}"}
             data = json.dumps(answer).encode()
+            for part, page in hub.pages.items():
+                if part in self.path:
+                    status, data = 200, page
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
