@@ -1,5 +1,6 @@
 """The model card of an exported student."""
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -59,17 +60,17 @@ def _front_matter(record: TrainingRecord) -> str:
 
 def _body(context: CardContext, changed: Mapping[str, Any]) -> Iterator[str]:
     record = context.record
-    name = context.name.rpartition("/")[2]
+    name = " ".join(context.name.rpartition("/")[2].split())
+    loaded = json.dumps(context.name, ensure_ascii=False)  # which Python reads as well
     yield f"# {name}"
     taught = f" by {record.method} from {_listed(record.teachers)}" if record.teachers else ""
     verb = "distilled" if record.teachers else f"trained by {record.method}"
     yield f"A causal language model, {verb}{taught} with lightning_kd."
-    yield (
-        "```python\n"
+    yield _block(
+        "python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{context.name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{context.name}")\n'
-        "```"
+        f"model = AutoModelForCausalLM.from_pretrained({loaded})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({loaded})",
     )
     yield "## Training"
     yield _table(("", ""), _facts(context))
@@ -77,13 +78,13 @@ def _body(context: CardContext, changed: Mapping[str, Any]) -> Iterator[str]:
     options |= {"optimizer": record.optimizer, "trainer": record.trainer}
     given = {name: values for name, values in options.items() if values}
     told = yaml.safe_dump(given, sort_keys=False, allow_unicode=True).strip()
-    yield f"All options:\n\n```yaml\n{told}\n```"
+    yield f"All options:\n\n{_block('yaml', told)}"
     if record.metrics:
         yield f"## Validation after {record.validated} optimizer steps"
         yield _table(("metric", "value"), {n: f"{v:.6g}" for n, v in record.metrics.items()})
     if record.sessions:
         yield "## Command"
-        yield "```bash\n" + "\n".join(_session_lines(record)) + "\n```"
+        yield _block("bash", "\n".join(_session_lines(record)))
     if changed:
         yield "## Generation config"
         listed = "; ".join(
@@ -143,6 +144,19 @@ def _as_tag(method: str) -> str:
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names)
+
+
+def _block(language: str, text: str) -> str:
+    """Return text in a fence that is longer than any in the text.
+
+    Example:
+        >>> print(_block("bash", "echo ```"))
+        ````bash
+        echo ```
+        ````
+    """
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:

@@ -9,23 +9,44 @@ from huggingface_hub import get_token
 _SPECIAL = "".join(
     f"(?<!{name}[_-])" for name in ("eos", "bos", "pad", "unk", "mask", "sep", "cls")
 )
-_SECRET = rf"(?:{_SPECIAL}token|api_?key|access_?key|secret(?:_?key)?|password|passwd|credentials?)"
+_SECRET = (
+    rf"(?:{_SPECIAL}token|api_?key|access_?key|\w{{1,40}}[_-]key|secret(?:_?key)?|pass(?:word|wd|phrase)?"
+    r"|credentials?)"
+)
 
-SECRET_NAME = re.compile(rf"(?:^|[._-]){_SECRET}$", re.IGNORECASE)
+SECRET_NAME = re.compile(rf"(?:^|[._-])(?:{_SECRET}|key|auth(?:orization)?)$", re.IGNORECASE)
 """Names whose value is a secret; ``max_new_tokens`` and ``pad_token`` are none."""
 
 _ASSIGNED = re.compile(
-    rf"""(["']?)\b((?:\w+[._-])?{_SECRET})\1(\s*[:=]\s*)(?:"[^"]*"|'[^']*'|[^\s,}}\]"']+)""",
+    rf"""(["']?)\b((?:\w+[._-])?{_SECRET})\1(\s*[:=]\s*)(?:"[^"]*"|'[^']*'|[^\s,&}}\]"']+)""",
     re.IGNORECASE,
 )
 """A secret inside of a value, as in ``{api_key: ...}``."""
 
-_LOOKS_SECRET = re.compile(
-    r"\b(?:hf_|sk-|ghp_|github_pat_|glpat-|xox[a-z]-)[\w-]{8,}|\bBearer\s+[\w.~+/-]{8,}=*"
+_HEADER = re.compile(
+    r"""(\bauthorization["']?\s*[:=]\s*["']?)(?:(?:basic|bearer|digest|token)\s+)?[^\s,}\]"']+""",
+    re.IGNORECASE,
 )
-_IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+@")
-_PART = r"""[^\s"'`,:;=/\\{}()\[\]<>|]+"""
-_ABSOLUTE = re.compile(rf"(?<![\w.:/~])(?:~|/{_PART})(?:/(?:{_PART})?)+")
+_IN_QUERY = re.compile(
+    r"""([?&][\w-]*(?:sig|signature|credential|token|key|code)=)[^\s&#"',}\]]+""", re.IGNORECASE
+)
+_LOOKS_SECRET = re.compile(
+    r"\b(?:hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-)[\w-]{8,}|\bBearer\s+[\w.~+/-]{8,}=*"
+    r"|\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|\beyJ[\w-]{8,}\.[\w-]{8,}(?:\.[\w-]*)?"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*-----|\Z)"
+)
+_IN_ADDRESS = re.compile(r"""(?<=://)(?:[^/@\s]+|[^/:@\s]+:(?!\d+/)[^@\s"']+)@""")
+
+_CHARACTERS = r"""[^\s"'`,:;=/\\{}()\[\]<>|]"""
+_PIECE = rf"(?:{_CHARACTERS}|\([^\s()/\\]*\)|:(?={_CHARACTERS}+[/\\]))+"
+_PART = rf"{_PIECE}(?:(?: +(?![-~]){_PIECE})+(?=[/\\]))?"
+"""Between two separators: a name with spaces, if a separator follows it."""
+
+_PATHS = re.compile(
+    rf"(?:\bfile:(?://[\w.-]*)?|(?<![\w./~]))(?:~[\w.-]*|(?:[\w.-]+/)*\.\.|/{_PART})(?:/(?:{_PART})?)+"
+    rf"|(?:\b[A-Za-z]:[/\\]+|(?<![\w\\])\\\\(?={_CHARACTERS}))(?:{_PART}[/\\]+)+(?:{_PART})?"
+)
+"""Paths from the root, a home, or a directory above; the second line is Windows'."""
 
 _SHORTEST = 6
 """Characters of a variable's value that are enough to look for; shorter ones are in every text."""
@@ -49,9 +70,11 @@ def presentable(text: str) -> str:
     for secret in _known_secrets():
         text = text.replace(secret, LEFT_OUT)
     text = _LOOKS_SECRET.sub(LEFT_OUT, text)
+    text = _HEADER.sub(rf"\1{LEFT_OUT}", text)
+    text = _IN_QUERY.sub(rf"\1{LEFT_OUT}", text)
     text = _ASSIGNED.sub(rf"\1\2\1\3{LEFT_OUT}", text)
     text = _IN_ADDRESS.sub("", text)
-    return _ABSOLUTE.sub(lambda found: _short(found[0]), text)
+    return _PATHS.sub(lambda found: _short(found[0]), text)
 
 
 def presentable_command(arguments: list[str]) -> list[str]:
@@ -90,7 +113,11 @@ def _known_secrets() -> list[str]:
 
 
 def _short(path: str) -> str:
-    whole = Path(path).expanduser()
-    if whole.is_relative_to(Path.cwd()):
+    if re.match(r"file:|\w:|\\\\", path):
+        name = re.split(r"[/\\]", path.rstrip("/\\"))[-1]
+        return f"{LEFT_OUT}/{name}"
+    expanded = os.path.expanduser(path)
+    whole = Path(os.path.abspath(expanded))
+    if not expanded.startswith("~") and whole.is_relative_to(Path.cwd()):
         return str(whole.relative_to(Path.cwd()))
     return f"{LEFT_OUT}/{whole.name}"

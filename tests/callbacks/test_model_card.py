@@ -1,5 +1,7 @@
 """What a model card says: true, complete, and nothing that is nobody's business."""
 
+import ast
+import re
 import shlex
 import subprocess
 import sys
@@ -232,7 +234,8 @@ def test_nothing_of_the_machine_and_no_secret_is_in_a_card(monkeypatch, tmp_path
     [
         ("max_new_tokens: 5, tokenizer: gpt2, normalization: token", None),
         ("{pad_token: <pad>, eos_token_id: 2}", None),
-        ("either/or, 1/2, runs/version_0/x.ckpt, ./a/b, ../c/d", None),
+        ("either/or, 1/2, runs/version_0/x.ckpt, ./a/b", None),
+        ("../c/d, http://localhost:8000/v1/x", ".../d, http://localhost:8000/v1/x"),
         ("https://huggingface.co/Qwen/Qwen3-0.6B", None),
         ('{"token": "abc", "lr": 1}', '{"token": ..., "lr": 1}'),
         ("--x.secret=abc def", "--x.secret=... def"),
@@ -240,10 +243,59 @@ def test_nothing_of_the_machine_and_no_secret_is_in_a_card(monkeypatch, tmp_path
         ("hf_abcdefghijklmnopqrst", "..."),
         ("~/models/a, /data/b.txt", ".../a, .../b.txt"),
         ('["/data/b.txt","/data/c/"]', '[".../b.txt",".../c"]'),
+        ("/home/ada lovelace/my project/train.jsonl", ".../train.jsonl"),
+        ("/home/ada/my dir/f,/home/ada/other", ".../f,.../other"),
+        ("/home/ada/s(1)/private/x.jsonl", ".../x.jsonl"),
+        ("/home/ada/a:b/private/x, host:/home/ada/x", ".../x, host:.../x"),
+        ("file:///home/ada/private/x.jsonl", ".../x.jsonl"),
+        (r"C:\Users\ada b\private\x, D:/ada/x", ".../x, .../x"),
+        (r"\\server\share\ada\x", ".../x"),
+        ("../../home/ada/x, runs/../../ada/x", ".../x, .../x"),
+        ("~nobody/private/x", ".../x"),
+        ("Q: {prompt}\\nA:\\n{completion}", None),
+        ("wandb_key: 0123, private_key: MIIE", "wandb_key: ..., private_key: ..."),
+        ("SOME_KEY=abc pass=hunter2 passphrase=x", "SOME_KEY=... pass=... passphrase=..."),
+        ('{"Authorization": "Basic dXNlcjpw"}', '{"Authorization": "..."}'),
+        ("Authorization: Basic dXNlcjpw", "Authorization: ..."),
+        ("AKIAIOSFODNN7EXAMPLE", "..."),
+        ("eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcdefghijk", "..."),
+        ("https://h/x?sig=abc%2F&se=1", "https://h/x?sig=...&se=1"),
+        ("https://h/x?se=1&X-Amz-Signature=abc", "https://h/x?se=1&X-Amz-Signature=..."),
+        ("s3://K:a/b@bucket/x", "s3://bucket/x"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMII\n-----END RSA PRIVATE KEY-----", "..."),
     ],
 )
 def test_what_is_left_out_and_what_is_not(text, shown):
     assert presentable(text) == (text if shown is None else shown)
+
+
+def test_paths_inside_the_working_directory_are_seen_from_it(monkeypatch):
+    here = Path.cwd()
+    monkeypatch.setenv("PWD", str(here))  # is no password
+    assert presentable(f"{here}/a/b, ../{here.name}/c, a/../b/c") == "a/b, c, b/c"
+
+
+def test_options_and_variables_named_key_are_secrets(monkeypatch):
+    command = ["x", "--wandb_key", "abc", "--a.key=b", "--auth", "c", "--b", "1"]
+    assert presentable_command(command) == ["x", "--b", "1"]
+    monkeypatch.setenv("SOME_KEY", "value-of-key")
+    monkeypatch.setenv("MY_PASSPHRASE", "value-of-phrase")
+    assert presentable("value-of-key value-of-phrase") == "... ..."
+
+
+@pytest.mark.parametrize("name", ['q"); import os; os.abort() #', "a\nb", "a\\b", "```\n", "ünï😀"])
+def test_a_card_holds_a_name_or_an_option_as_text_alone(name):
+    told = {"version": "0.1", "command": "lightning-kd fit --a 'x\n```\n# not a heading\n'"}
+    record = TrainingRecord("SFT", model={"a": "x\n```\ny"}, sessions=[told])
+    text = model_card(CardContext(record, name, "last"), {}).text
+    blocks = {}
+    for fence, language, block in re.findall(r"^(```+)(\w+)\n(.*?)\n\1$", text, re.M | re.S):
+        assert fence not in block
+        blocks[language] = block
+    calls = [n for n in ast.walk(ast.parse(blocks["python"])) if isinstance(n, ast.Call)]
+    assert [ast.literal_eval(call.args[0]) for call in calls] == [name, name]
+    assert blocks["bash"] == f"# lightning_kd 0.1\n{told['command']}"
+    assert yaml.safe_load(blocks["yaml"])["model"] == record.model
 
 
 def test_a_secret_without_a_value_takes_no_other_option_with_it():
