@@ -158,12 +158,7 @@ LOCAL = {"name_or_path": "teacher"}
     ("name", "members", "more", "expected"),
     [
         ("TeacherEnsemble", [LOCAL, LOCAL], {"weights": [1, 1, 1]}, "3 weights came for 2 members"),
-        (
-            "TeacherEnsemble",
-            ["no_directory"],
-            {},
-            "[{name_or_path: runs/a}, {name_or_path: runs/b}]",
-        ),
+        ("TeacherEnsemble", ["no_directory"], {}, "cannot load the model 'no_directory'"),
         ("TeacherEnsemble", {"a": LOCAL}, {}, "[{name_or_path: runs/a}, {name_or_path: runs/b}]"),
         ("RoutedTeacher", [LOCAL], {}, "{math: {name_or_path: runs/a}, ...}"),
         ("RoutedTeacher", {}, {}, "RoutedTeacher needs at least one member"),

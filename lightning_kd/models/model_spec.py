@@ -65,8 +65,9 @@ class ModelSpec(Resumable):
             got = "neither" if config is None else "both"
             raise ValueError(
                 f"a model needs either name_or_path (a directory or hub name) or config "
-                f"(a random start); {got} came. A saved model in place of a config of the file takes "
-                "config: null beside it (--model.student.config null)"
+                f"(a random start); {got} came. A saved model in place of a config takes config: null "
+                "beside it (--model.student.config null; or teacher), "
+                "a config in place of a saved model name_or_path: null"
             )
         self.name_or_path = name_or_path
         self.config = config
