@@ -13,9 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
+KEPT = "own_modules.txt"
+"""File beside the ``config.yaml`` of a run: the directories in which it found modules, one a line."""
+
 FOUND_WHERE = (
-    "a package of your own is found beside a file of --config, in the working directory, where it is "
-    "installed (pip install -e .) or where PYTHONPATH has its directory (PYTHONPATH=. lightning-kd ...)"
+    "a package of your own is found beside a file of --config, where the run found it whose "
+    "config.yaml that is, in the working directory, where it is installed (pip install -e .) or "
+    "where PYTHONPATH has its directory (PYTHONPATH=. lightning-kd ...)"
 )
 
 _DOTTED = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)(?:\.\w+)+")
@@ -36,11 +40,15 @@ class OwnModules(MetaPathFinder):
 
     @classmethod
     def of_arguments(cls, arguments: Sequence[str]) -> "OwnModules":
-        """Look beside the configs of a command line, the last first, and in the working directory."""
+        """Look for modules that a command line and its configs name.
+
+        Beside the configs, the last first, and where the run found them that wrote one; then in the
+        working directory.
+        """
         words = [word for a in arguments for word in (a, a.partition("=")[2])]
         files = [Path(word) for word in words if word.endswith((".yaml", ".yml"))]
         files = [file for file in files if file.is_file()]
-        beside = [str(file.resolve().parent) for file in reversed(files)]
+        beside = [place for file in reversed(files) for place in _of_config(file)]
         texts = [*words, *(file.read_text(errors="replace") for file in files)]
         names = {name for text in texts for name in _DOTTED.findall(text)}
         return cls(list(dict.fromkeys([*beside, str(Path.cwd())])), frozenset(names))
@@ -59,6 +67,18 @@ class OwnModules(MetaPathFinder):
             return None
         return PathFinder.find_spec(fullname, self.directories)
 
+    def used(self) -> list[str]:
+        """Return the directories from which modules have been imported."""
+        imported = {name: sys.modules[name].__spec__ for name in self.names & sys.modules.keys()}
+        return [
+            directory
+            for directory in self.directories
+            if any(
+                spec is not None and _same(PathFinder.find_spec(name, [directory]), spec)
+                for name, spec in imported.items()
+            )
+        ]
+
     def _hidden(self, name: str) -> str:
         own, installed = PathFinder.find_spec(name, self.directories), None
         with suppress(ImportError, ValueError):
@@ -69,6 +89,25 @@ class OwnModules(MetaPathFinder):
             f"{name} is the installed module {installed.origin}, and {own.origin} is not read; rename "
             "yours to have it read"
         )
+
+
+def own_directories() -> list[str]:
+    """Return the directories from which this process has imported modules that its command named."""
+    finders = [finder for finder in sys.meta_path if isinstance(finder, OwnModules)]
+    return [directory for finder in finders for directory in finder.used()]
+
+
+def _of_config(file: Path) -> list[str]:
+    """Return the directory of a config, and those where its run found modules, if it is a run's."""
+    directory = file.resolve().parent
+    kept = directory / KEPT
+    known = kept.read_text().splitlines() if kept.is_file() else []
+    return [str(directory), *(line for line in known if line.strip())]
+
+
+def _same(one: ModuleSpec | None, other: ModuleSpec) -> bool:
+    places = [list(spec.submodule_search_locations or ()) for spec in (one, other) if spec]
+    return one is not None and one.origin == other.origin and places[0] == places[1]
 
 
 def why_no_class(path: str, base: str) -> str:

@@ -71,6 +71,12 @@ def is_checkpoint(path: str) -> bool:
     return found and path != ""  # which Path takes for the working directory
 
 
+def step_of(path: Path) -> int:
+    """Return after how many optimizer steps a checkpoint was saved."""
+    step: int = _read(path)["step"]
+    return step
+
+
 def _is_one(path: Path) -> bool:
     """Return whether a path is a checkpoint, or one whose replacement was interrupted."""
     return path.suffix == ".ckpt" or (path.suffix == ".old" and not path.with_suffix("").exists())

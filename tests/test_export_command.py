@@ -81,12 +81,9 @@ def test_another_tokenizer_than_that_of_the_run_is_said(cli, command):
     tokenizer = arithmetic_tokenizer()
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained("other")
-    data = ["--data", "PromptCompletionData", "--data.tokenizer", "other"]
-    Path("rows.jsonl").write_text('{"prompt": "1+2=", "completion": "3"}\n')
-    data += ["--data.validation", "rows.jsonl", "--data.predict", "rows.jsonl"]
     config = ["--config", "runs/version_0/config.yaml", "--ckpt_path", "last"]
     with pytest.warns(UserWarning, match="other is another tokenizer than that of the run which"):
-        cli(command, *config, *data)
+        cli(command, *config, "--model.tokenizer", "other")
 
 
 def test_last_and_best_of_a_run_and_a_run_that_never_exported(cli, fails):

@@ -146,6 +146,7 @@ def test_prompts_alone_need_somebody_to_complete_them(fails):
 )
 def test_chats_are_trained_on_and_answered(cli, train_on, options):
     tokenizer = family_tokenizer("chatml")
+    tokenizer.chat_template += "{% if enable_thinking %}<think>{% endif %}"
     tokenizer.save_pretrained("tokenizer")
     ask, tell = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     Path("chats.jsonl").write_text(json.dumps({"messages": [ask, tell, ask, tell]}))

@@ -30,7 +30,9 @@ from lightning_kd.cli.check import CommandTrainer
 from lightning_kd.cli.export import with_run_config
 from lightning_kd.cli.messages import is_for_the_user
 from lightning_kd.cli.models import settle_models
-from lightning_kd.cli.output import what_is_left
+from lightning_kd.cli.output import what_is_left, whose_weights
+from lightning_kd.cli.preparation import find_own_modules
+from lightning_kd.cli.unused import check_used
 from lightning_kd.named_checkpoints import checkpoint_places, find_checkpoint, is_checkpoint
 from lightning_kd.preflight import Preflight
 from lightning_kd.processes import wait_for
@@ -61,8 +63,11 @@ class DistillationCLI(LightningCLI):
             return
         try:
             given = with_run_config(sys.argv[1:])
+            check_used(given)
         except ValueError as error:
             self.parser.error(str(error))
+        if given != sys.argv[1:]:  # with a config, whose classes may lie elsewhere
+            find_own_modules(given)
         self.read_arguments(given)
 
     def read_arguments(self, given: list[str]) -> None:
@@ -187,6 +192,14 @@ class DistillationCLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where everything is, and what to type next."""
         rank_zero_info(what_is_left(self.trainer))
+
+    def before_validate(self) -> None:
+        """Say whose weights are evaluated where no checkpoint is given."""
+        said = whose_weights(self.model, self._get(self.config, "config") or [])
+        if self._checkpoint is None and said:
+            rank_zero_info(said)
+
+    before_test = before_predict = before_validate
 
     def _run_subcommand(self, subcommand: str) -> None:
         launcher = self.trainer.strategy.launcher

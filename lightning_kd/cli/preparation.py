@@ -20,9 +20,18 @@ def prepare(configs: Sequence[str] = ()) -> None:
         configs: Files that a user's own classes may lie beside, with those of the command line.
     """
     end_together()
-    for hidden in filter(None, OwnModules.of_arguments([*configs, *sys.argv[1:]]).install()):
-        sys.stderr.write(f"lightning-kd: {hidden}\n")
+    find_own_modules([*configs, *sys.argv[1:]])
     leave_out_noise()
     # A data class is otherwise only taken for itself, never for a preset that derives from it.
     set_parsing_settings(subclasses_enabled=[MiniLLMObjective])
     set_loader("yaml", read_file, (YAMLError,))
+
+
+def find_own_modules(arguments: Sequence[str]) -> None:
+    """Begin to find the modules that a command line and its configs name.
+
+    Args:
+        arguments: The command line.
+    """
+    for hidden in filter(None, OwnModules.of_arguments(arguments).install()):
+        sys.stderr.write(f"lightning-kd: {hidden}\n")

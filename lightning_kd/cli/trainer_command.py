@@ -15,6 +15,7 @@ from lightning_kd.cli.check import CommandTrainer
 from lightning_kd.cli.commands import DESCRIPTION
 from lightning_kd.cli.distillation_cli import RUNS, DistillationCLI
 from lightning_kd.cli.messages import HelpFormatter, ShortErrorParser
+from lightning_kd.cli.run_config import RunConfig
 
 _CLI = TypeVar("_CLI", bound=DistillationCLI)
 
@@ -33,6 +34,7 @@ def trainer_command(kind: type[_CLI]) -> _CLI:
         trainer_class=CommandTrainer,
         auto_configure_optimizers=False,
         seed_everything_default=0,
+        save_config_callback=RunConfig,
         save_config_kwargs={"overwrite": True},
         parser_class=ShortErrorParser,
         parser_kwargs={
