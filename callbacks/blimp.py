@@ -2,7 +2,8 @@
 
 import lightning as L
 
-from lightning_kd.callbacks.occasional import OccasionalEvaluation, Stage
+from lightning_kd.callbacks.evaluations import Stage
+from lightning_kd.callbacks.occasional import OccasionalEvaluation
 from lightning_kd.callbacks.text_scores import log_likelihoods
 from lightning_kd.data.encoding import encode_documents
 from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies, read_minimal_pairs
@@ -64,32 +65,23 @@ class BLiMP(OccasionalEvaluation):
         if stage != "predict":
             self._files = [file.first(self.limit) for file in read_minimal_pairs(self.path)]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Tokenize the sentences.
 
         Raises:
             ValueError: If one is too long for the student, or nothing of it can be scored.
         """
-        assert isinstance(pl_module, DistillationModule)
+        assert isinstance(module, DistillationModule)
         sentences = [text for file in self._files for text in (*file.good, *file.bad)]
-        encoded = encode_documents(sentences, pl_module.tokenizer, add_eos=False)
+        encoded = encode_documents(sentences, module.tokenizer, add_eos=False)
         for text, ids in zip(sentences, encoded, strict=True):
             if len(ids) < 2:
                 raise ValueError(
                     f"the sentence {text!r} of {self.path} is one token, of which nothing is scored, "
                     "for the tokenizer begins no text with a BOS; leave the pair out"
                 )
-        check_length({"student": pl_module.student}, max(map(len, encoded)), "sentences of BLiMP")
+        check_length({"student": module.student}, max(map(len, encoded)), "sentences of BLiMP")
         self._tokens = dict(zip(sentences, encoded, strict=True))
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tokenize the sentences in a run that only validates."""
-        if trainer.state.fn == "validate":
-            self.on_fit_start(trainer, pl_module)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Tokenize the sentences."""
-        self.on_fit_start(trainer, pl_module)
 
     def evaluate(self, stage: Stage, module: L.LightningModule, *, is_trial: bool) -> None:
         """Score the pairs, a few of each file in a trial."""

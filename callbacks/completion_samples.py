@@ -1,14 +1,13 @@
 """Evaluation and logging of the student's completions."""
 
 from collections.abc import Sequence
-from typing import Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_kd.batch import FILLER_ROW, Batch, PromptBatch, has_prompts, references_of
+from lightning_kd.callbacks.evaluations import SPLITS, EvaluationCallback, Stage
 from lightning_kd.callbacks.reference_checks import check_data, check_states
 from lightning_kd.callbacks.text_tables import log_table
 from lightning_kd.collectives import any_process
@@ -26,11 +25,8 @@ from lightning_kd.modules import DistillationModule
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.strategies import adapter_of
 
-Stage = Literal["val", "test"]
-_SPLIT: dict[Stage, Literal["validation", "test"]] = {"val": "validation", "test": "test"}
 
-
-class CompletionSamples(Callback):
+class CompletionSamples(EvaluationCallback):
     """Complete validation prompts; log metrics of the completions and a table of samples.
 
     Each prompt is completed once, for all metrics, by default greedily. Logs their numbers as
@@ -89,70 +85,32 @@ class CompletionSamples(Callback):
         self.metrics: list[Metric] = [as_metric(given) for given in metrics or [ExactMatch()]]
         self._table: list[tuple[str, str, str]] = []
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Validate that prompts and completions fit into the student's positions, and references.
 
         Raises:
             ValueError: If they are longer, or a metric cannot be computed.
         """
-        self._check(trainer, pl_module, "validation")
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate lengths and references in a run that only validates."""
-        if trainer.state.fn == "validate":
-            self._check(trainer, pl_module, "validation")
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate lengths and references of test data."""
-        self._check(trainer, pl_module, "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Complete the batch."""
-        self._measure(pl_module, batch, batch_idx)
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Complete the batch."""
-        self._measure(pl_module, batch, batch_idx)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the metrics and the table."""
-        self._log("val", trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the metrics and the table."""
-        self._log("test", trainer, pl_module)
-
-    def _check(
-        self, trainer: L.Trainer, module: L.LightningModule, split: Literal["validation", "test"]
-    ) -> None:
         if not isinstance(module, DistillationModule):
             return
-        prompt = longest_rows(trainer).get(split, (0, 0))[1]
+        prompt = longest_rows(trainer).get(SPLITS[stage], (0, 0))[1]
         if prompt > 0:
             length = prompt + self.options.max_new_tokens
             what = "prompts and max_new_tokens of CompletionSamples"
             check_length({"student": module.student}, length, what)
         check_states(self.metrics, trainer.world_size)
-        check_data(self.metrics, trainer, split, self.batches)
-        self._forget()  # what an evaluation that was broken off has left
+        check_data(self.metrics, trainer, SPLITS[stage], self.batches)
 
-    def _measure(self, module: L.LightningModule, batch: Batch, batch_idx: int) -> None:
+    def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Forget the completions of an evaluation before."""
+        for metric in self.metrics:
+            metric.reset()
+        self._table = []
+
+    def add(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Complete the prompts of a batch, and measure the completions."""
         beyond = self.batches != -1 and batch_idx >= self.batches
         if beyond or not has_prompts(batch) or not isinstance(module, DistillationModule):
             return
@@ -183,13 +141,18 @@ class CompletionSamples(Callback):
             completions = module.complete(batch, purpose=purpose, options=self.options)
         return [cut_at(text, self.stop_strings) for text in completions.texts(module.tokenizer)]
 
-    def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
+        """Log the metrics and the table.
+
+        Raises:
+            ValueError: If metrics were given, and there was no prompt to complete.
+        """
         # On every rank: one without a row or a batch must take part in the sum.
         measured = any_process(self.metrics[0].update_called, module.device)
         if not measured and self._are_given:
             names = ", ".join(map(metric_name, self.metrics))
             raise ValueError(
-                f"CompletionSamples is to measure {names}, and data.{_SPLIT[stage]} has no prompts to "
+                f"CompletionSamples is to measure {names}, and data.{SPLITS[stage]} has no prompts to "
                 "complete; use data with prompts, or leave metrics out"
             )
         for name, value in self._values(module).items() if measured else ():
@@ -197,7 +160,7 @@ class CompletionSamples(Callback):
         if self._table:
             header = ("prompt", "completion", "reference")
             log_table(trainer, f"{stage}/samples", header, self._table, trainer.global_step)
-        self._forget()
+        self.begin(trainer, module)
 
     def _values(self, module: L.LightningModule) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
@@ -213,11 +176,6 @@ class CompletionSamples(Callback):
                     )
                 values[name] = value.to(module.device)
         return values
-
-    def _forget(self) -> None:
-        for metric in self.metrics:
-            metric.reset()
-        self._table = []
 
 
 def _logged_by(module: L.LightningModule) -> set[str]:

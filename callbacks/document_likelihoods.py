@@ -5,19 +5,20 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_kd.batch import FILLER_ROW, Batch
+from lightning_kd.callbacks.evaluations import EvaluationCallback, Stage
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.collectives import gather_objects
 from lightning_kd.data.rows import DOCUMENT
+from lightning_kd.filesystem import write_text
 from lightning_kd.modules import DistillationModule
 
 Totals = dict[Any, list[float]]
 
 
-class DocumentLikelihoods(Callback):
+class DocumentLikelihoods(EvaluationCallback):
     """Write nats, tokens and bytes of each document of validation and test, one JSON object each.
 
     ``document`` is the number of the row, or of the document where ``DocumentData`` cuts long ones
@@ -39,61 +40,39 @@ class DocumentLikelihoods(Callback):
         self.path, self.document_column = Path(path), document_column
         self._totals: Totals = {}
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate the output file."""
-        check_output(trainer, self.path, "DocumentLikelihoods.path")
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew.
+    def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
+        """Validate the output file.
 
         Raises:
-            ValueError: If the data is read from the output file.
+            ValueError: If the data is read from it.
         """
-        check_output(trainer, self.path, "DocumentLikelihoods.path")
+        data = getattr(trainer, "datamodule", None)
+        check_output(data, self.path, "DocumentLikelihoods.path")
+
+    def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Begin anew."""
         self._totals = {}
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew; see :meth:`on_validation_start`."""
-        self.on_validation_start(trainer, pl_module)
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def add(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Add the rows of a batch.
 
         Raises:
             ValueError: If they do not have the column that names their documents.
         """
-        assert isinstance(pl_module, DistillationModule)
+        assert isinstance(module, DistillationModule)
         rows = batch["row"].tolist()
         for row, name, values in zip(
             rows,
             self._documents(batch, rows),
-            pl_module.label_likelihood.per_row().tolist(),
+            module.label_likelihood.per_row().tolist(),
             strict=True,
         ):
             if row != FILLER_ROW:
                 _add(self._totals, name, values)
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the rows of a batch."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Add up over all processes, and write."""
         if trainer.sanity_checking:
             return
@@ -104,10 +83,6 @@ class DocumentLikelihoods(Callback):
         self._totals = {}
         if trainer.is_global_zero:
             self._write(joined)
-
-    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add up over all processes, and write."""
-        self.on_validation_end(trainer, pl_module)
 
     def _documents(self, batch: Batch, rows: list[int]) -> list[Any]:
         further = batch.get("extra", {})
@@ -127,10 +102,7 @@ class DocumentLikelihoods(Callback):
             known = int(size) if size == size else None
             record = {"document": name, "nats": nats, "tokens": int(tokens), "bytes": known}
             lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        written = self.path.with_name(self.path.name + ".tmp")
-        written.write_text("".join(lines), encoding="utf-8")
-        written.replace(self.path)
+        write_text(self.path, "".join(lines))
         rank_zero_info(f"the likelihoods of {len(lines)} documents are in {self.path}")
 
 

@@ -7,7 +7,8 @@ from torchmetrics import Metric
 
 from lightning_kd.batch import PromptBatch
 from lightning_kd.callbacks.comparison import Compared
-from lightning_kd.callbacks.own_completions import OwnCompletions, Stage
+from lightning_kd.callbacks.evaluations import Stage
+from lightning_kd.callbacks.own_completions import OwnCompletions
 from lightning_kd.callbacks.text_tables import log_table
 from lightning_kd.divergences import ForwardKL
 from lightning_kd.evaluation.exposure_bias import ExcessError, Writer
@@ -94,8 +95,9 @@ class ExposureBias(OwnCompletions):
         at = {f"exposure_bias_{length}": excess[length - 1] for length in self.lengths}
         return super().values() | {"exposure_bias": excess[-1]} | at
 
-    def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
-        super()._log(stage, trainer, module)
+    def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
+        """Log the means, and the curve as a table."""
+        super().end(trainer, module, stage)
         rows = [
             (str(length), *(f"{value:.4g}" for value in values))
             for length, values in enumerate(torch.stack([*self._curve.values()], -1).tolist(), 1)

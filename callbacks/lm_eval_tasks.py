@@ -7,7 +7,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from lightning_kd.callbacks.occasional import OccasionalEvaluation, Stage
+from lightning_kd.callbacks.evaluations import Stage
+from lightning_kd.callbacks.occasional import OccasionalEvaluation
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.modules import DistillationModule
 

@@ -1,15 +1,14 @@
 """Evaluations that are not for every validation."""
 
 from abc import abstractmethod
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-Stage = Literal["val", "test"]
+from lightning_kd.callbacks.evaluations import EvaluationCallback, Stage
 
 
-class OccasionalEvaluation(Callback):
+class OccasionalEvaluation(EvaluationCallback):
     """Evaluate in the test, and in one of several validations.
 
     Args:
@@ -46,15 +45,12 @@ class OccasionalEvaluation(Callback):
         """Go on from a number of validations."""
         self._validations = state_dict["validations"]
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate, if it is the turn of this validation."""
-        if self.every_n_validations == 0:
-            return
-        is_trial = bool(trainer.sanity_checking)
-        if is_trial or self._validations % self.every_n_validations == 0:
-            self.evaluate("val", pl_module, is_trial=is_trial)
-        self._validations += trainer.state.fn == "fit" and not is_trial
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate."""
-        self.evaluate("test", pl_module, is_trial=False)
+    def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
+        """Evaluate in the test, and if it is the turn of this validation."""
+        if stage == "test":
+            self.evaluate(stage, module, is_trial=False)
+        elif self.every_n_validations > 0:
+            is_trial = bool(trainer.sanity_checking)
+            if is_trial or self._validations % self.every_n_validations == 0:
+                self.evaluate(stage, module, is_trial=is_trial)
+            self._validations += trainer.state.fn == "fit" and not is_trial

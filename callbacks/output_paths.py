@@ -4,8 +4,10 @@ import glob
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 
-def check_output(data: Any, path: Path, option: str) -> None:
+
+def check_output(data: L.LightningDataModule | None, path: Path, option: str) -> None:
     """Validate that an output file is not a file that the run reads.
 
     Args:
@@ -16,7 +18,7 @@ def check_output(data: Any, path: Path, option: str) -> None:
     Raises:
         ValueError: If the data is read from that file.
     """
-    parts = [data, getattr(data, "prompts", None), getattr(data, "text", None)]
+    parts: list[Any] = [data, getattr(data, "prompts", None), getattr(data, "text", None)]
     given = [source for part in parts for source in getattr(part, "paths", {}).values()]
     named = [source for source in given if isinstance(source, str) and source]
     for file in (file for name in named for file in glob.glob(name, recursive=True)):

@@ -1,16 +1,16 @@
 """Comparison of student and teacher on what the student writes."""
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_kd.batch import FILLER_ROW, Batch, PromptBatch, has_prompts
 from lightning_kd.callbacks.comparison import Compared, compared
+from lightning_kd.callbacks.evaluations import SPLITS, EvaluationCallback, Stage
 from lightning_kd.callbacks.rollouts.generation import complete
 from lightning_kd.collectives import any_process
 from lightning_kd.divergences import ReverseKL, TotalVariation
@@ -31,13 +31,10 @@ from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import TEACHERS, choose_kind
 from lightning_kd.tokenization import padding_id
 
-Stage = Literal["val", "test"]
-
-
 _DISTANCE = DivergenceTerm(TotalVariation())
 
 
-class OwnCompletions(Callback):
+class OwnCompletions(EvaluationCallback):
     r"""Sample completions from the student, and log what the teacher says of them.
 
     The first ``prompts`` rows of an evaluation are completed, at temperature 1 from the whole
@@ -106,70 +103,68 @@ class OwnCompletions(Callback):
         """What is added up over an evaluation."""
         return [self._means]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Validate the teacher, and that prompts and completions fit.
 
         Raises:
             ValueError: If the teacher cannot be asked, or they are too long for a model.
         """
-        self._check(trainer, pl_module, "validation")
+        own = type(self).__name__
+        if not isinstance(module, TeacherModule):
+            raise ValueError(
+                f"{own} compares the student with a teacher, and {type(module).__name__} has none; "
+                "take a method with one, such as SupervisedKD, or leave the callback out"
+            )
+        self.check_teacher(module)
+        if self.overlap is not None and self.overlap.k > module.width:
+            raise ValueError(
+                f"overlap_k is {self.overlap.k}, and there are {module.width} tokens; lower it"
+            )
+        prompt = longest_rows(trainer).get(SPLITS[stage], (0, 0))[1]
+        length = prompt + self.options.max_new_tokens
+        check_length(module.models, length, f"prompts and max_new_tokens of {own}")
 
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate them in a run that only validates, and begin anew."""
-        if trainer.state.fn == "validate":
-            self._check(trainer, pl_module, "validation")
-        self._forget()
+    def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Forget the completions of an evaluation before."""
+        self._is_over = False
+        for metric in self.metrics:
+            metric.reset()
 
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Validate them, and begin anew."""
-        self._check(trainer, pl_module, "test")
-        self._forget()
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+    def add(
+        self, trainer: L.Trainer, module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         """Complete the prompts of a batch, until there are enough."""
-        assert isinstance(pl_module, TeacherModule)
+        assert isinstance(module, TeacherModule)
         if self._is_over or not has_prompts(batch):
             return
         chosen = (batch["row"] != FILLER_ROW) & (batch["row"] < self.prompts)
         # Together: models in shards generate on all processes at once.
-        if not any_process(bool(chosen.any()), pl_module.device):
+        if not any_process(bool(chosen.any()), module.device):
             self._is_over = True
             return
         for metric in self.metrics:
-            metric.to(pl_module.device)
+            metric.to(module.device)
         with adapter_of(trainer).outside_of_steps():
             for number in range(self.samples_per_prompt):
-                self.add_samples(pl_module, batch, chosen, number)
-            of_data = compared(pl_module, batch, chosen)
+                self.add_samples(module, batch, chosen, number)
+            of_data = compared(module, batch, chosen)
             self._means.update({"acceptance": 1 - of_data.values([_DISTANCE])[0]})
 
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Complete the prompts of a batch, until there are enough."""
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
+        """Log the means.
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means."""
-        self._log("val", trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the means."""
-        self._log("test", trainer, pl_module)
+        Raises:
+            ValueError: If there was no prompt to complete.
+        """
+        if not any_process(self._means.update_called, module.device):
+            raise ValueError(
+                f"{type(self).__name__} completes prompts, and the data has none; use data with "
+                "prompts (DocumentData has some with prompt_length)"
+            )
+        for metric in self.metrics:
+            metric.to(module.device)
+        for name, value in self.values().items():
+            module.log(f"{stage}/{name}", value.to(module.device), sync_dist=True)
 
     def check_teacher(self, module: TeacherModule) -> None:
         """Refuse a teacher that cannot be asked.
@@ -247,37 +242,3 @@ class OwnCompletions(Callback):
             factor = speed_up(drafted.item(), self.gamma, self.cost_ratio)
             calls["speculative_speed_up"] = factor
         return means | {name: drafted.new_tensor(value) for name, value in calls.items()}
-
-    def _check(
-        self, trainer: L.Trainer, module: L.LightningModule, split: Literal["validation", "test"]
-    ) -> None:
-        own = type(self).__name__
-        if not isinstance(module, TeacherModule):
-            raise ValueError(
-                f"{own} compares the student with a teacher, and {type(module).__name__} has none; "
-                "take a method with one, such as SupervisedKD, or leave the callback out"
-            )
-        self.check_teacher(module)
-        if self.overlap is not None and self.overlap.k > module.width:
-            raise ValueError(
-                f"overlap_k is {self.overlap.k}, and there are {module.width} tokens; lower it"
-            )
-        prompt = longest_rows(trainer).get(split, (0, 0))[1]
-        length = prompt + self.options.max_new_tokens
-        check_length(module.models, length, f"prompts and max_new_tokens of {own}")
-
-    def _log(self, stage: Stage, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not any_process(self._means.update_called, module.device):
-            raise ValueError(
-                f"{type(self).__name__} completes prompts, and the data has none; use data with "
-                "prompts (DocumentData has some with prompt_length)"
-            )
-        for metric in self.metrics:
-            metric.to(module.device)
-        for name, value in self.values().items():
-            module.log(f"{stage}/{name}", value.to(module.device), sync_dist=True)
-
-    def _forget(self) -> None:
-        self._is_over = False
-        for metric in self.metrics:
-            metric.reset()

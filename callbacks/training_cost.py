@@ -18,9 +18,9 @@ class TrainingCost(Callback):
 
     ``totals`` has ``steps`` (optimizer steps), ``tokens`` (scored tokens, as ``train/tokens``),
     ``generated_tokens`` (written by student or teacher, for all ranks), ``seconds`` (of training with
-    generation) and ``wall_seconds`` (with validation too). Logs ``train/seconds``, at
-    logged steps and validations. A resumed run goes on
-    counting from its checkpoint. Numbers are complete when training has ended.
+    generation) and ``wall_seconds`` (with validation too). Logs ``train/seconds``, at logged steps and
+    validations. A resumed run goes on counting from its checkpoint. Numbers are complete when training
+    has ended.
 
     Example:
         >>> TrainingCost().totals["tokens"]

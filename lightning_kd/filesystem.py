@@ -1,4 +1,4 @@
-"""Directories that are complete or not there at all."""
+"""Files and directories that are complete or not there at all."""
 
 import ctypes
 import errno
@@ -12,6 +12,14 @@ _HERE = -100
 
 _EXCHANGE = 2
 """Linux's RENAME_EXCHANGE: both names change hands at once."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file that is complete whenever it is there; directories above it are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f".{path.name}.{os.getpid()}")
+    half.write_text(text, encoding="utf-8")
+    half.replace(path)
 
 
 def replace_directory(fresh: Path, place: Path) -> None:

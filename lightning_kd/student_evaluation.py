@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_kd.callbacks import CompletionSamples, ProgressBar
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.data import DistillationData
+from lightning_kd.filesystem import write_text
 from lightning_kd.modules import SFT, SupervisedKD
 from lightning_kd.processes import wait_for
 
@@ -83,5 +84,5 @@ def evaluate(
     wait_for(trainer.strategy.launcher)
     if place is not None and trainer.is_global_zero:
         said = {"student": student, "teacher": teacher, "metrics": dict(numbers)}
-        place.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        write_text(place, json.dumps(said, indent=2) + "\n")
     return dict(numbers)

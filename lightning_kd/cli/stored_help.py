@@ -14,6 +14,8 @@ from contextlib import redirect_stdout
 from importlib.metadata import distributions
 from pathlib import Path
 
+from lightning_kd.filesystem import write_text
+
 _ASKS_FOR_HELP = r"\w+ (-h|--help|--[\w.]+\.help[= ]\w+)"
 """Help of a command, or of a class by its name; with other words, it may depend on their files."""
 
@@ -60,10 +62,7 @@ def _keep(stored: Path, text: str) -> None:
     """Write a text in place of those of other versions and terminals."""
     try:
         shutil.rmtree(stored.parent, ignore_errors=True)
-        stored.parent.mkdir(parents=True)
-        half = stored.with_suffix(f".{os.getpid()}")
-        half.write_text(text, encoding="utf-8")
-        half.replace(stored)
+        write_text(stored, text)
     except OSError:
         # A home that cannot be written to makes help slow, never impossible.
         return

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from lightning_kd.comparison.plan import Job
+from lightning_kd.filesystem import write_text
 from lightning_kd.named_checkpoints import find_checkpoint
 
 PACKAGES = ("lightning-kd", "torch", "lightning", "transformers")
@@ -37,17 +37,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is complete whenever it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
-
-
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -77,7 +69,7 @@ class Records:
         """Write what a run is given, before it begins."""
         for name, config in (("fit", job.fit), ("test", job.test)):
             text = yaml.safe_dump(dict(config), sort_keys=False)
-            write_atomically(job.directory / f"{name}.yaml", text)
+            write_text(job.directory / f"{name}.yaml", text)
         write_json(job.directory / "given.json", self._given(job))
 
     def state(self, job: Job) -> State:

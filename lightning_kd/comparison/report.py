@@ -13,7 +13,7 @@ from lightning_kd.comparison.documents import check_marks, replace_between_marks
 from lightning_kd.comparison.execution import Outcome
 from lightning_kd.comparison.experiment import Experiment
 from lightning_kd.comparison.figures import draw_bars, draw_curves
-from lightning_kd.comparison.records import write_atomically, write_json
+from lightning_kd.comparison.records import write_json
 from lightning_kd.comparison.tables import (
     compared,
     difference_rows,
@@ -25,6 +25,7 @@ from lightning_kd.comparison.tables import (
     verdict,
     what_can_be_told,
 )
+from lightning_kd.filesystem import write_text
 
 MARKS = "results"
 """Name of the marks that a page has."""
@@ -101,7 +102,7 @@ class Report:
                 draw_bars(self.experiment, of_budget(self.results, budget), self.metrics, bars)
         text = [f"# {self.experiment.title}\n"]
         text += [f"- {question}" for question in self.experiment.questions]
-        write_atomically(output / "report.md", "\n".join([*text, "", self._page(output, "")]))
+        write_text(output / "report.md", "\n".join([*text, "", self._page(output, "")]))
 
     def write_into(self, page: Path, output: Path) -> None:
         """Put tables between the marks of a page, with pictures and numbers beside it.

@@ -104,6 +104,16 @@ def test_a_column_that_the_rows_do_not_have_is_refused(tmp_path):
         evaluated(data, DocumentLikelihoods(str(tmp_path / "d.jsonl"), document_column="bok"))
 
 
+def test_the_file_that_the_data_is_read_from_is_not_written_over(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    before = "".join(json.dumps(row) + "\n" for row in rows())
+    path.write_text(before)
+    data = DocumentData(tokenizer=TOKENIZER, validation=str(path))
+    with pytest.raises(ValueError, match=r"DocumentLikelihoods.path is .*, which this run reads"):
+        evaluated(data, DocumentLikelihoods(str(path)))
+    assert path.read_text() == before
+
+
 def test_only_completions_are_counted_where_only_they_are_scored():
     pairs = [{"prompt": "two and ", "completion": "two is"}, {"prompt": "f", "completion": "ive"}]
     data = PromptCompletionData(tokenizer=TOKENIZER, validation=pairs, batch_size=2)
