@@ -140,6 +140,7 @@ def test_help_explains(cli, capsys):
     assert "--export.push_to_hub" in said
 
 
+@pytest.mark.filterwarnings("error:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_merged_and_what_they_started_from_stays(cli, fails):
     tiny_llama(2, vocab_size=14).save_pretrained("before")
     student = {"config": None, "name_or_path": "./before", "lora": {"r": 2}}

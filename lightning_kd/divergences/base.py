@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.metadata import entry_points
 from typing import ClassVar, TypeVar
 
@@ -153,15 +154,15 @@ def available_divergences() -> list[str]:
 
 
 def make_divergence(divergence: "Divergence | str", **parameters: float | bool) -> Divergence:
-    """Build a divergence from its registered name, or hand an instance back.
+    """Build a divergence from its name, or hand an instance back.
 
     Args:
-        divergence: A registered name, or a ready instance.
+        divergence: A registered name, the name of a registered class, or a ready instance.
         parameters: Hyper-parameters for a name; an instance has its own already.
 
     Raises:
-        ValueError: If it is neither, the name is unknown (the choices are listed), or parameters come
-            with an instance.
+        ValueError: If it is neither, the name is unknown (the nearest and the choices are named), or
+            parameters come with an instance.
 
     Example:
         >>> make_divergence("generalized_jsd", beta=0.1)
@@ -175,15 +176,21 @@ def make_divergence(divergence: "Divergence | str", **parameters: float | bool) 
         raise ValueError(
             f"divergence is {divergence!r}; give a name or an instance, such as ReverseKL()"
         )
-    cls = _REGISTRY.get(divergence) or _load_entry_point(divergence)
+    cls = _REGISTRY.get(divergence) or _find_class(divergence)
     return cls(**parameters)
+
+
+def _class_names() -> dict[str, str]:
+    """Registered names of the classes, by those that they have in Python, where only one has it."""
+    names = [cls.__name__ for cls in _REGISTRY.values()]
+    return {c.__name__: n for n, c in _REGISTRY.items() if names.count(c.__name__) == 1}
 
 
 def _entry_points() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}
 
 
-def _load_entry_point(name: str) -> type[Divergence]:
+def _find_class(name: str) -> type[Divergence]:
     for point in entry_points(group=ENTRY_POINT_GROUP, name=name):
         cls: type[Divergence] = point.load()
         if not (inspect.isclass(cls) and issubclass(cls, Divergence)):
@@ -191,10 +198,17 @@ def _load_entry_point(name: str) -> type[Divergence]:
                 f"the entry point {name!r} = {point.value} is not a subclass of Divergence"
             )
         return register_divergence(name)(cls)
+    by_class = _class_names()
+    if name in by_class:
+        return _REGISTRY[by_class[name]]
     reason = why_no_class(name, "Divergence") if "." in name else ""
     if reason:
         raise ValueError(f"unknown divergence {name!r}: {reason}")
+    known = {each.lower(): each for each in available_divergences()}
+    known |= {cls.lower(): each for cls, each in by_class.items()}
+    near = get_close_matches(name.lower(), known, n=1)
+    meant = f"did you mean {known[near[0]]}? " if near else ""
     raise ValueError(
-        f"unknown divergence {name!r}; choose one of {', '.join(available_divergences())}, or pass "
-        "an instance of your own subclass of lightning_kd.divergences.Divergence"
+        f"unknown divergence {name!r}; {meant}choose one of {', '.join(available_divergences())}, "
+        "or pass an instance of your own subclass of lightning_kd.divergences.Divergence"
     )

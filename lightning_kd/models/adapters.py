@@ -1,5 +1,8 @@
 """Adapters of peft, and merging them into weights."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -8,6 +11,15 @@ from transformers import PreTrainedModel
 def has_adapters(model: PreTrainedModel) -> bool:
     """Return whether a model has adapters, wrapped by peft or added with ``add_adapter``."""
     return getattr(model, "peft_config", None) is not None
+
+
+@contextmanager
+def peft_as_it_is() -> Iterator[None]:
+    """Leave out what transformers says of a name that only peft can mend."""
+    with warnings.catch_warnings():
+        renamed = "`is_gradient_checkpointing` is deprecated"
+        warnings.filterwarnings("ignore", renamed, FutureWarning)
+        yield
 
 
 def check_without_adapters(model: PreTrainedModel) -> None:

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
+from lightning_kd.models.adapters import peft_as_it_is
+
 _NO_WEIGHTS = re.compile(r"(^|\.)(masked_bias|inv_freq|cos_cached|sin_cached|position_ids)$")
 """Constants that older versions of transformers saved beside the weights, and compute today."""
 
@@ -60,7 +62,7 @@ def _load_adapters(
         )
     model = load_checkpoint(base, **options | {"revision": adapted.revision})
     # Adapters are drawn at random before they are loaded.
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), peft_as_it_is():
         warnings.filterwarnings("ignore", "Found missing adapter keys")
         model = PeftModel.from_pretrained(model, name_or_path, **pinned)
         # Loaded once more for its report, which the first time leaves out.

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lightning_kd.models.adapters import check_without_adapters
+from lightning_kd.models.adapters import check_without_adapters, peft_as_it_is
 from lightning_kd.models.model_spec import DTypeName, ModelSpec
 from lightning_kd.models.vocabulary import check_ids
 
@@ -53,7 +53,8 @@ class LoRA:
             target_modules=self.target_modules,
         )
         try:
-            return get_peft_model(model, config)
+            with peft_as_it_is():
+                return get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"lora.target_modules {self.target_modules!r}: {error}") from error
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -37,14 +37,10 @@ from lightning_kd.modules.remote import ask_together, following_batch
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.normalization import Normalization
+from lightning_kd.option_checks import check_choice
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
-from lightning_kd.teachers import (
-    TEACHERS,
-    TeachersLike,
-    checked_answer,
-    choose_kind,
-)
+from lightning_kd.teachers import TEACHERS, TeachersLike, checked_answer, choose_kind
 from lightning_kd.teachers.ensemble import teacher_of
 from lightning_kd.tokenization import TokenizerLike
 
@@ -96,6 +92,7 @@ class TeacherModule(DistillationModule):
             generation=generation,
             engine=engine,
         )
+        check_choice("vocabulary", vocabulary, get_args(VocabularyPolicy))
         self.teacher = teacher_of(teacher)
         self.vocabulary: VocabularyPolicy = vocabulary
         self._warned_of: set[str] = set()

@@ -5,6 +5,7 @@ from lightning_kd.divergences import (
     Divergence,
     ForwardKL,
     GeneralizedJSD,
+    ReverseKL,
     available_divergences,
     make_divergence,
     register_divergence,
@@ -111,6 +112,20 @@ def test_an_unknown_name_lists_the_choices():
         make_divergence("forward_lk")
     for name in available_divergences():
         assert name in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["RevKL", "revers_kl", "ReversKL", "REVERSE_KL"])
+def test_an_unknown_name_comes_with_the_nearest(name):
+    with pytest.raises(ValueError, match=f"'{name}'; did you mean reverse_kl. choose one of"):
+        make_divergence(name)
+
+
+def test_a_class_is_made_by_its_own_name():
+    assert type(make_divergence("ReverseKL")) is ReverseKL
+    assert make_divergence("GeneralizedJSD", beta=0.1).beta == 0.1
+    register_divergence("reverse_kl_of_mine")(type("ReverseKL", (ChiSquare,), {}))
+    with pytest.raises(ValueError, match="unknown divergence 'ReverseKL'"):
+        make_divergence("ReverseKL")  # which of the two?
 
 
 def test_an_instance_is_handed_back():

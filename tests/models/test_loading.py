@@ -172,6 +172,7 @@ def adapters(base, change=None):
     return model.merge_and_unload()
 
 
+@pytest.mark.filterwarnings("error:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_merged_into_their_model_and_all_of_it_trains(tokenizer):
     expected = adapters(saved("base"))
     before = torch.random.get_rng_state()

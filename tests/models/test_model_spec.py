@@ -64,6 +64,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(tokenizer):
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.filterwarnings("error:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_lora_trains_the_adapters_alone(tokenizer, checkpointing):
     student = StudentSpec(config=CONFIG, lora=LoRA(r=2), gradient_checkpointing=checkpointing)

@@ -32,6 +32,11 @@ def test_a_teacher_from_where_the_student_starts_is_refused(start, tmp_path, met
         fit(module)
 
 
+def test_a_misspelt_vocabulary_is_refused(start):
+    with pytest.raises(ValueError, match=r"unknown vocabulary 'share'; .*'equal', 'shared'"):
+        SupervisedKD(student=StudentSpec(start), teacher=start, vocabulary="share")
+
+
 def test_one_object_cannot_be_both(start):
     model = tiny_llama(1)
     for teacher in (LocalTeacher.of(model), TeacherEnsemble([LocalTeacher.of(model)] * 2)):
