@@ -11,6 +11,9 @@ from lightning_kd.integrity import read_about
 
 Name = Literal["last", "best"]
 
+_NAMED = 5
+"""Checkpoints of a directory that a message names, the newest."""
+
 
 def find_checkpoint(name: Name, directories: Sequence[Path]) -> Path:
     """Find the last or best checkpoint in the directories of one run.
@@ -69,6 +72,21 @@ def is_checkpoint(path: str) -> bool:
     """Return whether there is something at a path that may be a checkpoint."""
     found = "://" in path or readable_checkpoint(Path(path)).exists()
     return found and path != ""  # which Path takes for the working directory
+
+
+def why_no_checkpoint(path: str) -> str:
+    """Return why a path is that of a run, not of a checkpoint; empty where it is none of a run."""
+    place = Path(path)
+    if not path or not place.is_dir() or place.suffix == ".ckpt":
+        return ""
+    listed = [p for d in (place, place / "checkpoints") for p in d.glob("*.ckpt*") if _is_one(p)]
+    newest = sorted(listed, key=lambda p: p.stat().st_mtime, reverse=True)[:_NAMED]
+    if newest:
+        return f"{path!r} is the directory of a run; give a checkpoint in it: " + " or ".join(
+            str(_named(p)) for p in newest
+        )
+    empty = (place / "config.yaml").is_file() or place.name == "checkpoints"
+    return f"{path!r} is the directory of a run without a checkpoint" if empty else ""
 
 
 def step_of(path: Path) -> int:

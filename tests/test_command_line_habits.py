@@ -274,6 +274,12 @@ def test_an_option_of_another_library_is_answered_with_ours_which_exists(typed, 
         (["--max_steps", 5], "did you mean --trainer.max_steps?"),
         (["--trainer.gpus", 1], "--trainer.gpus"),
         (["--model.divergnce", "reverse_kl"], "did you mean --model.divergence?"),
+        (
+            ["--model.temperature", 0.5],
+            "--model.teacher_temperature? That of sampling is --on_policy.generation.temperature",
+        ),
+        (["configs/sft.yaml"], "did you mean --config configs/sft.yaml?"),
+        (["--trainer.callbacks", "EarlyStopping"], "EarlyStopping: the following arguments are re"),
     ],
 )
 def test_an_option_at_the_wrong_place_is_answered_with_the_right_one(typed, said, fails):

@@ -1,8 +1,10 @@
 """Which commands there are, what a run prints, and where it says that everything is."""
 
+import re
 import shlex
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 
@@ -94,6 +96,25 @@ def test_an_unknown_class_comes_with_the_nearest_and_the_list(flags, said, fails
     bases = ("DistillationModule", "TeacherModule", "DistillationData", "BaseFinetuning")
     for base in (*bases, "LightningModule", " Callback ", "DataPipe"):
         assert base not in error.split("choose")[-1]
+
+
+@pytest.mark.command_line
+@pytest.mark.parametrize("group", ["model", "data"])
+def test_help_of_no_class_lists_the_classes(group, cli, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli("fit", f"--{group}.help")
+    said = capsys.readouterr().out
+    assert not end.value.code
+    one = {"model": "GKD", "data": "ChatData"}[group]
+    assert re.match(rf"--{group}.help is of one class: choose .*\b{one}\b.*or your own", said)
+
+
+@pytest.mark.command_line
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="it is installed")
+def test_a_logger_whose_package_is_not_installed_names_it(fails):
+    said = fails(*fit("sft", "--trainer.logger", "WandbLogger"))
+    assert "Requirement 'wandb" in said
+    assert "bool" not in said
 
 
 @pytest.mark.command_line

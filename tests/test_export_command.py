@@ -1,6 +1,7 @@
 """``lightning-kd export``: the student of a checkpoint, without its teacher and its data."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -117,6 +118,21 @@ def test_what_is_missing_is_said(cli, fails):
     assert "model in" in fails("export", *config, *to_other)
     cli("export", *config, *to_other, "--export.overwrite", "true")
     assert holds("other", "elsewhere/last.ckpt")
+
+
+@pytest.mark.parametrize("place", ["runs/version_0", "runs/version_0/checkpoints"])
+@pytest.mark.parametrize("command", [["export"], ["validate", "--config", CONFIGS / "sft.yaml"]])
+def test_the_directory_of_a_run_is_answered_with_its_checkpoints(place, command, fails):
+    CHECKPOINTS.mkdir(parents=True)
+    (CHECKPOINTS.parent / "config.yaml").write_text("")
+    said = fails(*command, "--ckpt_path", place)
+    assert f"'{place}' is the directory of a run without a checkpoint" in said
+    for time, name in enumerate(["step=2.ckpt", "last.ckpt"]):
+        (CHECKPOINTS / name).write_text("")
+        os.utime(CHECKPOINTS / name, (time, time))
+    said = fails(*command, "--ckpt_path", place)
+    both = f"{CHECKPOINTS / 'last.ckpt'} or {CHECKPOINTS / 'step=2.ckpt'}"
+    assert f"'{place}' is the directory of a run; give a checkpoint in it: {both}" in said
 
 
 def test_the_configuration_of_a_run_is_looked_for_only_where_none_is_given():

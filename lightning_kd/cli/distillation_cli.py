@@ -33,7 +33,12 @@ from lightning_kd.cli.models import settle_models
 from lightning_kd.cli.output import what_is_left, whose_weights
 from lightning_kd.cli.preparation import find_own_modules
 from lightning_kd.cli.unused import check_used
-from lightning_kd.named_checkpoints import checkpoint_places, find_checkpoint, is_checkpoint
+from lightning_kd.named_checkpoints import (
+    checkpoint_places,
+    find_checkpoint,
+    is_checkpoint,
+    why_no_checkpoint,
+)
 from lightning_kd.preflight import Preflight
 from lightning_kd.processes import wait_for
 from lightning_kd.run_directories import claim_version
@@ -127,10 +132,11 @@ class DistillationCLI(LightningCLI):
                 )
             except (OSError, ValueError) as error:
                 self.parser.error(str(error))
-        elif self._checkpoint not in {None, "hpc", "registry"} and not is_checkpoint(
-            self._checkpoint
-        ):
-            self.parser.error(f"the checkpoint {self._checkpoint!r} does not exist")
+        elif self._checkpoint not in {None, "hpc", "registry"}:
+            if why := why_no_checkpoint(self._checkpoint):
+                self.parser.error(f"--ckpt_path: {why}")
+            if not is_checkpoint(self._checkpoint):
+                self.parser.error(f"the checkpoint {self._checkpoint!r} does not exist")
 
     def before_instantiate_classes(self) -> None:
         """Set the default logger's directory to the trainer's ``default_root_dir``."""

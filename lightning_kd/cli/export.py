@@ -14,6 +14,7 @@ from lightning_kd.callbacks.export.training_record import described
 from lightning_kd.checkpoints import readable_checkpoint
 from lightning_kd.cli.cache import CachingTrainer
 from lightning_kd.modules import DistillationModule
+from lightning_kd.named_checkpoints import why_no_checkpoint
 from lightning_kd.strategies import adapter_of
 
 _NEEDS_CONFIG = (
@@ -113,6 +114,8 @@ def with_run_config(arguments: Sequence[str]) -> list[str]:
     place = readable_checkpoint(Path(checkpoint)).absolute()
     if not place.exists():
         return given  # which is said where all checkpoints are looked for
+    if why := why_no_checkpoint(checkpoint):
+        raise ValueError(f"--ckpt_path: {why}")
     config = run_of(place) / "config.yaml"
     if not config.is_file():
         raise ValueError(

@@ -23,6 +23,9 @@ from lightning_kd.imports import why_no_class
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
 """Errors that Python raises by itself; none of them is written as a message."""
 
+_NOT_INSTALLED = "Requirement "
+"""How Lightning begins to say that a class needs another package."""
+
 _NEEDS_QUOTES = 'in a file, text with a colon or braces needs quotes: "Q: {prompt}"'
 
 
@@ -35,10 +38,30 @@ class ShortErrors(ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._made: type | None = None
+
+    def add_class_arguments(
+        self, class_type: type, nested_key: str | None = None, *args: Any, **kwargs: Any
+    ) -> list[str]:
+        """Add the arguments of a class, and remember it if it is the only one."""
+        self._made = class_type if nested_key is None else None
+        names: list[str] = super().add_class_arguments(class_type, nested_key, *args, **kwargs)
+        return names
+
+    def print_help(self, *args: Any, **kwargs: Any) -> None:
+        """Print help; of a base, which has no options, the classes to choose."""
+        base = re.match(r"Help for (--[\w.]+\.help)=([\w.]+)$", self.description or "")
+        choices = classes_to_choose(f"{NO_CLASS}. <class '{base[2]}'>") if base else []
+        if base and choices and not any(action.option_strings for action in self._actions):
+            print(f"{base[1]} is of one class: {choices[0]}")
+            return
+        super().print_help(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the lines of ``message`` that help, and exit."""
         text, names = full_names(shorten(message), sys.argv[1:]), unknown_names(message)
+        if self._made is not None and message.startswith("the following arguments are required"):
+            text = f"{self._made.__name__}: {text}"
         reason = why_refused(message)
         if reason:
             text = f"{text.splitlines()[0]}\n  {reason}"
@@ -140,7 +163,9 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         near = [option for option in near[:3] if likeness(option) > 0.7]
         meant = [".".join([option, *parts[option.count(".") + 1 :]]) for option in near]
     if meant:
-        return f"{full}: did you mean {' or '.join(before + option for option in meant)}?"
+        sampling = full == "--model.temperature" and "teacher_temperature" in meant
+        aside = " That of sampling is --on_policy.generation.temperature" if sampling else ""
+        return f"{full}: did you mean {' or '.join(before + option for option in meant)}?{aside}"
     behind = sorted(o for o in options if "." not in name and o.rpartition(".")[2] == name)
     if behind:
         return f"{full}: did you mean {' or '.join(before + option for option in behind)}?"
@@ -181,8 +206,7 @@ def why_refused(message: str) -> str:
     if not re.search("given class_path|is abstract|does not correspond to a subclass", message):
         return ""
     paths = re.findall(r"(?:given class_path '|Given value: )(\w+(?:\.\w+)+)'?:?$", message, re.M)
-    bases = re.findall(r"<class '[\w.]*?(\w+)'>", message.partition("Errors:")[0])
-    bases = [base for base in bases if base != "NoneType"]
+    bases = re.findall(r"<class '[\w.]+\.(\w+)'>", message.partition("Errors:")[0])
     return why_no_class(paths[-1], bases[-1]) if paths and bases else ""
 
 
@@ -192,7 +216,12 @@ def forms(message: str) -> list[str]:
     Example:
         >>> print(*forms("Expected a <class 'list'>. Got value: corpus.txt"))
         a list is written in brackets: '["corpus.txt"]'
+        >>> print(*forms("unrecognized arguments: configs/sft.yaml"))
+        did you mean --config configs/sft.yaml?
     """
+    if message.startswith("unrecognized arguments:"):
+        files = re.findall(r"(?<= )([^-\s]\S*\.ya?ml)(?!\S)", message)
+        return [f"did you mean {' '.join(f'--config {file}' for file in files)}?"] if files else []
     if 'Parser key "members"' in message:
         return [
             "members: [{name_or_path: runs/a}, {name_or_path: runs/b}] for a TeacherEnsemble, and for "
@@ -237,7 +266,7 @@ def shorten(message: str) -> str:
     if not all(line.strip().removeprefix("- ").startswith(place) for line in telling):
         others = telling
     texts = list(dict.fromkeys(line.strip().removeprefix("- ") for line in others))
-    if any(text.startswith(NO_CLASS) for text in texts):
+    if any(text.startswith((NO_CLASS, _NOT_INSTALLED)) for text in texts):
         texts = [t for t in texts if not t.startswith(("Expected a <class", "Given value"))]
     return re.sub(rf"{NO_CLASS}(\S+)", r"there is no class '\1'", "\n  ".join(texts) or message)
 
