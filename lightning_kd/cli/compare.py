@@ -51,6 +51,7 @@ def compare(words: Sequence[str]) -> None:
         Path(given.output or default_output(experiment, quick=given.quick)),
         given=given.set or [],
         quick=given.quick,
+        at_once=given.jobs,
         rerun_changed=given.rerun_changed,
         page=None if given.write is None else Path(given.write),
         command=["lightning-kd", "compare", *words],
@@ -68,9 +69,10 @@ def run_comparison(
     output: Path,
     *,
     given: Sequence[str],
-    quick: bool,
+    quick: bool = False,
+    at_once: int = 1,
     rerun_changed: bool,
-    page: Path | None,
+    page: Path | None = None,
     command: Sequence[str],
 ) -> list[Outcome]:
     """Make the runs that are not there yet, print the tables, and write the report.
@@ -81,6 +83,7 @@ def run_comparison(
         output: Directory of all of it.
         given: Values of placeholders, as ``NAME=VALUE``.
         quick: Whether the smaller sizes are meant.
+        at_once: How many runs are made at the same time; they share the threads.
         rerun_changed: Whether runs that are there, but with other options, are made anew.
         page: A page that tables and pictures go into.
         command: What was typed; it is in the report.
@@ -95,6 +98,8 @@ def run_comparison(
         check_page(page)
     if len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: give each seed once, from 0 on")
+    if at_once < 1:
+        raise ValueError(f"--jobs {at_once}: give a number of runs at once, from 1 on")
     values = values_of(experiment, given)
     arguments, sys.argv = sys.argv, sys.argv[:1]
     parser = trainer_command(ParsingCLI)
@@ -110,8 +115,8 @@ def run_comparison(
             "is in its log.txt",
             soft_wrap=True,
         )
-        workers = Workers(partial(run_command, experiment.all_files), __name__)
-        execution = Execution(jobs, records, workers, experiment.metrics, console)
+        workers = Workers(partial(run_command, experiment.all_files, at_once), __name__)
+        execution = Execution(jobs, records, workers, experiment.metrics, console, at_once)
         outcomes = execution.run_all(states)
         report = Report(experiment, outcomes, command)
         if report.results:
@@ -136,15 +141,18 @@ def run_comparison(
     return outcomes
 
 
-def run_command(configs: Sequence[str], words: Sequence[str], left: Path) -> None:
+def run_command(configs: Sequence[str], at_once: int, words: Sequence[str], left: Path) -> None:
     """Run a command of the trainer in this process, and write what came of it.
 
     Args:
         configs: Files that a user's own classes may lie beside.
+        at_once: How many such processes share the threads.
         words: The command line behind ``lightning-kd``.
         left: JSON file.
     """
     sys.argv = [sys.argv[0], *words]
+    if at_once > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // at_once))
     prepare(configs)
     trainer: L.Trainer = trainer_command(DistillationCLI).trainer
     write_json(left, _what_came(trainer))
@@ -183,6 +191,13 @@ def _parser() -> ShortErrors:
     )
     parser.add_argument(
         "--quick", action="store_true", help="Use the smaller sizes that the experiment names."
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="How many runs are made at once; they share the threads and the devices.",
     )
     parser.add_argument(
         "--output", help="Directory of all runs and the report. Defaults to runs/NAME."

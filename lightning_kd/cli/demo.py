@@ -49,8 +49,6 @@ def demo(
         [seed],
         Path(output),
         given=[f"{name}={value}" for name, value in given.items()],
-        quick=False,
         rerun_changed=rerun_changed,
-        page=None,
         command=["lightning-kd", "demo", *words],
     )

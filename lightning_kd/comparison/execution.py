@@ -1,10 +1,11 @@
-"""The runs of a comparison in turn, with a line for each."""
+"""The runs of a comparison, one or several at once, with a line for each."""
 
 import fcntl
 import os
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ class Outcome:
     result: dict[str, Any] | None
     """None where it failed or was not started."""
     error: str = ""
+    seconds: float = 0.0
+    """How long it took now."""
 
 
 @contextmanager
@@ -56,11 +59,12 @@ class Execution:
     """Makes the runs that are not there yet.
 
     Args:
-        jobs: All runs, in order.
+        jobs: All runs, each after those that it reads.
         records: What they have left.
         workers: Run the commands.
         metrics: Numbers that a run's line shows, and that its test must give.
         console: Where lines go.
+        at_once: How many run at the same time.
     """
 
     def __init__(
@@ -70,9 +74,10 @@ class Execution:
         workers: Workers,
         metrics: Sequence[Metric],
         console: Console,
+        at_once: int = 1,
     ) -> None:
         self.jobs, self.records, self.workers = jobs, records, workers
-        self.metrics, self.console = metrics, console
+        self.metrics, self.console, self.at_once = metrics, console, at_once
         self._took: dict[str, list[float]] = {}
 
     def run_all(self, states: Sequence[State]) -> list[Outcome]:
@@ -80,40 +85,61 @@ class Execution:
 
         Args:
             states: How far each has come.
+
+        Returns:
+            What became of each that was there, begun or could not begin, in the order of the runs.
         """
-        outcomes: list[Outcome] = []
-        failed: dict[Path, Job] = {}
-        waiting = [job for job, state in zip(self.jobs, states, strict=True) if not state.tested]
-        with self.workers.listening():
-            for job, state in zip(self.jobs, states, strict=True):
-                if state.tested:
-                    outcomes.append(Outcome(job, read_json(job.directory / "result.json")))
-                    continue
-                if self.workers.stopped():
-                    break
-                place = waiting.index(job) + 1
-                reads = [*job.fit_reads, *job.test_reads]
-                missing = next((failed[path] for path in reads if path in failed), None)
-                if missing is None:
-                    outcome = self._run(job, state)
-                else:
-                    outcome = Outcome(job, None, f"not started, because {missing.title} failed")
-                if outcome.result is None and self.workers.stopped():
-                    break
-                if outcome.result is None:
-                    failed[job.directory] = job
-                outcomes.append(outcome)
-                self.console.print(
-                    f"[{place}/{len(waiting)}] {self._line(outcome)}; {self._left(waiting[place:])}",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
-        return outcomes
+        outcomes: dict[Path, Outcome] = {}
+        waiting: list[tuple[Job, State]] = []
+        for job, state in zip(self.jobs, states, strict=True):
+            if state.tested:
+                outcomes[job.directory] = Outcome(job, read_json(job.directory / "result.json"))
+            else:
+                waiting.append((job, state))
+        number, running = len(waiting), dict[Future[Outcome], Job]()
+        with self.workers.listening(), ThreadPoolExecutor(self.at_once) as pool:
+            while not self.workers.stopped() and (waiting or running):
+                for job, state in self._startable(waiting, outcomes, self.at_once - len(running)):
+                    waiting.remove((job, state))
+                    running[pool.submit(self._begin, job, state, outcomes)] = job
+                # Python handles signals in this thread, which sleeps if another one has caught them.
+                ended, _ = wait(running, timeout=0.5, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    job, outcome = running.pop(future), future.result()
+                    if outcome.result is None and self.workers.stopped():
+                        continue
+                    outcomes[job.directory] = outcome
+                    if outcome.result is not None:
+                        self._took.setdefault(job.variant.name, []).append(outcome.seconds)
+                    left = [*running.values(), *(job for job, _ in waiting)]
+                    self._show(outcome, number - len(left), number, left)
+        for future, job in running.items():  # ended by the signal, or in time
+            if future.result().result is not None:
+                outcomes[job.directory] = future.result()
+        return [outcomes[job.directory] for job in self.jobs if job.directory in outcomes]
+
+    def _startable(
+        self,
+        waiting: Sequence[tuple[Job, State]],
+        outcomes: Mapping[Path, Outcome],
+        places: int,
+    ) -> list[tuple[Job, State]]:
+        """Return the first runs that need to wait for no other."""
+        ready = [(job, state) for job, state in waiting if outcomes.keys() >= _reads(job)]
+        return ready[:places]
+
+    def _begin(self, job: Job, state: State, outcomes: Mapping[Path, Outcome]) -> Outcome:
+        """Make a run, unless one that it reads has failed."""
+        started = time.monotonic()
+        read = [outcomes[path] for path in _reads(job)]
+        failed = next((outcome.job for outcome in read if outcome.result is None), None)
+        if failed is not None:
+            return Outcome(job, None, f"not started, because {failed.title} failed")
+        found = self._run(job, state)
+        return Outcome(job, found.result, found.error, time.monotonic() - started)
 
     def _run(self, job: Job, state: State) -> Outcome:
         """Train, unless that is done, and test."""
-        started = time.monotonic()
         self.records.clear(job, state)
         self.records.prepare(job)
         commands = ["fit", "test"] if job.variant.shown else ["fit"]
@@ -132,8 +158,15 @@ class Execution:
             (job.directory / "result.json").unlink()
             given = ", ".join(sorted(result["metrics"]))
             return Outcome(job, None, f"its test gave no {', '.join(lacking)}; it gave {given}")
-        self._took.setdefault(job.variant.name, []).append(time.monotonic() - started)
         return Outcome(job, result)
+
+    def _show(self, outcome: Outcome, place: int, number: int, left: Sequence[Job]) -> None:
+        self.console.print(
+            f"[{place}/{number}] {self._line(outcome)}; {self._left(left)}",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
     def _words(self, job: Job, command: str, state: State) -> list[str]:
         if command == "fit":
@@ -158,7 +191,12 @@ class Execution:
         if not known:
             return f"{len(jobs)} left"
         expected = sum(fmean(self._took.get(job.variant.name, known)) for job in jobs)
-        return f"about {_duration(expected)} left"
+        return f"about {_duration(expected / self.at_once)} left"
+
+
+def _reads(job: Job) -> set[Path]:
+    """Return the directories of the runs whose students a run reads."""
+    return {*job.fit_reads, *job.test_reads}
 
 
 def check_unchanged(jobs: Sequence[Job], states: Sequence[State], *, rerun: bool) -> list[State]:

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from types import FrameType
@@ -40,7 +40,7 @@ class Workers:
         """Number of the signal that has come; 0 if none has."""
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([module])
-        self._process: Any = None
+        self._running: set[Any] = set()
 
     def stopped(self) -> bool:
         """Return whether a signal has come."""
@@ -48,12 +48,14 @@ class Workers:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Pass signals on: the first asks the run to save and end, the second ends it at once."""
+        """Pass signals on: the first asks runs to save and end, the second ends them at once."""
         before: dict[int, Any] = {}
 
         def handle(number: int, frame: FrameType | None) -> None:
-            self._end(signal.SIGKILL if self.received else signal.SIGTERM)
+            passed = signal.SIGKILL if self.received else signal.SIGTERM
             self.received = self.received or int(number)
+            for process in [*self._running]:
+                _send(process, passed)
 
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
@@ -66,7 +68,7 @@ class Workers:
                 signal.signal(number, handler)
 
     def run(self, words: Sequence[str], left: Path, log: Path) -> int:
-        """Run a command and wait for its end.
+        """Run a command and wait for its end; several threads may.
 
         Args:
             words: The command line, without the program's name.
@@ -79,22 +81,24 @@ class Workers:
         process = self._context.Process(target=_work, args=(self.entry, words, left, log))
         with signals_held():
             process.start()
-        self._process = process
+        self._running.add(process)
         if self.received:  # before there was anything to pass it on to
-            self._end(signal.SIGTERM)
+            _send(process, signal.SIGTERM)
         limit = None
         while process.is_alive():
             wait([process.sentinel], 0.5 if limit is None else limit)
             if limit is not None and process.is_alive():
                 process.kill()
             limit = _GRACE if self.received else None
+        self._running.discard(process)
         process.join()
-        self._process = None
         return int(process.exitcode)
 
-    def _end(self, number: int) -> None:
-        if self._process is not None and self._process.is_alive():
-            os.kill(self._process.pid, number)
+
+def _send(process: Any, number: int) -> None:
+    """Send a signal to a process that may have ended."""
+    with suppress(ProcessLookupError):  # is_alive() reads the exit code, which only one thread can
+        os.kill(process.pid, number)
 
 
 def _work(entry: Entry, words: Sequence[str], left: Path, log: Path) -> None:

@@ -188,17 +188,50 @@ def test_a_comparison_that_was_ended_goes_on_where_it_was(number, whole):
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_a_run_that_fails_is_reported_and_the_others_are_made(tmp_path):
+def test_two_runs_at_once_come_to_the_same_are_both_saved_and_both_go_on(whole):
+    meeting = {"class_path": "tests.comparison.places.Meeting", "init_args": {"runs": 2}}
+    common = json.loads(json.dumps(TINY))
+    common["trainer"]["callbacks"].append(meeting)
+    words = [*write(common=common, runs={"GKD": OF_SFT, "SFT": {}}), "--seeds", 0, 1, "--jobs", 2]
+    Path("wait").touch()
+    with Path("said").open("w") as said:
+        process = subprocess.Popen(command(*words), env=calm(), stdout=said, stderr=said)
+        # Both are SFT's: GKD reads its student.
+        until(lambda: Path("met").exists() and len([*Path("met").iterdir()]) == 2)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        Path("wait").unlink()
+        code = process.wait(120)
+    assert code == 128 + signal.SIGTERM, Path("said").read_text()
+    for seed in (0, 1):
+        assert Path(f"runs/tiny/SFT/{seed}/checkpoints/last.ckpt").exists()
+        assert not Path(f"runs/tiny/SFT/{seed}/result.json").exists()
+        assert not Path(f"runs/tiny/GKD/{seed}").exists()
+    done = run(*command(*words), **calm())
+    assert done.returncode == 0, done.stdout + done.stderr
+    places = [line.split("]")[0] for line in done.stdout.splitlines() if line.startswith("[")]
+    assert places == ["[1/4", "[2/4", "[3/4", "[4/4"]
+    for name in ("SFT", "GKD"):
+        same_run(result(f"runs/tiny/{name}/0"), whole[name])
+        assert "--ckpt_path" in Path(f"runs/tiny/SFT/{seed}/log.txt").read_text()
+
+
+@pytest.mark.processes
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_is_reported_and_the_others_are_made(jobs, tmp_path):
     failing = {"trainer": {"callbacks+": [{"class_path": "tests.comparison.places.Failing"}]}}
     read = {"model": {"init_args": {"student": {"name_or_path": "{Bad}"}}}}
     words = write(runs={"Bad": failing, "After": read, "Good": {}})
-    done = run(*command(*words), **calm())
+    threads = min(2, len(os.sched_getaffinity(0)))
+    done = run(*command(*words, "--jobs", jobs), **calm(OMP_NUM_THREADS=f"{threads}"))
     assert done.returncode == 1
     assert "Bad, seed 0: fit failed: RuntimeError: a defect in the middle" in done.stdout
     assert "(runs/tiny/Bad/0/log.txt)" in done.stdout
     assert "After, seed 0: not started, because Bad, seed 0 failed" in done.stdout
     assert "2 of 3 runs failed" in done.stdout
     assert result("runs/tiny/Good/0")["cost"]["steps"] == 8
+    assert result("runs/tiny/Good/0")["device"] == f"cpu, {max(1, threads // jobs)} threads"
     assert "| Good |" in Path("runs/tiny/report.md").read_text()
     Path("mended").touch()
     again = run(*command(*words), **calm())
@@ -219,6 +252,7 @@ def test_a_metric_that_never_comes_is_a_failure_that_lists_what_came(tmp_path):
     ("changes", "more", "message"),
     [
         ({}, ["--seeds", 0, 0], "give each seed once"),
+        ({}, ["--jobs", 0], "--jobs 0: give a number of runs at once, from 1 on"),
         ({}, ["--quick"], "tiny says no smaller sizes"),
         ({}, ["--set", "writen=x"], "no placeholder 'writen'; did you mean written"),
         ({}, ["--write", "gone.md"], "there is no page gone.md"),
