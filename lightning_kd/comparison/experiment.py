@@ -36,6 +36,17 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Claim:
+    """An ordering of two runs in a metric, written down before they are made."""
+
+    run: str
+    beats: str
+    metric: str
+    source: str = ""
+    """Who says so."""
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Runs that differ in what they are given, and how they are compared."""
 
@@ -54,6 +65,7 @@ class Experiment:
     curves: Sequence[Metric] = ()
     costs: Sequence[str] = USUAL_COSTS
     pairs: Sequence[tuple[str, str]] = ()
+    claims: Sequence[Claim] = ()
     file: str = ""
     """Where it was read; empty for one that was put together."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from lightning_kd.comparison.claims import check_claims, read_claims
 from lightning_kd.comparison.experiment import Experiment, Layer, Variant
 from lightning_kd.comparison.metrics import COSTS, USUAL_COSTS, read_metrics
 from lightning_kd.option_checks import is_number
@@ -22,7 +23,7 @@ _LAYER = (*FIT_OPTIONS, "export", "config", "test")
 _RUN = (*_LAYER, "once", "shown", "seed_everything", "label", "variations")
 _FILE = (
     *("title", "questions", "placeholders", "config", "common", "runs", "variations", "budgets"),
-    *("quick", "metrics", "curves", "costs", "pairs"),
+    *("quick", "metrics", "curves", "costs", "pairs", "claims"),
 )
 _NAME = re.compile(r"[A-Za-z0-9_][\w.,=+-]*")
 _RESERVED = frozenset({"seed", "student"})
@@ -67,6 +68,7 @@ def read_experiment(path: Path) -> Experiment:
         curves=read_metrics(said.get("curves", {}), f"{path}: curves"),
         costs=_texts(said.get("costs", list(USUAL_COSTS)), f"{path}: costs"),
         pairs=_pairs(said.get("pairs", []), f"{path}: pairs"),
+        claims=read_claims(said.get("claims", []), f"{path}: claims"),
         file=str(path),
     )
     _check(made, str(path))
@@ -116,6 +118,7 @@ def _check(made: Experiment, where: str) -> None:
             raise ValueError(f"{where}: {name} is the name of two runs, budgets or placeholders")
     check_names(dict.fromkeys(made.costs), tuple(COSTS), f"{where}: costs")
     check_names(dict.fromkeys(run for pair in made.pairs for run in pair), names, f"{where}: pairs")
+    check_claims(made, f"{where}: claims")
     stages = {metric.name.split("/")[0] for metric in made.metrics}
     if not stages <= {"test"} and not stages <= {"val"}:
         raise ValueError(

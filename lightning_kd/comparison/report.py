@@ -4,11 +4,13 @@ import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from lightning_kd.comparison.claims import claim_rows, judged, said_of
 from lightning_kd.comparison.documents import check_marks, replace_between_marks
 from lightning_kd.comparison.execution import Outcome
 from lightning_kd.comparison.experiment import Experiment
@@ -79,6 +81,8 @@ class Report:
                 for metric in self._directed():
                     found = compared(self.experiment, own, metric)
                     console.print(verdict(self.experiment, found, metric), markup=False)
+                for finding in judged(self.experiment, own):
+                    console.print(said_of(self.experiment, finding), markup=False)
 
     def write(self, output: Path) -> None:
         """Write ``report.md``, ``report.json`` and the pictures."""
@@ -147,10 +151,14 @@ class Report:
                 if (output / name).exists():
                     parts.append(f"![{_ALT[kind]}]({prefix}{name})\n")
             if len(self.seeds) > 1:
+                if claims := judged(self.experiment, own):
+                    parts.append(markdown(claim_rows(self.experiment, claims)))
                 for metric in self._directed():
                     found = compared(self.experiment, own, metric)
-                    parts.append(f"{verdict(self.experiment, found, metric)}.\n")
+                    said = verdict(self.experiment, found, metric)
+                    parts.append(f"<details>\n<summary>{escape(said)}</summary>\n")
                     parts.append(markdown(difference_rows(self.experiment, found, metric)))
+                    parts.append("</details>\n")
         return "\n".join(parts)
 
     def _numbers(self) -> dict[str, Any]:
@@ -172,5 +180,12 @@ class Report:
             "metrics": [asdict(metric) for metric in self.metrics],
             "results": self.results,
             "differences": tables,
+            "claims": {
+                budget: [
+                    asdict(finding) | {"verdict": finding.verdict}
+                    for finding in judged(self.experiment, of_budget(self.results, budget))
+                ]
+                for budget in self.budgets
+            },
             "failed": {o.job.title: o.error for o in self.outcomes if o.result is None},
         }

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from lightning_kd.comparison.experiment import Claim
 from lightning_kd.comparison.metrics import Metric
 from lightning_kd.comparison.plan import values_of
 from lightning_kd.comparison.reading import of_configs, read_experiment
@@ -28,6 +29,7 @@ def test_an_experiment_is_what_its_file_says(tmp_path):
         budgets={"steps": {"trainer": {"max_steps": 5}}},
         metrics={"test/loss": "lower", "test/x": {"better": "higher", "percent": True}},
         pairs=[["A", "B"]],
+        claims=[{"run": "A", "beats": "B", "metric": "test/x", "source": "a paper"}],
     )
     made = read_experiment(path)
     assert (made.name, made.title, made.questions) == ("tiny", "Two", ["Which?"])
@@ -40,6 +42,7 @@ def test_an_experiment_is_what_its_file_says(tmp_path):
     ]
     assert made.metrics == [Metric("test/loss", "lower"), Metric("test/x", "higher", percent=True)]
     assert made.pairs == [("A", "B")]
+    assert made.claims == [Claim("A", "B", "test/x", "a paper")]
     assert made.all_files == [str(path), str(tmp_path / "base.yaml")]
 
 
@@ -132,3 +135,28 @@ def test_every_placeholder_that_has_no_value_is_named(tmp_path):
         values_of(made, ["date=1"])
     with pytest.raises(ValueError, match="NAME=VALUE"):
         values_of(made, ["data"])
+
+
+@pytest.mark.parametrize(
+    ("claim", "message"),
+    [
+        (
+            {"run": "A", "beats": "B"},
+            "a claim has the texts run, beats, metric, and may have source",
+        ),
+        ({"run": "A", "beats": "B", "metric": "test/x", "by": "me"}, "a claim has the texts"),
+        ({"run": "A", "beats": 3, "metric": "test/x"}, "a claim has the texts"),
+        ({"run": "A", "beats": "A", "metric": "test/x"}, "A cannot beat itself"),
+        ({"run": "A", "beats": "BB", "metric": "test/x"}, "no run 'BB' is shown; choose of A, B"),
+        ({"run": "A", "beats": "C", "metric": "test/x"}, "no run 'C' is shown; choose of A, B"),
+        (
+            {"run": "A", "beats": "B", "metric": "test/y"},
+            "'test/y' is none of the metrics that say",
+        ),
+        ({"run": "A", "beats": "B", "metric": "test/z"}, "what is better; choose of test/x"),
+    ],
+)
+def test_a_claim_is_about_what_is_in_the_tables(claim, message, tmp_path):
+    said = {"runs": RUNS | {"C": {"shown": False}}, "metrics": {"test/x": "higher", "test/y": ""}}
+    with pytest.raises(ValueError, match=message):
+        read_experiment(written(tmp_path, **said, claims=[claim]))

@@ -2,16 +2,18 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_kd.comparison.curves import SECONDS, curve, read_scalars
 from lightning_kd.comparison.execution import Outcome
-from lightning_kd.comparison.experiment import Experiment, Layer, Variant
+from lightning_kd.comparison.experiment import Claim, Experiment, Layer, Variant
 from lightning_kd.comparison.metrics import Metric
 from lightning_kd.comparison.plan import Job
 from lightning_kd.comparison.report import Report, check_page
@@ -154,3 +156,63 @@ def test_steps_that_were_made_again_have_the_later_value(tmp_path):
     (file,) = later.iterdir()
     file.rename(tmp_path / f"{file.name}.again")
     assert read_scalars(tmp_path)["val/x"] == {0: 1.0, 1: 20.0, 2: 30.0}
+
+
+CLAIMED = {
+    "sure": [0.11, 0.22, 0.32],
+    "worse": [-0.3, -0.2, -0.09],
+    "unsure": [0.2, -0.1, 0.5],
+    "base": [0.0, 0.1, 0.2],
+}
+
+
+@pytest.mark.parametrize("better", ["higher", "lower"])
+def test_a_claim_holds_does_not_or_is_not_decided(better, tmp_path):
+    sign = 1 if better == "higher" else -1
+    names = [name for name in CLAIMED if name != "base"]
+    experiment = replace(
+        EXPERIMENT,
+        variants=[Variant(name, Layer(), f"run {name}") for name in CLAIMED],
+        metrics=[Metric("test/x", better, title="quality")],
+        claims=[Claim(name, "base", "test/x", "a paper") for name in names],
+    )
+    outcomes = []
+    for name, values in CLAIMED.items():
+        for seed, value in enumerate(values):
+            made = outcome("A", seed, tmp_path)
+            (variant,) = [v for v in experiment.variants if v.name == name]
+            job = replace(made.job, variant=variant, directory=tmp_path / name / f"{seed}")
+            result = made.result | {"run": name, "metrics": {"test/x": sign * value}}
+            outcomes.append(Outcome(job, result))
+    report = Report(experiment, outcomes, ["x"])
+    report.write(tmp_path)
+    page, numbers = (
+        (tmp_path / "report.md").read_text(),
+        json.loads((tmp_path / "report.json").read_text()),
+    )
+    expected = {
+        "sure": "holds",
+        "worse": "does not hold: the opposite does",
+        "unsure": "not decided",
+    }
+    ps = {name: stats.ttest_rel(CLAIMED[name], CLAIMED["base"]).pvalue for name in names}
+    # Holm: the least of three p times three, the next times two, and never below an earlier one.
+    least, middle, largest = sorted(ps, key=ps.__getitem__)
+    corrected = {least: 3 * ps[least]}
+    corrected[middle] = max(corrected[least], 2 * ps[middle])
+    corrected[largest] = max(corrected[middle], ps[largest])
+    for name, found in zip(names, numbers["claims"][""], strict=True):
+        assert found["claim"]["run"] == name
+        assert found["verdict"] == expected[name]
+        assert found["gain"]["mean"] == pytest.approx(
+            np.mean(np.subtract(CLAIMED[name], CLAIMED["base"]))
+        )
+        assert found["p"] == pytest.approx(ps[name])
+        assert found["corrected"] == pytest.approx(corrected[name])
+        row = f"| run {name} beats run base in quality | a paper | "
+        assert row in page
+        assert f"**{expected[name]}** |" in page.split(row)[1].splitlines()[0]
+    assert "2 of 3" in page
+    console = Console(record=True, width=200)
+    report.show(console)
+    assert "run sure beats run base in quality: holds" in console.export_text()
