@@ -3,6 +3,7 @@
 from typing import Any, Literal, get_args
 
 import datasets
+import torch
 
 from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import DocumentPolicy, Encoded, LengthLimit, encode_documents
@@ -12,7 +13,7 @@ from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.option_checks import check_choice
-from lightning_kd.seeding import run_seed
+from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.tokenization import TokenizerLike
 
 Offsets = Literal["random", "fixed"]
@@ -98,6 +99,8 @@ class DocumentData(PlainTextData):
             with it the EOS), or ``windows``: they are read on in rows of ``max_length``, each beginning
             with the last token of the one before, so that every token is scored once, and with a
             further column ``document``. What is dropped or cut is counted and logged.
+        train_size: Number of documents of ``train`` that are trained on, drawn by the seed of the run;
+            those of a smaller number are among those of a larger one. None for all.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -109,6 +112,7 @@ class DocumentData(PlainTextData):
         prompt_length: int = 0,
         max_length: int = 1024,
         truncation: DocumentPolicy = "error",
+        train_size: int | None = None,
         text_column: str = "text",
         add_eos: bool = True,
         strip: bool = False,
@@ -155,7 +159,11 @@ class DocumentData(PlainTextData):
                 f"prompt_length is {prompt_length}; it must be 0, for no prompts, or more, and less "
                 f"than max_length, which is {max_length}"
             )
-        self.prompt_length = prompt_length
+        if train_size is not None and train_size < 1:
+            raise ValueError(
+                f"train_size is {train_size}; give 1 or more documents, or none for all"
+            )
+        self.prompt_length, self.train_size = prompt_length, train_size
         self.limit = LengthLimit(max_length, truncation=truncation)
 
     def rows(self, split: Split) -> Rows | None:
@@ -163,11 +171,24 @@ class DocumentData(PlainTextData):
         raw = self.load(split)
         if raw is None:
             return None
+        if split == "train" and self.train_size is not None:
+            raw = self._part(raw, self.train_size)
 
         def encode(columns: dict[str, list[Any]]) -> list[Encoded]:
             return [self._document(ids) for ids in self.encode(columns[self.text_column])]
 
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
+
+    def _part(self, raw: datasets.Dataset, size: int) -> datasets.Dataset:
+        """Return the first of all documents in an order that the seed draws."""
+        if size > len(raw):
+            raise ValueError(
+                f"data.train_size is {size} and data.train has {len(raw)} documents; give at most as "
+                "many, or leave it out for all"
+            )
+        generator = torch.Generator().manual_seed(derive_seed(run_seed(), "train_size"))
+        drawn: list[int] = torch.randperm(len(raw), generator=generator)[:size].tolist()
+        return raw.select(sorted(drawn))
 
     def _document(self, ids: list[int]) -> Encoded:
         """Return a document, its first tokens as a prompt if documents have one."""
