@@ -285,3 +285,28 @@ def test_an_experiment_of_the_repository_runs_at_its_smaller_size(name, tmp_path
     done = run(*command(*words), **calm())
     assert done.returncode == 0, done.stdout + done.stderr
     assert Path(f"runs/{name}_quick/curves.png").exists()
+
+
+@pytest.mark.parametrize("name", ["stories", "data"])
+@pytest.mark.processes
+@pytest.mark.slow
+def test_an_experiment_on_stories_runs_at_its_smaller_size(name, shared_data):
+    words = ["--config", CONFIGS / "experiments" / f"{name}.yaml", "--quick"]
+    words = command(*words, "--set", f"data={shared_data}", "--jobs", 2)
+    done = subprocess.run(
+        words, env=calm(), capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    made = json.loads(Path(f"runs/{name}_quick/report.json").read_text())
+    assert made["claims"]
+
+
+@pytest.mark.parametrize("name", ["stories", "data"])
+def test_claims_are_on_the_page_and_their_differences_are_tested(name):
+    said = yaml.safe_load((CONFIGS / "experiments" / f"{name}.yaml").read_text())
+    tested = {frozenset(pair) for pair in said["pairs"]}
+    assert tested == {frozenset((claim["run"], claim["beats"])) for claim in said["claims"]}
+    page = (ROOT / "docs" / "results" / f"{name}.md").read_text()
+    for claim in said["claims"]:
+        metric = claim["metric"].removeprefix("test/")
+        assert f"| `{claim['run']}` | `{claim['beats']}` | `{metric}` |" in page
