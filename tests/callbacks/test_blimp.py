@@ -16,7 +16,7 @@ PAIRS = {
     "anaphor": (
         "morphology",
         "agreement",
-        [("two is four", "two are four"), ("be five", "is not be")],
+        [("two is four", "two are four"), ("be five", "is not be"), ("two is five", "five is is")],
     ),
     "binding": ("syntax/semantics", "binding", [("to be five", "to five be"), ("a b c", "c b")]),
     "island": ("syntax", "binding", [("that is two", "that two is"), ("not to", "to not to")]),

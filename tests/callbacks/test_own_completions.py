@@ -2,9 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from scipy.special import rel_entr
 from transformers import GenerationConfig
 
 from lightning_kd import SFT, DenseLogits, Engine, SupervisedKD, TeacherEnsemble, TopKTeacher
@@ -156,6 +158,56 @@ LLAMA_BATCHES = [
 ]
 
 
+WRITTEN = [[4, 9, 1], [3], [12, 12, 5, 7]]
+
+
+class Given(Engine):
+    """Writes what it is told."""
+
+    def generate(self, prompts, options, *, seeds, models):
+        return Completions.of_tokens(WRITTEN, eos_ids=prompts.eos_ids, pad_id=prompts.pad_id)
+
+
+def by_transformers(prompt, text):
+    """Both distributions at each token of a text, by models in float64 on this row alone."""
+    ids = torch.tensor([[*prompt, *text]])
+    for seed in (STUDENT, TEACHER):
+        with torch.no_grad():
+            scores = tiny_llama(seed).double().eval()(ids).logits[0, len(prompt) - 1 : -1]
+        yield scores.softmax(-1).numpy()
+
+
+def test_what_the_student_writes_is_read_as_transformers_reads_it():
+    batch, k = LLAMA_BATCHES[0], 5
+    own, data = [], []
+    for row, text in enumerate(WRITTEN):
+        prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+        scored = batch["labels"][row]
+        for texts, into in ((text, own), (scored[scored != -100].tolist(), data)):
+            into += zip(*by_transformers(prompt, texts), texts, strict=True)
+    nats, divergence, shared = [], [], []
+    for q, p, token in own:
+        nats.append(-np.log(p[token]))
+        divergence.append(rel_entr(q, p).sum())
+        both = sorted(set(np.argsort(q)[-k:]) & set(np.argsort(p)[-k:]))
+        shared.append((len(both) / k, q[both].sum(), p[both].sum()))
+    kept, of_data = ([np.minimum(q, p).sum() for q, p, _ in rows] for rows in (own, data))
+    assert len(own) == 8
+    assert len(data) == 7
+    overlap, of_student, of_teacher = np.mean(shared, 0)
+    found = evaluated(OwnCompletions(4, overlap_k=k), llamas(engine=Given()), [batch])
+    wanted = {
+        "own_teacher_nats_per_token": np.mean(nats),
+        "own_reverse_kl": np.mean(divergence),
+        "own_acceptance": np.mean(kept),
+        "acceptance": np.mean(of_data),
+        "own_top_k_overlap": overlap,
+        "own_student_overlap_mass": of_student,
+        "own_teacher_overlap_mass": of_teacher,
+    }
+    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
+
+
 def test_the_numbers_do_not_depend_on_batches_or_filler():
     """Each row is seeded by its number, and rows beyond the prompts do not count."""
     rows = with_prompts(ragged_batch([(3, 2), (2, 4), (4, 1)]))
@@ -207,13 +259,17 @@ def test_the_curve_is_a_table(tmp_path):
 
     logger = TensorBoardLogger(tmp_path, name="", version="")
     fit = trainer(limit_val_batches=1.0, callbacks=[ExposureBias(max_new_tokens=3)], logger=logger)
-    fit.validate(llamas(), datamodule=BatchList([], evaluate=LLAMA_BATCHES), verbose=False)
+    data = BatchList([], evaluate=LLAMA_BATCHES)
+    (found,) = fit.validate(llamas(), datamodule=data, verbose=False)
     logger.finalize("success")
     events = EventAccumulator(str(tmp_path)).Reload()
     (event,) = events.Tensors("val/exposure_bias_curve/text_summary")
     lines = event.tensor_proto.string_val[0].decode().splitlines()
     assert len(lines) == 2 + 3
     assert lines[0].startswith("| tokens |")
+    length, own, theirs, excess = map(float, lines[-1].strip("| ").split("|"))
+    assert (length, excess) == (3, pytest.approx(found["val/exposure_bias"], rel=1e-3))
+    assert excess == pytest.approx((own / theirs - 1) * 100, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,12 @@ import json
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from torchmetrics import Metric
 from torchmetrics.text import BLEUScore
 
@@ -108,27 +110,27 @@ FLEXIBLE = (r"(-?[$0-9.,]{2,})|(-?[0-9]+)", -1)
 PROBLEM = "Natalia sold 48/2 = <<48/2=24>>24 clips, and 48+1024 = <<48+1024=1072>>1,072 in all.\n"
 
 
-@pytest.mark.parametrize(
-    ("completion", "strict", "flexible"),
-    [
-        (PROBLEM + "#### 1,072", 1, 1),
-        (PROBLEM + "#### 1072", 1, 1),
-        ("#### 1072.", 1, 1),
-        ("#### $1072", 0, 1),
-        ("It is $1,072.", 0, 1),
-        ("48+1024 = <<48+1024=1072>>", 0, 1),
-        ("48+1024 = <<48+1024=1072>>1072", 0, 1),
-        ("#### 1072\n\nQuestion: 1+1\nAnswer: #### 2", 1, 0),
-        ("#### 71, no: #### 1072", 0, 1),
-        ("####1072", 0, 1),
-        ("#### 1072.0", 0, 0),
-        ("#### -1072", 0, 0),
-        ("1072 ...", 0, 0),
-        ("#### ,", 0, 0),
-        ("no number", 0, 0),
-        ("", 0, 0),
-    ],
-)
+GSM8K_CASES = [
+    (PROBLEM + "#### 1,072", 1, 1),
+    (PROBLEM + "#### 1072", 1, 1),
+    ("#### 1072.", 1, 1),
+    ("#### $1072", 0, 1),
+    ("It is $1,072.", 0, 1),
+    ("48+1024 = <<48+1024=1072>>", 0, 1),
+    ("48+1024 = <<48+1024=1072>>1072", 0, 1),
+    ("#### 1072\n\nQuestion: 1+1\nAnswer: #### 2", 1, 0),
+    ("#### 71, no: #### 1072", 0, 1),
+    ("####1072", 0, 1),
+    ("#### 1072.0", 0, 0),
+    ("#### -1072", 0, 0),
+    ("1072 ...", 0, 0),
+    ("#### ,", 0, 0),
+    ("no number", 0, 0),
+    ("", 0, 0),
+]
+
+
+@pytest.mark.parametrize(("completion", "strict", "flexible"), GSM8K_CASES)
 def test_gsm8k_is_scored_as_lm_eval_scores_it(completion, strict, flexible):
     reference = PROBLEM + "#### 1,072"
     found = values(GSM8KAccuracy(), [completion], [[reference]])
@@ -136,6 +138,35 @@ def test_gsm8k_is_scored_as_lm_eval_scores_it(completion, strict, flexible):
     wanted = as_published(reference, *STRICT)
     assert strict == (as_published(completion, *STRICT) == wanted)
     assert flexible == (as_published(completion, *FLEXIBLE) == wanted)
+
+
+@pytest.mark.filterwarnings("default")
+def test_gsm8k_is_scored_as_the_installed_lm_eval_scores_it():
+    extraction = pytest.importorskip("lm_eval.filters.extraction")
+    from lm_eval.api.metrics import exact_match_hf_evaluate
+
+    package = Path(extraction.__file__).parents[1]
+    task = yaml.safe_load((package / "tasks" / "gsm8k" / "gsm8k.yaml").read_text())
+    ignored = task["metric_list"][0]["regexes_to_ignore"]
+    texts = [completion for completion, *_ in GSM8K_CASES]
+    wanted = {}
+    for rule in task["filter_list"]:
+        options = {name: value for name, value in rule["filter"][0].items() if name != "function"}
+        found = extraction.RegexFilter(**options).apply(
+            [[text] for text in texts], [{}] * len(texts)
+        )
+        scores = [
+            exact_match_hf_evaluate(
+                predictions=one,
+                references=[PROBLEM + "#### 1,072"],
+                regexes_to_ignore=ignored,
+                ignore_case=True,
+            )["exact_match"]
+            for one in found
+        ]
+        wanted[rule["name"]] = [int(score) for score in scores]
+    assert wanted["strict-match"] == [strict for _, strict, _ in GSM8K_CASES]
+    assert wanted["flexible-extract"] == [flexible for *_, flexible in GSM8K_CASES]
 
 
 def test_every_answer_of_gsm8k_is_right_by_both_rules(shared_data):
