@@ -13,10 +13,20 @@ def alone(tmp_path_factory):
     return written_by(SCRIPT, tmp_path_factory.mktemp("alone") / "found.pt", "alone")
 
 
-def test_numbers_and_documents_are_those_of_one_process(alone, tmp_path):
-    found = written_by(SCRIPT, tmp_path / "found.pt", "ddp")
-    names = {"test/bits_per_byte", "test/blimp", "test/exposure_bias", "test/acceptance"}
-    assert names <= set(alone["numbers"])
+NAMES = {
+    *("bits_per_byte", "perplexity", "reverse_kl", "blimp", "blimp_morphology"),
+    *("exposure_bias", "exposure_bias_2", "acceptance", "own_acceptance", "own_reverse_kl"),
+    *("own_teacher_nats_per_token", "own_top_k_overlap", "tokens_per_teacher_call"),
+    *("exact_match", "rouge_l", "distinct_1", "distinct_3", "repetition_1"),
+}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_numbers_and_documents_are_those_of_one_process(alone, tmp_path, strategy):
+    found = written_by(SCRIPT, tmp_path / "found.pt", strategy)
+    assert {f"{stage}/{name}" for stage in ("val", "test") for name in NAMES} <= set(
+        alone["numbers"]
+    )
     assert found["numbers"] == pytest.approx(alone["numbers"], rel=1e-4)
     assert len(alone["documents"]) == 7
     for one, other in zip(alone["documents"], found["documents"], strict=True):
