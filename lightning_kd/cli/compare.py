@@ -25,6 +25,7 @@ from lightning_kd.comparison.plan import plan, values_of
 from lightning_kd.comparison.reading import of_configs, read_experiment
 from lightning_kd.comparison.records import Records, write_json
 from lightning_kd.comparison.report import Report, check_page
+from lightning_kd.comparison.tokenizers import LearnedTokenizers
 from lightning_kd.comparison.workers import Workers
 
 
@@ -101,9 +102,11 @@ def run_comparison(
     if at_once < 1:
         raise ValueError(f"--jobs {at_once}: give a number of runs at once, from 1 on")
     values = values_of(experiment, given)
+    tokenizers = LearnedTokenizers(experiment.tokenizers, values, output)
     arguments, sys.argv = sys.argv, sys.argv[:1]
     parser = trainer_command(ParsingCLI)
     sys.argv = arguments
+    values |= tokenizers.places
     jobs = plan(experiment, seeds, output, values, parser.whole_config, quick=quick)
     with locked(output):
         records = Records(jobs, output)
@@ -115,6 +118,8 @@ def run_comparison(
             "is in its log.txt",
             soft_wrap=True,
         )
+        unmade = [job for job, state in zip(jobs, states, strict=True) if not state.tested]
+        tokenizers.learn(unmade, console)
         workers = Workers(partial(run_command, experiment.all_files, at_once), __name__)
         execution = Execution(jobs, records, workers, experiment.metrics, console, at_once)
         outcomes = execution.run_all(states)

@@ -57,6 +57,8 @@ class Experiment:
     placeholders: Mapping[str, Any] = field(default_factory=dict)
     """Defaults by name; None where the command line must give a value."""
     explained: Mapping[str, str] = field(default_factory=dict)
+    tokenizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Options of ``lightning-kd tokenizer`` by name; learned before all runs."""
     common: Layer = Layer()
     budgets: Mapping[str, Layer] = field(default_factory=dict)
     quick: Layer | None = None

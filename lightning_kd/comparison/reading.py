@@ -22,8 +22,8 @@ FIT_OPTIONS = ("data", "model", "non_finite", "on_policy", "predictions", "prefl
 _LAYER = (*FIT_OPTIONS, "export", "config", "test")
 _RUN = (*_LAYER, "once", "shown", "seed_everything", "label", "variations")
 _FILE = (
-    *("title", "questions", "placeholders", "config", "common", "runs", "variations", "budgets"),
-    *("quick", "metrics", "curves", "costs", "pairs", "claims"),
+    *("title", "questions", "placeholders", "tokenizers", "config", "common", "runs", "variations"),
+    *("budgets", "quick", "metrics", "curves", "costs", "pairs", "claims"),
 )
 _NAME = re.compile(r"[A-Za-z0-9_][\w.,=+-]*")
 _RESERVED = frozenset({"seed", "student"})
@@ -61,6 +61,10 @@ def read_experiment(path: Path) -> Experiment:
         questions=_texts(said.get("questions", []), f"{path}: questions"),
         placeholders={name: _default(value) for name, value in needs.items()},
         explained={name: _sentence(value) for name, value in needs.items()},
+        tokenizers={
+            name: _mapping(options, f"{path}: tokenizers.{name}")
+            for name, options in _mapping(said.get("tokenizers", {}), f"{path}: tokenizers").items()
+        },
         common=common,
         budgets=budgets,
         quick=None if quick is None else _layer(quick, path, "quick", _LAYER),
@@ -107,7 +111,7 @@ def _check(made: Experiment, where: str) -> None:
     names = [variant.name for variant in made.variants]
     if not names:
         raise ValueError(f"{where}: there are no runs; give runs, or variations of one")
-    taken = [*names, *made.budgets, *made.placeholders]
+    taken = [*names, *made.budgets, *made.placeholders, *made.tokenizers]
     for name in taken:
         if not isinstance(name, str) or not _NAME.fullmatch(name) or name in _RESERVED:
             raise ValueError(
@@ -115,7 +119,9 @@ def _check(made: Experiment, where: str) -> None:
                 f"neither of {sorted(_RESERVED)}"
             )
         if taken.count(name) > 1:
-            raise ValueError(f"{where}: {name} is the name of two runs, budgets or placeholders")
+            raise ValueError(
+                f"{where}: {name} is the name of two runs, budgets, placeholders or tokenizers"
+            )
     check_names(dict.fromkeys(made.costs), tuple(COSTS), f"{where}: costs")
     check_names(dict.fromkeys(run for pair in made.pairs for run in pair), names, f"{where}: pairs")
     check_claims(made, f"{where}: claims")

@@ -14,7 +14,7 @@ from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.data.rows import EncodedRows, PackedRows
 from lightning_kd.data.sources import load_rows
 from lightning_kd.data.text import PromptCompletionData
-from lightning_kd.data.tokenizer_training import train_tokenizer, write_tokenizer
+from lightning_kd.data.tokenizer_training import read_texts, train_tokenizer, write_tokenizer
 from lightning_kd.data.window import Window
 from lightning_kd.data.workers import Rows
 
@@ -41,6 +41,7 @@ __all__ = [
     "WindowedLoader",
     "arithmetic_tokenizer",
     "load_rows",
+    "read_texts",
     "train_tokenizer",
     "write_tokenizer",
 ]

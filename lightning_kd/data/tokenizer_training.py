@@ -68,13 +68,26 @@ def write_tokenizer(
             f"there is a model in {output!r}, whose tokens would mean something else; choose another "
             "directory"
         )
+    texts = read_texts(files, columns)
+    tokenizer = train_tokenizer(texts, vocab_size)
+    tokenizer.save_pretrained(Path(output))
+    print(f"{len(tokenizer)} tokens, learned from {len(texts)} texts, are in {output}")
+
+
+def read_texts(files: list[str] | str, columns: list[str] | str | None = None) -> list[str]:
+    """Return the texts of some columns of files.
+
+    Args:
+        files: Text files, or tables: one, a glob, or a list.
+        columns: Column of a table, or a list of them. Defaults to ``text``.
+
+    Raises:
+        ValueError: If a file or a column is not there.
+    """
     wanted = [columns] if isinstance(columns, str) else columns or ["text"]
-    texts = [
+    return [
         row[column]
         for path in ([files] if isinstance(files, str) else files)
         for row in load_rows(path, dict.fromkeys(wanted, str))
         for column in wanted
     ]
-    tokenizer = train_tokenizer(texts, vocab_size)
-    tokenizer.save_pretrained(Path(output))
-    print(f"{len(tokenizer)} tokens, learned from {len(texts)} texts, are in {output}")

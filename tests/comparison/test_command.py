@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, SMALL, run
 
@@ -248,6 +249,41 @@ def test_a_metric_that_never_comes_is_a_failure_that_lists_what_came(tmp_path):
     assert "its test gave no test/bleu; it gave test/" in done.stdout
 
 
+@pytest.mark.processes
+@pytest.mark.slow
+def test_a_tokenizer_is_learned_once_before_the_runs_that_read_it(tmp_path):
+    Path("text.txt").write_text("one two three and four " * 200)
+    common = json.loads(json.dumps(TINY))
+    common["data"] = {
+        "class_path": "PackedTextData",
+        "init_args": {"tokenizer": "{bpe}", "train": "{written}", "test": "{written}"},
+    }
+    common["data"]["init_args"] |= {"block_length": 16, "batch_size": 4}
+    common["trainer"] |= {"max_steps": 2, "limit_test_batches": 2, "val_check_interval": None}
+    learned = {"bpe": {"files": "{written}", "vocab_size": 264}}
+    learned["unread"] = {"files": "gone.txt"}
+    said = {"common": common, "runs": {"SFT": {}}, "tokenizers": learned}
+    write(**said)
+    words = ["--config", "tiny.yaml", "--set", "written=text.txt"]
+    done = run(*command(*words), **calm())
+    assert done.returncode == 0, done.stdout + done.stderr
+    (place,) = Path("runs/tiny/tokenizers").iterdir()
+    assert f"264 tokens, learned from 1 texts, are in {place}" in done.stdout
+    own = AutoTokenizer.from_pretrained("runs/tiny/SFT/0/student").get_vocab()
+    assert len(own) == 264
+    assert own == AutoTokenizer.from_pretrained(place).get_vocab()
+    # It is not learned again; another one makes the run another.
+    again = run(*command(*words, "--seeds", 0, 1), **calm())
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "learned" not in again.stdout
+    learned["bpe"]["vocab_size"] = 262
+    write(**said)
+    refused = run(*command(*words), **calm())
+    assert refused.returncode == 2
+    assert f"data.init_args.tokenizer: {place} -> runs/tiny/tokenizers/bpe-" in refused.stderr
+    assert [*Path("runs/tiny/tokenizers").iterdir()] == [place]
+
+
 @pytest.mark.parametrize(
     ("changes", "more", "message"),
     [
@@ -270,6 +306,7 @@ def test_a_metric_that_never_comes_is_a_failure_that_lists_what_came(tmp_path):
             "run A: ",
         ),
         ({"placeholders": {"written": "", "data": "texts"}}, [], "--set data=...  texts"),
+        ({"tokenizers": {"bpe": {"vocab_size": 300}}}, [], "arguments are required: files"),
     ],
 )
 def test_what_could_not_be_run_is_refused_before_anything_begins(changes, more, message, fails):

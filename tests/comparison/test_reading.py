@@ -24,6 +24,7 @@ def test_an_experiment_is_what_its_file_says(tmp_path):
         title="Two",
         questions=["Which?"],
         config="base.yaml",
+        tokenizers={"bpe": {"files": "a.txt"}},
         common={"test": {"trainer": {"limit_test_batches": 1}}},
         runs=RUNS | {"C": {"once": True, "shown": False, "seed_everything": {"times": 2}}},
         budgets={"steps": {"trainer": {"max_steps": 5}}},
@@ -43,6 +44,7 @@ def test_an_experiment_is_what_its_file_says(tmp_path):
     assert made.metrics == [Metric("test/loss", "lower"), Metric("test/x", "higher", percent=True)]
     assert made.pairs == [("A", "B")]
     assert made.claims == [Claim("A", "B", "test/x", "a paper")]
+    assert made.tokenizers == {"bpe": {"files": "a.txt"}}
     assert made.all_files == [str(path), str(tmp_path / "base.yaml")]
 
 
@@ -100,6 +102,8 @@ def test_ordinary_configs_are_runs_under_their_names(tmp_path):
         ({"runs": {"A/B": {}}}, "'A/B' is no name"),
         ({"runs": {"seed": {}}}, "'seed' is no name"),
         ({"runs": {"A": {}}, "budgets": {"A": {}}}, "A is the name of two runs, budgets"),
+        ({"runs": {"A": {}}, "tokenizers": {"A": {}}}, "A is the name of two runs, budgets"),
+        ({"runs": {"A": {}}, "tokenizers": {"t": "gpt2"}}, "tokenizers.t holds names and what"),
         ({"runs": RUNS, "variations": {"modl.x": [1]}}, "did you mean model"),
         ({"runs": RUNS, "variations": {"model.x": [{"a": 1}]}}, "where a value has options"),
         ({"runs": RUNS, "pairs": [["A", "C"]]}, "pairs: there is no 'C'"),

@@ -1,0 +1,93 @@
+"""Tokenizers that an experiment learns before its first run."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentError, ArgumentParser
+from rich.console import Console
+
+from lightning_kd.comparison.placeholders import fill, placeholders
+from lightning_kd.comparison.plan import Job
+from lightning_kd.comparison.records import flat
+from lightning_kd.data import read_texts, train_tokenizer, write_tokenizer
+
+
+class LearnedTokenizers:
+    """Tokenizers of an experiment, in directories that are named by what they are learned from.
+
+    With other options a tokenizer lies elsewhere, so that the runs that read it have changed.
+
+    Args:
+        given: Options of ``lightning-kd tokenizer`` by name, without ``output``.
+        values: What stands for each placeholder.
+        output: Directory of all runs.
+
+    Raises:
+        ValueError: If an option is unknown, missing or of the wrong type.
+    """
+
+    def __init__(
+        self, given: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], output: Path
+    ) -> None:
+        self._options = {name: _read(name, options, values) for name, options in given.items()}
+        self.places = {
+            name: str(output / "tokenizers" / f"{name}-{_digest(options)}")
+            for name, options in self._options.items()
+        }
+        """Directory of each, by name."""
+
+    def learn(self, jobs: Sequence[Job], console: Console) -> None:
+        """Learn those that are not there yet.
+
+        Args:
+            jobs: Runs that are to be made; what none of them reads is not learned.
+            console: Where a line for each goes.
+
+        Raises:
+            ValueError: If there is no such text, or the vocabulary is too small.
+        """
+        read = [
+            value for job in jobs for part in (job.fit, job.test) for value in flat(part).values()
+        ]
+        for name, place in self.places.items():
+            if place not in read or Path(place).exists():
+                continue
+            options = self._options[name]
+            try:
+                texts = read_texts(options["files"], options["columns"])
+                tokenizer = train_tokenizer(texts, options["vocab_size"])
+            except ValueError as error:
+                raise ValueError(f"tokenizers.{name}: {error}") from error
+            unfinished = Path(f"{place}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)
+            tokenizer.save_pretrained(unfinished)
+            unfinished.rename(place)
+            console.print(
+                f"{len(tokenizer)} tokens, learned from {len(texts)} texts, are in {place}",
+                soft_wrap=True,
+            )
+
+
+def _read(name: str, options: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a tokenizer, filled in and all of them."""
+    unknown = sorted({*placeholders(options)} - values.keys())
+    if unknown:
+        raise ValueError(
+            f"tokenizers.{name}: {{{unknown[0]}}} stands for nothing; it is learned before all runs, "
+            f"from placeholders (there are {', '.join(values) or 'none'})"
+        )
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(write_tokenizer, skip={"output"})
+    try:
+        read = parser.parse_object(fill(options, values))
+    except ArgumentError as error:
+        raise ValueError(f"tokenizers.{name}: {error}") from error
+    return dict(read.as_dict())
+
+
+def _digest(options: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
