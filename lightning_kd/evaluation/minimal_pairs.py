@@ -35,7 +35,8 @@ def read_minimal_pairs(directory: str | Path) -> list[MinimalPairs]:
     """Read the ``.jsonl`` files of a directory, in the order of their names.
 
     Raises:
-        ValueError: If there are none, or a line is no object with two different sentences.
+        ValueError: If there are none, a line is no object with two sentences, or no pair of a file has
+            two different ones (seven of BLiMP's have not).
     """
     paths = sorted(Path(directory).expanduser().glob("*.jsonl"))
     if not paths:
@@ -55,16 +56,18 @@ def _read(path: Path) -> MinimalPairs:
         except ValueError as error:
             raise ValueError(f"{path}, line {number}, is no JSON: {error}") from error
         found = [record.get(key) for key in (GOOD, BAD)] if isinstance(record, dict) else []
-        if not all(isinstance(text, str) and text for text in found) or len({*found}) < 2:
+        if not all(isinstance(text, str) and text for text in found):
             raise ValueError(
-                f"{path}, line {number}: a minimal pair is an object with two different texts, {GOOD} "
-                f"and {BAD}; got {line[:120]}"
+                f"{path}, line {number}: a minimal pair is an object with two texts, {GOOD} and {BAD}; "
+                f"got {line[:120]}"
             )
         if not pairs:
             names = record.get("field"), record.get("linguistics_term")
         pairs.append((str(found[0]), str(found[1])))
     if not pairs:
         raise ValueError(f"{path} has no minimal pairs")
+    if all(acceptable == other for acceptable, other in pairs):
+        raise ValueError(f"{path} has no pair of two different sentences")
     good, bad = zip(*pairs, strict=True)
     return MinimalPairs(path.stem, good, bad, *names)
 

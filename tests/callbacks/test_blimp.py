@@ -146,7 +146,7 @@ def test_training_is_the_same_with_and_without(tmp_path):
         ("", "has no minimal pairs"),
         ("{", "line 1, is no JSON"),
         ('{"sentence_good": "a"}', "line 1: a minimal pair is an object"),
-        ('{"sentence_good": "a", "sentence_bad": "a"}', "line 1: a minimal pair is an object"),
+        ('{"sentence_good": "a", "sentence_bad": "a"}', "no pair of two different sentences"),
     ],
 )
 def test_what_are_no_pairs_is_refused_before_anything_runs(tmp_path, text, message):
@@ -154,6 +154,17 @@ def test_what_are_no_pairs_is_refused_before_anything_runs(tmp_path, text, messa
         (tmp_path / "pairs.jsonl").write_text(text)
     with pytest.raises(ValueError, match=message):
         found_by(BLiMP(str(tmp_path)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_pair_of_equal_sentences_is_a_tie(tmp_path, batch_size):
+    """BLiMP has seven, in passive_1 and principle_A_case_2."""
+    equal = [(text, text) for text in ("a b c", "two is four", "to be five", "b c", "is not be")]
+    write(tmp_path, {"equal": (None, None, [*equal, ("that is two", "that two is")])})
+    found = found_by(BLiMP(str(tmp_path), batch_size=batch_size))
+    by_loop = by_hand(student(), TOKENIZER, tmp_path)["equal"]
+    assert by_loop < 0.2
+    assert found == {"val/blimp": pytest.approx(by_loop)}
 
 
 @pytest.mark.parametrize("option", [{"limit": 0}, {"every_n_validations": -1}, {"batch_size": 0}])
