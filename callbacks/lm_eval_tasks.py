@@ -88,21 +88,26 @@ class LMEvalTasks(OccasionalEvaluation):
                 "its own, and include_path is a directory with YAML files of yours"
             )
 
-    def evaluate(self, stage: Stage, module: L.LightningModule, *, is_trial: bool) -> None:
-        """Run the tasks and log their results, on a few rows in a trial.
+    def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
+        """Refuse a student in shards, before the first step of a run that would evaluate it.
 
         Raises:
-            ValueError: If the student's weights are in shards.
+            ValueError: If its weights are in shards.
         """
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-
         assert isinstance(module, DistillationModule)
-        if is_sharded(module.student):
+        is_evaluated = stage == "test" or self.every_n_validations > 0
+        if is_evaluated and is_sharded(module.student):
             raise ValueError(
                 "lm-eval runs a whole model, and the student is in shards; use ddp, or evaluate the "
                 "exported student: lm_eval --model hf --model_args pretrained=DIRECTORY"
             )
+
+    def evaluate(self, stage: Stage, module: L.LightningModule, *, is_trial: bool) -> None:
+        """Run the tasks and log their results, on a few rows in a trial."""
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        assert isinstance(module, DistillationModule)
         with isolate_rng():
             student = HFLM(
                 pretrained=module.student,

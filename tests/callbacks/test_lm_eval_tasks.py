@@ -121,6 +121,22 @@ def test_an_unknown_task_is_refused_by_name(task):
         fit.test(SFT(student=student()), datamodule=data(), verbose=False)
 
 
+@needs_lm_eval
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("every", [0, 2])
+def test_a_student_in_shards_is_refused_before_the_first_step(task, monkeypatch, every):
+    monkeypatch.setattr("lightning_kd.callbacks.lm_eval_tasks.is_sharded", lambda model: True)
+    callback = LMEvalTasks(["which_end"], include_path=task, every_n_validations=every)
+    fit = trainer(max_steps=1, callbacks=[callback])
+    module = SFT(student=student())
+    if every:
+        with pytest.raises(ValueError, match="the student is in shards; use ddp"):
+            fit.fit(module, datamodule=data(train=rows()))
+        assert fit.global_step == 0
+    with pytest.raises(ValueError, match="the student is in shards; use ddp"):
+        fit.test(module, datamodule=data(), verbose=False)
+
+
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")
 def test_without_lm_eval_the_extra_is_named():
     with pytest.raises(ValueError, match=r"lightning-kd\[lm_eval\]"):
