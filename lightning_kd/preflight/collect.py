@@ -123,7 +123,9 @@ def collect(
         described.append(_describe(sized[-1], about))
     batch_size = getattr(datamodule, "batch_size", None) or len(some[0]["labels"] if some else [0])
     setting = Setting.of(trainer, batch_size)
-    about_rows = describe_rows(datamodule, some, tokenizer) if some else None
+    student = next((d for d in described if d.role == "student"), None)
+    stops = () if student is None else student.eos_ids
+    about_rows = describe_rows(datamodule, some, tokenizer, stops) if some else None
     students = [each for each in sized if each.spec is module.student_spec]
     memory = None
     if students:
@@ -143,7 +145,7 @@ def collect(
         tokenizer=compared(tokenizer, _name(tokenizer)),
         named=None if named is None else compared(named, _name(named)),
         policy=module.vocabulary if isinstance(module, TeacherModule) else "",
-        student=next((d for d in described if d.role == "student"), None),
+        student=student,
         teachers=[d for d in described if d.role != "student"],
         rows=about_rows,
         rollouts=setting.rollouts,

@@ -82,6 +82,7 @@ class RowFacts:
         have_prompts: Whether rows are prompts and completions, rather than text.
         labeled: Rows that were looked at and have something to train on.
         ended: Those of them that are trained on an EOS.
+        stopped: Those whose last label is a token that the student stops at, by its generation config.
         masked_ends: Those that have an EOS behind what is trained on, which is not trained on itself.
         completions: Tokens of the completions that were looked at; of a chat, of its last answer.
         most_labels: Most tokens of a row that are trained on.
@@ -103,6 +104,7 @@ class RowFacts:
     most_labels: int
     example: Sequence[Token]
     turn_end: tuple[str, int] | None = None
+    stopped: int = 0
 
 
 @dataclass(frozen=True)

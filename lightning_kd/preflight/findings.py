@@ -57,6 +57,8 @@ def _untrained_eos(facts: Facts) -> Said:
     rows = facts.rows
     if rows is None or rows.ended or rows.masked_ends or not _learns_ends(facts):
         return
+    if 2 * rows.stopped > rows.labeled:  # fewer may end so by chance
+        return
     cause = (
         f"{rows.cut:,} rows were cut, and with the end of a completion goes its EOS: raise "
         "data.max_length, or choose data.truncation: drop or left"

@@ -1,6 +1,6 @@
 """Facts about the training rows: what is trained on, and what is left out."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -131,7 +131,10 @@ def texts_of(some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def describe_rows(
-    datamodule: Data, some: Sequence[Batch], tokenizer: PreTrainedTokenizerBase
+    datamodule: Data,
+    some: Sequence[Batch],
+    tokenizer: PreTrainedTokenizerBase,
+    stops: Collection[int] = (),
 ) -> RowFacts:
     """Return what is known of training rows.
 
@@ -139,6 +142,7 @@ def describe_rows(
         datamodule: The data.
         some: Rows of it, from :func:`batches`.
         tokenizer: The data's.
+        stops: Tokens that the student stops at.
     """
     data, eos = training_data(datamodule), tokenizer.eos_token_id
     rows = data.read_rows("train") if isinstance(data, DistillationData) else None
@@ -168,7 +172,16 @@ def describe_rows(
         most_labels=int(lengths.max()),
         example=_example(some[0], tokenizer),
         turn_end=turn_end(tokenizer) if isinstance(data, ChatData) else None,
+        stopped=sum(last in stops for batch in some for last in _last_labels(batch)),
     )
+
+
+def _last_labels(batch: Batch) -> Iterator[int]:
+    """Yield the last label of each row that has one."""
+    for row in batch["labels"]:
+        labels = row[row != IGNORE_INDEX]
+        if len(labels):
+            yield int(labels[-1])
 
 
 def _last_runs(labeled: Tensor) -> Iterator[int]:

@@ -65,8 +65,10 @@ def test_a_sound_run_has_none_and_each_changed_fact_names_its_own(facts):
     pretrained = replace(teacher, starts_at_random=False)
     for changed, expected in (
         ({}, []),
-        ({"rows": replace(rows, ended=0)}, ["eos_untrained"]),
+        ({"rows": replace(rows, ended=0, stopped=0)}, ["eos_untrained"]),
         ({"rows": replace(rows, ended=1)}, []),
+        ({"rows": replace(rows, ended=0, stopped=rows.labeled)}, []),
+        ({"rows": replace(rows, ended=0, stopped=rows.labeled // 2)}, ["eos_untrained"]),
         ({"rows": replace(rows, ended=0, masked_ends=3)}, ["eos_masked"]),
         ({"rows": replace(rows, ended=0, have_prompts=False)}, []),  # text need not end
         ({"rows": replace(rows, longest=2048)}, []),
@@ -125,6 +127,16 @@ def test_the_own_collator_trains_on_the_end_where_it_is_the_padding_too(same):
     batch = collate([(n, n, row) for n, row in enumerate(rows)])
     found = describe_rows(BatchList([batch]), [batch], tokenizer)
     assert (found.ended, found.masked_ends) == (0, 0)
+
+
+def test_rows_may_end_with_another_token_that_the_student_stops_at():
+    collate = Collator(0)
+    rows = [Example([5, 6, 7, 9], 2, "x", "y"), Example([5, 9, 7, 8], 2, "x", "y")]
+    batch = collate([(n, n, row) for n, row in enumerate(rows)])
+    tokenizer = letter_tokenizer()
+    found = describe_rows(BatchList([batch]), [batch], tokenizer, [9, 12])
+    assert (found.ended, found.stopped) == (0, 1)
+    assert describe_rows(BatchList([batch]), [batch], tokenizer, [7, 8, 9]).stopped == 2
 
 
 def test_an_end_that_a_foreign_collator_masks_is_seen():
