@@ -324,10 +324,10 @@ def test_an_experiment_of_the_repository_runs_at_its_smaller_size(name, tmp_path
     assert Path(f"runs/{name}_quick/curves.png").exists()
 
 
-@pytest.mark.parametrize("name", ["stories", "data", "normalization"])
+@pytest.mark.parametrize("name", ["stories", "data", "normalization", "babyllama"])
 @pytest.mark.processes
 @pytest.mark.slow
-def test_an_experiment_on_stories_runs_at_its_smaller_size(name, shared_data):
+def test_an_experiment_on_real_text_runs_at_its_smaller_size(name, shared_data):
     words = ["--config", CONFIGS / "experiments" / f"{name}.yaml", "--quick"]
     words = command(*words, "--set", f"data={shared_data}", "--jobs", 2)
     done = subprocess.run(
@@ -338,7 +338,13 @@ def test_an_experiment_on_stories_runs_at_its_smaller_size(name, shared_data):
     assert made["claims"]
 
 
-@pytest.mark.parametrize("name", ["stories", "data", "normalization"])
+def test_a_tokenizer_is_learned_when_all_runs_have_been_parsed(fails):
+    words = ["--config", CONFIGS / "experiments" / "babyllama.yaml", "--set", "data=none"]
+    message = "tokenizers.bpe: the data file 'none/eltec/train.jsonl' does not exist"
+    assert message in fails("compare", *map(str, words))
+
+
+@pytest.mark.parametrize("name", ["stories", "data", "normalization", "babyllama"])
 def test_claims_are_on_the_page_and_their_differences_are_tested(name):
     said = yaml.safe_load((CONFIGS / "experiments" / f"{name}.yaml").read_text())
     tested = {frozenset(pair) for pair in said["pairs"]}
