@@ -59,8 +59,8 @@ def draw_curves(
         for axis, label in ((over_steps, "optimizer step"), (over_time, "seconds of training")):
             axis.set(title=metric.shown, xlabel=label, yscale=metric.scale)
             axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    figure.savefig(place, dpi=120)
+    _legend(figure, experiment)
+    figure.savefig(place, dpi=100)
     return True
 
 
@@ -93,7 +93,7 @@ def draw_bars(
         axis.grid(alpha=0.3, axis="y")
     for axis in axes[len(metrics) :]:
         axis.set_axis_off()
-    figure.savefig(place, dpi=120)
+    figure.savefig(place, dpi=100)
 
 
 def _plot(
@@ -104,6 +104,16 @@ def _plot(
         pairs = list(zip(made.mean, made.deviation, strict=True))
         low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
         axis.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def _legend(figure: Any, experiment: Experiment) -> None:
+    """Name the runs above all panels: not every one of them is in each."""
+    drawn: dict[str, Any] = {}
+    for axis in figure.axes:
+        lines, labels = axis.get_legend_handles_labels()
+        drawn |= dict(zip(labels, lines, strict=True))
+    labels = [v.label for v in experiment.variants if v.label in drawn]
+    figure.legend([drawn[label] for label in labels], labels, loc="outside upper center", ncols=4)
 
 
 def _figure(lines: int, columns: int) -> Any:
