@@ -40,6 +40,9 @@ class Batch(TypedDict):
     """Number of the row in its data set, ``(B,)``; :data:`FILLER_ROW` for filler."""
     sample: NotRequired[Tensor]
     """In training, number of the row's sample in the run's stream, ``(B,)``."""
+    tokenized_apart: NotRequired[Tensor]
+    """True for rows whose labeled tokens were tokenized as texts of their own, ``(B,)``; False is for
+    rows that are one text."""
     extra: NotRequired[dict[str, list[Any]]]
     """Further columns of the data, one value per row each."""
 

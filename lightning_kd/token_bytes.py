@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -27,8 +27,9 @@ class TokenBytes:
 
     Special tokens stand for none. The bytes of a text's tokens add up to those of the text as the
     tokenizer reads it (some normalize to NFC). The space that some tokenizers put before a text is
-    none of its bytes; it is told by its place, at the beginning of a row or behind a special token, so
-    that of a text that begins with a space itself one byte may be missing.
+    none of its bytes; it is told by its place, at the beginning of a row, behind a special token or
+    where a text is said to begin, so that of a text that begins with a space itself one byte may be
+    missing.
 
     Example:
         >>> from lightning_kd.data.tokenizer_training import train_tokenizer
@@ -56,21 +57,28 @@ class TokenBytes:
         tokens joined are the text.
 
         Raises:
-            ValueError: If it is of another kind, or changes a text before it cuts it.
+            ValueError: If it is of another kind, changes a text before it cuts it, or leaves letters
+                out that it does not know.
         """
         kind = _Kind.of(tokenizer)
         vocabulary = tokenizer.get_vocab()
         pieces: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
         for token, number in vocabulary.items():
             pieces[number] = kind.bytes_of(token)
+        own = kind.backend.get_vocab(with_added_tokens=False)
         for number, added in kind.backend.get_added_tokens_decoder().items():
+            # A piece of the model's own is written as the others are (Gemma's runs of spaces are both).
+            piece = kind.bytes_of(added.content) if added.content in own else None
+            text = added.content.encode() if piece is None else piece
             # White space around it would be part of it.
-            pieces[number] = None if added.lstrip or added.rstrip else added.content.encode()
+            pieces[number] = None if added.lstrip or added.rstrip else text
         special = torch.zeros(len(pieces), dtype=torch.bool)
         for number in _special_ids(tokenizer, kind.backend):
             special[number], pieces[number] = True, b""
         model: Any = kind.backend.model
         unknown = {tokenizer.unk_token, getattr(model, "unk_token", None)} & vocabulary.keys()
+        if isinstance(model, models.BPE) and not (kind.knows_every_byte or unknown):
+            raise ValueError(_refused(tokenizer, "it leaves out letters that it does not know"))
         for token in () if kind.knows_every_byte else unknown:
             pieces[vocabulary[token]] = None  # any text that the tokenizer has no token for
         lengths = [UNKNOWN if piece is None else len(piece) for piece in pieces]
@@ -82,14 +90,21 @@ class TokenBytes:
         tensors = (self.lengths, self.is_special, self.may_begin_with_added_space)
         return TokenBytes(self.pieces, *(tensor.to(device) for tensor in tensors))
 
-    def of(self, ids: Tensor) -> Tensor:
+    def of(self, ids: Tensor, begins_text: Tensor | None = None) -> Tensor:
         """Return the bytes of each token of some rows, ``(B, T) -> (B, T)``.
 
         Tokens that the tokenizer does not have are :data:`UNKNOWN`.
+
+        Args:
+            ids: The tokens.
+            begins_text: True where a text begins that was tokenized by itself, ``(B, T)``, beside the
+                beginnings of rows and what is behind special tokens.
         """
         known = (ids >= 0) & (ids < len(self.lengths))
         safe = ids.where(known, 0)
         begins = F.pad(self.is_special[safe][:, :-1], (1, 0), value=True)
+        if begins_text is not None:
+            begins = begins | begins_text
         added = begins & self.may_begin_with_added_space[safe]
         return (self.lengths[safe] - added.long()).where(known, UNKNOWN)
 
@@ -118,17 +133,18 @@ class _Kind:
                     tokenizer, f"{', '.join([*changes, *lost])} changes a text before it is cut"
                 )
             )
-        types = [part["type"] for part in decoders]
+        types, vocabulary = [part["type"] for part in decoders], backend.get_vocab().keys()
         if types == ["ByteLevel"]:
             adds = any(part.get("add_prefix_space") for part in before)
-            return cls(backend, _bytes_of_letters, adds, True)
+            return cls(backend, _bytes_of_letters, adds, _BYTE_OF.keys() <= vocabulary)
         model: Any = backend.model
         if getattr(model, "byte_fallback", False) and {*types} <= _SENTENCE_PIECE:
             adds = any(
                 part.get("start", 0) > 0 or part.get("prepend_scheme", "never") != "never"
                 for part in decoders
             )
-            return cls(backend, _bytes_of_piece, adds, True)
+            every_byte = {f"<0x{byte:02X}>" for byte in range(256)} <= vocabulary
+            return cls(backend, _bytes_of_piece, adds, every_byte)
         if types == ["Fuse"] and not any(
             part["type"] in {"ByteLevel", "Metaspace"} for part in before
         ):

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.data import arithmetic_tokenizer
@@ -131,3 +139,40 @@ def changed(**parts):
 def test_other_tokenizers_are_refused_by_name(tokenizer, reason):
     with pytest.raises(ValueError, match=reason):
         TokenBytes.of_tokenizer(tokenizer())
+
+
+@pytest.mark.parametrize("adds_space", [True, False])
+def test_a_piece_of_the_models_own_that_is_an_added_token_too_is_written_as_a_piece(adds_space):
+    """As transformers converts user-defined pieces of SentencePiece, such as Gemma's runs of spaces."""
+    tokenizer = sentence_piece(adds_space)
+    tokenizer.add_tokens([AddedToken(BLOCK * 2, normalized=False, special=False)])
+    (ids,) = encode_documents(["a  a  On"], tokenizer, add_eos=True)
+    assert tokenizer.convert_tokens_to_ids(BLOCK * 2) in ids
+    assert TokenBytes.of_tokenizer(tokenizer).of(torch.tensor([ids])).sum() == len("a  a  On")
+
+
+def byte_level(letters, **special):
+    """Byte-level BPE that knows only some letters."""
+    tokens = [*special.values(), "</s>", *letters]
+    model = models.BPE({token: place for place, token in enumerate(tokens)}, [], **special)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return wrapped(backend, **special)
+
+
+def test_what_a_byte_level_tokenizer_reads_as_unknown_has_no_known_bytes():
+    tokenizer = byte_level("ab\u0120", unk_token="<unk>")
+    ids = tokenizer("ab zz ba")["input_ids"]
+    found = TokenBytes.of_tokenizer(tokenizer).of(torch.tensor([ids]))
+    assert found.tolist() == [[1, 1, 1, UNKNOWN, UNKNOWN, 1, 1, 1]]
+
+
+def test_a_tokenizer_that_leaves_out_unknown_letters_is_refused():
+    tokenizer = byte_level("ab\u0120")
+    assert tokenizer.decode(tokenizer("ab zz ba")["input_ids"]) == "ab  ba"
+    with pytest.raises(ValueError, match="it leaves out letters that it does not know"):
+        TokenBytes.of_tokenizer(tokenizer)
+    every = byte_level(pre_tokenizers.ByteLevel.alphabet())
+    ids = every("\u6f22 a")["input_ids"]
+    assert TokenBytes.of_tokenizer(every).of(torch.tensor([ids])).sum() == 5

@@ -68,6 +68,7 @@ def _encoded(
     cuts = sorted({0, rendered.prompt, *(cut for span in rendered.spans for cut in span)})
     cuts += [last[1]] if last[0] == last[1] else []  # an empty answer, which only ends
     pieces = pieces_of_tokens(rendered.text, whole, cuts, tokenizer)
+    joined = [token for ids in pieces for token in ids]
     prompt: list[int] = []
     completion: list[int] = []
     trained: list[bool] = []
@@ -88,7 +89,14 @@ def _encoded(
     remarks += [NO_END_WITHIN] if ends < len(chat.trained) - 1 else []
     remarks += _other_end(pieces[-1], tokenizer)
     return Encoded(
-        prompt, completion, prompt_text, reference, behind, tuple(trained), tuple(remarks)
+        prompt,
+        completion,
+        prompt_text,
+        reference,
+        behind,
+        tuple(trained),
+        tuple(remarks),
+        tokenized_apart=joined != whole[: len(joined)],
     )
 
 

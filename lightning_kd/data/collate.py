@@ -39,6 +39,8 @@ class Collator:
             "row": torch.tensor(numbers),
             "sample": torch.tensor(samples),
         }
+        if any(example.tokenized_apart for example in examples):
+            batch["tokenized_apart"] = torch.tensor([e.tokenized_apart for e in examples])
         has_prompts = all(example.prompt is not None for example in examples)
         if has_prompts or examples[0].extra:
             batch["extra"] = {

@@ -30,6 +30,8 @@ class Example:
     """Whether the loss is on each token; empty for those from ``prompt_length`` on."""
     references: Sequence[str] | None = None
     """Texts that a completion is compared with. Defaults to ``completion`` alone; empty for none."""
+    tokenized_apart: bool = False
+    """Whether what is trained on was tokenized as a text of its own, not as the prompt's rest."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +146,8 @@ class Encoded:
     """What else to say of the row, in words that follow "of 10 rows, 3"."""
     references: Sequence[str] | None = None
     """Texts that a completion is compared with. Defaults to ``completion_text`` alone."""
+    tokenized_apart: bool = False
+    """Whether what is trained on was tokenized as a text of its own, not as the prompt's rest."""
 
 
 @dataclass(frozen=True)

@@ -144,6 +144,7 @@ class EncodedRows:
             {name: found[f"extra:{name}"] for name in self._extra},
             found["trained"],
             found["references"],
+            found["tokenized_apart"],
         )
 
 
@@ -173,6 +174,7 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
         "prompt": encoded.prompt_text,
         "completion": encoded.completion_text,
         "references": encoded.references,
+        "tokenized_apart": encoded.tokenized_apart,
         "dropped": kept is None,
         "cut": kept is not None and len(ids) < len(prompt) + len(completion),
         "after_eos": encoded.after_eos,

@@ -233,7 +233,7 @@ class PromptCompletionData(TextData):
                     f"{columns[WHERE][number]}: the completion has no tokens and did not end, so "
                     "there is nothing to train on; leave the row out"
                 )
-            rows.append(replace(row, completion=ids, after_eos=after_eos))
+            rows.append(replace(row, completion=ids, after_eos=after_eos, tokenized_apart=True))
         return rows
 
     def _encode_prompts(self, columns: dict[str, list[Any]]) -> list[Encoded]:

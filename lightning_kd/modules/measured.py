@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +78,8 @@ class MeasuredModule(L.LightningModule):
         known, labeled = self.token_bytes(), positions.targets != IGNORE_INDEX
         size, ids = None, batch["input_ids"]
         if known is not None:
-            size = positions.of_tokens(known.to(ids.device).of(ids))
+            begins = _begins_text(batch)
+            size = positions.of_tokens(known.to(ids.device).of(ids, begins))
         if size is not None:
             self.eval_distribution.update_bytes(self.label_nats[labeled], size[labeled])
         self.label_likelihood = LabelLikelihood(positions, self.label_nats, size)
@@ -99,3 +101,12 @@ class MeasuredModule(L.LightningModule):
         self.log_dict(values, sync_dist=stage != "train")
         metrics.reset()
         return set(values)
+
+
+def _begins_text(batch: Batch) -> Tensor | None:
+    """Return True where what is trained on begins a text that was tokenized by itself, ``(B, T)``."""
+    if "tokenized_apart" not in batch:
+        return None
+    labeled = batch["labels"] != IGNORE_INDEX
+    first = labeled & ~F.pad(labeled[:, :-1], (1, 0))
+    return first & batch["tokenized_apart"][:, None]

@@ -8,10 +8,18 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_kd import SFT, DocumentData, PackedTextData, PromptCompletionData, SupervisedKD
+from lightning_kd import (
+    SFT,
+    ChatData,
+    DocumentData,
+    PackedTextData,
+    PromptCompletionData,
+    SupervisedKD,
+)
 from lightning_kd.callbacks import DocumentLikelihoods
 from lightning_kd.data.tokenizer_training import train_tokenizer
 from tests.support.harness import trainer
+from tests.test_token_bytes import sentence_piece
 
 TEXTS = [
     "two and two is four",
@@ -126,6 +134,48 @@ def test_only_completions_are_counted_where_only_they_are_scored():
             scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
         total -= sum(scores[t - 1, ids[t]].item() for t in range(len(prompt), len(ids)))
     assert found["val/bits_per_byte"] == pytest.approx(total / math.log(2) / 9, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokenizer", [sentence_piece, lambda: sentence_piece(adds_space=False)])
+def test_the_space_that_a_tokenizer_puts_before_a_completion_is_none_of_its_bytes(
+    tmp_path, tokenizer
+):
+    tokenizer, path = tokenizer(), tmp_path / "d.jsonl"
+    pairs = [("Once", "a"), ("Once", "On"), ("t a", "  a"), ("Once ", "")]
+    data = PromptCompletionData(
+        tokenizer=tokenizer,
+        validation=[{"prompt": prompt, "completion": text} for prompt, text in pairs],
+        batch_size=3,
+    )
+    found = evaluated(data, DocumentLikelihoods(str(path)))
+    assert [record["bytes"] for record in records(path)] == [1, 2, 3, 0]
+    nats = sum(record["nats"] for record in records(path))
+    assert found["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / 6, rel=1e-5)
+
+
+def test_the_space_behind_the_prompt_of_a_document_is_of_the_document(tmp_path):
+    """Its prompt is the beginning of one text, so that nothing was put before the rest."""
+    tokenizer, path = sentence_piece(), tmp_path / "d.jsonl"
+    data = DocumentData(
+        tokenizer=tokenizer, validation=[{"text": "On a"}, {"text": "ce at"}], prompt_length=3
+    )
+    evaluated(data, DocumentLikelihoods(str(path)))
+    assert [record["bytes"] for record in records(path)] == [len(" a"), len(" at")]
+
+
+def test_the_space_before_an_answer_is_of_the_chat_unless_it_was_tokenized_apart(tmp_path):
+    tokenizer, path = sentence_piece(), tmp_path / "d.jsonl"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}"
+        "{% endfor %}"
+    )
+    chats = [("Once", " at"), ("O", "nce")]  # "On" is one token of the whole
+    rows = [
+        {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+        for a, b in chats
+    ]
+    evaluated(ChatData(tokenizer=tokenizer, validation=rows), DocumentLikelihoods(str(path)))
+    assert [record["bytes"] for record in records(path)] == [3, 3]
 
 
 def test_bits_per_byte_are_the_students_whatever_it_learns_from():
