@@ -123,7 +123,7 @@ def run_comparison(
         workers = Workers(partial(run_command, experiment.all_files, at_once), __name__)
         execution = Execution(jobs, records, workers, experiment.metrics, console, at_once)
         outcomes = execution.run_all(states)
-        report = Report(experiment, outcomes, command)
+        report = Report(experiment, outcomes, command, jobs)
         if report.results:
             report.show(console)
             report.write(output)

@@ -5,8 +5,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_kd.comparison.experiment import Claim, Experiment
-from lightning_kd.comparison.statistics import Summary, holm, paired_t_test, summarize
-from lightning_kd.comparison.tables import LEVEL, Results, by_run, shown
+from lightning_kd.comparison.statistics import Summary, corrected_together, differences
+from lightning_kd.comparison.tables import LEVEL, Results, by_run, p_cells, shown
 
 HOLDS, OPPOSITE, OPEN = "holds", "does not hold: the opposite does", "not decided"
 
@@ -16,19 +16,24 @@ class Finding:
     """What the runs say of a claim."""
 
     claim: Claim
-    gain: Summary
-    """By how much the run is better, paired by seed; below zero where it is worse."""
+    gain: Summary | None
+    """By how much the run is better, paired by seed; below zero where it is worse. None where no
+    seed has both runs."""
     agreeing: int
     """Seeds for which it is better."""
     p: float | None
-    """Of a two-sided paired t-test; None for a single seed."""
+    """Of a two-sided paired t-test of all seeds; None where it cannot be told."""
     corrected: float | None
     """The same with Holm's correction for all claims."""
+    lacking: str = ""
+    """Which number is missing or not finite, the first of them; empty if none is."""
 
     @property
     def verdict(self) -> str:
-        """Whether it holds: ``not decided`` where the corrected p is not below the level."""
-        if self.corrected is None or self.corrected >= LEVEL:
+        """Whether it holds: ``not decided`` where no corrected p is below the level."""
+        if self.lacking:
+            return f"cannot be told: {self.lacking}"
+        if self.gain is None or self.corrected is None or self.corrected >= LEVEL:
             return OPEN
         return HOLDS if self.gain.mean > 0 else OPPOSITE
 
@@ -80,27 +85,25 @@ def check_claims(experiment: Experiment, where: str) -> None:
             )
 
 
-def judged(experiment: Experiment, results: Results) -> list[Finding]:
-    """Return what the results of one budget say of each claim that they have both runs for."""
+def judged(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[Finding]:
+    """Return what the results of one budget say of each claim.
+
+    Args:
+        experiment: Has the claims, all of which are corrected for.
+        results: Of one budget.
+        seeds: Those that each run was to have.
+    """
     better = {metric.name: metric.better for metric in experiment.metrics}
     found = []
     for claim in experiment.claims:
         values = by_run(results, "metrics", claim.metric)
-        one, other = values.get(claim.run, {}), values.get(claim.beats, {})
-        sign = 1 if better[claim.metric] == "higher" else -1
-        gains = [sign * (one[seed] - other[seed]) for seed in sorted(one.keys() & other.keys())]
-        if gains:
-            found.append((claim, gains, paired_t_test(gains)))
-    corrected = iter(holm([p for *_, p in found if p is not None]))
+        pair = (claim.run, claim.beats)
+        pair = pair if better[claim.metric] == "higher" else pair[::-1]
+        found += differences(values, [pair], seeds)
+    corrected = corrected_together([each.p for each in found])
     return [
-        Finding(
-            claim,
-            summarize(gains),
-            sum(gain > 0 for gain in gains),
-            p,
-            None if p is None else next(corrected),
-        )
-        for claim, gains, p in found
+        Finding(claim, each.summary, each.positive, each.p, own, each.lacking)
+        for claim, each, own in zip(experiment.claims, found, corrected, strict=True)
     ]
 
 
@@ -115,8 +118,8 @@ def claim_rows(experiment: Experiment, found: Sequence[Finding]) -> list[list[st
     table = [["claim", "by", "better by", "seeds that agree", "p", "p, corrected", ""]]
     for each in found:
         text, gain = _text(experiment, each.claim), shown(each.gain, metrics[each.claim.metric])
-        ps = ["-" if p is None else f"{p:.3g}" for p in (each.p, each.corrected)]
-        agreeing = f"{each.agreeing} of {each.gain.seeds}"
+        agreeing = f"{each.agreeing} of {each.gain.seeds if each.gain else 0}"
+        ps = p_cells(each.p, each.corrected)
         table.append([text, each.claim.source, gain, agreeing, *ps, f"**{each.verdict}**"])
     return table
 

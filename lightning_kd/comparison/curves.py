@@ -1,13 +1,16 @@
 """Values over optimizer steps and seconds of training, from event files."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 
 import numpy as np
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tensorboard.util import tensor_util
+
+from lightning_kd.comparison.statistics import summarize
 
 SECONDS = "train/seconds"
 """Logged by :class:`~lightning_kd.callbacks.TrainingCost`."""
@@ -28,20 +31,36 @@ class Curve:
 def read_scalars(directory: Path) -> dict[str, dict[int, float]]:
     """Return what a run has logged, by name and step.
 
-    A step that was made again, after a run was killed, has the later value.
+    A run that was killed may have logged steps behind its last checkpoint. Where it goes on, a new file
+    begins: a step that was made again has the later value, and what an earlier file has behind the
+    first step of a later one is dropped, since the run did not go that way.
 
     Args:
-        directory: Of the run's event files.
+        directory: Of the event files of one training.
     """
+    files = [_read(file) for file in directory.glob("events.out.tfevents.*")]
     found: dict[str, dict[int, float]] = {}
-    files = sorted(directory.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
-    for file in files:
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.metadata.plugin_data.plugin_name == "scalars":
-                    number = float(tensor_util.make_ndarray(value.tensor).item())
-                    found.setdefault(value.tag, {})[event.step] = number
-    return found
+    for _, scalars in sorted(files, key=lambda file: file[0]):
+        first = min((step for _, step, _ in scalars), default=math.inf)
+        found = {
+            tag: {step: value for step, value in values.items() if step <= first}
+            for tag, values in found.items()
+        }
+        for tag, step, value in scalars:
+            found.setdefault(tag, {})[step] = value
+    return {tag: values for tag, values in found.items() if values}
+
+
+def _read(file: Path) -> tuple[float, list[tuple[str, int, float]]]:
+    """Return when an event file was begun, and its scalars."""
+    events = [*EventFileLoader(str(file)).Load()]
+    scalars = [
+        (value.tag, event.step, float(tensor_util.make_ndarray(value.tensor).item()))
+        for event in events
+        for value in event.summary.value
+        if value.metadata.plugin_data.plugin_name == "scalars"
+    ]
+    return (events[0].wall_time if events else 0.0), scalars
 
 
 def curve(runs: Sequence[Mapping[str, Mapping[int, float]]], name: str) -> Curve | None:
@@ -55,14 +74,14 @@ def curve(runs: Sequence[Mapping[str, Mapping[int, float]]], name: str) -> Curve
     steps = sorted(set.intersection(*(set(run[name]) for run in having))) if having else []
     if not steps:
         return None
-    values = [[run[name][step] for run in having] for step in steps]
+    made = [summarize([run[name][step] for run in having]) for step in steps]
     timed = [_seconds_at(run[SECONDS], steps) for run in having if SECONDS in run]
     return Curve(
         # A step is counted from zero where it is logged.
         [step + 1 for step in steps],
         [fmean(times) for times in zip(*timed, strict=True)] if len(timed) == len(having) else [],
-        [fmean(each) for each in values],
-        [stdev(each) if len(each) > 1 else 0.0 for each in values],
+        [each.mean for each in made],
+        [each.deviation or 0.0 for each in made],
     )
 
 

@@ -1,5 +1,6 @@
 """Pictures of a comparison."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,8 @@ def draw_bars(
 ) -> None:
     """Draw the mean of each metric with its standard deviation, and a dot for each seed.
 
+    Numbers that are not finite are left out.
+
     Args:
         experiment: Names the runs.
         results: Of one budget.
@@ -86,8 +89,12 @@ def draw_bars(
             seeds = [*values[variant.name].values()]
             summary = summarize(seeds)
             color = f"C{experiment.variants.index(variant) % 10}"
-            axis.bar(place_on_axis, summary.mean, yerr=summary.deviation, color=color, alpha=0.6)
-            axis.scatter([place_on_axis] * len(seeds), seeds, color="black", s=9, zorder=3)
+            if math.isfinite(summary.mean):
+                axis.bar(
+                    place_on_axis, summary.mean, yerr=summary.deviation, color=color, alpha=0.6
+                )
+            finite = [seed for seed in seeds if math.isfinite(seed)]
+            axis.scatter([place_on_axis] * len(finite), finite, color="black", s=9, zorder=3)
         axis.set_xticks(range(len(having)), [v.label for v in having], rotation=30, ha="right")
         axis.set(title=metric.shown, yscale=metric.scale)
         axis.grid(alpha=0.3, axis="y")
@@ -99,9 +106,10 @@ def draw_bars(
 def _plot(
     axis: Any, at: Sequence[float], made: Curve, label: str, style: Mapping[str, Any]
 ) -> None:
-    axis.plot(at, made.mean, marker=".", label=label, **style)
+    means = [mean if math.isfinite(mean) else math.nan for mean in made.mean]
+    axis.plot(at, means, marker=".", label=label, **style)
     if any(made.deviation):
-        pairs = list(zip(made.mean, made.deviation, strict=True))
+        pairs = list(zip(means, made.deviation, strict=True))
         low, high = [m - d for m, d in pairs], [m + d for m, d in pairs]
         axis.fill_between(at, low, high, color=style["color"], alpha=0.15, linewidth=0)
 

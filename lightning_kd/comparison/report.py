@@ -1,5 +1,7 @@
 """The page, the numbers and the pictures of a comparison."""
 
+import json
+import math
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from lightning_kd.comparison.documents import check_marks, replace_between_marks
 from lightning_kd.comparison.execution import Outcome
 from lightning_kd.comparison.experiment import Experiment
 from lightning_kd.comparison.figures import draw_bars, draw_curves
-from lightning_kd.comparison.records import write_json
+from lightning_kd.comparison.plan import Job
 from lightning_kd.comparison.tables import (
     compared,
     difference_rows,
@@ -59,34 +61,44 @@ class Report:
         experiment: The experiment.
         outcomes: What became of its runs, as far as they were made.
         command: What was typed.
+        jobs: All runs that were asked for.
     """
 
     def __init__(
-        self, experiment: Experiment, outcomes: Sequence[Outcome], command: Sequence[str]
+        self,
+        experiment: Experiment,
+        outcomes: Sequence[Outcome],
+        command: Sequence[str],
+        jobs: Sequence[Job],
     ) -> None:
         self.experiment, self.outcomes, self.command = experiment, outcomes, command
         shown = [o for o in outcomes if o.job.variant.shown]
         self.results = [o.result for o in shown if o.result is not None]
-        self.seeds = sorted({result["seed"] for result in self.results})
-        found = {result["budget"] for result in self.results}
-        self.budgets = [b for b in experiment.budgets if b in found] or [""]
-        self.metrics = metrics_of(experiment, self.results) if self.results else []
+        self.seeds = sorted({job.seed for job in jobs})
+        self.budgets = [*experiment.budgets] or [""]
+        self.metrics = metrics_of(experiment, self.results)
+        there = {o.job.directory for o in outcomes if o.result is not None}
+        self.missing = [job.title for job in jobs if job.directory not in there]
+        self.count = f"{len(jobs) - len(self.missing)} of {len(jobs)} runs are there"
 
     def show(self, console: Console) -> None:
-        """Print the tables, and which differences are significant."""
+        """Print the tables, which differences are significant, and what becomes of the claims."""
+        if self.missing:
+            console.print(self.count, markup=False)
         for budget in self.budgets:
             own = of_budget(self.results, budget)
-            console.print(rich_table(rows(self.experiment, own), budget))
+            console.print(rich_table(rows(self.experiment, own, self.seeds), budget))
             if len(self.seeds) > 1:
                 for metric in self._directed():
-                    found = compared(self.experiment, own, metric)
+                    found = compared(self.experiment, own, metric, self.seeds)
                     console.print(verdict(self.experiment, found, metric), markup=False)
-                for finding in judged(self.experiment, own):
-                    console.print(said_of(self.experiment, finding), markup=False)
+            for finding in judged(self.experiment, own, self.seeds):
+                console.print(said_of(self.experiment, finding), markup=False)
 
     def write(self, output: Path) -> None:
         """Write ``report.md``, ``report.json`` and the pictures."""
-        write_json(output / "report.json", self._numbers())
+        numbers = json.dumps(without_infinities(self._numbers()), indent=2, allow_nan=False)
+        write_text(output / "report.json", numbers + "\n")
         for budget in self.budgets:
             places: dict[str, list[Path]] = {}
             for outcome in self.outcomes:
@@ -101,10 +113,12 @@ class Report:
             curves = output / self._picture("curves", budget)
             curves.unlink(missing_ok=True)
             draw_curves(self.experiment, places, curves)
+            bars = output / self._picture("bars", budget)
+            bars.unlink(missing_ok=True)
             if self.metrics:
-                bars = output / self._picture("bars", budget)
                 draw_bars(self.experiment, of_budget(self.results, budget), self.metrics, bars)
         text = [f"# {self.experiment.title}\n"]
+        text += [f"**{self.count}.**\n"] if self.missing else []
         text += [f"- {question}" for question in self.experiment.questions]
         write_text(output / "report.md", "\n".join([*text, "", self._page(output, "")]))
 
@@ -141,20 +155,20 @@ class Report:
             f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n"
         )
         failed = [o for o in self.outcomes if o.result is None]
-        parts += [f"- {o.job.title}: {o.error}" for o in failed]
+        parts += ["\n".join(f"- {o.job.title}: {o.error}" for o in failed) + "\n"] if failed else []
         for budget in self.budgets:
             own = of_budget(self.results, budget)
             parts += [f"## {budget}\n"] if budget else []
-            parts.append(markdown(rows(self.experiment, own)))
+            parts.append(markdown(rows(self.experiment, own, self.seeds)))
             for kind in ("curves", "bars"):
                 name = self._picture(kind, budget)
                 if (output / name).exists():
                     parts.append(f"![{_ALT[kind]}]({prefix}{name})\n")
+            if claims := judged(self.experiment, own, self.seeds):
+                parts.append(markdown(claim_rows(self.experiment, claims)))
             if len(self.seeds) > 1:
-                if claims := judged(self.experiment, own):
-                    parts.append(markdown(claim_rows(self.experiment, claims)))
                 for metric in self._directed():
-                    found = compared(self.experiment, own, metric)
+                    found = compared(self.experiment, own, metric, self.seeds)
                     said = verdict(self.experiment, found, metric)
                     parts.append(f"<details>\n<summary>{escape(said)}</summary>\n")
                     parts.append(markdown(difference_rows(self.experiment, found, metric)))
@@ -166,7 +180,9 @@ class Report:
             budget: {
                 metric.name: [
                     asdict(d)
-                    for d in compared(self.experiment, of_budget(self.results, budget), metric)
+                    for d in compared(
+                        self.experiment, of_budget(self.results, budget), metric, self.seeds
+                    )
                 ]
                 for metric in self.metrics
             }
@@ -174,6 +190,8 @@ class Report:
         }
         return {
             "title": self.experiment.title,
+            "runs": self.count,
+            "missing": self.missing,
             "questions": list(self.experiment.questions),
             "command": list(self.command),
             "seeds": self.seeds,
@@ -183,9 +201,25 @@ class Report:
             "claims": {
                 budget: [
                     asdict(finding) | {"verdict": finding.verdict}
-                    for finding in judged(self.experiment, of_budget(self.results, budget))
+                    for finding in judged(
+                        self.experiment, of_budget(self.results, budget), self.seeds
+                    )
                 ]
                 for budget in self.budgets
             },
             "failed": {o.job.title: o.error for o in self.outcomes if o.result is None},
         }
+
+
+def without_infinities(part: Any) -> Any:
+    """Return a part of a report with None for numbers that are not finite: JSON has none.
+
+    Example:
+        >>> without_infinities({"loss": [1.0, float("nan")]})
+        {'loss': [1.0, None]}
+    """
+    if isinstance(part, dict):
+        return {name: without_infinities(inside) for name, inside in part.items()}
+    if isinstance(part, (list, tuple)):
+        return [without_infinities(inside) for inside in part]
+    return None if isinstance(part, float) and not math.isfinite(part) else part

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
 from statistics import fmean, stdev
+
+_ROUNDING = 1e-9
+"""Part of a number's size that is taken for noise of its computation."""
 
 
 @dataclass(frozen=True)
@@ -23,80 +25,107 @@ class Difference:
 
     one: str
     other: str
-    summary: Summary
+    summary: Summary | None
+    """Over the seeds that both runs have; None where there is none."""
     positive: int
     """Seeds for which it is above zero."""
     p: float | None
-    """Of a two-sided paired t-test; None for a single seed."""
+    """Of a two-sided paired t-test of all seeds; None where it cannot be told."""
     corrected: float | None
     """The same with Holm's correction for all the differences that are tested together."""
+    lacking: str = ""
+    """Which number is missing or not finite, the first of them; empty if none is."""
 
 
 def summarize(values: Sequence[float]) -> Summary:
-    """Return mean and sample standard deviation.
+    """Return mean and sample standard deviation; those of numbers that are not finite have none.
 
     Example:
         >>> summarize([1.0, 2.0, 3.0])
         Summary(mean=2.0, deviation=1.0, seeds=3)
     """
-    spread = stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else None
-    return Summary(fmean(values), spread, len(values))
+    if not all(map(math.isfinite, values)):
+        return Summary(sum(values) / len(values), None, len(values))
+    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
 def differences(
-    values: Mapping[str, Mapping[int, float]], pairs: Sequence[tuple[str, str]] = ()
+    values: Mapping[str, Mapping[int, float]],
+    pairs: Sequence[tuple[str, str]],
+    seeds: Sequence[int],
 ) -> list[Difference]:
     """Return the paired differences of one number between runs.
 
+    Every pair is there and counts in the correction, whatever became of its runs: which of them are
+    compared was decided before. One that lacks a seed has no p, as the seeds that are there may be
+    those that went well.
+
     Args:
-        values: Of each run, by seed. Pairs use the seeds that both runs have.
-        pairs: The runs that are compared. Defaults to all pairs.
+        values: Of each run, by seed.
+        pairs: The runs that are compared.
+        seeds: Those that each run was to have.
     """
-    found = []
-    for one, other in pairs or combinations(values, 2):
-        if not (one in values and other in values):
-            continue
-        seeds = sorted(values[one].keys() & values[other].keys())
-        gaps = [values[one][seed] - values[other][seed] for seed in seeds]
-        if gaps:
-            found.append((one, other, gaps, paired_t_test(gaps)))
-    tested = [p for *_, p in found if p is not None]
-    corrected = iter(holm(tested))
-    return [
-        Difference(
-            one,
-            other,
-            summarize(gaps),
-            sum(gap > 0 for gap in gaps),
-            p,
-            None if p is None else next(corrected),
-        )
-        for one, other, gaps, p in found
-    ]
+    found = [_difference(values, one, other, seeds) for one, other in pairs]
+    corrected = corrected_together([each.p for each in found])
+    return [replace(each, corrected=own) for each, own in zip(found, corrected, strict=True)]
 
 
-def paired_t_test(gaps: Sequence[float]) -> float | None:
-    r"""Return the two-sided p-value of a paired t-test, from the differences.
+def _difference(
+    values: Mapping[str, Mapping[int, float]], one: str, other: str, seeds: Sequence[int]
+) -> Difference:
+    first, second = values.get(one, {}), values.get(other, {})
+    lacking = _first_lacking(values, (one, other), seeds)
+    gaps = [first[seed] - second[seed] for seed in seeds if seed in first and seed in second]
+    return Difference(
+        one,
+        other,
+        summarize(gaps) if gaps else None,
+        sum(gap > 0 for gap in gaps),
+        None if lacking else paired_t_test([first[s] for s in seeds], [second[s] for s in seeds]),
+        None,
+        lacking,
+    )
 
-    With :math:`t = \bar d \sqrt n / s` and :math:`n - 1` degrees of freedom. It takes the differences
-    to be normally distributed. Those that are all the same have p = 1 if they are zero, and else 0.
+
+def _first_lacking(
+    values: Mapping[str, Mapping[int, float]], runs: Sequence[str], seeds: Sequence[int]
+) -> str:
+    for run in runs:
+        for seed in seeds:
+            value = values.get(run, {}).get(seed)
+            if value is None or not math.isfinite(value):
+                return f"{run}, seed {seed} is {'missing' if value is None else value}"
+    return ""
+
+
+def paired_t_test(one: Sequence[float], other: Sequence[float]) -> float | None:
+    r"""Return the two-sided p-value of a paired t-test.
+
+    With :math:`t = \bar d \sqrt n / s` of the differences :math:`d` and :math:`n - 1` degrees of
+    freedom. It takes the differences to be normally distributed. Where they differ by no more than
+    rounding does, there is no spread that they could be measured by.
 
     Args:
-        gaps: One difference for each pair.
+        one: A finite number for each pair.
+        other: The other number of each pair.
 
     Returns:
-        The p-value; None for fewer than two pairs, or where a difference is not finite.
+        The p-value, which is 1 where all differences are zero; None for fewer than two pairs, and
+        where the spread of the differences is below 1e-9 of the largest number.
 
     Example:
-        >>> round(paired_t_test([1.0, 2.0, 4.0]), 4)
+        >>> round(paired_t_test([1.0, 2.0, 4.0], [0.0, 0.0, 0.0]), 4)
         0.1181
     """
-    if len(gaps) < 2 or not all(map(math.isfinite, gaps)):
+    gaps = [first - second for first, second in zip(one, other, strict=True)]
+    if len(gaps) < 2:
         return None
-    spread, mean = stdev(gaps), fmean(gaps)
-    if spread == 0:
-        return 1.0 if mean == 0 else 0.0
-    return t_tails(mean * math.sqrt(len(gaps)) / spread, len(gaps) - 1)
+    if not any(gaps):
+        return 1.0
+    spread = stdev(gaps)
+    if spread <= _ROUNDING * max(map(abs, [*one, *other])):
+        return None
+    return t_tails(fmean(gaps) * math.sqrt(len(gaps)) / spread, len(gaps) - 1)
 
 
 def t_tails(t: float, degrees: int) -> float:
@@ -144,6 +173,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
         corrected[index] = largest
     return corrected
+
+
+def corrected_together(p_values: Sequence[float | None]) -> list[float | None]:
+    """Return p-values corrected for the number of all tests; one that has none counts as 1.
+
+    Example:
+        >>> corrected_together([0.01, None])
+        [0.02, None]
+    """
+    corrected = holm([1.0 if p is None else p for p in p_values])
+    return [None if p is None else own for p, own in zip(p_values, corrected, strict=True)]
 
 
 def least_possible_p(seeds: int) -> float:

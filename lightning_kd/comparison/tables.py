@@ -1,6 +1,7 @@
 """What the terminal and the page show of the results."""
 
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 from rich.table import Table
@@ -25,7 +26,7 @@ def metrics_of(experiment: Experiment, results: Results) -> list[Metric]:
     """Return the columns: those that the experiment names, or all that every run has."""
     if experiment.metrics:
         return list(experiment.metrics)
-    common = set.intersection(*(set(result["metrics"]) for result in results))
+    common = set.intersection(*(set(result["metrics"]) for result in results)) if results else ()
     return [Metric(name) for name in sorted(common)]
 
 
@@ -49,8 +50,14 @@ def by_run(results: Results, part: str, name: str) -> dict[str, dict[int, float]
     return found
 
 
-def rows(experiment: Experiment, results: Results) -> list[list[str]]:
-    """Return the table of one budget: a header, then a row for each run."""
+def rows(experiment: Experiment, results: Results, seeds: Sequence[int]) -> list[list[str]]:
+    """Return the table of one budget: a header, then a row for each run.
+
+    Args:
+        experiment: Names the runs.
+        results: Of one budget.
+        seeds: Those that each run was to have; a mean over fewer says so.
+    """
     metrics = metrics_of(experiment, results)
     columns = [(by_run(results, "metrics", m.name), m) for m in metrics]
     costs = [(by_run(results, "cost", name), name) for name in experiment.costs]
@@ -59,22 +66,24 @@ def rows(experiment: Experiment, results: Results) -> list[list[str]]:
     for variant in (each for each in experiment.variants if each.shown):
         cells = [variant.label]
         for values, metric in columns:
-            own = values.get(variant.name, {})
-            cells.append(shown(summarize([*own.values()]), metric) if own else "-")
+            summary = _summary_of(values.get(variant.name, {}))
+            cells.append(shown(summary, metric) + _of_fewer(summary, seeds))
         for values, name in costs:
-            own = values.get(variant.name, {})
-            cells.append(_cost(summarize([*own.values()]), name) if own else "-")
+            summary = _summary_of(values.get(variant.name, {}))
+            cells.append(_cost(summary, name) + _of_fewer(summary, seeds))
         table.append(cells)
     return table
 
 
-def shown(summary: Summary, metric: Metric) -> str:
-    """Write mean and deviation.
+def shown(summary: Summary | None, metric: Metric) -> str:
+    """Write mean and deviation; a dash where there are none.
 
     Example:
         >>> shown(Summary(0.954, 0.033, 3), Metric("a", percent=True))
         '95.4 ± 3.3 %'
     """
+    if summary is None:
+        return "-"
     if summary.deviation is None:
         return metric.text(summary.mean)
     if metric.percent:
@@ -82,9 +91,23 @@ def shown(summary: Summary, metric: Metric) -> str:
     return f"{summary.mean:.4g} ± {summary.deviation:.2g}"
 
 
-def compared(experiment: Experiment, results: Results, metric: Metric) -> list[Difference]:
-    """Return the differences between runs in one metric."""
-    return differences(by_run(results, "metrics", metric.name), experiment.pairs)
+def p_cells(*values: float | None) -> list[str]:
+    """Write p-values.
+
+    Example:
+        >>> p_cells(0.0123, None)
+        ['0.0123', '-']
+    """
+    return ["-" if p is None else f"{p:.3g}" for p in values]
+
+
+def compared(
+    experiment: Experiment, results: Results, metric: Metric, seeds: Sequence[int]
+) -> list[Difference]:
+    """Return the differences between runs in one metric: of the pairs that are named, or of all."""
+    names = [variant.name for variant in experiment.variants if variant.shown]
+    pairs = experiment.pairs or [*combinations(names, 2)]
+    return differences(by_run(results, "metrics", metric.name), pairs, seeds)
 
 
 def rich_table(table: Sequence[Sequence[str]], title: str) -> Table:
@@ -110,11 +133,10 @@ def difference_rows(
     labels = {variant.name: variant.label for variant in experiment.variants}
     table = [["difference", _head(metric), "seeds above zero", "p", "p, corrected"]]
     for each in sorted(found, key=lambda d: 2.0 if d.p is None else d.p):
-        p = "-" if each.p is None else f"{each.p:.3g}"
-        corrected = "-" if each.corrected is None else f"{each.corrected:.3g}"
         name = f"{labels[each.one]} - {labels[each.other]}"
-        signs = f"{each.positive} of {each.summary.seeds}"
-        table.append([name, shown(each.summary, metric), signs, p, corrected])
+        signs = f"{each.positive} of {each.summary.seeds if each.summary else 0}"
+        said = shown(each.summary, metric) + (f" ({each.lacking})" if each.lacking else "")
+        table.append([name, said, signs, *p_cells(each.p, each.corrected)])
     return table
 
 
@@ -126,7 +148,7 @@ def verdict(experiment: Experiment, found: Sequence[Difference], metric: Metric)
         return f"{metric.shown}: no difference is significant at {LEVEL}"
     parts = []
     for each in sure:
-        above = each.summary.mean > 0
+        above = each.summary is not None and each.summary.mean > 0
         more, less = (each.one, each.other) if above else (each.other, each.one)
         parts.append(f"{labels[more]} > {labels[less]}")
     return f"{metric.shown}, significant at {LEVEL}: {', '.join(parts)}"
@@ -154,7 +176,19 @@ def _head(metric: Metric) -> str:
     return metric.shown + arrow
 
 
-def _cost(summary: Summary, name: str) -> str:
+def _summary_of(values: Mapping[int, float]) -> Summary | None:
+    return summarize([*values.values()]) if values else None
+
+
+def _of_fewer(summary: Summary | None, seeds: Sequence[int]) -> str:
+    if summary is None or summary.seeds == len(seeds):
+        return ""
+    return f" ({summary.seeds} seed{'s' if summary.seeds > 1 else ''})"
+
+
+def _cost(summary: Summary | None, name: str) -> str:
+    if summary is None:
+        return "-"
     if "seconds" in name:
         return f"{summary.mean:.0f} s" if summary.mean >= 10 else f"{summary.mean:.1f} s"
     return f"{summary.mean:,.0f}{' MB' if name == 'peak_memory_mb' else ''}"

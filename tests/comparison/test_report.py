@@ -1,6 +1,7 @@
 """Tables, pictures and pages from results and event files, against NumPy."""
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,10 @@ def outcome(name, seed, folder=Path(), budget=""):
     return Outcome(job, result)
 
 
+def report_of(experiment, outcomes, command=("x",)):
+    return Report(experiment, outcomes, command, [each.job for each in outcomes])
+
+
 def write_events(folder, values, seconds, first=0):
     with SummaryWriter(folder) as writer:
         for step, (value, second) in enumerate(zip(values, seconds, strict=True), first):
@@ -58,7 +63,7 @@ def report(tmp_path):
     outcomes = [outcome(name, seed, tmp_path) for seed in range(3) for name in NAMES]
     for each in outcomes:
         write_events(each.job.directory, [0.0, 1.0], [1.0, 2.0])
-    return Report(EXPERIMENT, outcomes, ["lightning-kd", "compare", "--config", "a b.yaml"])
+    return report_of(EXPERIMENT, outcomes, ["lightning-kd", "compare", "--config", "a b.yaml"])
 
 
 def test_the_table_has_means_and_deviations_of_the_seeds(report, tmp_path):
@@ -92,7 +97,7 @@ def test_the_terminal_shows_the_table_and_what_is_significant(report):
 
 
 def test_one_seed_has_no_error_bars_and_says_so(tmp_path):
-    report = Report(EXPERIMENT, [outcome("A", 0, tmp_path)], ["lightning-kd"])
+    report = report_of(EXPERIMENT, [outcome("A", 0, tmp_path)])
     report.write(tmp_path)
     page = (tmp_path / "report.md").read_text()
     assert "| A | 25.0 % | 1,000 | 20 s |" in page
@@ -128,7 +133,7 @@ def test_budgets_have_a_table_and_pictures_each(tmp_path):
     )
     outcomes = [outcome("A", seed, tmp_path, budget) for seed in (0, 1) for budget in budgets]
     outcomes += [outcome("B", seed, tmp_path) for seed in (0, 1)]
-    Report(experiment, outcomes, ["x"]).write(tmp_path)
+    report_of(experiment, outcomes).write(tmp_path)
     page = (tmp_path / "report.md").read_text()
     for budget in budgets:
         assert f"## {budget}" in page
@@ -158,6 +163,50 @@ def test_steps_that_were_made_again_have_the_later_value(tmp_path):
     assert read_scalars(tmp_path)["val/x"] == {0: 1.0, 1: 20.0, 2: 30.0}
 
 
+def test_steps_behind_the_start_of_a_later_file_are_dropped(tmp_path):
+    """Of a run that was killed behind its checkpoint, and is slower in the time that is left."""
+    for number, steps in enumerate([range(6), range(2, 4)]):
+        place = tmp_path / f"{number}"
+        with SummaryWriter(place) as writer:
+            for step in steps:
+                writer.add_scalar("train/loss", number, step)
+                if step % 2:
+                    writer.add_scalar("val/x", number, step)
+                if step == 5:
+                    writer.add_scalar("val/at_the_end", number, step)
+        (file,) = place.iterdir()
+        # The files of a copy may have any times.
+        os.utime(file, (1000 - number, 1000 - number))
+        file.rename(tmp_path / f"{file.name}.{number}")
+        place.rmdir()
+    assert read_scalars(tmp_path) == {
+        "train/loss": {0: 0.0, 1: 0.0, 2: 1.0, 3: 1.0},
+        "val/x": {1: 0.0, 3: 1.0},
+    }
+
+
+def test_curves_and_bars_leave_out_what_is_not_finite(tmp_path):
+    outcomes = [outcome("A", seed, tmp_path) for seed in range(2)]
+    for each, values in zip(outcomes, ([1.0, np.inf, 2.0], [1.0, -np.inf, 3.0]), strict=True):
+        write_events(each.job.directory, values, [1, 2, 3])
+        each.result["metrics"]["test/x"] = values[1]
+    made = curve([read_scalars(each.job.directory) for each in outcomes], "val/x")
+    assert [made.mean[0], made.mean[2]] == [1.0, 2.5]
+    assert np.isnan(made.mean[1])
+    report_of(EXPERIMENT, outcomes).write(tmp_path)
+    for picture in ("curves.png", "bars.png"):
+        assert (tmp_path / picture).exists()
+
+
+def test_a_picture_that_is_not_drawn_any_more_is_removed(tmp_path):
+    (tmp_path / "bars.png").write_text("of an earlier report")
+    each = outcome("A", 0, tmp_path)
+    each.result["metrics"] = {}
+    report_of(replace(EXPERIMENT, metrics=[]), [each]).write(tmp_path)
+    assert not (tmp_path / "bars.png").exists()
+    assert "bars.png" not in (tmp_path / "report.md").read_text()
+
+
 CLAIMED = {
     "sure": [0.11, 0.22, 0.32],
     "worse": [-0.3, -0.2, -0.09],
@@ -184,7 +233,7 @@ def test_a_claim_holds_does_not_or_is_not_decided(better, tmp_path):
             job = replace(made.job, variant=variant, directory=tmp_path / name / f"{seed}")
             result = made.result | {"run": name, "metrics": {"test/x": sign * value}}
             outcomes.append(Outcome(job, result))
-    report = Report(experiment, outcomes, ["x"])
+    report = report_of(experiment, outcomes)
     report.write(tmp_path)
     page, numbers = (
         (tmp_path / "report.md").read_text(),
