@@ -93,10 +93,10 @@ def run_comparison(
         ValueError: If something could not be run as it is given; nothing has begun then.
         SystemExit: With 1 if a run has failed, and with 128 and its number after a signal.
     """
-    console = Console()
+    console = Console(markup=False)  # titles and commands may have brackets
     check_can_draw()
     if page is not None:
-        check_page(page)
+        check_page(page, experiment)
     if len(set(seeds)) != len(seeds) or min(seeds) < 0:
         raise ValueError(f"--seeds {' '.join(map(str, seeds))}: give each seed once, from 0 on")
     if at_once < 1:

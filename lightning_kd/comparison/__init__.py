@@ -13,6 +13,7 @@
 ``statistics``      means, deviations and paired differences
 ``curves``          values over steps and seconds, from event files
 ``figures``         pictures
+``provenance``      where numbers come from, without a user's directories
 ``documents``       tables between two marks of a document
 ``tables``          what the terminal and the page show
 ``report``          the page, the numbers and the pictures

@@ -18,6 +18,12 @@ from lightning_kd.comparison.execution import Outcome
 from lightning_kd.comparison.experiment import Experiment
 from lightning_kd.comparison.figures import draw_bars, draw_curves
 from lightning_kd.comparison.plan import Job
+from lightning_kd.comparison.provenance import (
+    made_differently,
+    shown_command,
+    versions_of,
+    without_places,
+)
 from lightning_kd.comparison.tables import (
     compared,
     difference_rows,
@@ -28,6 +34,7 @@ from lightning_kd.comparison.tables import (
     rows,
     verdict,
     what_can_be_told,
+    with_wall_time,
 )
 from lightning_kd.filesystem import write_text
 
@@ -40,11 +47,11 @@ _ALT = {
 }
 
 
-def check_page(page: Path) -> None:
-    """Validate that a page has the marks.
+def check_page(page: Path, experiment: Experiment) -> None:
+    """Validate that a page has the marks, and that numbers beside it are of the same experiment.
 
     Raises:
-        ValueError: If it has not, or does not exist.
+        ValueError: If it is not so, or the page does not exist.
     """
     if not page.is_file():
         raise ValueError(
@@ -52,6 +59,20 @@ def check_page(page: Path) -> None:
             f"<!-- end of {MARKS} --> where the tables belong"
         )
     check_marks(page, MARKS)
+    numbers = page.with_suffix(".json")
+    if numbers.exists() and not _is_report(numbers, experiment):
+        raise ValueError(
+            f"--write: {numbers} would be overwritten, and is no report of {experiment.title!r}; "
+            "rename it, or write another page"
+        )
+
+
+def _is_report(path: Path, experiment: Experiment) -> bool:
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(said, dict) and "command" in said and said.get("title") == experiment.title
 
 
 class Report:
@@ -71,7 +92,8 @@ class Report:
         command: Sequence[str],
         jobs: Sequence[Job],
     ) -> None:
-        self.experiment, self.outcomes, self.command = experiment, outcomes, command
+        self.experiment = with_wall_time(experiment, jobs)
+        self.outcomes, self.command = outcomes, shown_command(command)
         shown = [o for o in outcomes if o.job.variant.shown]
         self.results = [o.result for o in shown if o.result is not None]
         self.seeds = sorted({job.seed for job in jobs})
@@ -88,6 +110,8 @@ class Report:
         for budget in self.budgets:
             own = of_budget(self.results, budget)
             console.print(rich_table(rows(self.experiment, own, self.seeds), budget))
+            if differently := made_differently(own):
+                console.print(differently, markup=False, highlight=False)
             if len(self.seeds) > 1:
                 for metric in self._directed():
                     found = compared(self.experiment, own, metric, self.seeds)
@@ -97,7 +121,7 @@ class Report:
 
     def write(self, output: Path) -> None:
         """Write ``report.md``, ``report.json`` and the pictures."""
-        numbers = json.dumps(without_infinities(self._numbers()), indent=2, allow_nan=False)
+        numbers = json.dumps(without_infinities(self._numbers(output)), indent=2, allow_nan=False)
         write_text(output / "report.json", numbers + "\n")
         for budget in self.budgets:
             places: dict[str, list[Path]] = {}
@@ -115,8 +139,8 @@ class Report:
             draw_curves(self.experiment, places, curves)
             bars = output / self._picture("bars", budget)
             bars.unlink(missing_ok=True)
-            if self.metrics:
-                draw_bars(self.experiment, of_budget(self.results, budget), self.metrics, bars)
+            if self.metrics and (own := of_budget(self.results, budget)):
+                draw_bars(self.experiment, own, self.metrics, bars)
         text = [f"# {self.experiment.title}\n"]
         text += [f"**{self.count}.**\n"] if self.missing else []
         text += [f"- {question}" for question in self.experiment.questions]
@@ -149,17 +173,18 @@ class Report:
         """Return tables and pictures as Markdown."""
         parts = [f"```bash\n{shlex.join(self.command)}\n```\n", what_can_be_told(len(self.seeds))]
         devices = sorted({result["device"] for result in self.results})
-        versions = self.results[0]["versions"]
         parts.append(
             f"\nSeeds {', '.join(map(str, self.seeds))}; {' and '.join(devices)}; "
-            f"{', '.join(f'{name} {number}' for name, number in versions.items())}.\n"
+            f"{versions_of(self.results)}.\n"
         )
-        failed = [o for o in self.outcomes if o.result is None]
-        parts += ["\n".join(f"- {o.job.title}: {o.error}" for o in failed) + "\n"] if failed else []
+        failed = [f"- {title}: {error}" for title, error in self._failed(output).items()]
+        parts += ["\n".join(failed) + "\n"] if failed else []
         for budget in self.budgets:
             own = of_budget(self.results, budget)
             parts += [f"## {budget}\n"] if budget else []
             parts.append(markdown(rows(self.experiment, own, self.seeds)))
+            if differently := made_differently(own):
+                parts.append(f"{differently}\n")
             for kind in ("curves", "bars"):
                 name = self._picture(kind, budget)
                 if (output / name).exists():
@@ -175,7 +200,7 @@ class Report:
                     parts.append("</details>\n")
         return "\n".join(parts)
 
-    def _numbers(self) -> dict[str, Any]:
+    def _numbers(self, output: Path) -> dict[str, Any]:
         tables = {
             budget: {
                 metric.name: [
@@ -207,8 +232,15 @@ class Report:
                 ]
                 for budget in self.budgets
             },
-            "failed": {o.job.title: o.error for o in self.outcomes if o.result is None},
+            "made_differently": {
+                budget: made_differently(of_budget(self.results, budget)) for budget in self.budgets
+            },
+            "failed": self._failed(output),
         }
+
+    def _failed(self, output: Path) -> dict[str, str]:
+        failed = [o for o in self.outcomes if o.result is None]
+        return {o.job.title: without_places(o.error, output) for o in failed}
 
 
 def without_infinities(part: Any) -> Any:

@@ -1,13 +1,16 @@
 """What the terminal and the page show of the results."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from lightning_kd.comparison.experiment import Experiment
-from lightning_kd.comparison.metrics import COSTS, Metric
+from lightning_kd.comparison.metrics import COSTS, USUAL_COSTS, Metric
+from lightning_kd.comparison.plan import Job
 from lightning_kd.comparison.statistics import (
     Difference,
     Summary,
@@ -28,6 +31,17 @@ def metrics_of(experiment: Experiment, results: Results) -> list[Metric]:
         return list(experiment.metrics)
     common = set.intersection(*(set(result["metrics"]) for result in results)) if results else ()
     return [Metric(name) for name in sorted(common)]
+
+
+def with_wall_time(experiment: Experiment, jobs: Sequence[Job]) -> Experiment:
+    """Return the experiment with the cost that a budget of time is of, where none are named.
+
+    ``max_time`` has validation in it; ``seconds`` have not.
+    """
+    timed = any(job.fit.get("trainer", {}).get("max_time") for job in jobs if job.budget)
+    if timed and [*experiment.costs] == [*USUAL_COSTS]:
+        return replace(experiment, costs=[*USUAL_COSTS, "wall_seconds"])
+    return experiment
 
 
 def of_budget(results: Results, budget: str) -> list[Mapping[str, Any]]:
@@ -112,17 +126,18 @@ def compared(
 
 def rich_table(table: Sequence[Sequence[str]], title: str) -> Table:
     """Return a table for the terminal."""
-    made = Table(title=title or None)
+    made = Table(title=Text(title) if title else None)
     for head in table[0]:
-        made.add_column(head, overflow="fold")
+        made.add_column(Text(head), overflow="fold")
     for cells in table[1:]:
-        made.add_row(*cells)
+        made.add_row(*map(Text, cells))
     return made
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
     """Return a table for a page."""
     lines = [table[0], ["---"] * len(table[0]), *table[1:]]
+    lines = [[cell.replace("|", "\\|") for cell in cells] for cells in lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -335,7 +336,10 @@ def test_an_experiment_on_real_text_runs_at_its_smaller_size(name, shared_data):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads(Path(f"runs/{name}_quick/report.json").read_text())
-    assert made["claims"]
+    said = yaml.safe_load((CONFIGS / "experiments" / f"{name}.yaml").read_text())
+    assert {*made["claims"]} == {*said.get("budgets", [""])}
+    for found in made["claims"].values():
+        assert [each["claim"]["run"] for each in found] == [each["run"] for each in said["claims"]]
 
 
 def test_a_tokenizer_is_learned_when_all_runs_have_been_parsed(fails):
@@ -350,6 +354,10 @@ def test_claims_are_on_the_page_and_their_differences_are_tested(name):
     tested = {frozenset(pair) for pair in said["pairs"]}
     assert tested >= {frozenset((claim["run"], claim["beats"])) for claim in said["claims"]}
     page = (ROOT / "docs" / "results" / f"{name}.md").read_text()
-    for claim in said["claims"]:
-        metric = claim["metric"].removeprefix("test/")
-        assert f"| `{claim['run']}` | `{claim['beats']}` | `{metric}` |" in page
+    own = [
+        (claim["run"], claim["beats"], claim["metric"].removeprefix("test/"))
+        for claim in said["claims"]
+    ]
+    table = re.split(r"\| run \| beats \| (?:in|metric) \|", page)[1].split("\n\n")[0]
+    assert re.findall(r"^\| `(.+?)` \| `(.+?)` \| `(.+?)` \|", table, re.MULTILINE) == own
+    assert len(table.splitlines()) == 2 + len(own)

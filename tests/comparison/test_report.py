@@ -110,12 +110,12 @@ def test_tables_and_pictures_go_between_the_marks_of_a_page(report, tmp_path):
     page = tmp_path / "docs" / "tiny.md"
     page.parent.mkdir()
     with pytest.raises(ValueError, match="there is no page"):
-        check_page(page)
+        check_page(page, EXPERIMENT)
     page.write_text("# By hand\n")
     with pytest.raises(ValueError, match="has no <!-- results -->"):
-        check_page(page)
+        check_page(page, EXPERIMENT)
     page.write_text("# By hand\n<!-- results -->\nold\n<!-- end of results -->\nlast words\n")
-    check_page(page)
+    check_page(page, EXPERIMENT)
     report.write_into(page, tmp_path)
     text = page.read_text()
     assert text.startswith("# By hand\n")
@@ -124,6 +124,54 @@ def test_tables_and_pictures_go_between_the_marks_of_a_page(report, tmp_path):
     for name in re.findall(r"\]\((\w+\.png)\)", text):
         assert (page.parent / name).is_file()
     assert json.loads(page.with_suffix(".json").read_text())["title"] == "Tiny"
+
+
+def test_numbers_beside_a_page_that_are_of_something_else_are_not_overwritten(tmp_path):
+    page = tmp_path / "tiny.md"
+    page.write_text("<!-- results -->\n<!-- end of results -->\n")
+    numbers = page.with_suffix(".json")
+    for text in ('{"mine": 1}', "[]", "no JSON", '{"title": "Other", "command": []}'):
+        numbers.write_text(text)
+        with pytest.raises(ValueError, match="would be overwritten, and is no report of 'Tiny'"):
+            check_page(page, EXPERIMENT)
+    numbers.write_text('{"title": "Tiny", "command": []}')
+    check_page(page, EXPERIMENT)
+
+
+@pytest.mark.parametrize("costs", [None, ["steps"]])
+@pytest.mark.parametrize("limit", [None, "00:00:01:00"])
+def test_a_budget_of_time_has_a_column_of_it(limit, costs, tmp_path):
+    """Seconds of training leave out validation, which is in the budget."""
+    named = {} if costs is None else {"costs": costs}
+    experiment = Experiment(
+        "tiny",
+        "Tiny",
+        EXPERIMENT.variants,
+        budgets={"equal": Layer()},
+        metrics=EXPERIMENT.metrics,
+        **named,
+    )
+    each = outcome("A", 0, tmp_path, "equal")
+    each.result["cost"]["wall_seconds"] = 61.0
+    job = replace(each.job, fit={"trainer": {"max_time": limit}})
+    Report(experiment, [replace(each, job=job)], ["x"], [job]).write(tmp_path)
+    page = (tmp_path / "report.md").read_text()
+    assert ("wall time" in page) == ("| 61 s |" in page) == (bool(limit) and costs is None)
+
+
+def test_brackets_and_bars_are_shown_as_they_are(tmp_path):
+    variant = replace(EXPERIMENT.variants[0], label="[bold]A[/bold] | [ours]")
+    experiment = replace(
+        EXPERIMENT, variants=[variant], metrics=[Metric("test/x", title="share [red]")]
+    )
+    report = report_of(experiment, [outcome("A", 0, tmp_path)])
+    console = Console(record=True, width=200)
+    report.show(console)
+    said = console.export_text()
+    assert "[bold]A[/bold] | [ours]" in said
+    assert "share [red]" in said
+    report.write(tmp_path)
+    assert "| [bold]A[/bold] \\| [ours] | 0.25 |" in (tmp_path / "report.md").read_text()
 
 
 def test_budgets_have_a_table_and_pictures_each(tmp_path):
