@@ -79,10 +79,22 @@ class OwnModules(MetaPathFinder):
             )
         ]
 
+    def files(self) -> dict[str, list[Path]]:
+        """Return the files of the modules that are found, by module; of a package, all of Python."""
+        found: dict[str, list[Path]] = {}
+        for name in sorted(self.names):
+            own, installed = PathFinder.find_spec(name, self.directories), _anywhere(name)
+            if own is None or (installed is not None and not _same(own, installed)):
+                continue
+            below = own.submodule_search_locations
+            if below is not None:
+                found[name] = sorted(file for place in below for file in Path(place).rglob("*.py"))
+            elif own.origin is not None:
+                found[name] = [Path(own.origin)]
+        return found
+
     def _hidden(self, name: str) -> str:
-        own, installed = PathFinder.find_spec(name, self.directories), None
-        with suppress(ImportError, ValueError):
-            installed = find_spec(name)
+        own, installed = PathFinder.find_spec(name, self.directories), _anywhere(name)
         if own is None or own.origin is None or installed is None or installed.origin == own.origin:
             return ""
         return (
@@ -103,6 +115,13 @@ def _of_config(file: Path) -> list[str]:
     kept = directory / KEPT
     known = kept.read_text().splitlines() if kept.is_file() else []
     return [str(directory), *(line for line in known if line.strip())]
+
+
+def _anywhere(name: str) -> ModuleSpec | None:
+    """Return where a module is found by all finders."""
+    with suppress(ImportError, ValueError):
+        return find_spec(name)
+    return None
 
 
 def _same(one: ModuleSpec | None, other: ModuleSpec) -> bool:

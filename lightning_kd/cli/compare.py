@@ -109,7 +109,8 @@ def run_comparison(
     values |= tokenizers.places
     jobs = plan(experiment, seeds, output, values, parser.whole_config, quick=quick)
     with locked(output):
-        records = Records(jobs, output)
+        names = [metric.name for metric in experiment.metrics]
+        records = Records(jobs, output, names, experiment.all_files)
         states = [records.state(job) for job in jobs]
         states = check_unchanged(jobs, states, rerun=rerun_changed)
         done = sum(state.tested for state in states)
@@ -160,7 +161,7 @@ def run_command(configs: Sequence[str], at_once: int, words: Sequence[str], left
         torch.set_num_threads(max(1, torch.get_num_threads() // at_once))
     prepare(configs)
     trainer: L.Trainer = trainer_command(DistillationCLI).trainer
-    write_json(left, _what_came(trainer))
+    write_json(left, {**_what_came(trainer), "jobs": at_once})
 
 
 def _what_came(trainer: L.Trainer) -> dict[str, Any]:

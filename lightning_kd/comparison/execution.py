@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +30,8 @@ class Outcome:
     error: str = ""
     seconds: float = 0.0
     """How long it took now."""
+    lacking: Sequence[str] = ()
+    """Metrics that its test did not give."""
 
 
 @contextmanager
@@ -79,6 +81,7 @@ class Execution:
         self.jobs, self.records, self.workers = jobs, records, workers
         self.metrics, self.console, self.at_once = metrics, console, at_once
         self._took: dict[str, list[float]] = {}
+        self._seen: set[str] = set()
 
     def run_all(self, states: Sequence[State]) -> list[Outcome]:
         """Make all runs; those after a signal, or whose start has failed, are not begun.
@@ -93,7 +96,9 @@ class Execution:
         waiting: list[tuple[Job, State]] = []
         for job, state in zip(self.jobs, states, strict=True):
             if state.tested:
-                outcomes[job.directory] = Outcome(job, read_json(job.directory / "result.json"))
+                result = read_json(job.directory / "result.json")
+                outcomes[job.directory] = Outcome(job, result)
+                self._seen |= result["metrics"].keys()
             else:
                 waiting.append((job, state))
         number, running = len(waiting), dict[Future[Outcome], Job]()
@@ -108,9 +113,16 @@ class Execution:
                     job, outcome = running.pop(future), future.result()
                     if outcome.result is None and self.workers.stopped():
                         continue
-                    outcomes[job.directory] = outcome
                     if outcome.result is not None:
                         self._took.setdefault(job.variant.name, []).append(outcome.seconds)
+                        self._seen |= outcome.result["metrics"].keys()
+                    elif waiting and (unknown := {*outcome.lacking} - self._seen):
+                        # A name that no run has given is misspelt, and all would fail by it.
+                        why = f"no run has given {', '.join(sorted(unknown))}: no other was begun"
+                        outcome = replace(outcome, error=f"{outcome.error}; {why}")
+                        number -= len(waiting)
+                        waiting.clear()
+                    outcomes[job.directory] = outcome
                     left = [*running.values(), *(job for job, _ in waiting)]
                     self._show(outcome, number - len(left), number, left)
         for future, job in running.items():  # ended by the signal, or in time
@@ -135,8 +147,11 @@ class Execution:
         failed = next((outcome.job for outcome in read if outcome.result is None), None)
         if failed is not None:
             return Outcome(job, None, f"not started, because {failed.title} failed")
-        found = self._run(job, state)
-        return Outcome(job, found.result, found.error, time.monotonic() - started)
+        try:
+            found = self._run(job, state)
+        except Exception as error:  # a full disk, say: one run fails by it, the others may not
+            return Outcome(job, None, f"{type(error).__name__}: {error}")
+        return replace(found, seconds=time.monotonic() - started)
 
     def _run(self, job: Job, state: State) -> Outcome:
         """Train, unless that is done, and test."""
@@ -157,7 +172,8 @@ class Execution:
         if lacking and job.variant.shown:
             (job.directory / "result.json").unlink()
             given = ", ".join(sorted(result["metrics"]))
-            return Outcome(job, None, f"its test gave no {', '.join(lacking)}; it gave {given}")
+            said = f"its test gave no {', '.join(lacking)}; it gave {given}"
+            return Outcome(job, None, said, lacking=lacking)
         return Outcome(job, result)
 
     def _show(self, outcome: Outcome, place: int, number: int, left: Sequence[Job]) -> None:
@@ -200,7 +216,7 @@ def _reads(job: Job) -> set[Path]:
 
 
 def check_unchanged(jobs: Sequence[Job], states: Sequence[State], *, rerun: bool) -> list[State]:
-    """Return states in which nothing is left of runs that have changed.
+    """Return states of runs that are what is asked for, or are made anew.
 
     Args:
         jobs: The runs.
@@ -223,7 +239,7 @@ def check_unchanged(jobs: Sequence[Job], states: Sequence[State], *, rerun: bool
                 ]
             )
         )
-    return [State(trained=s.trained) if s.changed else s for s in states]
+    return [replace(state, changed="") for state in states]
 
 
 def _last_words(log: Path, code: int) -> str:

@@ -9,14 +9,18 @@ from typing import Any
 import yaml
 
 from lightning_kd.comparison.experiment import Experiment, Layer, Variant
+from lightning_kd.comparison.options import flat
 from lightning_kd.comparison.order import ordered_runs
 from lightning_kd.comparison.placeholders import fill, placeholders
+from lightning_kd.comparison.refusals import (
+    check_files,
+    check_options,
+    check_split,
+    check_tested,
+)
 
 Resolve = Callable[[str, Sequence[str], Sequence[Mapping[str, Any]]], dict[str, Any]]
 """Parses a command with configuration files and further options; returns the whole configuration."""
-
-_OURS = ("trainer.logger", "trainer.default_root_dir", "export.dirpath", "export.push_to_hub")
-"""Options that say where a run's files go, which a comparison decides."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +82,24 @@ def values_of(experiment: Experiment, given: Sequence[str]) -> dict[str, Any]:
                 f"--set {text}: {experiment.name} has no placeholder {name!r}; {hint}it has "
                 f"{', '.join(values) or 'none'}"
             )
-        values[name] = yaml.safe_load(value)
+        values[name] = _as_typed(value)
     missing = [name for name, value in values.items() if value is None]
     if missing:
         lines = [f"  --set {name}=...  {experiment.explained.get(name, '')}" for name in missing]
         raise ValueError("\n".join([f"{experiment.name} needs", *lines]))
     return values
+
+
+def _as_typed(text: str) -> Any:
+    """Return what YAML makes of a text; the text, where that would be written in another way.
+
+    Example:
+        >>> [_as_typed(text) for text in ("5", "true", "[1, 2]", "010", "1:30", "yes")]
+        [5, True, [1, 2], '010', '1:30', 'yes']
+    """
+    value = yaml.safe_load(text)
+    kept = value is None or isinstance(value, list | dict) or text in ("true", "false")
+    return value if kept or str(value) == text else text
 
 
 def plan(
@@ -131,7 +147,19 @@ def plan(
                         _stage(experiment),
                     )
                 )
+    _check_written(jobs)
     return jobs
+
+
+def _check_written(jobs: Sequence[Job]) -> None:
+    writers: dict[str, Job] = {}
+    for job in jobs:
+        place = flat(job.fit).get("on_policy.path")
+        if place is not None and writers.setdefault(place, job) is not job:
+            raise ValueError(
+                f"on_policy.path is {place} in two runs ({writers[place].title}, and {job.title}); "
+                "give each a file of its own, with {seed} in its name"
+            )
 
 
 def directory_of(variant: Variant, budget: str, seed: int, output: Path) -> Path:
@@ -171,13 +199,14 @@ def _job(
     own = _own(variant, seed, directory, output)
     where = f"run {variant.name}" + (f", budget {budget}" if budget else "")
     try:
-        for part in [*map(_read, files), *options, *tested]:
-            _refuse_ours(part)
+        check_options(files, [*options, *tested])
+        check_files(files, read)
+        check_tested(tested)
         fit = resolve("fit", files, [*options, own])
         start = {"model": {"init_args": {"student": _exported(fit, read["student"])}}}
         quiet = {"trainer": {"logger": False}, "on_policy": None}
         test = resolve(stage, files, [*options, own, start, *tested, quiet])
-        _check_split(test, stage)
+        check_split(test, stage)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -196,10 +225,6 @@ def _job(
         of_others([layer.options for layer in layers]),
         of_others([layer.test for layer in layers]),
     )
-
-
-def _read(file: str) -> Any:
-    return yaml.safe_load(Path(file).read_text())
 
 
 def _own(variant: Variant, seed: int, directory: Path, output: Path) -> dict[str, Any]:
@@ -225,26 +250,3 @@ def _exported(fit: Mapping[str, Any], student: str) -> dict[str, Any]:
     trained = fit["model"]["init_args"].get("student") or {}
     adapted = (trained.get("init_args") or trained).get("lora") is not None
     return {"name_or_path": student} | ({"lora": None} if adapted else {})
-
-
-def _refuse_ours(part: Any) -> None:
-    for option in (*_OURS, "seed_everything", "ckpt_path"):
-        inside = part
-        for name in option.split("."):
-            inside = inside.get(name) if isinstance(inside, Mapping) else None
-        if inside is not None:
-            raise ValueError(
-                f"{option} is given, but a comparison puts each run into a directory of its own and "
-                "gives it its seed; leave it out"
-            )
-
-
-def _check_split(test: Mapping[str, Any], stage: str) -> None:
-    """Validate that data that are read from files have those that are measured on."""
-    split, data = {"test": "test", "validate": "validation"}[stage], test["data"]
-    options = data.get("init_args", {})
-    if "train" in options and split in options and options[split] is None:
-        raise ValueError(
-            f"the metrics are of the {split} split, but data.{split} is not given; give it, or choose "
-            "metrics of the other split (test/..., val/...)"
-        )

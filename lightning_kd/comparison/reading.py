@@ -9,14 +9,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lightning_kd.comparison.claims import check_claims, read_claims
 from lightning_kd.comparison.experiment import Experiment, Layer, Variant
 from lightning_kd.comparison.metrics import COSTS, USUAL_COSTS, read_metrics
+from lightning_kd.comparison.yaml_files import load
 from lightning_kd.option_checks import is_number
 
-FIT_OPTIONS = ("data", "model", "non_finite", "on_policy", "predictions", "preflight", "trainer")
+FIT_OPTIONS = ("data", "model", "non_finite", "on_policy", "preflight", "trainer")
 """Options of ``fit`` that an experiment may give; ``export.weights`` too."""
 
 _LAYER = (*FIT_OPTIONS, "export", "config", "test")
@@ -38,7 +37,7 @@ def read_experiment(path: Path) -> Experiment:
     Raises:
         ValueError: If there is something in it that an experiment does not have.
     """
-    said = _mapping(_load(path), f"{path}")
+    said = _mapping(load(path), f"{path}")
     check_names(said, _FILE, f"{path}")
     common = _layer(said.get("common", {}), path, "common", _LAYER)
     common = replace(common, files=[*_files(said.get("config"), path, "config"), *common.files])
@@ -86,7 +85,7 @@ def of_configs(paths: Sequence[Path]) -> Experiment:
         ValueError: If two have one name.
     """
     for path in paths:
-        _load(path)
+        load(path)
     variants = [Variant(path.stem, Layer([str(path)]), path.stem) for path in paths]
     name = "_".join(path.stem for path in paths)
     made = Experiment(name, ", ".join(path.stem for path in paths), variants)
@@ -123,7 +122,7 @@ def _check(made: Experiment, where: str) -> None:
                 f"{where}: {name} is the name of two runs, budgets, placeholders or tokenizers"
             )
     check_names(dict.fromkeys(made.costs), tuple(COSTS), f"{where}: costs")
-    check_names(dict.fromkeys(run for pair in made.pairs for run in pair), names, f"{where}: pairs")
+    _check_shown(made, where)
     check_claims(made, f"{where}: claims")
     stages = {metric.name.split("/")[0] for metric in made.metrics}
     if not stages <= {"test"} and not stages <= {"val"}:
@@ -133,13 +132,20 @@ def _check(made: Experiment, where: str) -> None:
         )
 
 
-def _load(path: Path) -> Any:
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+def _check_shown(made: Experiment, where: str) -> None:
+    """Validate that tables can tell runs apart, and have those whose differences are tested."""
+    shown = [variant for variant in made.variants if variant.shown]
+    labels = [variant.label for variant in shown]
+    for variant in shown:
+        if labels.count(variant.label) > 1:
+            raise ValueError(
+                f"{where}: {variant.label} is the label of two runs; give each its own"
+            )
+    names = [variant.name for variant in shown]
+    check_names(dict.fromkeys(run for pair in made.pairs for run in pair), names, f"{where}: pairs")
+    for one, other in made.pairs:
+        if one == other:
+            raise ValueError(f"{where}: pairs: {one} does not differ from itself; name two runs")
 
 
 def _variants(name: Any, given: Any, path: Path) -> list[Variant]:
@@ -227,7 +233,7 @@ def _files(given: Any, path: Path, where: str) -> list[str]:
     listed = [given] if isinstance(given, str) else given or []
     files = [str(path.parent / name) for name in _texts(listed, f"{path}: {where}")]
     for file in files:
-        _load(Path(file))
+        load(Path(file))
     return files
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -12,12 +12,17 @@ from typing import Any
 
 import yaml
 
+from lightning_kd.comparison.contents import contents, sources
+from lightning_kd.comparison.options import differences
 from lightning_kd.comparison.plan import Job
 from lightning_kd.filesystem import write_text
+from lightning_kd.imports import OwnModules
 from lightning_kd.named_checkpoints import find_checkpoint
 
 PACKAGES = ("lightning-kd", "torch", "lightning", "transformers")
 """Packages whose versions make figures others."""
+
+_ANOTHER_START = "a run whose student it reads"
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,21 @@ class Records:
     Args:
         jobs: All runs, in order.
         output: The directory, which may be moved as a whole.
+        metrics: Names of the numbers that a test must give.
+        configs: Files that a user's own classes may lie beside.
     """
 
-    def __init__(self, jobs: list[Job], output: Path) -> None:
-        self.output, self.versions = output, versions()
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        output: Path,
+        metrics: Sequence[str] = (),
+        configs: Sequence[str] = (),
+    ) -> None:
+        self.output, self.metrics, self.versions = output, metrics, versions()
+        self._modules = OwnModules.of_arguments(configs).files()
+        self._sources = sources()
+        self._jobs = {job.directory: job for job in jobs}
         self._fits: dict[Path, str] = {}
         for job in jobs:
             read = [self._fits[place] for place in job.fit_reads]
@@ -70,25 +86,45 @@ class Records:
         for name, config in (("fit", job.fit), ("test", job.test)):
             text = yaml.safe_dump(dict(config), sort_keys=False)
             write_text(job.directory / f"{name}.yaml", text)
-        write_json(job.directory / "given.json", self._given(job))
+        given, found = self._given(job), self._contents(job)
+        used = {self._sources}
+        before = read_json(job.directory / "given.json")
+        if before is not None:  # it goes on, as what it was when it began
+            found["fit"] = _contents_then(before)["fit"]
+            used |= {*before.get("sources", ["unknown"])}
+        for name, places in (("fit", job.fit_reads), ("test", job.test_reads)):
+            for place in places:
+                found[name] |= _contents_then(read_json(place / "given.json"))["fit"]
+        more = {"stage": job.stage, "sources": sorted(used), "contents": found}
+        write_json(job.directory / "given.json", given | more)
 
     def state(self, job: Job) -> State:
         """Return how far a run has come, and what has changed since."""
         place = job.directory
         before = read_json(place / "given.json")
         if before is None:
-            return State(checkpoint=None)
-        given = self._given(job)
+            return State()
+        given, now = self._given(job), self._contents(job)
+        then = _contents_then(before)
+        files = {name: _other_contents(then[name], now[name]) for name in then}
+        if before["fit"] != given["fit"] or before["versions"] != given["versions"] or files["fit"]:
+            return State(changed=self._what_changed(job, before) or files["fit"] or _ANOTHER_START)
         trained = (place / "fit.json").exists() and job.student.is_dir()
-        if before["fit"] != given["fit"] or before["versions"] != given["versions"]:
-            return State(changed=self._what_changed(job, before))
-        if before["test"] != given["test"]:
-            return State(trained=trained, changed=_differences(place / "test.yaml", job.test))
         found = None
         if not trained:
             saved = [*(place / "checkpoints").glob("*.ckpt*")]
             found = find_checkpoint("last", [place / "checkpoints"]) if saved else None
-        return State(trained, trained and (place / "result.json").exists(), "", found)
+        result = read_json(place / "result.json")
+        if not job.variant.shown:
+            return State(trained, trained and result is not None, "", found)
+        measured = (place / "test.json").exists()
+        stage = before.get("stage", job.stage)
+        other = f"{stage} -> {job.stage}" if stage != job.stage else files["test"]
+        if measured and (before["test"] != given["test"] or other):
+            said = differences(place / "test.yaml", job.test) or other or _ANOTHER_START
+            return State(trained, changed=said, checkpoint=found)
+        complete = measured and result is not None and {*self.metrics} <= result["metrics"].keys()
+        return State(trained, trained and complete, "", found)
 
     def clear(self, job: Job, state: State) -> None:
         """Remove what a run has left that nothing can go on from.
@@ -110,10 +146,12 @@ class Records:
             "budget": job.budget,
             "seed": job.seed,
             **self._given(job),
+            "sources": ", ".join(read_json(job.directory / "given.json")["sources"]),
             "metrics": test["metrics"],
             "at_the_end_of_training": fit["metrics"],
             "cost": fit["cost"],
             "device": fit["device"],
+            "jobs": fit.get("jobs"),  # which an earlier release did not count
         }
         write_json(job.directory / "result.json", result)
         return result
@@ -123,6 +161,15 @@ class Records:
         read = [self._fits[place] for place in job.test_reads]
         test = self._fingerprint(job.test, [fit, *read])
         return {"fit": fit, "test": test, "versions": self.versions}
+
+    def _contents(self, job: Job) -> dict[str, dict[str, str]]:
+        """Return digests of what training and test read now, with what the runs read that they read."""
+        fit = contents(job.fit, self._modules, self.output, all_splits=False)
+        test = contents(job.test, self._modules, self.output, all_splits=True)
+        for found, places in ((fit, job.fit_reads), (test, job.test_reads)):
+            for place in places:
+                found |= self._contents(self._jobs[place])["fit"]
+        return {"fit": fit, "test": test}
 
     def _fingerprint(self, config: Mapping[str, Any], read: list[str]) -> str:
         known = json.dumps([config, read], sort_keys=True, default=str)
@@ -135,34 +182,16 @@ class Records:
             for name, own in self.versions.items()
             if before["versions"].get(name) != own
         ]
-        found = ", ".join(others) or _differences(job.directory / "fit.yaml", job.fit)
-        return found or "a run whose student it reads"
+        return ", ".join(others) or differences(job.directory / "fit.yaml", job.fit)
 
 
-def _differences(before: Path, now: Mapping[str, Any]) -> str:
-    """Return the options that differ, in a line."""
-    old, new = (flat(config) for config in (yaml.safe_load(before.read_text()), now))
-    names = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
-    shown = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names[:3]]
-    return ", ".join([*shown, *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])
-
-
-def flat(part: Any, name: str = "") -> dict[str, Any]:
-    """Return the values of a configuration by their options.
-
-    Args:
-        part: The configuration, or part of one.
-        name: Option of the part.
-
-    Example:
-        >>> flat({"a": {"b": 1}, "c": [2, 3]})
-        {'a.b': 1, 'c.0': 2, 'c.1': 3}
-    """
-    if isinstance(part, list):
-        part = {str(index): value for index, value in enumerate(part)}
-    if not isinstance(part, Mapping) or not part:
-        return {name: part}
-    found: dict[str, Any] = {}
-    for key, value in part.items():
-        found |= flat(value, f"{name}.{key}" if name else str(key))
+def _contents_then(given: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Return the digests of a record; none where an earlier release wrote it."""
+    found: dict[str, dict[str, str]] = given.get("contents", {"fit": {}, "test": {}})
     return found
+
+
+def _other_contents(then: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Return what was there and is there with other contents, in a line."""
+    names = sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
+    return f"the contents of {', '.join(names)}" if names else ""

@@ -10,16 +10,17 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
+from lightning_kd.comparison.contents import content_of
+from lightning_kd.comparison.options import flat
 from lightning_kd.comparison.placeholders import fill, placeholders
 from lightning_kd.comparison.plan import Job
-from lightning_kd.comparison.records import flat
 from lightning_kd.data import read_texts, train_tokenizer, write_tokenizer
 
 
 class LearnedTokenizers:
     """Tokenizers of an experiment, in directories that are named by what they are learned from.
 
-    With other options a tokenizer lies elsewhere, so that the runs that read it have changed.
+    With other options or texts a tokenizer lies elsewhere, so that the runs that read it have changed.
 
     Args:
         given: Options of ``lightning-kd tokenizer`` by name, without ``output``.
@@ -50,11 +51,10 @@ class LearnedTokenizers:
         Raises:
             ValueError: If there is no such text, or the vocabulary is too small.
         """
-        read = [
-            value for job in jobs for part in (job.fit, job.test) for value in flat(part).values()
-        ]
+        given = [flat(part) for job in jobs for part in (job.fit, job.test)]
+        read = {value for part in given for value in part.values() if isinstance(value, str)}
         for name, place in self.places.items():
-            if place not in read or Path(place).exists():
+            if not any(place in value for value in read) or Path(place).exists():
                 continue
             options = self._options[name]
             try:
@@ -90,4 +90,6 @@ def _read(name: str, options: Mapping[str, Any], values: Mapping[str, Any]) -> d
 
 
 def _digest(options: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:8]
+    """Return a digest of options and of the texts that they name, as far as these are there."""
+    texts = [content_of(value) for value in flat(options).values() if isinstance(value, str)]
+    return hashlib.sha256(json.dumps([options, texts], sort_keys=True).encode()).hexdigest()[:8]

@@ -41,6 +41,8 @@ class Workers:
         self._context: Any = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([module])
         self._running: set[Any] = set()
+        # start(), too, reads the exit codes of all processes, and an exit code can be read only once.
+        self._reading = threading.Lock()
 
     def stopped(self) -> bool:
         """Return whether a signal has come."""
@@ -79,25 +81,31 @@ class Workers:
             Its exit code; below zero, minus the signal that has ended it.
         """
         process = self._context.Process(target=_work, args=(self.entry, words, left, log))
-        with signals_held():
+        with signals_held(), self._reading:
             process.start()
         self._running.add(process)
         if self.received:  # before there was anything to pass it on to
             _send(process, signal.SIGTERM)
         limit = None
-        while process.is_alive():
+        while self._is_alive(process):
             wait([process.sentinel], 0.5 if limit is None else limit)
-            if limit is not None and process.is_alive():
+            if limit is not None and self._is_alive(process):
                 process.kill()
             limit = _GRACE if self.received else None
         self._running.discard(process)
-        process.join()
-        return int(process.exitcode)
+        with self._reading:  # at once: it has ended
+            process.join()
+            return int(process.exitcode)
+
+    def _is_alive(self, process: Any) -> bool:
+        with self._reading:
+            return bool(process.is_alive())
 
 
 def _send(process: Any, number: int) -> None:
     """Send a signal to a process that may have ended."""
-    with suppress(ProcessLookupError):  # is_alive() reads the exit code, which only one thread can
+    # is_alive() takes the lock, which the thread that a handler interrupts may hold.
+    with suppress(ProcessLookupError):
         os.kill(process.pid, number)
 
 

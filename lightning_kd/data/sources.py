@@ -1,6 +1,5 @@
 """Rows from files and hubs, through ``datasets``; errors name the place of the row."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from glob import glob, has_magic
@@ -13,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 
 from lightning_kd.data.objects import RowsLike, content_digest, of_list
 from lightning_kd.data.readers import KNOWN_ENDINGS, READERS, Row, ending
+from lightning_kd.filesystem import digest_file
 
 WHERE = "__where__"
 """Column with the place of each row: ``train.jsonl:17``."""
@@ -104,12 +104,7 @@ def digests(path: RowsLike, split: str) -> dict[str, str]:
         files = _files(path)
     else:
         files = []
-    return {name: _digest(Path(name)) for name in files}
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    return {name: digest_file(Path(name)) for name in files}
 
 
 def _files(path: str) -> list[str]:

@@ -25,6 +25,11 @@ def variant(name, student=None, *, test=None, **options):
     return Variant(name, layer, name, **options)
 
 
+def saving(place):
+    path = "lightning.pytorch.callbacks.ModelCheckpoint"
+    return {"class_path": path, "init_args": {"every_n_train_steps": 5, "dirpath": place}}
+
+
 def planned(*variants, seeds=(0,), values=None, quick=False, smaller=None, **options):
     experiment = Experiment("tiny", "Tiny", variants, quick=smaller, **options)
     return plan(experiment, seeds, OUT, values or {}, resolve, quick=quick)
@@ -118,6 +123,44 @@ def test_metrics_of_the_validation_split_are_measured_there():
             "run A: trainer.logger is given, but a comparison",
         ),
         (
+            [Variant("A", Layer(options={"trainer.logger": {"class_path": "x"}}), "A")],
+            {},
+            "run A: trainer.logger is given, but a comparison",
+        ),
+        (
+            [Variant("A", Layer(options={"trainer": {"callbacks": [saving("x")]}}), "A")],
+            {},
+            r"run A: trainer\.callbacks\.0\.init_args\.dirpath is given, but a comparison",
+        ),
+        (
+            [Variant("A", Layer(options={"trainer": {"callbacks+": saving("x")}}), "A")],
+            {},
+            r"run A: trainer\.callbacks\.init_args\.dirpath is given, but a comparison",
+        ),
+        (
+            [variant("A", test={"trainer": {"callbacks": [saving("x")]}})],
+            {},
+            r"run A: trainer\.callbacks\.0\.init_args\.dirpath is given, but a comparison",
+        ),
+        (
+            [Variant("A", Layer(options={"non_finite": {"dirpath": "x"}}), "A")],
+            {},
+            r"run A: non_finite\.dirpath is given, but a comparison",
+        ),
+        (
+            [variant("B"), variant("A", test={"model": {"init_args": {"student": {"x": "{B}"}}}})],
+            {},
+            r"run A: test\.model\.init_args\.student\.x is out/B/0/student, but a run is",
+        ),
+        (
+            [
+                Variant(name, Layer(options={"on_policy": {"path": "x.jsonl"}}), name)
+                for name in "AB"
+            ],
+            {},
+            r"on_policy\.path is x\.jsonl in two runs \(A, seed 0, and B, seed 0\)",
+        ),
+        (
             [variant("A")],
             {"common": Layer(options={"data": {"init_args": {"train": "a", "test": None}}})},
             r"data\.test is not given",
@@ -134,3 +177,11 @@ def test_options_of_a_file_that_a_comparison_decides_are_refused(tmp_path):
     path.write_text("export: {push_to_hub: user/name}")
     with pytest.raises(ValueError, match=r"export\.push_to_hub is given"):
         planned(Variant("A", Layer([str(path)]), "A"))
+
+
+@pytest.mark.parametrize("word", ["A", "data", "seed", "student"])
+def test_a_word_in_braces_in_a_file_is_refused_where_nothing_fills_it_in(word, tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text(f'data: {{train: "{{{word}}}/train.jsonl", prompt_template: "{{data}}"}}')
+    with pytest.raises(ValueError, match=rf"run B: \{{{word}\}} stands in .*own\.yaml, where"):
+        planned(variant("A"), Variant("B", Layer([str(path)]), "B"), values={"data": "x"})

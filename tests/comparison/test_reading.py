@@ -107,6 +107,10 @@ def test_ordinary_configs_are_runs_under_their_names(tmp_path):
         ({"runs": RUNS, "variations": {"modl.x": [1]}}, "did you mean model"),
         ({"runs": RUNS, "variations": {"model.x": [{"a": 1}]}}, "where a value has options"),
         ({"runs": RUNS, "pairs": [["A", "C"]]}, "pairs: there is no 'C'"),
+        ({"runs": RUNS, "pairs": [["A", "A"]]}, "pairs: A does not differ from itself"),
+        ({"runs": RUNS | {"C": {"shown": False}}, "pairs": [["A", "C"]]}, "pairs: there is no 'C'"),
+        ({"runs": {"A": {"label": "KD"}, "B": {"label": "KD"}}}, "KD is the label of two runs"),
+        ({"runs": {"A": {"predictions": {"path": "x"}}}}, "there is no 'predictions'"),
         ({"runs": RUNS, "costs": ["second"]}, "there is no 'second'; did you mean seconds"),
         ({"runs": RUNS, "metrics": {"test/a": "more"}}, "unknown .*better 'more'"),
         ({"runs": RUNS, "metrics": {"test/a": {"title": 3}}}, "title is 3; it must be a str"),
@@ -126,6 +130,34 @@ def test_a_file_that_is_no_yaml_is_refused(tmp_path):
         read_experiment(tmp_path / "x.yaml")
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("runs:\n  GKD: {}\n  GKD: {}\n", 3),
+        ("runs: {A: {}}\nmetrics:\n  test/x: lower\n  test/x: higher\n", 4),
+        ("runs: {A: {}}\nruns: {B: {}}\n", 2),
+        ("runs: {A: {}}\nquestions:\n- a: 1\n  a: 2\n", 4),
+    ],
+)
+def test_a_name_that_stands_twice_is_refused(text, line, tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(text)
+    with pytest.raises(
+        ValueError, match=rf"x\.yaml, line {line}: .* stands there for the second time"
+    ):
+        read_experiment(path)
+    with pytest.raises(ValueError, match="for the second time"):
+        of_configs([path])
+
+
+def test_a_name_that_an_anchor_gives_may_be_given_again(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "runs:\n  A: &a {trainer: {max_steps: 3}}\n  B: {<<: *a, trainer: {max_steps: 4}}\n"
+    )
+    assert read_experiment(path).variants[1].layer.options == {"trainer": {"max_steps": 4}}
+
+
 def test_every_placeholder_that_has_no_value_is_named(tmp_path):
     said = {"data": "directory of the texts", "teacher": {"help": "model"}, "n": {"default": 3}}
     made = read_experiment(written(tmp_path, runs=RUNS, placeholders=said))
@@ -135,6 +167,9 @@ def test_every_placeholder_that_has_no_value_is_named(tmp_path):
     assert "--set teacher=...  model" in str(refused.value)
     given = ["data=../x", "teacher=a=b", "n=5"]
     assert values_of(made, given) == {"data": "../x", "teacher": "a=b", "n": 5}
+    typed = {"010": "010", "1:30": "1:30", "yes": "yes", "1_000": "1_000", "true": True, "0.5": 0.5}
+    for text, value in typed.items():
+        assert values_of(made, [f"data={text}", "teacher=t"])["data"] == value
     with pytest.raises(ValueError, match="no placeholder 'date'; did you mean data"):
         values_of(made, ["date=1"])
     with pytest.raises(ValueError, match="NAME=VALUE"):

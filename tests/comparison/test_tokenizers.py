@@ -51,6 +51,23 @@ def test_those_that_runs_read_are_learned_once(texts, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_other_texts_are_another_directory(texts, capsys):
+    before = learned().places["bpe"]
+    Path("texts/b.txt").write_text("zzzz " * 40)
+    made = learned()
+    assert made.places["bpe"] != before
+    made.learn([Run({"tokenizer": made.places["bpe"]}, {})], Console())
+    vocabulary = AutoTokenizer.from_pretrained(made.places["bpe"]).get_vocab()
+    assert "zz" in vocabulary
+    assert "cc" not in vocabulary
+
+
+def test_one_that_is_part_of_a_path_is_learned(texts, capsys):
+    made = learned()
+    made.learn([Run({"model": f"{made.places['bpe']}/tokenizer.json"}, {})], Console())
+    assert Path(made.places["bpe"], "tokenizer.json").exists()
+
+
 def test_other_options_are_another_directory(texts):
     places = {learned(**options).places["bpe"] for options in ({}, {"vocab_size": 300})}
     assert len(places) == 2
