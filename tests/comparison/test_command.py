@@ -215,7 +215,9 @@ def test_two_runs_at_once_come_to_the_same_are_both_saved_and_both_go_on(whole):
     assert places == ["[1/4", "[2/4", "[3/4", "[4/4"]
     for name in ("SFT", "GKD"):
         same_run(result(f"runs/tiny/{name}/0"), whole[name])
+    for seed in (0, 1):
         assert "--ckpt_path" in Path(f"runs/tiny/SFT/{seed}/log.txt").read_text()
+        assert result(f"runs/tiny/SFT/{seed}")["jobs"] == 2
 
 
 @pytest.mark.processes
