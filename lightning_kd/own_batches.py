@@ -1,13 +1,14 @@
 """Batches of a loader of the user's own: what they must have, and what is derived for them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import BatchSampler, DistributedSampler
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.batch import IGNORE_INDEX, Batch, PromptBatch
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
 from lightning_kd.tokenization import padding_id
 
 _PROMPT = ("input_ids", "attention_mask")
@@ -122,12 +123,71 @@ def evaluated(
     """
     labels = batch.get("labels")
     if not prompts_only and isinstance(labels, Tensor) and labels.ndim == 2:
-        starts = (labels[:, :1] != IGNORE_INDEX).any()
-        if starts or "attention_mask" not in batch:
-            return batch  # packed text, or what the check of batches refuses
+        if "attention_mask" not in batch:
+            return batch  # which the check of batches refuses
+        labeled = labels != IGNORE_INDEX
+        starts = labeled[:, 0]
+        if starts.any() and (starts | ~labeled.any(-1)).all():  # plain text
+            numbers = torch.arange(first, first + len(labels), device=labels.device)
+            return cast(Batch, {**batch, "row": numbers, "sample": numbers})
     elif not prompts_only:
         return batch
     return with_prompts(batch, tokenizer, first)
+
+
+def rows_of_loader(loader: object) -> int | None:
+    """Return the rows of a loader, of which its sampler repeats some to give all processes as many.
+
+    The first ones come again behind the last, so that what is beyond this number is a repetition. None
+    where the sampler repeats nothing.
+
+    Raises:
+        ValueError: If it does, in batches that a sampler of the user's own composes.
+    """
+    sampler = getattr(loader, "sampler", None)
+    batches = getattr(loader, "batch_sampler", None)
+    inner = getattr(batches, "sampler", None)
+    sampler = sampler if isinstance(sampler, DistributedSampler) else inner
+    if not isinstance(sampler, DistributedSampler) or sampler.drop_last:
+        return None
+    rows = len(cast(Sized, sampler.dataset))
+    if rows % sampler.num_replicas == 0:
+        return None
+    if batches is not None and type(batches) is not BatchSampler:
+        raise ValueError(
+            f"the loader has {rows} rows for {sampler.num_replicas} processes, so that "
+            f"DistributedSampler repeats some, and {type(batches).__name__} leaves open which; use "
+            "a number of rows that the processes divide, without a batch sampler, or in one process "
+            "(--trainer.devices 1)"
+        )
+    return rows
+
+
+def without_repetitions(batch: Batch, loader: object, places: Tensor) -> Batch:
+    """Return an own batch whose repeated rows are filler.
+
+    Args:
+        batch: Has numbers of rows.
+        loader: Gave it.
+        places: Of its rows among those that the loaders of all processes give.
+
+    Example:
+        >>> from torch.utils.data import DataLoader
+        >>> rows = [torch.tensor([number]) for number in range(3)]
+        >>> loader = DataLoader(rows, sampler=DistributedSampler(rows, 2, 1, shuffle=False))
+        >>> batch = {"labels": torch.tensor([[7]]), "row": torch.tensor([3])}
+        >>> without_repetitions(batch, loader, batch["row"])
+        {'labels': tensor([[-100]]), 'row': tensor([-1])}
+    """
+    rows = rows_of_loader(loader)
+    if rows is None:
+        return batch
+    again = places.to(batch["row"].device) >= rows
+    filler = {
+        "labels": batch["labels"].masked_fill(again[:, None], IGNORE_INDEX),
+        "row": batch["row"].masked_fill(again, FILLER_ROW),
+    }
+    return cast(Batch, {**batch, **filler})
 
 
 def _on_the_left(row: Tensor, width: int, value: int) -> Tensor:

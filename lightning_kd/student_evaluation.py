@@ -12,7 +12,10 @@ from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.data import DistillationData
 from lightning_kd.filesystem import write_text
 from lightning_kd.modules import SFT, SupervisedKD
+from lightning_kd.modules.evaluated_checkpoint import warn_of_another_tokenizer
 from lightning_kd.processes import wait_for
+from lightning_kd.resuming import tokenizer_digest
+from lightning_kd.tokenization import load_tokenizer
 
 _DEFAULT = lazy_instance(CompletionSamples)
 """Exact match, greedily; help shows what it is made of."""
@@ -76,8 +79,11 @@ def evaluate(
         enable_model_summary=False,
     )
     module = (
-        SFT(student=student) if teacher is None else SupervisedKD(student=student, teacher=teacher)
+        SFT(student=student)
+        if teacher is None
+        else SupervisedKD(student=student, teacher=teacher, alpha=1.0)  # the loss stays the data's
     )
+    _warn_of_another_tokenizer(student, data)
     if place is not None:
         check_output(data, place, "output")
     (numbers,) = trainer.test(module, datamodule=data)
@@ -86,3 +92,11 @@ def evaluate(
         said = {"student": student, "teacher": teacher, "metrics": dict(numbers)}
         write_text(place, json.dumps(said, indent=2) + "\n")
     return dict(numbers)
+
+
+def _warn_of_another_tokenizer(student: str, data: DistillationData) -> None:
+    try:
+        beside = tokenizer_digest(load_tokenizer(student))
+    except ValueError:  # a model alone
+        return
+    warn_of_another_tokenizer(data.tokenizer, beside, "that beside the student")

@@ -336,10 +336,10 @@ def test_gsm8k_end_to_end(cli, shared_data):
     """Both models from configurations; both KLs fall; everything works from what fit wrote."""
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
     Path("gsm8k").mkdir()
-    Path("gsm8k/train.jsonl").write_text("\n".join(lines[:400]))
-    Path("gsm8k/test.jsonl").write_text("\n".join(lines[400:420]))
+    Path("gsm8k/fit.jsonl").write_text("\n".join(lines[:400]))
+    Path("gsm8k/validation.jsonl").write_text("\n".join(lines[400:420]))
     cli(
-        *("tokenizer", "--files", "gsm8k/train.jsonl", "--columns", '["question","answer"]'),
+        *("tokenizer", "--files", "gsm8k/fit.jsonl", "--columns", '["question","answer"]'),
         *("--vocab_size", 400, "--output", "runs/gsm8k_tokenizer"),
     )
     config = ["--config", CONFIGS / "supervised_kd.yaml", "--config"]
@@ -358,8 +358,13 @@ def test_gsm8k_end_to_end(cli, shared_data):
             json.dumps(random_teacher),
         ),
         *("--model.optimizer.lr", 0.01, "--model.alpha", 0, "--trainer.max_steps", 60),
-        *("--trainer.val_check_interval", 30, "--data.test", "gsm8k/test.jsonl"),
-        *("--data.predict", "gsm8k/test.jsonl", "--trainer.callbacks", json.dumps([checkpoint])),
+        *("--trainer.val_check_interval", 30, "--data.test", "gsm8k/validation.jsonl"),
+        *(
+            "--data.predict",
+            "gsm8k/validation.jsonl",
+            "--trainer.callbacks",
+            json.dumps([checkpoint]),
+        ),
         *("--model.generation.max_new_tokens", 8, "--trainer.log_every_n_steps", 5),
     )
     seen = scalars("runs")
@@ -391,10 +396,10 @@ def test_gsm8k_on_policy(cli, shared_data, config, more):
     """Prompts and answers of real length, by nothing but the overlay that names the data."""
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()
     Path("gsm8k").mkdir()
-    Path("gsm8k/train.jsonl").write_text("\n".join(lines[:200]))
-    Path("gsm8k/test.jsonl").write_text("\n".join(lines[200:204]))
+    Path("gsm8k/fit.jsonl").write_text("\n".join(lines[:200]))
+    Path("gsm8k/validation.jsonl").write_text("\n".join(lines[200:204]))
     cli(
-        *("tokenizer", "--files", "gsm8k/train.jsonl", "--columns", '["question","answer"]'),
+        *("tokenizer", "--files", "gsm8k/fit.jsonl", "--columns", '["question","answer"]'),
         *("--vocab_size", 400, "--output", "runs/gsm8k_tokenizer"),
     )
     for seed, name in enumerate(("student", "teacher")):

@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from lightning_kd import PromptCompletionData
 from lightning_kd.data import write_tokenizer
+from lightning_kd.evaluation import GSM8KAccuracy
+from lightning_kd.generation import Completions
 from tests.support.command_line import CONFIGS, EXPECTED_WARNINGS, QUIET, scalars
 
 pytestmark = [*EXPECTED_WARNINGS, pytest.mark.command_line]
@@ -21,10 +24,8 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs" / "evaluation.md").read_tex
 SECTION = PAGE.split("## GSM8K\n")[1].split("\n## ")[0]
 WATCHED = re.findall(r"```yaml\n(.*?)```", PAGE.split("## Completions\n")[1], flags=re.S)[0]
 ON_DISK, FEW_SHOT = re.findall(r"```yaml\n(.*?)```", SECTION, flags=re.S)
-FIT, EVALUATE = (
-    shlex.split(line)[1:]
-    for line in re.findall(r"```bash\n(.*?)```", SECTION, flags=re.S)[0].splitlines()
-)
+HELD_OUT, LINES = re.findall(r"```bash\n(.*?)```", SECTION, flags=re.S)
+FIT, EVALUATE = (shlex.split(line)[1:] for line in LINES.splitlines())
 OVERLAYS = [*("--config", CONFIGS / "sft.yaml"), *("--config", CONFIGS / "overlays" / "gsm8k.yaml")]
 PROBLEMS = [
     {"question": f"{a}+{b}?", "answer": f"{a}+{b}=<<{a}+{b}={a + b}>>{a + b}\n#### {a + b}"}
@@ -35,10 +36,10 @@ PROBLEMS = [
 def saved(rows, vocab_size, **sizes):
     """Files, a tokenizer and a model that has learned nothing, where the overlay looks for them."""
     Path("gsm8k").mkdir()
-    for name in ("train", "test"):
+    for name in ("fit", "validation", "test"):
         Path(f"gsm8k/{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = ["question", "answer"]
-    write_tokenizer("gsm8k/train.jsonl", "runs/gsm8k_tokenizer", vocab_size, columns)
+    write_tokenizer("gsm8k/fit.jsonl", "runs/gsm8k_tokenizer", vocab_size, columns)
     tokenizer = AutoTokenizer.from_pretrained("runs/gsm8k_tokenizer")
     torch.manual_seed(0)
     config = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -109,6 +110,21 @@ def test_the_lines_of_the_page_stop_when_it_is_right_and_keep_the_best_weights(c
     assert "test/gsm8k_accuracy_flexible" in capsys.readouterr().out
 
 
+def test_nothing_is_chosen_on_the_test_set():
+    Path("gsm8k").mkdir()
+    Path("gsm8k/train.jsonl").write_text("".join(f"{number}\n" for number in range(7473)))
+    subprocess.run(["sh", "-ec", HELD_OUT], check=True, timeout=60)
+    overlay = yaml.safe_load((CONFIGS / "overlays" / "gsm8k.yaml").read_text())["data"]["init_args"]
+    train, validation = (
+        [int(line) for line in Path(overlay[split]).read_text().splitlines()]
+        for split in ("train", "validation")
+    )
+    assert train + validation == [*range(7473)]
+    assert len(validation) == 473
+    assert "test" not in overlay
+    assert yaml.safe_load(ON_DISK)["data"]["init_args"]["test"] == "gsm8k/test.jsonl"
+
+
 def test_real_problems_stop_a_run_that_gets_no_better(cli, shared_data):
     lines = (shared_data / "gsm8k" / "train.jsonl").read_text().splitlines()[:8]
     saved([json.loads(line) for line in lines], 400)
@@ -138,7 +154,7 @@ def test_the_name_without_a_rule_is_refused_with_both(cli, fails):
     assert "val/gsm8k_accuracy_flexible, val/gsm8k_accuracy_strict" in said
 
 
-def test_few_shots_are_a_template_and_stop_strings_cut_the_next_question(cli):
+def test_few_shots_are_a_template_and_stop_strings_cut_the_next_question(cli, monkeypatch):
     saved(PROBLEMS, 280)
     few_shot = yaml.safe_load(FEW_SHOT)
     options = few_shot["data"]["init_args"]
@@ -151,8 +167,14 @@ def test_few_shots_are_a_template_and_stop_strings_cut_the_next_question(cli):
     (samples,) = few_shot["trainer"]["callbacks"]
     samples["init_args"]["max_new_tokens"] = 8
     Path("few_shot.yaml").write_text(yaml.safe_dump(few_shot))
+    measured = []
+    update = GSM8KAccuracy.update
+    monkeypatch.setattr(GSM8KAccuracy, "update", lambda *a: measured.extend(a[1]) or update(*a))
+    written = "1+1 = <<1+1=2>>2\n#### 2\n\nQuestion: and more"
+    monkeypatch.setattr(Completions, "texts", lambda self, _: [written] * len(self.ids))
     cli(
         *("validate", "--config", "few_shot.yaml", "--model", "SFT", *QUIET),
         *("--model.student.name_or_path", "runs/start", "--data.tokenizer", tokenizer),
         *("--data.validation", "gsm8k/test.jsonl"),
     )
+    assert measured == ["1+1 = <<1+1=2>>2\n#### 2\n\n"] * 4

@@ -74,7 +74,7 @@ def workplace(tmp_path, monkeypatch):
     for name in ("corpus.txt", "dev.txt"):
         (tmp_path / name).write_text(text)
     (tmp_path / "gsm8k").mkdir()
-    for name in ("train", "test"):
+    for name in ("fit", "validation"):
         row = json.dumps({"question": "What is 1+1?", "answer": "It is 2.\n#### 2"})
         (tmp_path / "gsm8k" / f"{name}.jsonl").write_text("\n".join([row] * 4))
     for seed, name in enumerate(("teacher_llama", "teacher_gpt2")):

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torchmetrics.text import ROUGEScore
+from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoModelForCausalLM
 
 from lightning_kd import ArithmeticData, PromptCompletionData, evaluate
 from lightning_kd.callbacks import CompletionSamples
 from lightning_kd.cli.arguments import with_student_data
 from lightning_kd.cli.habits import OF_EVALUATE
+from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.evaluation import ExactMatch, RougeL
 from tests.support.command_line import EXPECTED_WARNINGS
 from tests.support.toys import letter_tokenizer, tiny_llama
@@ -71,9 +72,12 @@ def test_the_numbers_are_those_of_a_loop_over_transformers(on_disk, capsys):
     data = PromptCompletionData(test=ROWS, tokenizer="runs/student", batch_size=3)
     measured = CompletionSamples(5, metrics=[ExactMatch(), RougeL()])
     found = evaluate("runs/student", data, measured, accelerator="cpu", output="results.json")
-    rouge = ROUGEScore(rouge_keys="rougeL")
-    rouge.update(texts, [row["completion"] for row in ROWS])
-    assert found["test/rouge_l"] == pytest.approx(rouge.compute()["rougeL_fmeasure"].item())
+    scorer = RougeScorer(["rougeL"])
+    rouge = [
+        scorer.score_multi(row["completion"], text)["rougeL"].fmeasure
+        for text, row in zip(texts, ROWS, strict=True)
+    ]
+    assert found["test/rouge_l"] == pytest.approx(sum(rouge) / len(rouge))
     assert found["test/rouge_l"] > 0
     matches = [text in row["completion"] for text, row in zip(texts, ROWS, strict=True)]
     assert found["test/exact_match"] == pytest.approx(sum(matches) / 7)
@@ -87,9 +91,19 @@ def test_a_teacher_is_compared_with(on_disk):
     data = PromptCompletionData(test=ROWS, tokenizer="runs/student")
     found = evaluate("runs/student", data, None, teacher="runs/teacher", accelerator="cpu")
     assert found["test/forward_kl"] > 0.01
+    alone = evaluate("runs/student", data, None, accelerator="cpu")
+    assert found["test/loss"] == pytest.approx(alone["test/loss"], rel=1e-6)
     assert not any("match" in name for name in found)
     same = evaluate("runs/student", data, None, teacher="runs/student", accelerator="cpu")
     assert same["test/forward_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def test_another_tokenizer_than_the_students_is_warned_of(on_disk):
+    data = PromptCompletionData(
+        test=[{"prompt": "1+1=", "completion": "2"}], tokenizer=arithmetic_tokenizer()
+    )
+    with pytest.warns(UserWarning, match="is another tokenizer than that beside the student"):
+        evaluate("runs/student", data, None, accelerator="cpu")
 
 
 @pytest.mark.parametrize("output", ["nowhere/results.json", "runs"])

@@ -9,6 +9,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.text import (
+    CharErrorRate,
+    EditDistance,
+    MatchErrorRate,
+    WordErrorRate,
+    WordInfoLost,
+    WordInfoPreserved,
+)
 
 CompletionScore = Callable[[str, list[str]], float]
 """``(completion, references) -> number``; the mean over completions is logged under its name."""
@@ -154,12 +162,66 @@ class MeanOfFunction(MeanScore):
         return [value.item()]
 
 
+_OF_ONE_TEXT = (
+    CharErrorRate,
+    EditDistance,
+    MatchErrorRate,
+    WordErrorRate,
+    WordInfoLost,
+    WordInfoPreserved,
+)
+"""Metrics of torchmetrics that compare each completion with one text, not with a list."""
+
+
+class OneReference(CompletionMetric):
+    """A metric that compares each completion with one text, on completions of one reference each.
+
+    Args:
+        metric: The metric.
+    """
+
+    def __init__(self, metric: Metric) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def check_references(self, references: Sequence[Sequence[str]]) -> None:
+        """Validate that each completion has one reference.
+
+        Raises:
+            ValueError: If one has none or several.
+        """
+        check_references(self, references)
+        several = [texts for texts in references if len(texts) > 1]
+        if several:
+            raise ValueError(
+                f"{metric_name(self)} compares a completion with one reference, and there are "
+                f"{len(several[0])} for one; give data.references_column a column of one text each, or "
+                "take a metric of the best of several (RougeL, torchmetrics.text.BLEUScore)"
+            )
+
+    def update(self, completions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
+        """Add completions."""
+        self.check_references(references)
+        self.metric.update(list(completions), [texts[0] for texts in references])
+
+    def compute(self) -> dict[str, Tensor]:
+        """What the metric computes."""
+        return computed(self.metric)
+
+    def reset(self) -> None:
+        """Forget all completions."""
+        super().reset()
+        self.metric.reset()
+
+
 def as_metric(given: Metric | CompletionScore) -> Metric:
     """Return a metric of completions, made of a function where one was given.
 
     Raises:
         ValueError: If it is neither.
     """
+    if isinstance(given, _OF_ONE_TEXT):
+        return OneReference(given)
     if isinstance(given, Metric):
         return given
     if isinstance(given, type) or not callable(given):
@@ -175,7 +237,7 @@ def metric_name(metric: Metric) -> str:
     """Return the name by which a metric is spoken of: that of its class, or of its function."""
     if isinstance(metric, MeanOfFunction):
         return metric.names[0]
-    return type(metric).__name__
+    return type(metric.metric if isinstance(metric, OneReference) else metric).__name__
 
 
 def check_references(metric: Metric, references: Sequence[Sequence[str]]) -> None:

@@ -23,9 +23,24 @@ def prepare_evaluation(
     """
     for_evaluation(trainer, checkpoint.get("callbacks", {}))
     saved = checkpoint[RUN_KEY].get("settings", {}).get("model", {}).get("tokenizer")
-    if saved not in (None, tokenizer_digest(tokenizer)):
+    if saved is not None:
+        run = "that of the run which saved the checkpoint"
+        warn_of_another_tokenizer(tokenizer, saved, run)
+
+
+def warn_of_another_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, students: str, students_is: str
+) -> None:
+    """Warn of a tokenizer that is not the student's.
+
+    Args:
+        tokenizer: The one that is there now.
+        students: Digest of the student's own.
+        students_is: Which one that is.
+    """
+    if tokenizer_digest(tokenizer) != students:
         rank_zero_warn(
-            f"{tokenizer.name_or_path or 'the tokenizer'} is another tokenizer than that of the run "
-            "which saved the checkpoint (tokens, rules or chat template differ), so what the student "
-            "says may mean something else. Give data.tokenizer as the run had it"
+            f"{tokenizer.name_or_path or 'the tokenizer'} is another tokenizer than {students_is} "
+            "(tokens, rules or chat template differ), so what the student says may mean something "
+            "else. Give data.tokenizer as the student had it"
         )

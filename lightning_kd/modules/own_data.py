@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents
-from lightning_kd.own_batches import evaluated, is_own
+from lightning_kd.own_batches import evaluated, is_own, without_repetitions
 
 _UNLABELED = 16
 """Optimizer steps one after the other without a label, after which a run is given up."""
@@ -30,6 +31,7 @@ class ReadsOwnBatches(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
 
     _own_rows = 0
+    _before_loader = 0
     _trains_on_own = False
     _unlabeled = 0
     _labeled = False
@@ -99,12 +101,24 @@ class ReadsOwnBatches(L.LightningModule):
             return
         if batch_idx == dataloader_idx == 0:
             self._own_rows = 0
+        if batch_idx == 0:
+            self._before_loader = self._own_rows
         first, self._own_rows = self._own_rows, self._own_rows + len(batch["input_ids"])
         predicting = bool(self.trainer.predicting)
         found = evaluated(batch, self.tokenizer, first, prompts_only=predicting)
         if "row" in found:
-            found["row"] = found["row"] * self.trainer.world_size + self.global_rank
+            places = found["row"] - self._before_loader
+            processes, rank = self.trainer.world_size, self.global_rank
+            found["row"] = found["row"] * processes + rank
+            if processes > 1 and not predicting:
+                loader = self._evaluated_loader(dataloader_idx)
+                found = without_repetitions(found, loader, places * processes + rank)
             batch.update(found)
+
+    def _evaluated_loader(self, number: int) -> object:
+        trainer = self.trainer
+        given = trainer.test_dataloaders if trainer.testing else trainer.val_dataloaders
+        return CombinedLoader(given).flattened[number]
 
     def on_validation_batch_start(
         self, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -11,7 +11,15 @@ import pytest
 import torch
 import yaml
 from torchmetrics import Metric
-from torchmetrics.text import BLEUScore
+from torchmetrics.text import (
+    BLEUScore,
+    CharErrorRate,
+    EditDistance,
+    MatchErrorRate,
+    WordErrorRate,
+    WordInfoLost,
+    WordInfoPreserved,
+)
 
 from lightning_kd.evaluation import (
     DistinctN,
@@ -23,7 +31,7 @@ from lightning_kd.evaluation import (
     as_metric,
     computed,
 )
-from lightning_kd.evaluation.completion_metric import MeanOfFunction
+from lightning_kd.evaluation.completion_metric import MeanOfFunction, metric_name
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dogs", "were", "running", "quickly"]
 
@@ -321,3 +329,43 @@ def test_a_mean_of_several_numbers_keeps_them_apart():
 
     assert values(Two(), ["ab", ""], [[""], [""]]) == {"first": 1.0, "second": 1.0}
     assert isinstance(as_metric(share_of_a), MeanOfFunction)
+
+
+WRITTEN, WANTED = ["975", "a b d", "fifteen"], ["975", "a b c", "five"]
+
+
+def edits(one, other):
+    """Levenshtein's distance, by its recursion."""
+    if not one or not other:
+        return len(one) + len(other)
+    same = edits(one[1:], other[1:])
+    return (
+        same if one[0] == other[0] else 1 + min(same, edits(one[1:], other), edits(one, other[1:]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("metric", "value"),
+    [
+        (CharErrorRate, sum(map(edits, WRITTEN, WANTED)) / sum(map(len, WANTED))),
+        (EditDistance, sum(map(edits, WRITTEN, WANTED)) / 3),
+        (WordErrorRate, 2 / 5),
+        (MatchErrorRate, 2 / 5),
+        (WordInfoLost, 1 - 9 / 25),
+        (WordInfoPreserved, 9 / 25),
+    ],
+)
+def test_a_metric_that_compares_with_one_text_is_given_it(metric, value):
+    found = as_metric(metric())
+    for _ in range(2):
+        found.update(WRITTEN[:1], [WANTED[:1]])
+        found.update(WRITTEN[1:], [[text] for text in WANTED[1:]])
+        found.update([], [])
+        (number,) = computed(found).values()
+        assert number.item() == pytest.approx(value)
+        found.reset()
+    assert metric_name(found) == metric.__name__
+    with pytest.raises(ValueError, match=f"{metric.__name__} compares a completion with one ref"):
+        found.check_references([["a"], ["a", "b"]])
+    with pytest.raises(ValueError, match=f"{metric.__name__} compares completions with references"):
+        found.check_references([[]])
