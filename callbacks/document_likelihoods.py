@@ -11,7 +11,6 @@ from lightning_kd.batch import FILLER_ROW, Batch
 from lightning_kd.callbacks.evaluations import EvaluationCallback, Stage
 from lightning_kd.callbacks.output_paths import check_output
 from lightning_kd.collectives import gather_objects
-from lightning_kd.data.rows import DOCUMENT
 from lightning_kd.filesystem import write_text
 from lightning_kd.modules import DistillationModule
 
@@ -21,11 +20,12 @@ Totals = dict[Any, list[float]]
 class DocumentLikelihoods(EvaluationCallback):
     """Write nats, tokens and bytes of each document of validation and test, one JSON object each.
 
-    ``document`` is the number of the row, or of the document where ``DocumentData`` cuts long ones
-    into ``windows``: their totals are over all of these. ``nats`` is minus the log-probability of the
-    scored tokens, so that ``nats / tokens`` and ``nats / bytes / ln 2`` are what the text costs per
-    token and per byte; ``bytes`` are those of the scored text, ``null`` where the tokenizer does not
-    tell them. An EOS that is scored is a token without bytes.
+    ``document`` is the number of the row in the data as given, dropped ones counted, or of the document
+    where ``DocumentData`` cuts long ones into ``windows``: their totals are over all of these.
+    ``nats`` is minus the log-probability of the scored tokens, so that ``nats / tokens`` and
+    ``nats / bytes / ln 2`` are what the text costs per token and per byte; ``bytes`` are those of the
+    scored text, ``null`` where the tokenizer does not tell them. An EOS that is scored is a token
+    without bytes.
 
     Each evaluation writes the file anew, when it is over; that before training writes none. The lines
     do not depend on the number of processes.
@@ -87,7 +87,7 @@ class DocumentLikelihoods(EvaluationCallback):
     def _documents(self, batch: Batch, rows: list[int]) -> list[Any]:
         further = batch.get("extra", {})
         if self.document_column is None:
-            return further.get(DOCUMENT, rows)
+            return batch["document"].tolist() if "document" in batch else rows
         if self.document_column not in further:
             raise ValueError(
                 f"document_column is {self.document_column!r}, and the rows have {sorted(further)}; "

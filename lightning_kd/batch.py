@@ -43,6 +43,9 @@ class Batch(TypedDict):
     tokenized_apart: NotRequired[Tensor]
     """True for rows whose labeled tokens were tokenized as texts of their own, ``(B,)``; False is for
     rows that are one text."""
+    document: NotRequired[Tensor]
+    """Number of the row in the data as given, ``(B,)``, where rows were dropped or are windows of
+    documents."""
     extra: NotRequired[dict[str, list[Any]]]
     """Further columns of the data, one value per row each."""
 

@@ -41,6 +41,8 @@ class Collator:
         }
         if any(example.tokenized_apart for example in examples):
             batch["tokenized_apart"] = torch.tensor([e.tokenized_apart for e in examples])
+        if examples[0].document is not None:
+            batch["document"] = torch.tensor([example.document for example in examples])
         has_prompts = all(example.prompt is not None for example in examples)
         if has_prompts or examples[0].extra:
             batch["extra"] = {

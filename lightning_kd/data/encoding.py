@@ -32,6 +32,8 @@ class Example:
     """Texts that a completion is compared with. Defaults to ``completion`` alone; empty for none."""
     tokenized_apart: bool = False
     """Whether what is trained on was tokenized as a text of its own, not as the prompt's rest."""
+    document: int | None = None
+    """Number of the row or document in the data as given, where it is another than the row's."""
 
 
 @dataclass(frozen=True)

@@ -97,8 +97,8 @@ class DocumentData(PlainTextData):
         max_length: Longest document, in tokens, with what the tokenizer adds.
         truncation: What happens to longer ones: ``error``, ``drop``, ``right`` (cut the end, and
             with it the EOS), or ``windows``: they are read on in rows of ``max_length``, each beginning
-            with the last token of the one before, so that every token is scored once, and with a
-            further column ``document``. What is dropped or cut is counted and logged.
+            with the last token of the one before, so that every token is scored once. What is dropped
+            or cut is counted and logged.
         train_size: Number of documents of ``train`` that are trained on, drawn by the seed of the run;
             those of a smaller number are among those of a larger one. None for all.
 

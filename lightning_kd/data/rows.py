@@ -19,9 +19,6 @@ log = logging.getLogger(__name__)
 ROWS_AT_ONCE = 1000
 """Rows that are tokenized together."""
 
-DOCUMENT = "document"
-"""Further column of the windows of documents: the number of the document, from 0."""
-
 Encode = Callable[[dict[str, list[Any]]], list[Encoded]]
 """Columns of some rows to the tokens and texts of their prompts and completions."""
 
@@ -55,20 +52,17 @@ class EncodedRows:
         extra: Sequence[str] = (),
     ) -> None:
         self._extra = extra
-        if limit.truncation == "windows" and DOCUMENT not in extra:
-            self._extra = (*extra, DOCUMENT)
         columns: dict[str, list[Any]] = defaultdict(list)
         remarks: list[tuple[str, str]] = []
-        documents = 0
+        document = -1
         for rows in raw.iter(ROWS_AT_ONCE):
             found = zip(encode(rows), rows[WHERE], strict=True)
             for place, (encoded, where) in enumerate(found):
-                further = {name: rows[name][place] for name in extra}
-                further = {DOCUMENT: documents} | further
-                documents += 1
+                document += 1
                 for part in limit.windows(encoded.completion):
                     row = _limited(replace(encoded, completion=part), limit, where)
-                    row |= {f"extra:{name}": further[name] for name in self._extra}
+                    row |= {f"extra:{name}": rows[name][place] for name in extra}
+                    row["document"] = document
                     for name, value in row.items():
                         columns[name].append(value)
                 remarks += [(remark, where) for remark in encoded.remarks]
@@ -81,6 +75,7 @@ class EncodedRows:
                 f"all {len(tokenized)} rows are longer than max_length={limit.max_length} allows; "
                 "raise it, or choose a truncation that cuts rows"
             )
+        self._numbers_differ = self.dropped > 0 or document + 1 < len(tokenized)
         self._tokenized = tokenized if not self.dropped else tokenized.select(keep)
         self.cut = sum(self._tokenized["cut"])
         self.cut_at_eos = self._count_cut_at_eos()
@@ -145,6 +140,7 @@ class EncodedRows:
             found["trained"],
             found["references"],
             found["tokenized_apart"],
+            found["document"] if self._numbers_differ else None,
         )
 
 

@@ -95,6 +95,25 @@ def test_documents_cost_what_transformers_says_also_over_windows(tmp_path, lengt
     assert found["val/tokens"] == tokens
 
 
+@pytest.mark.parametrize(("policy", "named"), [("drop", [0, 2, 4]), ("windows", [0, 1, 2, 3, 4])])
+def test_a_document_is_named_by_its_row_in_the_data_whatever_columns_that_has(
+    tmp_path, policy, named
+):
+    texts = ["two", "to be or not to be that is the question", "is", "x" * 40, "four"]
+    data = DocumentData(
+        tokenizer=TOKENIZER,
+        validation=[{"text": text, "document": "x"} for text in texts],
+        extra_columns=["document"],
+        max_length=12,
+        truncation=policy,
+        batch_size=2,
+    )
+    evaluated(data, DocumentLikelihoods(str(tmp_path / "d.jsonl")))
+    assert [record["document"] for record in records(tmp_path / "d.jsonl")] == named
+    evaluated(data, DocumentLikelihoods(str(tmp_path / "d.jsonl"), document_column="document"))
+    assert [record["document"] for record in records(tmp_path / "d.jsonl")] == ["x"]
+
+
 def test_rows_of_one_document_are_added_up(tmp_path):
     data = DocumentData(
         tokenizer=TOKENIZER, validation=rows(), extra_columns=["book"], batch_size=2
