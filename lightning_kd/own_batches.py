@@ -123,7 +123,8 @@ def evaluated(
     """
     labels = batch.get("labels")
     if not prompts_only and isinstance(labels, Tensor) and labels.ndim == 2:
-        if "attention_mask" not in batch:
+        given: Mapping[str, Any] = batch
+        if "attention_mask" not in given:
             return batch  # which the check of batches refuses
         labeled = labels != IGNORE_INDEX
         starts = labeled[:, 0]
