@@ -80,9 +80,9 @@ class OwnModules(MetaPathFinder):
         ]
 
     def files(self) -> dict[str, list[Path]]:
-        """Return the files of the modules that are found, by module; of a package, all of Python."""
+        """Return the files of a user's own modules, by module; of a package, all of Python."""
         found: dict[str, list[Path]] = {}
-        for name in sorted(self.names):
+        for name in sorted(self.names - {f"{__package__}"}):
             own, installed = PathFinder.find_spec(name, self.directories), _anywhere(name)
             if own is None or (installed is not None and not _same(own, installed)):
                 continue

@@ -19,6 +19,7 @@ from lightning_kd.comparison.metrics import Metric
 from lightning_kd.comparison.plan import plan
 from lightning_kd.comparison.reading import merged
 from lightning_kd.comparison.records import Records, write_json
+from lightning_kd.imports import OwnModules
 
 OUT = Path("out")
 BASE = {
@@ -235,6 +236,13 @@ def test_the_code_is_known_by_all_its_files(monkeypatch):
     sources()
     names = {str(path).partition("lightning_kd/")[2] for path in read}
     assert {"comparison/contents.py", "callbacks/training_cost.py"} <= names
+
+
+def test_the_librarys_own_code_is_no_module_of_a_user(monkeypatch):
+    path = Path("own.yaml").absolute()
+    path.write_text("model: {class_path: lightning_kd.SFT}")
+    monkeypatch.chdir(Path(contents.__file__).parents[2])
+    assert OwnModules.of_arguments([str(path)]).files() == {}
 
 
 def test_contents_of_files_directories_and_patterns():
