@@ -222,6 +222,28 @@ def test_two_runs_at_once_come_to_the_same_are_both_saved_and_both_go_on(whole):
 
 @pytest.mark.processes
 @pytest.mark.slow
+def test_a_budget_of_time_goes_on_where_it_was(tmp_path):
+    budgets = {"time": {"trainer": {"max_time": "00:00:00:04", "max_steps": -1}}}
+    words = write(common=stopping(), runs={"SFT": {}}, budgets=budgets)
+    Path("wait").touch()
+    with Path("said").open("w") as said:
+        process = subprocess.Popen(command(*words), env=calm(), stdout=said, stderr=said)
+        until(Path("step_6").exists)
+        time.sleep(2)  # of the four
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        Path("wait").unlink()
+        assert process.wait(120) == 128 + signal.SIGTERM, Path("said").read_text()
+    done = run(*command(*words), **calm())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--ckpt_path" in Path("runs/tiny/time/SFT/0/log.txt").read_text()
+    cost = result("runs/tiny/time/SFT/0")["cost"]
+    assert cost["steps"] > 7
+    assert 3.9 < cost["wall_seconds"] < 5.5  # six and more, had the time begun anew
+
+
+@pytest.mark.processes
+@pytest.mark.slow
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_a_run_that_fails_is_reported_and_the_others_are_made(jobs, tmp_path):
     failing = {"trainer": {"callbacks+": [{"class_path": "tests.comparison.places.Failing"}]}}
