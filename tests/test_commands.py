@@ -76,9 +76,9 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model", "SupervisedKDD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
+        (["--model", "SupervisedKDD"], "did you mean SupervisedKD? choose BabyLlama or "),
         (["--model", "GKD", "--data", "ChatsData"], "did you mean ChatData? choose ArithmeticData"),
-        (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
+        (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or "),
         (["--trainer.callbacks", "EarlyStop"], "did you mean EarlyStopping? choose "),
         (
             ["--trainer.logger", "TensorBoard"],
