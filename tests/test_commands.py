@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
@@ -76,9 +77,9 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model", "SupervisedKDD"], "did you mean SupervisedKD? choose BabyLlama or "),
+        (["--model", "SupervisedKDD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
         (["--model", "GKD", "--data", "ChatsData"], "did you mean ChatData? choose ArithmeticData"),
-        (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or "),
+        (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
         (["--trainer.callbacks", "EarlyStop"], "did you mean EarlyStopping? choose "),
         (
             ["--trainer.logger", "TensorBoard"],
@@ -89,6 +90,7 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
     ],
 )
 def test_an_unknown_class_comes_with_the_nearest_and_the_list(flags, said, fails):
+    import_module("lightning.pytorch.demos.boring_classes")  # which are nobody's choice
     error = fails("fit", *flags)
     assert said in error
     assert f"there is no class '{flags[-1]}'" in error

@@ -61,5 +61,7 @@ def _is_choice(cls: type) -> bool:
     if package == "lightning_kd":
         public = (lightning_kd.public, lightning_kd.callbacks, lightning_kd.evaluation)
         return any(getattr(part, cls.__name__, None) is cls for part in public)
+    if cls.__module__.startswith("lightning.pytorch.demos."):
+        return False
     below = {"lightning", "torch"}
     return package in below and cls.__bases__[0].__module__.partition(".")[0] in below

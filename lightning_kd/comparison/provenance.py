@@ -19,7 +19,7 @@ def shown_command(words: Sequence[str]) -> list[str]:
         words: As typed.
 
     Example:
-        >>> shown_command(["compare", "--set", "data=/home/alice/data", "--output=/tmp/x"])
+        >>> shown_command(["compare", "--set", "data=/home/alice/data", "--output=/scratch/x"])
         ['compare', '--set', 'data=...']
     """
     # An option and its value may be one word or two.
@@ -43,7 +43,7 @@ def without_places(text: str, output: Path) -> str:
     """Return an error with paths from the output directory on, and ``~`` for the home directory.
 
     Example:
-        >>> without_places("failed (/tmp/x/SFT/0/log.txt)", Path("/tmp/x"))
+        >>> without_places("failed (runs/x/SFT/0/log.txt)", Path("runs/x"))
         'failed (SFT/0/log.txt)'
     """
     text = re.sub(rf"(?<![\w./-]){re.escape(str(output))}/", "", text)
