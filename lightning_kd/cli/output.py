@@ -36,9 +36,10 @@ def what_is_left(trainer: L.Trainer) -> str:
     Args:
         trainer: Of the run that has ended.
     """
-    if trainer.log_dir is None or not Path(trainer.log_dir).is_dir():
+    directory = trainer.log_dir  # all processes ask each other, and nodes may share no folder
+    if directory is None or not Path(directory).is_dir():
         return ""
-    place = Path(trainer.log_dir)
+    place = Path(directory)
     config = place / "config.yaml"
     saving = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     saved = [path for c in saving for path in (c.last_model_path, c.best_model_path) if path]

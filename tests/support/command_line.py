@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = (
@@ -39,6 +40,21 @@ def scalars(directory):
     seen = EventAccumulator(str(run), size_guidance={"scalars": 0})
     seen.Reload()
     return seen
+
+
+def assert_equal_runs(one, other):
+    """What two folders with a run and its ``student`` each have come to."""
+    students = [
+        AutoModelForCausalLM.from_pretrained(f"{folder}/student") for folder in (one, other)
+    ]
+    for a, b in zip(*(student.parameters() for student in students), strict=True):
+        # AdamW divides by the size of a gradient: where it is all rounding, so is the step.
+        assert (a - b).abs().max() < 1e-4
+    first, second = scalars(one), scalars(other)
+    names = ["train/loss", "train/grad_norm", "train/tokens", "rollout/length_mean"]
+    for name in (*names, "val/loss", "val/forward_kl"):
+        expected = [event.value for event in first.Scalars(name)]
+        assert [event.value for event in second.Scalars(name)] == pytest.approx(expected, rel=1e-5)
 
 
 def run(*command, **environment):
