@@ -1,12 +1,19 @@
 """Evaluation of a student on minimal pairs of sentences."""
 
+from collections.abc import Collection
+
 import lightning as L
 
 from lightning_kd.callbacks.evaluations import Stage
 from lightning_kd.callbacks.occasional import OccasionalEvaluation
 from lightning_kd.callbacks.text_scores import log_likelihoods
 from lightning_kd.data.encoding import encode_documents
-from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies, read_minimal_pairs
+from lightning_kd.evaluation.minimal_pairs import (
+    MinimalPairs,
+    accuracies,
+    group_names,
+    read_minimal_pairs,
+)
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule
 
@@ -19,7 +26,8 @@ class BLiMP(OccasionalEvaluation):
     A sentence's score is :math:`\sum_t \log q(y_t \mid y_{<t})`, over its tokens behind what the
     tokenizer begins a text with: with a BOS that is all of them; without, the first token only begins
     the text and is not scored. No EOS is appended. A pair counts where the acceptable sentence has the
-    higher score; a tie does not, as of seven of BLiMP's 67,000, which are of two equal sentences.
+    higher score; a tie does not, as of seven of BLiMP's 67,000, which are of two equal sentences. Where
+    a score is NaN, so are the numbers that it is part of.
 
     Logs ``val/blimp``, the mean over the files, and the means over the files of each field
     (``val/blimp_morphology``) and each phenomenon (``val/blimp_island_effects``), as far as the files
@@ -29,8 +37,8 @@ class BLiMP(OccasionalEvaluation):
         path: Directory of BLiMP's ``.jsonl`` files; other minimal pairs need ``sentence_good`` and
             ``sentence_bad`` on each line.
         limit: Pairs of each file, the first ones. Defaults to all.
-        every_n_validations: Validations from one with BLiMP to the next, the first included; 0 leaves
-            it to the test. In between, what a monitor sees is the last value.
+        every_n_validations: Validations of a fit from one with BLiMP to the next, the first included; 0
+            leaves it to the test. What watches ``val/blimp`` decides in those with BLiMP alone.
         batch_size: Sentences that are scored together, of about one length.
 
     Raises:
@@ -69,8 +77,10 @@ class BLiMP(OccasionalEvaluation):
         """Tokenize the sentences.
 
         Raises:
-            ValueError: If one is too long for the student, or nothing of it can be scored.
+            ValueError: If one is too long for the student, or nothing of it can be scored; see also
+                :meth:`OccasionalEvaluation.check`.
         """
+        super().check(trainer, module, stage)
         assert isinstance(module, DistillationModule)
         sentences = [text for file in self._files for text in (*file.good, *file.bad)]
         encoded = encode_documents(sentences, module.tokenizer, add_eos=False)
@@ -83,7 +93,15 @@ class BLiMP(OccasionalEvaluation):
         check_length({"student": module.student}, max(map(len, encoded)), "sentences of BLiMP")
         self._tokens = dict(zip(sentences, encoded, strict=True))
 
-    def evaluate(self, stage: Stage, module: L.LightningModule, *, is_trial: bool) -> None:
+    def names(self) -> Collection[str]:
+        """Return ``blimp`` and the name of each group of files."""
+        return group_names(self._files)
+
+    def measures(self, name: str) -> bool:
+        """Return whether a name is ``blimp``, or that of a field or phenomenon."""
+        return name == "blimp" or name.startswith("blimp_")
+
+    def evaluate(self, module: L.LightningModule, *, is_trial: bool) -> dict[str, float]:
         """Score the pairs, a few of each file in a trial."""
         assert isinstance(module, DistillationModule)
         files = [file.first(_SANITY_PAIRS if is_trial else None) for file in self._files]
@@ -94,5 +112,4 @@ class BLiMP(OccasionalEvaluation):
         texts = [self._tokens[text] for text in places]
         scores = log_likelihoods(module, texts, self.batch_size)
         of_good, of_bad = (scores[[places[text] for text in side]] for side in (good, bad))
-        for name, value in accuracies(files, of_good, of_bad).items():
-            module.log(f"{stage}/{name}", value, sync_dist=True)
+        return accuracies(files, of_good, of_bad)

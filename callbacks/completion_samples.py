@@ -1,8 +1,9 @@
 """Evaluation and logging of the student's completions."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import lightning as L
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -15,10 +16,12 @@ from lightning_kd.evaluation import (
     CompletionMetric,
     CompletionScore,
     ExactMatch,
+    MeanScore,
     as_metric,
     computed,
     metric_name,
 )
+from lightning_kd.evaluation.token_means import TokenMeans
 from lightning_kd.generation import GenerationOptions
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules import DistillationModule
@@ -31,8 +34,10 @@ class CompletionSamples(EvaluationCallback):
 
     Each prompt is completed once, for all metrics, by default greedily. Logs their numbers as
     ``val/exact_match`` (``test/exact_match``) and so on, over the first ``batches`` batches, and the
-    table ``val/samples`` to each logger that can show one (TensorBoard, Weights & Biases). Batches
-    without prompts are skipped; if there are no others, ``metrics`` that were given are refused.
+    table ``val/samples`` to each logger that can show one (TensorBoard, Weights & Biases).
+    ``val/completions_cut`` is the share of completions that ``max_new_tokens`` cut: they have so many
+    tokens, no EOS and none of ``stop_strings``, and are measured as they are. Batches without prompts
+    are skipped; if there are no others, ``metrics`` that were given are refused.
 
     Args:
         max_new_tokens: Largest number of tokens of a completion.
@@ -83,14 +88,29 @@ class CompletionSamples(EvaluationCallback):
         self.completions_per_prompt, self.stop_strings = completions_per_prompt, stop_strings or []
         self._are_given = metrics is not None
         self.metrics: list[Metric] = [as_metric(given) for given in metrics or [ExactMatch()]]
+        self._cut = TokenMeans(("completions_cut",))
         self._table: list[tuple[str, str, str]] = []
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether metrics were asked for."""
+        return self._are_given
+
+    def names(self) -> Collection[str]:
+        """Return the names of the metrics that tell them, and that of the share that is cut."""
+        told = [name for metric in self.metrics for name in _told_names(metric)]
+        return [*told, *self._cut.names]
 
     def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Validate that prompts and completions fit into the student's positions, and references.
 
         Raises:
-            ValueError: If they are longer, or a metric cannot be computed.
+            ValueError: If they are longer, or a metric cannot be computed, or two have one name.
         """
+        seen = {*self._cut.names}
+        for metric in self.metrics:
+            _check_new(metric, seen, _told_names(metric))
+            seen |= {*_told_names(metric)}
         if not isinstance(module, DistillationModule):
             return
         prompt = longest_rows(trainer).get(SPLITS[stage], (0, 0))[1]
@@ -103,7 +123,7 @@ class CompletionSamples(EvaluationCallback):
 
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Forget the completions of an evaluation before."""
-        for metric in self.metrics:
+        for metric in (*self.metrics, self._cut):
             metric.reset()
         self._table = []
 
@@ -116,8 +136,8 @@ class CompletionSamples(EvaluationCallback):
             return
         completed = [self._complete(module, batch, n) for n in range(self.completions_per_prompt)]
         rows = [
-            (prompt, text, references)
-            for row, prompt, texts, references in zip(
+            (prompt, text, references, is_cut)
+            for row, prompt, of_row, references in zip(
                 batch["row"].tolist(),
                 batch["prompt"],
                 zip(*completed, strict=True),
@@ -125,21 +145,32 @@ class CompletionSamples(EvaluationCallback):
                 strict=True,
             )
             if row != FILLER_ROW
-            for text in texts
+            for text, is_cut in of_row
         ]
-        for metric in self.metrics:
+        for metric in (*self.metrics, self._cut):
             metric.to(module.device)
+        for metric in self.metrics:
             metric.update([row[1] for row in rows], [row[2] for row in rows])
+        cut = torch.tensor([row[3] for row in rows], dtype=torch.float64, device=module.device)
+        self._cut.update({"completions_cut": cut})
         shown = rows[: self.samples - len(self._table)]
         self._table += [(row[0], row[1], "\n".join(row[2])) for row in shown]
 
     def _complete(
         self, module: DistillationModule, batch: PromptBatch, number: int
-    ) -> Sequence[str]:
+    ) -> list[tuple[str, bool]]:
+        """Complete each prompt; return the texts, and whether ``max_new_tokens`` cut them."""
         purpose = f"samples/{number}" if number else "samples"
         with adapter_of(module.trainer).outside_of_steps():
             completions = module.complete(batch, purpose=purpose, options=self.options)
-        return [cut_at(text, self.stop_strings) for text in completions.texts(module.tokenizer)]
+        is_full = completions.mask.sum(-1) >= self.options.max_new_tokens
+        unended = (is_full & ~completions.ended).tolist()
+        texts = completions.texts(module.tokenizer)
+        stopped = [cut_at(text, self.stop_strings) for text in texts]
+        return [
+            (kept, is_cut and kept == text)
+            for kept, text, is_cut in zip(stopped, texts, unended, strict=True)
+        ]
 
     def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Log the metrics and the table.
@@ -155,8 +186,10 @@ class CompletionSamples(EvaluationCallback):
                 f"CompletionSamples is to measure {names}, and data.{SPLITS[stage]} has no prompts to "
                 "complete; use data with prompts, or leave metrics out"
             )
-        for name, value in self._values(module).items() if measured else ():
-            module.log(f"{stage}/{name}", value, prog_bar=True, sync_dist=True)
+        if measured:
+            self.log_values(trainer, module, stage, self._values(module), prog_bar=True)
+            cut = self._cut.to(module.device).compute()
+            self.log_values(trainer, module, stage, cut)
         if self._table:
             header = ("prompt", "completion", "reference")
             log_table(trainer, f"{stage}/samples", header, self._table, trainer.global_step)
@@ -164,26 +197,28 @@ class CompletionSamples(EvaluationCallback):
 
     def _values(self, module: L.LightningModule) -> dict[str, Tensor]:
         values: dict[str, Tensor] = {}
-        taken = _logged_by(module)
         for metric in self.metrics:
             if not metric.update_called:
                 metric.to(module.device).update([], [])
-            for name, value in computed(metric).items():
-                if name in values or name in taken:
-                    raise ValueError(
-                        f"{metric_name(metric)} would log {name}, a name that another number has; give "
-                        "it another name"
-                    )
-                values[name] = value.to(module.device)
+            found = computed(metric)
+            _check_new(metric, {*values, *self._cut.names}, found)
+            values |= found
         return values
 
 
-def _logged_by(module: L.LightningModule) -> set[str]:
-    """Return what a module logs of an evaluation itself."""
-    if not isinstance(module, DistillationModule):
-        return set()
-    own = {"loss", "tokens", "perplexity", "entropy_gap", "bits_per_byte", *module.terms}
-    return own | set(module.eval_distribution.names) | set(module.eval_distribution.dropped_names)
+def _told_names(metric: Metric) -> Sequence[str]:
+    """Return the names of a metric's numbers, as far as it tells them before they are computed."""
+    return metric.names if isinstance(metric, MeanScore) else ()
+
+
+def _check_new(metric: Metric, taken: Collection[str], names: Collection[str]) -> None:
+    """Refuse a metric one of whose names is another's."""
+    for name in names:
+        if name in taken:
+            raise ValueError(
+                f"{metric_name(metric)} would log {name}, a name that another number has; give it "
+                "another name"
+            )
 
 
 def cut_at(text: str, stop_strings: Sequence[str]) -> str:

@@ -44,8 +44,14 @@ class DocumentLikelihoods(EvaluationCallback):
         """Validate the output file.
 
         Raises:
-            ValueError: If the data is read from it.
+            ValueError: If the data is read from it, or another callback writes it.
         """
+        alike = [c for c in trainer.callbacks if isinstance(c, DocumentLikelihoods)]  # type: ignore[attr-defined]
+        if [other.path.absolute() for other in alike].count(self.path.absolute()) > 1:
+            raise ValueError(
+                f"two DocumentLikelihoods write {self.path}, and one file would be left; give each a "
+                "path of its own, or leave one out"
+            )
         data = getattr(trainer, "datamodule", None)
         check_output(data, self.path, "DocumentLikelihoods.path")
 

@@ -1,5 +1,7 @@
 """Exposure bias of a student."""
 
+from collections.abc import Collection
+
 import lightning as L
 import torch
 from torch import Tensor
@@ -24,11 +26,19 @@ class ExposureBias(OwnCompletions):
 
     Student and teacher complete the first ``prompts`` rows of an evaluation, at temperature 1 from
     their whole distributions; the error of a next token is :math:`KL(p \| q)`, with :math:`p` the
-    teacher and :math:`q` the student. ``val/exposure_bias`` is ExAccErr at ``max_new_tokens``, in
-    percent: 0 if the student errs no more behind its own text, 100 if twice as much; see
-    :class:`~lightning_kd.evaluation.ExcessError` for the formula, and for what the official code does
-    differently. ``val/exposure_bias_15`` is that at 15 tokens, for each of ``lengths``. The table
-    ``val/exposure_bias_curve`` has every length, in each logger that can show one.
+    teacher and :math:`q` the student. With :math:`l` = ``max_new_tokens``:
+
+    ==============================  ===========================================================
+    ``exposure_bias``               ExAccErr(l), in percent: 0 if the student errs no more behind
+                                    its own text, 100 if twice as much
+    ``exposure_bias_r``             :math:`R(l)`, the errors behind the student's text, in nats
+    ``exposure_bias_epsilon_sum``   :math:`l\,\epsilon(l)`, those behind the teacher's, in nats
+    ``exposure_bias_15``            ExAccErr at 15 tokens, for each of ``lengths``
+    ==============================  ===========================================================
+
+    See :class:`~lightning_kd.evaluation.ExcessError` for the formulas, for texts that end earlier, and
+    for what the official code does differently. The table ``val/exposure_bias_curve`` has every
+    length, in each logger that can show one.
 
     The student's completions are those of :class:`OwnCompletions`, all of whose numbers come with it.
     The teacher must give the whole distribution and generate.
@@ -65,6 +75,12 @@ class ExposureBias(OwnCompletions):
         self._errors = ExcessError(max_new_tokens)
         self._curve: dict[str, Tensor] = {}
 
+    def names(self) -> Collection[str]:
+        """Return the names of the comparison, and those of :class:`OwnCompletions`."""
+        own = ("exposure_bias", "exposure_bias_r", "exposure_bias_epsilon_sum")
+        at = [f"exposure_bias_{length}" for length in self.lengths]
+        return [*super().names(), *own, *at]
+
     @property
     def metrics(self) -> list[Metric]:
         """What is added up over an evaluation."""
@@ -92,8 +108,13 @@ class ExposureBias(OwnCompletions):
         """Return what is logged, by name, computed over all processes."""
         self._curve = self._errors.compute()
         excess = self._curve["excess"]
+        at_end = {
+            "exposure_bias": excess[-1],
+            "exposure_bias_r": self._curve["of_student"][-1],
+            "exposure_bias_epsilon_sum": self._curve["of_teacher"][-1],
+        }
         at = {f"exposure_bias_{length}": excess[length - 1] for length in self.lengths}
-        return super().values() | {"exposure_bias": excess[-1]} | at
+        return super().values() | at_end | at
 
     def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Log the means, and the curve as a table."""
@@ -114,4 +135,4 @@ class ExposureBias(OwnCompletions):
         per_row, rows = text.positions.tokens_per_row, text.positions.rows
         starts = per_row.cumsum(0) - per_row
         places = torch.arange(len(rows), device=rows.device) - starts[rows]
-        self._errors.update(errors, places, int(chosen.sum()), writer)
+        self._errors.update(errors, places, writer)

@@ -32,8 +32,8 @@ class LMEvalTasks(OccasionalEvaluation):
         limit: Rows of each task, the first ones. Defaults to all.
         num_fewshot: Examples in the prompt. Defaults to those of the task.
         batch_size: Requests that run together.
-        every_n_validations: Validations from one evaluation to the next, the first included; 0 leaves
-            it to the test.
+        every_n_validations: Validations of a fit from one evaluation to the next, the first included; 0
+            leaves it to the test. What watches a number decides in those validations alone.
 
     Raises:
         ValueError: If lm-eval is not installed, or a value is out of its range.
@@ -92,8 +92,9 @@ class LMEvalTasks(OccasionalEvaluation):
         """Refuse a student in shards, before the first step of a run that would evaluate it.
 
         Raises:
-            ValueError: If its weights are in shards.
+            ValueError: If its weights are in shards; see also :meth:`OccasionalEvaluation.check`.
         """
+        super().check(trainer, module, stage)
         assert isinstance(module, DistillationModule)
         is_evaluated = stage == "test" or self.every_n_validations > 0
         if is_evaluated and is_sharded(module.student):
@@ -102,8 +103,12 @@ class LMEvalTasks(OccasionalEvaluation):
                 "exported student: lm_eval --model hf --model_args pretrained=DIRECTORY"
             )
 
-    def evaluate(self, stage: Stage, module: L.LightningModule, *, is_trial: bool) -> None:
-        """Run the tasks and log their results, on a few rows in a trial."""
+    def measures(self, name: str) -> bool:
+        """Return whether a name begins as that of a task does."""
+        return any(name.startswith(f"{task}_") for task in self.tasks)
+
+    def evaluate(self, module: L.LightningModule, *, is_trial: bool) -> dict[str, float]:
+        """Run the tasks, on a few rows in a trial."""
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
@@ -124,9 +129,11 @@ class LMEvalTasks(OccasionalEvaluation):
                 bootstrap_iters=0,
                 log_samples=False,
             )
-        for task, results in found["results"].items():
-            for name, value in _numbers(results).items():
-                module.log(f"{stage}/{task}_{name}", value, sync_dist=True)
+        return {
+            f"{task}_{name}": value
+            for task, results in found["results"].items()
+            for name, value in _numbers(results).items()
+        }
 
 
 def _numbers(results: Mapping[str, Any]) -> dict[str, float]:

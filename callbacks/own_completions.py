@@ -1,6 +1,6 @@
 """Comparison of student and teacher on what the student writes."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import lightning as L
@@ -103,6 +103,10 @@ class OwnCompletions(EvaluationCallback):
         """What is added up over an evaluation."""
         return [self._means]
 
+    def names(self) -> Collection[str]:
+        """Return the names of the means, and of what follows from them."""
+        return [*self._means.names, "tokens_per_teacher_call", "speculative_speed_up"]
+
     def check(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Validate the teacher, and that prompts and completions fit.
 
@@ -163,8 +167,7 @@ class OwnCompletions(EvaluationCallback):
             )
         for metric in self.metrics:
             metric.to(module.device)
-        for name, value in self.values().items():
-            module.log(f"{stage}/{name}", value.to(module.device), sync_dist=True)
+        self.log_values(trainer, module, stage, self.values())
 
     def check_teacher(self, module: TeacherModule) -> None:
         """Refuse a teacher that cannot be asked.

@@ -22,11 +22,19 @@ def check_states(metrics: Sequence[Metric], world_size: int) -> None:
 
     Raises:
         ValueError: If one has a list that is not joined, for which a process without a completion
-            would be waited for forever, or a mean, which is not that of all completions.
+            would be waited for forever, a mean, which is not that of all completions, or is told not
+            to add up over processes.
     """
-    for metric in metrics if world_size > 1 else ():
-        for state, reduction in metric._reductions.items():
-            listed = reduction is None and isinstance(metric._defaults[state], list)
+    parts = [(m, part) for m in metrics for part in m.modules() if isinstance(part, Metric)]
+    for metric, part in parts if world_size > 1 else ():
+        if not part.sync_on_compute:
+            raise ValueError(
+                f"{metric_name(metric)} has sync_on_compute=False, so each of {world_size} processes "
+                "would compute a number of its own completions; leave sync_on_compute out, or compute "
+                "it in one process (--trainer.devices 1)"
+            )
+        for state, reduction in part._reductions.items():
+            listed = reduction is None and isinstance(part._defaults[state], list)
             if listed or reduction is dim_zero_mean:
                 raise ValueError(
                     f"{metric_name(metric)} keeps {state} in a way that {world_size} processes do not "

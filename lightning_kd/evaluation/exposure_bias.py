@@ -18,26 +18,30 @@ class ExcessError(Metric):
 
     .. math::
         R(l) = \sum_{t \le l} E_{y \sim q}[e_t], \qquad
-        \epsilon(l) = \frac{1}{l} \sum_{t \le l} E_{y \sim p}[e_t], \qquad
+        l\,\epsilon(l) = \sum_{t \le l} E_{y \sim p}[e_t], \qquad
         \mathrm{ExAccErr}(l) = \frac{R(l) - l\,\epsilon(l)}{l\,\epsilon(l)} \cdot 100\,\%
 
-    MiniLLM, Eq. 30 to 32. Behind its end a text has no error left: both models give an ended text
-    nothing to say. :math:`R` and :math:`l\,\epsilon` are unbiased, their ratio is as good as
-    the samples are many.
+    MiniLLM, Eq. 30 to 32. The equations are of texts that go on. Here a text has no next token behind
+    its end, which is no error of 0: :math:`E[e_t]` is the mean over the texts that have a token
+    :math:`t` (their EOS included), whatever share of the texts that is. So a student that ends
+    earlier than its teacher, or later, is not made better or worse by that. A :math:`t` that no text
+    of one of the two reaches is in neither sum. :math:`R` and :math:`l\,\epsilon` are as good as the
+    texts at each :math:`t` are many.
 
     The official code (evaluate_exposure_bias.py) differs: it leaves out the first token of the
-    completion, adds 0.001 to the number of texts that are left in the mean of each position, divides
-    the standard deviation of the teacher's texts by itself, and prints :math:`l = 15` alone.
+    completion, adds 0.001 to the number of texts that are left in the mean of each position, counts
+    a position without any as 0, divides the standard deviation of the teacher's texts by itself, and
+    prints :math:`l = 15` alone.
 
     Args:
         length: Positions.
 
     Example:
         >>> metric = ExcessError(2)
-        >>> metric.update(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), 1, "student")
-        >>> metric.update(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0, 1, 0]), 2, "teacher")
+        >>> metric.update(torch.tensor([1.0, 2.0]), torch.tensor([0, 1]), "student")
+        >>> metric.update(torch.tensor([1.0, 1.0, 1.0]), torch.tensor([0, 1, 0]), "teacher")
         >>> metric.compute()["excess"]
-        tensor([  0., 100.], dtype=torch.float64)
+        tensor([ 0., 50.], dtype=torch.float64)
 
     References:
         Gu et al., *MiniLLM*, ICLR 2024, section 3.3 and appendix. https://arxiv.org/abs/2306.08543
@@ -45,31 +49,30 @@ class ExcessError(Metric):
 
     full_state_update = False
     sums: Tensor
-    texts: Tensor
+    counts: Tensor
 
     def __init__(self, length: int) -> None:
         super().__init__()
         zeros = torch.zeros(2, length, dtype=torch.float64)
         self.add_state("sums", zeros, dist_reduce_fx="sum")
-        self.add_state("texts", zeros[:, 0].clone(), dist_reduce_fx="sum")
+        self.add_state("counts", zeros.clone(), dist_reduce_fx="sum")
         self.set_dtype(torch.float64)
 
-    def update(self, errors: Tensor, places: Tensor, texts: int, writer: Writer) -> None:
+    def update(self, errors: Tensor, places: Tensor, writer: Writer) -> None:
         """Add texts.
 
         Args:
             errors: KL from the teacher to the student at each token, ``(N,)``.
             places: Of each token in its completion, from 0, ``(N,)``.
-            texts: How many they are.
-            writer: Whose they are.
+            writer: Whose texts they are.
         """
         row = _WRITERS.index(writer)
-        added = torch.zeros_like(self.sums)
-        added[row].index_add_(0, places, errors.to(added.dtype))
+        values = errors.to(self.sums.dtype)
+        added, count = torch.zeros_like(self.sums), torch.zeros_like(self.counts)
+        added[row].index_add_(0, places, values)
+        count[row].index_add_(0, places, torch.ones_like(values))
         self.sums = self.sums + added
-        count = torch.zeros_like(self.texts)
-        count[row] = texts
-        self.texts = self.texts + count
+        self.counts = self.counts + count
 
     def compute(self) -> dict[str, Tensor]:
         r"""Return, for each l, ``of_student``, ``of_teacher`` and ``excess``.
@@ -77,7 +80,8 @@ class ExcessError(Metric):
         :math:`R(l)`, :math:`l\,\epsilon(l)` and ExAccErr in percent, ``(L,)`` each.
         NaN where there are no texts or no errors.
         """
-        means = self.sums / self.texts[:, None]
-        of_student, of_teacher = means.cumsum(-1)
+        reached = (self.counts > 0).all(0)
+        means = torch.where(reached, self.sums / self.counts.clamp(min=1), 0.0)
+        of_student, of_teacher = means.cumsum(-1).masked_fill(~reached[0], torch.nan)
         excess = (of_student - of_teacher) / of_teacher * 100
         return {"of_student": of_student, "of_teacher": of_teacher, "excess": excess}

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 GOOD, BAD = "sentence_good", "sentence_bad"
@@ -72,17 +73,32 @@ def _read(path: Path) -> MinimalPairs:
     return MinimalPairs(path.stem, good, bad, *names)
 
 
+def groups_of(file: MinimalPairs) -> tuple[str, ...]:
+    """Return the names of the means that a file is part of.
+
+    A field and a phenomenon of one name (``morphology``) are the same group once; BLiMP writes one
+    field in two ways, ``syntax_semantics`` and ``syntax/semantics``.
+    """
+    named = [name.replace("/", "_") for name in (file.field, file.phenomenon) if name is not None]
+    return ("blimp", *(f"blimp_{name}" for name in dict.fromkeys(named)))
+
+
+def group_names(files: Sequence[MinimalPairs]) -> tuple[str, ...]:
+    """Return the names of :func:`accuracies`."""
+    return tuple(dict.fromkeys(name for file in files for name in groups_of(file)))
+
+
 def accuracies(files: Sequence[MinimalPairs], good: Tensor, bad: Tensor) -> dict[str, float]:
     """Return the share of pairs whose acceptable sentence is the likelier one.
 
     Args:
         files: The pairs.
         good: Log-likelihoods of the acceptable sentences of all files, in order, ``(pairs,)``.
-        bad: Those of the others. A tie is no success.
+        bad: Those of the others. A tie is no success; of a NaN nothing is known, and the share is NaN.
 
     Returns:
         ``blimp``, the mean over files; ``blimp_FIELD`` and ``blimp_PHENOMENON``, the means over their
-        files. (BLiMP writes one field in two ways, ``syntax_semantics`` and ``syntax/semantics``.)
+        files.
 
     Example:
         >>> import torch
@@ -95,15 +111,13 @@ def accuracies(files: Sequence[MinimalPairs], good: Tensor, bad: Tensor) -> dict
         {'blimp': 0.75, 'blimp_syntax': 0.5, 'blimp_binding': 0.5, 'blimp_semantics': 1.0,
          'blimp_quantifiers': 1.0}
     """
-    groups: dict[str, list[float]] = defaultdict(list)
+    shares: dict[str, list[float]] = defaultdict(list)
+    unknown = good.isnan() | bad.isnan()
+    won = (good > bad).double().masked_fill(unknown, torch.nan)
     start = 0
     for file in files:
         own = slice(start, start + len(file.good))
         start = own.stop
-        share = (good[own] > bad[own]).double().mean().item()
-        # A field and a phenomenon of one name (morphology) are the same group once.
-        groups["blimp"].append(share)
-        for name in dict.fromkeys((file.field, file.phenomenon)):
-            if name is not None:
-                groups[f"blimp_{name.replace('/', '_')}"].append(share)
-    return {name: sum(values) / len(values) for name, values in groups.items()}
+        for name in groups_of(file):
+            shares[name].append(won[own].mean().item())
+    return {name: sum(values) / len(values) for name, values in shares.items()}

@@ -3,6 +3,7 @@
 from lightning_kd.loops.callback_states import for_evaluation
 from lightning_kd.loops.checks import check_validates
 from lightning_kd.loops.fit import EpochLoader, FitTrainer, estimated_steps
+from lightning_kd.loops.monitors import watchers
 from lightning_kd.loops.requeue import SavesAfterStep, requeues
 from lightning_kd.loops.resume import prepare_trainer
 from lightning_kd.loops.rewinding import at_last_step, has_trained
@@ -20,4 +21,5 @@ __all__ = [
     "has_trained",
     "prepare_trainer",
     "requeues",
+    "watchers",
 ]

@@ -17,7 +17,7 @@ class MonitorChecks(Callback):
     def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look for each monitor of validation among what was logged."""
         logged = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        for what, monitor in _monitors(trainer):
+        for what, monitor in watchers(trainer):
             check_monitor(what, monitor, logged)
 
 
@@ -45,7 +45,8 @@ def check_monitor(what: str, monitor: str, logged: list[str]) -> None:
     raise ValueError(f"{what} monitors {monitor}, which is not logged; {hint} {', '.join(logged)}")
 
 
-def _monitors(trainer: L.Trainer) -> list[tuple[str, str]]:
+def watchers(trainer: L.Trainer) -> list[tuple[str, str]]:
+    """Return what decides by a metric in a run, each with the name of the metric."""
     found = [(type(c).__name__, c.monitor) for c in early_stoppings(trainer)]
     found += [(type(c).__name__, c.monitor or "") for c in checkpoint_callbacks(trainer)]
     scheduled = [c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]

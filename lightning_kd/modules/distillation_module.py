@@ -124,6 +124,7 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
             self._window = LossSums(self.terms)  # a step that was broken off has left its sums
+            self.train_distribution.reset()
         # Dropout comes from counters, so that a resumed run repeats it.
         torch.manual_seed(
             derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
@@ -167,6 +168,12 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         """Log the norm of the gradient if it is known only after the optimizer step."""
         if self._logs_this_step(taken=1):
             self._log_gradient_norm(self._adapter.gradient_norm_after_step())
+
+    def on_validation_start(self) -> None:
+        """Forget the sums of an evaluation that was broken off; see also :class:`StudentModule`."""
+        super().on_validation_start()
+        self._evaluation = LossSums(self._evaluation.terms)
+        self.eval_distribution.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the sums of the evaluation."""

@@ -1,13 +1,16 @@
 """Minimal pairs, against a loop over transformers."""
 
 import json
+import math
+from functools import partial
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 
-from lightning_kd import SFT, DocumentData
+from lightning_kd import SFT, DenseLogits, DocumentData
 from lightning_kd.callbacks import BLiMP
+from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies
 from tests.callbacks.test_document_likelihoods import TOKENIZER, rows, student
 from tests.support.harness import trainer
 from tests.test_token_bytes import sentence_piece
@@ -95,9 +98,9 @@ def test_every_so_often_also_in_a_run_that_goes_on(tmp_path):
     seen = []
 
     class Counted(BLiMP):
-        def evaluate(self, stage, module, *, is_trial):
-            seen.append(stage)
-            super().evaluate(stage, module, is_trial=is_trial)
+        def evaluate(self, module, *, is_trial):
+            seen.append(is_trial)
+            return super().evaluate(module, is_trial=is_trial)
 
     def run(steps, checkpoint=None):
         callback = Counted(write(tmp_path), every_n_validations=3)
@@ -117,13 +120,107 @@ def test_every_so_often_also_in_a_run_that_goes_on(tmp_path):
 
     last = run(2)
     assert len(seen) == 1
-    run(5, last)  # validations 3, 4 and 5, of which the fourth is the next one
+    run(5, last)  # from step 1 on: validations 2 to 5, of which the fourth is the next one
     assert len(seen) == 2
 
 
 def test_only_in_the_test(tmp_path):
-    assert found_by(BLiMP(write(tmp_path), every_n_validations=0)) == {}
+    with pytest.raises(
+        ValueError, match=r"BLiMP\.every_n_validations is 0, .* validate has nothing"
+    ):
+        found_by(BLiMP(write(tmp_path), every_n_validations=0))
     assert "test/blimp" in found_by(BLiMP(str(tmp_path), every_n_validations=0), "test")
+
+
+def test_a_run_that_only_validates_evaluates_whatever_validations_there_were(tmp_path):
+    callback = BLiMP(write(tmp_path), every_n_validations=3)
+    module = SFT(student=student())
+    settings = {"max_steps": 2, "max_epochs": -1, "val_check_interval": 1, "limit_val_batches": 1.0}
+    trainer(callbacks=[callback], **settings).fit(module, datamodule=data(train=rows()))
+    assert set(found_by(callback, module=module)) == set(found_by(BLiMP(str(tmp_path)), "validate"))
+
+
+class OfTheStart(WeightAveraging):
+    """Validates the weights of the start, whatever was trained."""
+
+    def should_update(self, step_idx=None, epoch_idx=None):
+        return False
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that")
+def test_averaged_weights_are_measured_wherever_their_callback_stands(tmp_path):
+    """So that the accuracy is of the weights that val/loss is of."""
+
+    def trained(*callbacks):
+        fit = trainer(
+            max_steps=2, val_check_interval=1, limit_val_batches=1.0, callbacks=list(callbacks)
+        )
+        sgd = partial(torch.optim.SGD, lr=10.0)
+        module = SFT(student=student(), optimizer=sgd)
+        fit.fit(module, datamodule=data(train=rows(), batch_size=2))
+        return {n: v.item() for n, v in fit.callback_metrics.items() if n.startswith("val/")}
+
+    callback, averages = BLiMP(write(tmp_path)), OfTheStart()
+    live, one, other = trained(callback), trained(callback, averages), trained(averages, callback)
+    start = found_by(callback)
+    assert {name: one[name] for name in start} == start
+    assert other == one
+    assert live["val/blimp"] != one["val/blimp"]
+
+
+def test_scores_that_are_no_numbers_make_no_accuracy(tmp_path):
+    """NaN is greater than nothing, and would count as wrong."""
+    broken = student()
+    with torch.no_grad():
+        broken.lm_head.weight.fill_(torch.nan)
+    found = found_by(
+        BLiMP(write(tmp_path)), module=SFT(student=broken, logits_backend=DenseLogits())
+    )
+    assert len(found) == 6
+    assert all(math.isnan(value) for value in found.values())
+
+
+def test_one_score_that_is_no_number_spoils_the_means_that_it_is_part_of():
+    files = [
+        MinimalPairs("one", ("a", "b"), ("c", "d"), "syntax", "binding"),
+        MinimalPairs("two", ("a", "b"), ("c", "d"), "semantics", "binding"),
+    ]
+    good = torch.tensor([2.0, 2.0, math.nan, 2.0])
+    found = accuracies(files, good, torch.ones(4))
+    assert found.pop("blimp_syntax") == 1
+    assert set(found) == {"blimp", "blimp_semantics", "blimp_binding"}
+    assert all(math.isnan(value) for value in found.values())
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_a_fit_without_validation_is_refused_unless_it_is_for_the_test(tmp_path, every):
+    fit = trainer(max_steps=1, callbacks=[BLiMP(write(tmp_path), every_n_validations=every)])
+    if every:
+        with pytest.raises(
+            ValueError, match="BLiMP evaluates in validations, and this fit has none"
+        ):
+            fit.fit(SFT(student=student()), datamodule=data(train=rows(), validation=None))
+    else:
+        fit.fit(SFT(student=student()), datamodule=data(train=rows(), validation=None))
+    assert fit.global_step == 1 - every
+
+
+@pytest.mark.parametrize("watching", [EarlyStopping, ModelCheckpoint])
+def test_what_watches_an_accuracy_that_is_left_to_the_test_is_refused(tmp_path, watching):
+    fit = trainer(
+        max_steps=1,
+        limit_val_batches=1.0,
+        enable_checkpointing=True,
+        callbacks=[
+            BLiMP(write(tmp_path), every_n_validations=0),
+            watching(monitor="val/blimp_syntax"),
+        ],
+    )
+    with pytest.raises(
+        ValueError, match=f"every_n_validations is 0.*{watching.__name__} monitors val/blimp_syntax"
+    ):
+        fit.fit(SFT(student=student()), datamodule=data(train=rows()))
+    assert fit.global_step == 0
 
 
 def test_training_is_the_same_with_and_without(tmp_path):

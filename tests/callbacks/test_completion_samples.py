@@ -5,13 +5,21 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from rouge_score.rouge_scorer import RougeScorer
 from torchmetrics import MeanMetric, Metric
-from torchmetrics.text import BLEUScore, ROUGEScore
+from torchmetrics.text import BLEUScore, EditDistance, ROUGEScore
 
-from lightning_kd import SFT, ChatData, PackedTextData, PromptCompletionData
+from lightning_kd import SFT, ChatData, Engine, PackedTextData, PromptCompletionData
 from lightning_kd.batch import FILLER_ROW
 from lightning_kd.callbacks import CompletionSamples
 from lightning_kd.callbacks.reference_checks import check_states
-from lightning_kd.evaluation import DistinctN, ExactMatch, GSM8KAccuracy, Repetition, RougeL
+from lightning_kd.evaluation import (
+    DistinctN,
+    ExactMatch,
+    GSM8KAccuracy,
+    Repetition,
+    RougeL,
+    as_metric,
+)
+from lightning_kd.generation import Completions
 from tests.support.harness import BatchList, trainer
 from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
 
@@ -143,16 +151,75 @@ def loss(completion, references):
     return 1.0
 
 
+def bleu_score(completion, references):
+    return 1.0
+
+
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [
         ([ExactMatch(), ExactMatch()], "ExactMatch would log exact_match, a name that another"),
-        ([loss], "loss would log loss, a name that another number has"),
+        ([loss], "CompletionSamples and SFT would both log val/loss"),
+        ([BLEUScore(), bleu_score], "bleu_score would log bleu_score, a name that another"),
     ],
 )
 def test_a_name_is_that_of_one_number(metrics, message):
     with pytest.raises(ValueError, match=message):
         validated(CompletionSamples(2, metrics=metrics))
+
+
+@pytest.mark.parametrize(
+    ("others", "name"), [([ExactMatch()], "exact_match"), ([Repetition()], "completions_cut")]
+)
+def test_two_that_log_one_name_are_refused_before_the_first_step(others, name):
+    """Lightning would log the mean of the two."""
+    fit = trainer(
+        max_steps=1,
+        limit_val_batches=1.0,
+        callbacks=[CompletionSamples(3), CompletionSamples(2, metrics=others)],
+    )
+    with pytest.raises(
+        ValueError, match=f"CompletionSamples and CompletionSamples would both log val/{name}"
+    ):
+        fit.fit(SFT(student=tiny_llama(0)), datamodule=prompts(ROWS))
+    assert fit.global_step == 0
+
+
+def test_the_share_of_completions_that_are_cut_is_logged():
+    """Of those with the largest number of tokens, the ones without an EOS or a stop string."""
+
+    class Given(Engine):
+        def generate(self, prompts, options, *, seeds, models):
+            texts = [[4, 5, 6], [4, 5, 1], [4, 5], [7, 8, 9]]
+            return Completions.of_tokens(texts, eos_ids=prompts.eos_ids, pad_id=prompts.pad_id)
+
+    batch = with_prompts(ragged_batch([(3, 2), (2, 4), (4, 1), (2, 2)]))
+    stop = letter_tokenizer().decode([8])
+
+    def share(rows=(0, 1, 2, 3), **options):
+        fit = trainer(limit_val_batches=1.0, callbacks=[CompletionSamples(3, **options)])
+        (found,) = fit.validate(
+            SFT(student=tiny_llama(0), engine=Given()),
+            datamodule=BatchList([], evaluate=[batch | {"row": torch.tensor(rows)}]),
+            verbose=False,
+        )
+        return found["val/completions_cut"]
+
+    assert share() == pytest.approx(2 / 4)
+    assert share(stop_strings=[stop]) == pytest.approx(1 / 4)
+    assert share((0, FILLER_ROW, 2, 3)) == pytest.approx(2 / 3)
+
+
+def test_metrics_that_were_given_are_refused_in_a_fit_without_validation():
+    def fitted(**options):
+        fit = trainer(max_steps=1, callbacks=[CompletionSamples(2, **options)])
+        fit.fit(SFT(student=tiny_llama(0)), datamodule=prompts(ROWS))
+
+    with pytest.raises(
+        ValueError, match="CompletionSamples evaluates in validations, and this fit"
+    ):
+        fitted(metrics=[ExactMatch()])
+    fitted()
 
 
 ROWS = [{"prompt": "abc", "completion": "de"}, {"prompt": "ab", "completion": ["f", "gh"]}]
@@ -288,3 +355,12 @@ def test_processes_refuse_what_they_cannot_add_up():
     with pytest.raises(ValueError, match="Wrong keeps mean_of"):
         check_states([Wrong()], 2)
     check_states([ExactMatch(), DistinctN(), Repetition(), BLEUScore()], 2)
+
+
+@pytest.mark.parametrize(
+    "metric", [BLEUScore(sync_on_compute=False), as_metric(EditDistance(sync_on_compute=False))]
+)
+def test_a_metric_of_each_process_for_itself_is_refused_where_there_are_several(metric):
+    check_states([metric], 1)
+    with pytest.raises(ValueError, match=r"(BLEUScore|EditDistance) has sync_on_compute=False"):
+        check_states([metric], 2)

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_kd import (
@@ -16,8 +16,9 @@ from lightning_kd import (
     PromptCompletionData,
     SupervisedKD,
 )
-from lightning_kd.callbacks import DocumentLikelihoods
+from lightning_kd.callbacks import CompletionSamples, DocumentLikelihoods, ExposureBias
 from lightning_kd.data.tokenizer_training import train_tokenizer
+from lightning_kd.evaluation import DistinctN
 from tests.support.harness import trainer
 from tests.test_token_bytes import sentence_piece
 
@@ -204,10 +205,11 @@ def test_bits_per_byte_are_the_students_whatever_it_learns_from():
     assert evaluated(data, module=taught)["val/bits_per_byte"] == alone
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_it_is_watched_and_the_file_is_that_of_the_last_validation(tmp_path):
     data = DocumentData(tokenizer=TOKENIZER, train=rows(), validation=rows(), batch_size=2)
     module = SFT(student=student())
-    best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/bits_per_byte")
+    best = ModelCheckpoint(tmp_path / "checkpoints", monitor="val/bits_per_byte", save_top_k=2)
     fit = trainer(
         max_steps=2,
         limit_val_batches=1.0,
@@ -223,7 +225,78 @@ def test_it_is_watched_and_the_file_is_that_of_the_last_validation(tmp_path):
     fit.fit(module, datamodule=data)
     wanted = direct(TEXTS[0], model=module.student)
     assert records(tmp_path / "d.jsonl")[0]["nats"] == pytest.approx(wanted[0], rel=1e-5)
-    assert best.best_model_score is not None
+    measured = {}
+    for path, score in best.best_k_models.items():
+        fresh = SFT(student=student())
+        trainer(limit_val_batches=1.0).validate(
+            fresh, datamodule=data, ckpt_path=path, weights_only=True, verbose=False
+        )
+        costs = [direct(text, model=fresh.student) for text in TEXTS]
+        nats, _, size = map(sum, zip(*costs, strict=True))
+        measured[path] = nats / math.log(2) / size
+        assert score.item() == pytest.approx(measured[path], rel=1e-5)
+    assert len(measured) == 2
+    assert best.best_model_path == min(measured, key=measured.__getitem__)
+    assert best.best_model_score.item() == pytest.approx(min(measured.values()), rel=1e-5)
+
+
+def test_a_fit_without_validation_is_refused(tmp_path):
+    data = DocumentData(tokenizer=TOKENIZER, train=rows())
+    fit = trainer(max_steps=1, callbacks=[DocumentLikelihoods(str(tmp_path / "d.jsonl"))])
+    with pytest.raises(ValueError, match="DocumentLikelihoods evaluates in validations, and this"):
+        fit.fit(SFT(student=student()), datamodule=data)
+    assert fit.global_step == 0
+
+
+def test_two_that_would_write_one_file_are_refused(tmp_path):
+    data = DocumentData(tokenizer=TOKENIZER, validation=rows())
+    with pytest.raises(ValueError, match=r"two DocumentLikelihoods write .*d\.jsonl"):
+        evaluated(data, *(DocumentLikelihoods(str(tmp_path / "d.jsonl")) for _ in range(2)))
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [("validate", KeyboardInterrupt), ("test", ZeroDivisionError), ("fit", KeyboardInterrupt)],
+)
+def test_nothing_of_an_evaluation_that_was_broken_off_is_in_the_next(tmp_path, error, command):
+    class BreaksOff(Callback):
+        is_on = True
+
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if self.is_on and batch_idx == 1:
+                raise error
+
+        on_test_batch_end = on_validation_batch_end
+
+    breaking, path = BreaksOff(), tmp_path / "d.jsonl"
+    module = SupervisedKD(student=student(), teacher=student(1))
+    callbacks = [
+        CompletionSamples(3, metrics=[DistinctN()]),
+        ExposureBias(max_new_tokens=3),
+        DocumentLikelihoods(str(path)),
+    ]
+    data = DocumentData(
+        tokenizer=TOKENIZER,
+        **dict.fromkeys(("train", "validation", "test"), rows()),
+        prompt_length=1,
+        batch_size=2,
+    )
+
+    def run(*more):
+        settings = {"max_steps": 1, "val_check_interval": 1, "limit_val_batches": 1.0}
+        of = trainer(callbacks=[*callbacks, *more], **settings)
+        getattr(of, command)(module, datamodule=data)
+
+    def found(module):
+        (numbers,) = trainer(callbacks=callbacks, limit_val_batches=1.0).validate(
+            module, datamodule=data, verbose=False
+        )
+        return numbers, records(path)
+
+    with pytest.raises((error, SystemExit)):
+        run(breaking)
+    after, module = found(module), SupervisedKD(student=module.student, teacher=student(1))
+    assert after == found(module)
 
 
 def test_windows_are_parts_of_documents_without_prompts():

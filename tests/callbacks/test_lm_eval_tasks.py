@@ -127,7 +127,7 @@ def test_an_unknown_task_is_refused_by_name(task):
 def test_a_student_in_shards_is_refused_before_the_first_step(task, monkeypatch, every):
     monkeypatch.setattr("lightning_kd.callbacks.lm_eval_tasks.is_sharded", lambda model: True)
     callback = LMEvalTasks(["which_end"], include_path=task, every_n_validations=every)
-    fit = trainer(max_steps=1, callbacks=[callback])
+    fit = trainer(max_steps=1, limit_val_batches=1.0, callbacks=[callback])
     module = SFT(student=student())
     if every:
         with pytest.raises(ValueError, match="the student is in shards; use ddp"):

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from lightning_kd import SFT, DenseLogits, Engine, SupervisedKD, TeacherEnsemble, TopKTeacher
 from lightning_kd.batch import FILLER_ROW
 from lightning_kd.callbacks import ExposureBias, OwnCompletions
+from lightning_kd.callbacks.evaluations import EvaluationCallback
 from lightning_kd.generation import Completions
 from lightning_kd.models import StudentSpec
 from tests.support.harness import BatchList, Letters, trainer
@@ -92,12 +93,12 @@ def prefixes(writer):
             yield text, log_probs(table, text).sum().exp().item() if text else 1.0
 
 
-def expected(writer, of_prefix):
+def expected(writer, of_prefix, pair=(STUDENT, TEACHER)):
     """Sum of a quantity over the positions of a text, for each number of tokens before it."""
     sums = [0.0] * LONGEST
     with torch.no_grad():
         for text, share in prefixes(writer):
-            own, other = (next_log_probs(Table(n), text) for n in (STUDENT, TEACHER))
+            own, other = (next_log_probs(Table(n), text) for n in pair)
             sums[len(text)] += share * of_prefix(own, other).item()
     return sums
 
@@ -106,13 +107,24 @@ def forward_kl(q, p):
     return (p.exp() * (p - q)).sum()
 
 
-def test_exposure_bias_is_that_of_all_texts():
-    found = evaluated(ExposureBias(lengths=[1, 2], max_new_tokens=LONGEST, prompts=ROWS))
-    of_student, of_teacher = (expected(writer, forward_kl) for writer in (STUDENT, TEACHER))
+def mean_of_each_position(writer, pair):
+    """The expected error of a token that there is: of texts that have not ended before it."""
+    reached = expected(writer, lambda q, p: q.exp().sum(), pair)
+    errors = expected(writer, forward_kl, pair)
+    return [error / share for error, share in zip(errors, reached, strict=True)]
+
+
+@pytest.mark.parametrize("pair", [(0, 3), (2, 0)])
+def test_exposure_bias_is_that_of_all_texts(pair):
+    callback = ExposureBias(lengths=[1, 2], max_new_tokens=LONGEST, prompts=ROWS)
+    found = evaluated(callback, tables(*pair))
+    of_student, of_teacher = (mean_of_each_position(writer, pair) for writer in pair)
     for length, name in ((1, "_1"), (2, "_2"), (3, "")):
         r, epsilon = sum(of_student[:length]), sum(of_teacher[:length])
         wanted = (r - epsilon) / epsilon * 100
         assert found[f"exposure_bias{name}"] == pytest.approx(wanted, abs=0.3)
+    assert found["exposure_bias_r"] == pytest.approx(sum(of_student), rel=2e-3)
+    assert found["exposure_bias_epsilon_sum"] == pytest.approx(sum(of_teacher), rel=2e-3)
     assert found["exposure_bias_1"] == pytest.approx(0, abs=1e-9)  # no token is written before it
     assert abs(found["exposure_bias"]) > 5
 
@@ -208,6 +220,45 @@ def test_what_the_student_writes_is_read_as_transformers_reads_it():
     assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
 
 
+class Ends(Engine):
+    """Writes texts of given lengths, by student (whose weights train) or teacher."""
+
+    def __init__(self, of_student, of_teacher):
+        self.texts = {True: of_student, False: of_teacher}
+
+    def generate(self, prompts, options, *, seeds, models):
+        ((model, _),) = models
+        texts = self.texts[next(model.parameters()).requires_grad]
+        return Completions.of_tokens(texts, eos_ids=prompts.eos_ids, pad_id=prompts.pad_id)
+
+
+LONG = [[4, 9, 7, 5], [3, 3, 8, 6], [12, 12, 5, 7]]
+SHORT = [[4, 1], [3, 9, 1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("of_student", "of_teacher"), [(SHORT, LONG), (LONG, SHORT), (SHORT, SHORT), (LONG, WRITTEN)]
+)
+def test_behind_the_end_of_a_text_there_is_no_error_of_0(of_student, of_teacher):
+    """Each position is a mean over the texts that reach it, as far as both sides have one."""
+    batch, means = LLAMA_BATCHES[0], []
+    for texts in (of_student, of_teacher):
+        at = [[] for _ in range(4)]
+        for row, text in enumerate(texts):
+            prompt = batch["prompt_ids"][row][batch["prompt_mask"][row].bool()].tolist()
+            for place, (q, p) in enumerate(zip(*by_transformers(prompt, text), strict=True)):
+                at[place].append(rel_entr(p, q).sum())
+        means.append(at)
+    common = [place for place in range(4) if means[0][place] and means[1][place]]
+    r, epsilon = (sum(np.mean(at[place]) for place in common) for at in means)
+    module = llamas(engine=Ends(of_student, of_teacher))
+    found = evaluated(ExposureBias([1], 4, prompts=3), module, [batch])
+    assert found["exposure_bias_r"] == pytest.approx(r, rel=1e-4)
+    assert found["exposure_bias_epsilon_sum"] == pytest.approx(epsilon, rel=1e-4)
+    assert found["exposure_bias"] == pytest.approx((r - epsilon) / epsilon * 100, abs=1e-2)
+    assert found["exposure_bias_1"] == pytest.approx(0, abs=1e-3)
+
+
 def test_the_numbers_do_not_depend_on_batches_or_filler():
     """Each row is seeded by its number, and rows beyond the prompts do not count."""
     rows = with_prompts(ragged_batch([(3, 2), (2, 4), (4, 1)]))
@@ -247,6 +298,13 @@ def test_training_is_the_same_with_and_without_and_it_can_be_watched(tmp_path):
     )
     assert all(torch.equal(one, other) for one, other in pairs)
     assert math.isfinite(best.best_model_score)
+
+
+class Two(EvaluationCallback):
+    """Logs a number of its own."""
+
+    def names(self):
+        return ("acceptance",)
 
 
 class Both(Letters):
@@ -300,6 +358,34 @@ def test_what_cannot_be_compared_is_refused_before_the_first_step(callback, modu
     fit = trainer(max_steps=1, limit_val_batches=1.0, num_sanity_val_steps=1, callbacks=[callback])
     with pytest.raises(ValueError, match=message):
         fit.fit(module(), datamodule=Both(batch_size=4))
+    assert fit.global_step == 0
+
+
+@pytest.mark.parametrize("callback", [OwnCompletions, ExposureBias])
+def test_a_fit_without_validation_is_refused(callback):
+    fit = trainer(max_steps=1, callbacks=[callback(max_new_tokens=4)])
+    with pytest.raises(
+        ValueError, match=f"{callback.__name__} evaluates in validations, and this fit has none"
+    ):
+        fit.fit(llamas(), datamodule=Both(batch_size=4))
+    assert fit.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "name"),
+    [
+        ([ExposureBias(max_new_tokens=4), ExposureBias(max_new_tokens=3)], "own_teacher_nats"),
+        ([ExposureBias(max_new_tokens=4), OwnCompletions(4)], "own_teacher_nats_per_token"),
+        ([Two(), OwnCompletions(4)], "acceptance"),
+    ],
+)
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_two_that_log_one_name_are_refused_before_the_first_step(callbacks, name, stage):
+    fit = trainer(max_steps=1, limit_val_batches=1.0, callbacks=callbacks)
+    prefix = "test" if stage == "test" else "val"
+    one, other = (type(callback).__name__ for callback in callbacks)
+    with pytest.raises(ValueError, match=f"{one} and {other} would both log {prefix}/{name}"):
+        getattr(fit, stage)(llamas(), datamodule=Both(batch_size=4))
     assert fit.global_step == 0
 
 
