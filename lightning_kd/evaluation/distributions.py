@@ -37,7 +37,8 @@ class DistributionMetrics(Metric):
     teacher's), and ``perplexity`` of the labels under the student.
     Without a teacher only the student's are there. Where logits are cut to a shared vocabulary,
     ``student_dropped_mass`` and ``teacher_dropped_mass`` are what each gives to the tokens beyond
-    it.
+    it; ``perplexity`` and ``bits_per_byte`` are over all tokens of the student, the others over the
+    shared ones.
 
     A teacher that names k tokens and a tail has no KL over the vocabulary and no entropy. It has
     ``top_k_forward_kl`` and ``top_k_reverse_kl``, over the k tokens and one event for all others:

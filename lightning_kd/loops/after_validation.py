@@ -1,16 +1,17 @@
-"""Callbacks that decide by a metric of validation: once for each, by the weights it is of."""
+"""Callbacks that decide by a metric of validation: once for each value, by the weights it is of."""
 
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_kd.loops.fit import EpochLoop, checkpoint_callbacks, early_stoppings
+from lightning_kd.loops.measurements import is_measured
 
 
 class SavesAfterValidation(ModelCheckpoint):
-    """A checkpoint callback that ranks by a metric of validation, and saves after validations only.
+    """A checkpoint callback that ranks by a metric of validation, and saves only after one that has it.
 
     Lightning saves before the validation of the same step, and at the end of an epoch that
     ``max_steps`` has cut short: the weights there would be ranked by the metric of earlier ones.
@@ -39,10 +40,23 @@ class SavesAfterValidation(ModelCheckpoint):
             found.pop(str(self.monitor), None)
         return found
 
+    def _should_skip_saving_checkpoint(self, trainer: L.Trainer) -> bool:
+        """Return whether there is nothing to decide by; a save that is due waits."""
+        if not self._trained and not is_measured(trainer, self.monitor):
+            return True
+        return super()._should_skip_saving_checkpoint(trainer)
+
     def _should_save_on_train_epoch_end(self, trainer: L.Trainer) -> bool:
         if trainer.enable_validation:
             return False
         return super()._should_save_on_train_epoch_end(trainer)
+
+
+class StopsAfterValidation(EarlyStopping):
+    """An ``EarlyStopping`` that counts only validations which have measured what it watches."""
+
+    def _should_skip_check(self, trainer: L.Trainer) -> bool:
+        return super()._should_skip_check(trainer) or not is_measured(trainer, self.monitor)
 
 
 def ranks_by_validation(callback: ModelCheckpoint) -> bool:
@@ -57,10 +71,17 @@ def decide_after_validation(trainer: L.Trainer) -> None:
     are those of their states in checkpoints.
     """
     for callback in checkpoint_callbacks(trainer):
-        if ranks_by_validation(callback) and not isinstance(callback, SavesAfterValidation):
-            own = type(callback)
-            names = {"__qualname__": own.__qualname__, "__module__": own.__module__}
-            callback.__class__ = type(own.__name__, (SavesAfterValidation, own), names)
+        if ranks_by_validation(callback):
+            _become(callback, SavesAfterValidation)
     for stopping in early_stoppings(trainer):
-        if stopping.monitor.startswith("val/") and stopping._check_on_train_epoch_end is None:
-            stopping._check_on_train_epoch_end = False
+        if stopping.monitor.startswith("val/"):
+            _become(stopping, StopsAfterValidation)
+            if stopping._check_on_train_epoch_end is None:
+                stopping._check_on_train_epoch_end = False
+
+
+def _become(callback: Callback, kind: type[Callback]) -> None:
+    own = type(callback)
+    if not issubclass(own, kind):
+        names = {"__qualname__": own.__qualname__, "__module__": own.__module__}
+        callback.__class__ = type(own.__name__, (kind, own), names)

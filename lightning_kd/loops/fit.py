@@ -15,6 +15,8 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.progress import _ProcessedTracker, _ReadyCompletedTracker
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
+from lightning_kd.loops.measurements import is_measured
+
 TRAINED, VALIDATED, ENDED = "trained", "validated", "ended"
 """Moments at which callbacks save: after a micro-batch, a validation, an epoch."""
 
@@ -82,15 +84,12 @@ class EpochLoop(_TrainingEpochLoop):
         return bool(self.trainer.strategy.broadcast(decision))
 
     def _update_learning_rates(self, interval: str, update_plateau_schedulers: bool) -> None:
-        """Step schedules; one that depends on validation, only after one."""
+        """Step schedules; one that depends on validation, only behind one that has measured it."""
         strategy = self.trainer.strategy
         configs = strategy.lr_scheduler_configs
-        if interval == "step" and self.moment != VALIDATED:
-            strategy.lr_scheduler_configs = [
-                c
-                for c in configs
-                if not (c.reduce_on_plateau and str(c.monitor).startswith("val/"))
-            ]
+        strategy.lr_scheduler_configs = [
+            c for c in configs if not c.reduce_on_plateau or is_measured(self.trainer, c.monitor)
+        ]
         try:
             super()._update_learning_rates(interval, update_plateau_schedulers)
         finally:

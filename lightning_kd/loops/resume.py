@@ -27,6 +27,7 @@ from lightning_kd.loops.fit import (
     validation_interval,
 )
 from lightning_kd.loops.logs import EarlierRows, forget_steps
+from lightning_kd.loops.measurements import Measurements, measurements_of
 from lightning_kd.loops.module_hooks import ModuleHooks
 from lightning_kd.loops.monitors import MonitorChecks
 from lightning_kd.loops.place import place_of
@@ -47,7 +48,7 @@ def prepare_trainer(trainer: L.Trainer) -> None:
     check_limits(trainer)
     if not any(isinstance(callback, ResumeState) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         # In front of all others, so that a moment is known when they save.
-        trainer.callbacks.insert(0, ResumeState(EarlierRows(trainer)))  # type: ignore[attr-defined]
+        trainer.callbacks[:0] = [ResumeState(EarlierRows(trainer)), Measurements()]  # type: ignore[attr-defined]
     if requeues(trainer) and not any(isinstance(c, RequeueAfterStep) for c in trainer.callbacks):  # type: ignore[attr-defined]
         trainer.callbacks.append(RequeueAfterStep())  # type: ignore[attr-defined]
     for added in (EpochChecks, MonitorChecks, ModuleHooks):
@@ -136,6 +137,7 @@ class ResumeState(Callback):
                 name: value.detach().cpu().clone()
                 for name, value in trainer.callback_metrics.items()
             },
+            "measured": sorted(_measurements(trainer).names),
             "row": _row_to_come(trainer, loop),
             "early_stopping": stopping_settings(trainer),
             "saved": {
@@ -168,6 +170,8 @@ class ResumeState(Callback):
         if restored is None:
             return
         trainer.callback_metrics.update(restored["metrics"])
+        of_old = () if restored["moment"] == TRAINED else restored["metrics"]
+        _measurements(trainer).restore(restored.get("measured", of_old))
         _epoch_loop(trainer).row_to_come = restored["row"]
         # The last step's row comes after the checkpoint only where it was saved right behind it.
         first = trainer.global_step - (restored["moment"] == TRAINED)
@@ -244,6 +248,12 @@ class _ExistsForRun:
             self.lost.discard(Path(filepath).name)
             return False
         return ModelCheckpoint.file_exists(self.callback, filepath, trainer)
+
+
+def _measurements(trainer: L.Trainer) -> Measurements:
+    found = measurements_of(trainer)
+    assert found is not None  # prepare_trainer has seen to it
+    return found
 
 
 def _epoch_loop(trainer: L.Trainer) -> EpochLoop:

@@ -264,9 +264,8 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         metrics: DistributionMetrics | None,
         count_ratios: Mapping[str, Tensor | float] | None = None,
     ) -> tuple[Tensor, MicroBatchLoss]:
-        targets, metric_terms = scores.positions.targets, []
-        if metrics is not None:
-            metric_terms = metrics.token_terms(targets, scores.teacher)
+        targets, teacher = scores.positions.targets, scores.teacher
+        metric_terms = [] if metrics is None else metrics.token_terms(targets, teacher)
         total, loss, watched = evaluate(
             self.logits_backend,
             scores,
@@ -277,10 +276,14 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
             metric_terms=metric_terms,
         )
         if metrics is not None:
-            kind = None if scores.teacher is None else scores.teacher.kind
-            metrics.update(watched, targets, kind)
-            self.label_nats = watched[0]
+            self._measure(metrics, scores, watched)
         return total, loss
+
+    def _measure(self, metrics: DistributionMetrics, scores: Scores, values: Tensor) -> None:
+        """Add the values of the metrics' terms, ``(terms, N)``, the first of them the labels' nats."""
+        kind = None if scores.teacher is None else scores.teacher.kind
+        metrics.update(values, scores.positions.targets, kind)
+        self.label_nats = values[0]
 
     def _log_gradient_norm(self, norm: Tensor | None) -> None:
         if norm is not None:

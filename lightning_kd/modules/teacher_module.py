@@ -16,6 +16,7 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
     AnswerKind,
     ChunkedPass,
+    CrossEntropy,
     StudentMassBeyond,
     TeacherAnswer,
     TeacherMassBeyond,
@@ -31,7 +32,7 @@ from lightning_kd.models import (
 )
 from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
 from lightning_kd.modules.distillation_module import DistillationModule
-from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
+from lightning_kd.modules.loss import Scores
 from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.remote import ask_together, following_batch
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
@@ -59,7 +60,8 @@ class TeacherModule(DistillationModule):
         vocabulary: ``equal`` refuses logits of different widths; ``shared`` cuts both to the
             narrower one before the softmax, so that each is renormalized over the tokens that they
             share. What a wider side gives to its other tokens is not in the loss, and is logged as
-            ``student_dropped_mass`` or ``teacher_dropped_mass``.
+            ``student_dropped_mass`` or ``teacher_dropped_mass``. ``perplexity``, ``bits_per_byte`` and
+            nats of documents are of the student over all its tokens.
     """
 
     learns_from_its_start: ClassVar[bool] = False
@@ -241,33 +243,33 @@ class TeacherModule(DistillationModule):
         values = evaluate_no_grad(ChunkedPass(scores.student, asked, [term]))[0]
         return REVERSE_KL_NAMES[scores.teacher.kind], values
 
-    def _evaluate(
-        self,
-        scores: Scores,
-        terms: Mapping[str, LossTerm],
-        metrics: DistributionMetrics | None,
-        count_ratios: Mapping[str, Tensor | float] | None = None,
-    ) -> tuple[Tensor, MicroBatchLoss]:
-        if metrics is not None and scores.uncut is not None:
-            metrics.update_dropped(*self._dropped(scores.uncut), scores.positions.targets)
-        return super()._evaluate(scores, terms, metrics, count_ratios)
+    def _measure(self, metrics: DistributionMetrics, scores: Scores, values: Tensor) -> None:
+        """Add the values of the metrics' terms, with the labels' nats over all tokens."""
+        if scores.uncut is not None:
+            nats, of_student, of_teacher = self._uncut(scores.uncut)
+            metrics.update_dropped(of_student, of_teacher, scores.positions.targets)
+            if nats is not None:
+                values = torch.cat([nats[None], values[1:]])
+        super()._measure(metrics, scores, values)
 
-    def _dropped(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
-        """Compute the probability of tokens beyond the shared vocabulary, ``(N,)`` for each side.
+    def _uncut(self, scores: Scores) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Compute what a cut to the shared vocabulary hides; None for a side that is no wider.
 
-        Of several teachers, the mean with their weights.
+        Returns:
+            Minus the student's log-probability of each label over all its tokens; the probability of
+            tokens beyond the shared ones, of the student and of the teacher (of several teachers, the
+            mean with their weights): ``(N,)`` each.
         """
-        of_student, of_teacher = None, None
+        nats, of_student, of_teacher = None, None, None
         if scores.student.shape[1] > self.width:
-            of_student = evaluate_no_grad(
-                ChunkedPass(scores.student, None, [StudentMassBeyond(self.width)])
-            )[0]
+            terms = [CrossEntropy(scores.positions.targets), StudentMassBeyond(self.width)]
+            nats, of_student = evaluate_no_grad(ChunkedPass(scores.student, None, terms))
         assert scores.teacher is not None  # score() has put it there
         if any(source.shape[1] > self.width for source in scores.teacher.sources):
             of_teacher = evaluate_no_grad(
                 ChunkedPass(None, scores.teacher.mixture(), [TeacherMassBeyond(self.width)])
             )[0]
-        return of_student, of_teacher
+        return nats, of_student, of_teacher
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         shown = super()._log_distribution(stage, metrics)

@@ -11,7 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lightning_kd import (
     SFT,
     ChatData,
+    DenseLogits,
     DocumentData,
+    FusedLogits,
     PackedTextData,
     PromptCompletionData,
     SupervisedKD,
@@ -32,16 +34,16 @@ TEXTS = [
 TOKENIZER = train_tokenizer(TEXTS, 280)
 
 
-def student(seed=0):
+def student(seed=0, **sizes):
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=280,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=256,
         initializer_range=0.5,
+        **({"vocab_size": 280} | sizes),
     )
     return LlamaForCausalLM(config)
 
@@ -203,6 +205,26 @@ def test_bits_per_byte_are_the_students_whatever_it_learns_from():
     alone = evaluated(data)["val/bits_per_byte"]
     taught = SupervisedKD(student=student(), teacher=student(1), alpha=0.0)
     assert evaluated(data, module=taught)["val/bits_per_byte"] == alone
+
+
+@pytest.mark.filterwarnings("ignore:the (student|teacher) gives")
+@pytest.mark.parametrize("logits", [FusedLogits(), DenseLogits()], ids=["fused", "dense"])
+@pytest.mark.parametrize("widths", [(300, 280), (280, 300)], ids=["student", "teacher"])
+def test_they_are_over_all_tokens_of_the_student_also_where_a_teacher_shares_fewer(
+    tmp_path, widths, logits
+):
+    wider, teacher = (student(seed, vocab_size=width) for seed, width in enumerate(widths))
+    module = SupervisedKD(
+        student=wider, teacher=teacher, vocabulary="shared", alpha=0.5, logits_backend=logits
+    )
+    data = DocumentData(tokenizer=TOKENIZER, validation=rows(), batch_size=2)
+    found = evaluated(data, DocumentLikelihoods(str(tmp_path / "d.jsonl")), module=module)
+    wanted = [direct(text, model=wider) for text in TEXTS]
+    for record, (nats, _, _) in zip(records(tmp_path / "d.jsonl"), wanted, strict=True):
+        assert record["nats"] == pytest.approx(nats, rel=1e-5)
+    nats, tokens, size = map(sum, zip(*wanted, strict=True))
+    assert found["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert found["val/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.cli import ReduceLROnPlateau
 
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SFT
@@ -217,6 +218,82 @@ def test_a_validation_that_comes_in_a_later_epoch_is_one(interval):
         check_val_every_n_epoch=None,
     )
     assert "val/loss" in run.callback_metrics
+
+
+class Sometimes(Callback):
+    """Measures in every other validation, at first better and then worse."""
+
+    def __init__(self, every=2):
+        self.every, self.validations = every, 0
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            if self.validations % self.every == 0:
+                pl_module.log("val/rare", abs(trainer.global_step - 3.0))
+            self.validations += 1
+
+    def state_dict(self):
+        return {"validations": self.validations}
+
+    def load_state_dict(self, state):
+        self.validations = state["validations"]
+
+
+class Plateau(ReduceLROnPlateau):
+    """Counts how often it is asked."""
+
+    steps: tuple = ()
+
+    def step(self, metrics, epoch=None):
+        self.steps = (*self.steps, float(metrics))
+        super().step(metrics)
+
+
+def rare(folder, resume=None, **options):
+    saving = ModelCheckpoint(
+        folder / "rare", "{step}", monitor="val/rare", save_top_k=-1, **options
+    )
+    every = ModelCheckpoint(folder / "all", "{step}", every_n_train_steps=1, save_top_k=-1)
+    stopping = EarlyStopping("val/rare", patience=20, min_delta=100.0)
+    run, of = (
+        trainer(
+            limit_val_batches=1.0,
+            max_epochs=-1,
+            max_steps=6,
+            enable_checkpointing=True,
+            callbacks=[Sometimes(), saving, every, stopping],
+            **EVERY_STEP,
+        ),
+        SFT(
+            student=StudentSpec.of(tiny_llama(0)),
+            lr_scheduler=lambda o: Plateau(o, monitor="val/rare", patience=0),
+        ),
+    )
+    data = Letters(rows=10, batch_size=2)
+    run.fit(of, datamodule=data, ckpt_path=resume, weights_only=True if resume else None)
+    scores = {Path(path).name: score.item() for path, score in saving.best_k_models.items()}
+    return scores, stopping.wait_count, run.lr_scheduler_configs[0].scheduler
+
+
+@pytest.mark.parametrize("options", [{}, {"every_n_train_steps": 1}])
+def test_what_watches_a_rare_metric_decides_where_it_is_measured(tmp_path, options):
+    """After validations 1, 3 and 5, by their own weights, not by a value of the one before."""
+    scores, waited, plateau = rare(tmp_path, **options)
+    assert scores == {"step=1.ckpt": 2.0, "step=3.ckpt": 0.0, "step=5.ckpt": 2.0}
+    assert waited == 2  # the first one is the best so far
+    assert plateau.steps == (2.0, 0.0, 2.0)
+
+
+@pytest.mark.parametrize("step", [2, 3])
+@pytest.mark.parametrize("place", ["all", "rare"])
+def test_so_does_a_run_that_goes_on(tmp_path, step, place):
+    whole = rare(tmp_path / "whole")
+    if place == "rare":
+        step = 3
+    again = rare(tmp_path / "again", tmp_path / "whole" / place / f"step={step}.ckpt")
+    assert again[:2] == whole[:2]
+    assert again[2].state_dict()["num_bad_epochs"] == whole[2].state_dict()["num_bad_epochs"]
+    assert again[2].state_dict()["best"] == whole[2].state_dict()["best"]
 
 
 class Shrinks(SFT):
