@@ -41,6 +41,8 @@ from tests.support.toys import tiny_llama
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = ("supervised_kd", "gkd", "minillm")
 STRATEGIES = ("one", "ddp", "fsdp2")
+ALONE = {"one": "cpu", "cuda": "gpu"}
+"""Runs of one process, and where."""
 STEPS = 12
 CHECKPOINT_EVERY = 3
 """No multiple of MiniLLM's windows, so that some checkpoints are from the middle of one."""
@@ -191,7 +193,7 @@ def weights_of(path: str) -> str:
 
 def world_size(strategy: str) -> int:
     """Processes of a strategy."""
-    return 1 if strategy == "one" else 2
+    return 1 if strategy in ALONE else 2
 
 
 def arguments(method: str, strategy: str, folder: Path, setting: str = "plain") -> list[str]:
@@ -205,9 +207,9 @@ def arguments(method: str, strategy: str, folder: Path, setting: str = "plain") 
             "init_args": {"batch_size": 4, "validation_size": 8} | (chosen.data or {}),
         },
         "trainer": {
-            "accelerator": "cpu",
+            "accelerator": ALONE.get(strategy, "cpu"),
             "devices": world_size(strategy),
-            "strategy": "auto" if strategy == "one" else strategy,
+            "strategy": "auto" if strategy in ALONE else strategy,
             "accumulate_grad_batches": 2,
             "max_steps": -1,
             "val_check_interval": None,
@@ -467,7 +469,7 @@ def killed(
 
     Args:
         method: One of ``METHODS``.
-        strategy: One of ``STRATEGIES``.
+        strategy: One of ``STRATEGIES``, or ``cuda``.
         setting: One of ``SETTINGS``.
         root: Where teacher and student are, and the run's folder will be.
         number: Of the sequence.
