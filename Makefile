@@ -18,7 +18,7 @@ $(VENV)-deepspeed/installed: $(VENV)/installed
 	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet -c constraints.txt deepspeed==0.19.8
 	touch $@
 
-.PHONY: install deepspeed demo test test-quick check tensorboard constraints clean help
+.PHONY: install deepspeed demo test test-quick gpu check tensorboard constraints clean help
 install: $(VENV)/installed  ## Make the virtual environment with the tested set
 
 deepspeed: $(VENV)-deepspeed/installed  ## Add an environment with DeepSpeed, for its tests
@@ -33,6 +33,9 @@ test: check  ## Check style and types, then run all tests
 
 test-quick: install  ## Run the tests that start no process and take no seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not (processes or command_line or slow)"
+
+gpu: install  ## Test and measure on a GPU, in ten minutes; without one it says so
+	$(BIN)/python -m tests.benchmarks.gpu
 
 check: install  ## Style and types only
 	$(BIN)/ruff check .
