@@ -78,6 +78,17 @@ def check_claims(experiment: Experiment, where: str) -> None:
         for run in (claim.run, claim.beats):
             if run not in runs:
                 raise ValueError(f"{where}: no run {run!r} is shown; choose of {', '.join(runs)}")
+        same = [
+            other
+            for other in experiment.claims
+            if {other.run, other.beats} == {claim.run, claim.beats} and other.metric == claim.metric
+        ]
+        if len(same) > 1:
+            raise ValueError(
+                f"{where}: {claim.run} and {claim.beats} are compared twice in {claim.metric}, and "
+                "p-values would be corrected for one test too many; write one claim, which also says "
+                "whether the opposite holds"
+            )
         if claim.metric not in metrics:
             raise ValueError(
                 f"{where}: {claim.metric!r} is none of the metrics that say what is better; choose of "

@@ -26,6 +26,8 @@ _FILE = (
 )
 _NAME = re.compile(r"[A-Za-z0-9_][\w.,=+-]*")
 _RESERVED = frozenset({"seed", "student"})
+_OF_OUTPUT = re.compile(r"tokenizers|compare\.lock|report\.(json|md)|(curves|bars)(_.*)?\.png")
+"""What a comparison itself writes beside the directories of its runs."""
 
 
 def read_experiment(path: Path) -> Experiment:
@@ -121,6 +123,12 @@ def _check(made: Experiment, where: str) -> None:
             raise ValueError(
                 f"{where}: {name} is the name of two runs, budgets, placeholders or tokenizers"
             )
+    for name in [*names, *made.budgets]:
+        if _OF_OUTPUT.fullmatch(name):
+            raise ValueError(
+                f"{where}: {name!r} is what a comparison itself writes into its --output, where a run "
+                "and a budget have a directory of their name; choose another name"
+            )
     check_names(dict.fromkeys(made.costs), tuple(COSTS), f"{where}: costs")
     _check_shown(made, where)
     check_claims(made, f"{where}: claims")
@@ -146,6 +154,11 @@ def _check_shown(made: Experiment, where: str) -> None:
     for one, other in made.pairs:
         if one == other:
             raise ValueError(f"{where}: pairs: {one} does not differ from itself; name two runs")
+        if sum({one, other} == {*pair} for pair in made.pairs) > 1:
+            raise ValueError(
+                f"{where}: pairs: the difference of {one} and {other} stands there twice, and p-values "
+                "would be corrected for one test too many; name it once"
+            )
 
 
 def _variants(name: Any, given: Any, path: Path) -> list[Variant]:

@@ -109,10 +109,10 @@ def p_cells(*values: float | None) -> list[str]:
     """Write p-values.
 
     Example:
-        >>> p_cells(0.0123, None)
-        ['0.0123', '-']
+        >>> p_cells(0.0123, None, 6.1234e-32, 0.0)
+        ['0.0123', '-', '6.12e-32', '<1e-300']
     """
-    return ["-" if p is None else f"{p:.3g}" for p in values]
+    return ["-" if p is None else "<1e-300" if p < 1e-300 else f"{p:.3g}" for p in values]
 
 
 def compared(

@@ -108,6 +108,11 @@ def test_ordinary_configs_are_runs_under_their_names(tmp_path):
         ({"runs": RUNS, "variations": {"model.x": [{"a": 1}]}}, "where a value has options"),
         ({"runs": RUNS, "pairs": [["A", "C"]]}, "pairs: there is no 'C'"),
         ({"runs": RUNS, "pairs": [["A", "A"]]}, "pairs: A does not differ from itself"),
+        ({"runs": RUNS, "pairs": [["A", "B"]] * 2}, "difference of A and B stands there twice"),
+        ({"runs": RUNS, "pairs": [["A", "B"], ["B", "A"]]}, "of A and B stands there twice"),
+        ({"runs": {"report.json": {}}}, "'report.json' is what a comparison itself writes"),
+        ({"runs": {"tokenizers": {}}}, "'tokenizers' is what a comparison itself writes"),
+        ({"runs": RUNS, "budgets": {"bars_x.png": {}}}, "'bars_x.png' is what a comparison"),
         ({"runs": RUNS | {"C": {"shown": False}}, "pairs": [["A", "C"]]}, "pairs: there is no 'C'"),
         ({"runs": {"A": {"label": "KD"}, "B": {"label": "KD"}}}, "KD is the label of two runs"),
         ({"runs": {"A": {"predictions": {"path": "x"}}}}, "there is no 'predictions'"),
@@ -199,3 +204,12 @@ def test_a_claim_is_about_what_is_in_the_tables(claim, message, tmp_path):
     said = {"runs": RUNS | {"C": {"shown": False}}, "metrics": {"test/x": "higher", "test/y": ""}}
     with pytest.raises(ValueError, match=message):
         read_experiment(written(tmp_path, **said, claims=[claim]))
+
+
+@pytest.mark.parametrize("again", [{"source": "another"}, {"run": "B", "beats": "A"}])
+def test_a_claim_that_one_test_decides_with_another_is_refused(again, tmp_path):
+    claim = {"run": "A", "beats": "B", "metric": "test/x"}
+    said = {"runs": RUNS, "metrics": {"test/x": "higher", "test/y": "higher"}}
+    read_experiment(written(tmp_path, **said, claims=[claim, claim | {"metric": "test/y"}]))
+    with pytest.raises(ValueError, match="A and B are compared twice in test/x, and p-values"):
+        read_experiment(written(tmp_path, **said, claims=[claim, claim | again]))

@@ -15,12 +15,25 @@ from lightning_kd.comparison.statistics import (
     summarize,
     t_tails,
 )
+from lightning_kd.comparison.tables import p_cells
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 9, 30])
 @pytest.mark.parametrize("t", [0.0, 0.1, -1.0, 2.5, 4.3, 12.0, -60.0])
 def test_the_tails_of_t_are_those_of_scipy(t, degrees):
     assert t_tails(t, degrees) == pytest.approx(2 * stats.t.sf(abs(t), degrees), abs=1e-12)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 7, 9, 30, 101, 999])
+def test_small_tails_of_t_are_not_lost(degrees):
+    for p in (0.9, 0.5, 0.3, 0.05, 1e-5, 1e-15, 1e-17, 1e-32, 1e-60, 1e-100):
+        t = stats.t.isf(p / 2, degrees)
+        assert t_tails(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), rel=1e-10, abs=0)
+
+
+def test_a_p_value_is_never_shown_as_zero():
+    assert t_tails(1e300, 9) == 0
+    assert p_cells(6.25e-32, 0.0) == ["6.25e-32", "<1e-300"]
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4, 7, 10])
