@@ -107,7 +107,9 @@ def run_comparison(
     parser = trainer_command(ParsingCLI)
     sys.argv = arguments
     values |= tokenizers.places
-    jobs = plan(experiment, seeds, output, values, parser.whole_config, quick=quick)
+    jobs = plan(
+        experiment, seeds, output, values, parser.whole_config, build=parser.build, quick=quick
+    )
     with locked(output):
         names = [metric.name for metric in experiment.metrics]
         records = Records(jobs, output, names, experiment.all_files)

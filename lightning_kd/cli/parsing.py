@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
@@ -12,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from lightning_kd.cli.distillation_cli import DistillationCLI
+from lightning_kd.cli.messages import shorten
 
 
 class ParsingCLI(DistillationCLI):
@@ -67,3 +69,29 @@ class ParsingCLI(DistillationCLI):
         self._dump_config()
         whole: dict[str, Any] = self.config_dump
         return {name: value for name, value in whole.items() if name != "ckpt_path"}
+
+    def build(self) -> Mapping[str, Any]:
+        """Build what the configuration that was parsed last says, without weights and rows.
+
+        Modules and data of a user's own are left out: their constructors may load anything, and what
+        an earlier run is to leave is not there yet. What else than a value fails is left to the run.
+
+        Returns:
+            What was built, by the names of the options; nothing where that failed.
+
+        Raises:
+            ValueError: If a constructor refuses a value.
+        """
+        config = self.config.clone()
+        for name in ("model", "data"):
+            if not config[self.subcommand][name].class_path.startswith("lightning_kd."):
+                del config[self.subcommand][name]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the run itself will say it
+            try:
+                built = self.parser.instantiate_classes(config)[self.subcommand]
+            except ValueError as error:
+                raise ValueError(shorten(str(error))) from error
+            except Exception:
+                return {}
+        return dict(built)

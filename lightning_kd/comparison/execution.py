@@ -202,7 +202,7 @@ class Execution:
 
     def _left(self, jobs: Sequence[Job]) -> str:
         if not jobs:
-            return "all done"
+            return "none left"
         known = [seconds for took in self._took.values() for seconds in took]
         if not known:
             return f"{len(jobs)} left"

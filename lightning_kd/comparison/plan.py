@@ -18,9 +18,13 @@ from lightning_kd.comparison.refusals import (
     check_split,
     check_tested,
 )
+from lightning_kd.comparison.tested import Measures, check_measures, check_optimizer, measures
 
 Resolve = Callable[[str, Sequence[str], Sequence[Mapping[str, Any]]], dict[str, Any]]
 """Parses a command with configuration files and further options; returns the whole configuration."""
+
+Build = Callable[[], Mapping[str, Any]]
+"""Builds, of what was parsed last, all that needs neither weights nor rows."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Job:
     """Directories of the runs whose students it trains from."""
     test_reads: Sequence[Path] = field(default_factory=list)
     """Directories of the runs whose students its test reads."""
+    measures: Measures | None = None
+    """What its test measures; None where nothing was built."""
 
     @property
     def title(self) -> str:
@@ -109,6 +115,7 @@ def plan(
     values: Mapping[str, Any],
     resolve: Resolve,
     *,
+    build: Build | None = None,
     quick: bool = False,
 ) -> list[Job]:
     """Return the runs in the order in which they are made: a run comes after those that it reads.
@@ -119,6 +126,7 @@ def plan(
         output: Directory of all runs.
         values: What stands for each placeholder.
         resolve: The parser, which refuses what no run could take.
+        build: Refuses what constructors do; of the first seed alone, as the others differ in little.
         quick: Whether the smaller sizes are meant.
 
     Raises:
@@ -144,10 +152,20 @@ def plan(
                         {**values, "seed": seed},
                         _students(experiment, budget, seed, output),
                         resolve,
+                        build if seed == seeds[0] else None,
                         _stage(experiment),
                     )
                 )
     _check_written(jobs)
+    for budget in [*experiment.budgets] or [""]:
+        check_measures(
+            experiment,
+            [
+                (job.variant.label, job.test, job.measures)
+                for job in jobs
+                if job.measures is not None and job.variant.shown and job.budget in ("", budget)
+            ],
+        )
     return jobs
 
 
@@ -189,6 +207,7 @@ def _job(
     values: Mapping[str, Any],
     students: Mapping[str, str],
     resolve: Resolve,
+    build: Build | None,
     stage: str,
 ) -> Job:
     directory = directory_of(variant, budget, seed, output)
@@ -203,10 +222,15 @@ def _job(
         check_files(files, read)
         check_tested(tested)
         fit = resolve("fit", files, [*options, own])
+        if build is not None:
+            check_optimizer(build().get("model"))
         start = {"model": {"init_args": {"student": _exported(fit, read["student"])}}}
         quiet = {"trainer": {"logger": False}, "on_policy": None}
         test = resolve(stage, files, [*options, own, start, *tested, quiet])
         check_split(test, stage)
+        found = None
+        if build is not None:
+            found = measures(build(), {"test": "test", "validate": "val"}[stage])
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -224,6 +248,7 @@ def _job(
         stage,
         of_others([layer.options for layer in layers]),
         of_others([layer.test for layer in layers]),
+        found,
     )
 
 

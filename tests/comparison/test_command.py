@@ -51,12 +51,13 @@ OF_SFT = {
     },
     "on_policy": {"generation": {"max_new_tokens": 5}, "path": "{written}_{seed}.jsonl"},
 }
+OF_KD = {"model": {"class_path": "SupervisedKD", "init_args": {"teacher": {"name_or_path": "t"}}}}
 EXPERIMENT = {
     "title": "Two runs",
     "placeholders": {"written": "where completions go"},
     "common": TINY,
     "runs": {"SFT": {}, "GKD": OF_SFT},
-    "metrics": {"test/loss": "lower"},
+    "metrics": {"test/cross_entropy": "lower"},
     "curves": {"val/loss": {}},
 }
 
@@ -123,7 +124,7 @@ def test_runs_are_made_once_and_shown(tmp_path):
         "[3/4] SFT, seed 1",
         "[4/4] GKD, seed 1",
     ]
-    assert lines[-1].endswith("all done")
+    assert lines[-1].endswith("none left")
     for seed in (0, 1):
         made = result(f"runs/tiny/GKD/{seed}")
         written = Path(f"generated_{seed}.jsonl").read_text().splitlines()
@@ -133,7 +134,7 @@ def test_runs_are_made_once_and_shown(tmp_path):
         assert 0 < made["cost"]["seconds"] < made["cost"]["wall_seconds"]
         assert result(f"runs/tiny/SFT/{seed}")["cost"]["generated_tokens"] == 0
     page = Path("runs/tiny/report.md").read_text()
-    means = [result(f"runs/tiny/SFT/{seed}")["metrics"]["test/loss"] for seed in (0, 1)]
+    means = [result(f"runs/tiny/SFT/{seed}")["metrics"]["test/cross_entropy"] for seed in (0, 1)]
     assert f"| SFT | {sum(means) / 2:.4g} ± " in page
     # Nothing is made again; a changed option is said, and made anew where that is asked for.
     before = Path("runs/tiny/SFT/0/fit.json").stat().st_mtime_ns
@@ -268,7 +269,10 @@ def test_a_run_that_fails_is_reported_and_the_others_are_made(jobs, tmp_path):
 @pytest.mark.processes
 @pytest.mark.slow
 def test_a_metric_that_never_comes_is_a_failure_that_lists_what_came(tmp_path):
-    words = write(runs={"SFT": {}}, metrics={"test/bleu": "higher"})
+    # What a callback of one's own logs is not known before.
+    common = json.loads(json.dumps(TINY))
+    common["trainer"]["callbacks"].append({"class_path": "tests.comparison.places.Waiting"})
+    words = write(common=common, runs={"SFT": {}}, metrics={"test/bleu": "higher"})
     done = run(*command(*words), **calm())
     assert done.returncode == 1
     assert "its test gave no test/bleu; it gave test/" in done.stdout
@@ -332,6 +336,68 @@ def test_a_tokenizer_is_learned_once_before_the_runs_that_read_it(tmp_path):
         ),
         ({"placeholders": {"written": "", "data": "texts"}}, [], "--set data=...  texts"),
         ({"tokenizers": {"bpe": {"vocab_size": 300}}}, [], "arguments are required: files"),
+        (
+            {"metrics": {"test/loss": "lower"}},
+            [],
+            "test/loss of SFT (SFT) and GKD (GKD) are different formulas",
+        ),
+        (
+            {
+                "runs": {
+                    "A": OF_KD,
+                    "B": OF_KD | {"test": {"model": {"init_args": {"alpha": 0.9}}}},
+                },
+                "metrics": {"test/loss": "lower"},
+            },
+            [],
+            "test/loss of A (alpha: 0.5) and B (alpha: 0.9) are different formulas",
+        ),
+        (
+            {"runs": {"SFT": {}}, "metrics": {"test/exact_math": "higher"}},
+            [],
+            "the test of SFT will give no test/exact_math",
+        ),
+        (
+            {"runs": {"SFT": {}}, "metrics": {"test/perplexityy": "lower"}},
+            [],
+            "did you mean test/perplexity?",
+        ),
+        (
+            {"runs": {"SFT": {}}, "metrics": {"test/forward_kl": "lower"}},
+            [],
+            "the test of SFT will give no test/forward_kl",
+        ),
+        (
+            {
+                "runs": {
+                    "KD": OF_KD
+                    | {"variations": {"model.init_args.divergence": ["forward_kl", "nonsense_kl"]}}
+                }
+            },
+            [],
+            "run KD-nonsense_kl: ",
+        ),
+        ({"runs": {"A": {"data": {"init_args": {"batch_size": 0}}}}}, [], "run A: batch_size is 0"),
+        (
+            {"runs": {"A": {"model": {"init_args": {"optimizer": {"init_args": {"lr": -1.0}}}}}}},
+            [],
+            "run A: ",
+        ),
+        (
+            {
+                "runs": {
+                    "A": {
+                        "trainer": {
+                            "callbacks+": [
+                                {"class_path": "CompletionSamples", "init_args": {"batches": 0}}
+                            ]
+                        }
+                    }
+                }
+            },
+            [],
+            "batches is 0; give 1 or more",
+        ),
     ],
 )
 def test_what_could_not_be_run_is_refused_before_anything_begins(changes, more, message, fails):
