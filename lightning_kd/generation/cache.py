@@ -90,6 +90,16 @@ def preallocated(cache: Any) -> Any:
     return cache
 
 
+def masks_unseen(cache: Any) -> None:
+    """Have transformers build the mask of each further token without a look at what it masks.
+
+    It looks whether a mask is needed at all, on the host, which waits for the device. Of a cache that
+    calls itself compileable it takes for granted that one is.
+    """
+    for layer in getattr(cache, "layers", ()):
+        layer.is_compileable = True
+
+
 def can_drop_rows(cache: Any) -> bool:
     """Return whether rows can be removed; from a recurrent state they cannot."""
     plain = {PreallocatedLayer, DynamicLayer, DynamicSlidingWindowLayer}

@@ -26,6 +26,25 @@ class Completions:
     ended: Tensor
     """True where the completion ends with an EOS, ``(B,)``; the others were truncated."""
 
+    @classmethod
+    def of_columns(
+        cls,
+        ids: Tensor,
+        log_probs: Tensor,
+        sampling_log_probs: Tensor,
+        eos_ids: Collection[int],
+    ) -> "Completions":
+        """Return completions that go on to their first EOS, or else through all columns."""
+        mask = completion_mask(ids, eos_ids)
+        return cls(ids, mask, log_probs, sampling_log_probs, (is_end(ids, eos_ids) & mask).any(-1))
+
+    def trimmed(self) -> "Completions":
+        """Return the completions without columns in which all have ended."""
+        longest = int(self.mask.sum(-1).max())
+        values = [getattr(self, field.name) for field in fields(self)]
+        short = (v if v is None or v.ndim == 1 else v[:, :longest] for v in values)
+        return Completions(*short)
+
     def to(self, device: torch.device) -> "Completions":
         """Return the completions on a device; Lightning moves what ``predict`` returns with it."""
         values = [getattr(self, field.name) for field in fields(self)]
@@ -100,6 +119,10 @@ def completion_mask(completion_ids: Tensor, eos_ids: Collection[int]) -> Tensor:
     return ended_before == 0
 
 
-def is_end(ids: Tensor, eos_ids: Collection[int]) -> Tensor:
-    """Return True where a token ends its completion."""
-    return torch.isin(ids, torch.tensor(sorted(eos_ids), device=ids.device))
+def is_end(ids: Tensor, eos_ids: Collection[int] | Tensor) -> Tensor:
+    """Return True where a token ends its completion; ends in a tensor are copied to no device."""
+    ends = eos_ids
+    if not isinstance(ends, Tensor):
+        ends = torch.tensor(sorted(ends), device=ids.device)
+    # Not torch.isin, which sorts where there are many ends: the host then waits for the device.
+    return (ids[..., None] == ends).any(-1)

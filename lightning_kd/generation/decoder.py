@@ -8,10 +8,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.generation.cache import can_drop_rows, preallocated
+from lightning_kd.generation.cache import can_drop_rows, masks_unseen, preallocated
 from lightning_kd.models.modes import evaluating
 
-__all__ = ["Decoder", "evaluating"]
+__all__ = ["Decoder", "evaluating", "tokens_between_looks"]
+
+_BETWEEN_LOOKS = {"cpu": 1}
+_BETWEEN_LOOKS_OF_OTHERS = 8
+
+
+def tokens_between_looks(device: torch.device) -> int:
+    """Return how many tokens of each row are generated before the host looks which rows have ended.
+
+    A look waits until a GPU has done all that it was given, which then idles until it is given more. On
+    a CPU there is nothing to wait for, and rows that have ended cost nothing more.
+    """
+    return _BETWEEN_LOOKS.get(device.type, _BETWEEN_LOOKS_OF_OTHERS)
 
 
 class Decoder:
@@ -36,6 +48,8 @@ class Decoder:
         self.logits = self._forward(prompt_ids, first)
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
         self._cache = preallocated(self._cache)
+        if self._mask is not None and tokens_between_looks(prompt_ids.device) > 1:
+            masks_unseen(self._cache)
 
     def append(self, tokens: Tensor) -> None:
         """Read one more token of each row, ``(rows,)``."""

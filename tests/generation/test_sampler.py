@@ -18,7 +18,8 @@ from transformers import (
 
 from lightning_kd.generation import GenerationOptions, SamplingOptions, sample, sampler
 from lightning_kd.generation.completions import Completions
-from lightning_kd.generation.sampler import _draw, _Uniforms
+from lightning_kd.generation.drawing import draw
+from lightning_kd.generation.uniforms import Uniforms
 from lightning_kd.models import LoRA
 from tests.support.toys import ragged_batch, tiny_llama, with_prompts
 
@@ -364,7 +365,7 @@ def test_a_limit_that_is_never_reached_takes_no_memory():
 
 
 def test_random_numbers_do_not_depend_on_how_many_are_drawn_at_once():
-    numbers = _Uniforms([5, 6], torch.device("cpu"))
+    numbers = Uniforms([5, 6], torch.device("cpu"))
     drawn = torch.stack([numbers.at(place) for place in range(600)], 1)
     for row, seed in enumerate((5, 6)):
         generator = torch.Generator().manual_seed(seed)
@@ -374,7 +375,7 @@ def test_random_numbers_do_not_depend_on_how_many_are_drawn_at_once():
 
 def test_a_number_that_rounds_up_to_1_draws_the_last_token():
     log_probs = torch.tensor([[0.5, 0.25, 0.25]]).log()
-    drawn = _draw(log_probs, torch.ones(1, dtype=torch.float64), SamplingOptions(max_new_tokens=1))
+    drawn = draw(log_probs, torch.ones(1, dtype=torch.float64), SamplingOptions(max_new_tokens=1))
     assert drawn.tolist() == [2]
 
 

@@ -1,0 +1,71 @@
+"""The distribution of the next token, and tokens that are drawn from it."""
+
+from collections.abc import Sequence
+from math import log
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lightning_kd.generation.decoder import Decoder
+from lightning_kd.generation.options import GenerationOptions
+
+
+def check_mixture(
+    models: Sequence[tuple[PreTrainedModel, float]], options: GenerationOptions
+) -> None:
+    """Refuse a mixture that is sampled greedily or from part of its vocabulary.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if len(models) > 1 and options.truncates:
+        raise ValueError(
+            f"teacher-mixed sampling with temperature {options.temperature}, top_k "
+            f"{options.top_k} and top_p {options.top_p}: what one model cuts off, the other may "
+            "still propose, and its importance weight would be 0 or unbounded. Sample with a "
+            "temperature above 0, top_k 0 and top_p 1"
+        )
+
+
+def next_token(
+    decoders: Sequence[Decoder],
+    weights: Sequence[float],
+    options: GenerationOptions,
+    width: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the first model and of the mixture, ``(rows, V)`` each."""
+    temperature = options.temperature or 1.0
+    width = min([d.logits.shape[-1] for d in decoders] + ([] if width is None else [width]))
+    each = [F.log_softmax(d.logits[:, :width] / temperature, -1) for d in decoders]
+    if len(each) == 1:
+        return each[0], each[0]
+    weighted = [log_probs + log(w) for log_probs, w in zip(each, weights, strict=True)]
+    return each[0], torch.stack(weighted).logsumexp(0)
+
+
+def draw(log_probs: Tensor, uniforms: Tensor, options: GenerationOptions) -> Tensor:
+    """Return the most likely token, or the one at which the cumulative distribution passes a number."""
+    if options.temperature == 0:
+        return log_probs.argmax(-1)
+    kept = _truncated(log_probs, options)
+    # In float64: the steps of a float32 sum over a large vocabulary would swallow rare tokens.
+    cumulative = kept.exp().double().cumsum(-1)
+    height = uniforms * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, height[:, None], right=True)[:, 0]
+    return tokens.clamp(max=log_probs.shape[-1] - 1)
+
+
+def _truncated(log_probs: Tensor, options: GenerationOptions) -> Tensor:
+    """Return log-probabilities, minus infinity where top-k and top-p exclude a token."""
+    if 0 < options.top_k < log_probs.shape[-1]:
+        least = log_probs.topk(options.top_k).values[:, -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf).log_softmax(-1)
+    if options.top_p < 1:
+        ordered, order = log_probs.sort(-1, descending=True)
+        before = ordered.exp().cumsum(-1) - ordered.exp()
+        beyond = torch.zeros_like(before, dtype=torch.bool)
+        beyond.scatter_(-1, order, before >= options.top_p)
+        log_probs = log_probs.masked_fill(beyond, -torch.inf)
+    return log_probs
