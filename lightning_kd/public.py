@@ -28,6 +28,7 @@ from lightning_kd.fused import fused_linear_divergence
 from lightning_kd.generation import (
     CachedSampler,
     Completions,
+    ContinuousBatchingSampler,
     Engine,
     GenerationOptions,
     Prompts,
@@ -93,6 +94,7 @@ __all__ = [
     "Completions",
     "Constant",
     "ConstantLength",
+    "ContinuousBatchingSampler",
     "CorrectedTopK",
     "Cosine",
     "DeepSpeedStrategy",

@@ -23,6 +23,7 @@ pytestmark = [
 ]
 
 KD = ["--model.teacher.name_or_path", "teacher"]
+ENGINES = "choose CachedSampler or ContinuousBatchingSampler or TransformersEngine"
 JSONL = [*KD, "--data", "PromptCompletionData", "--data.tokenizer", "teacher"]
 CHAT = [*KD, "--data", "ChatData", "--data.tokenizer", "chat"]
 TEXT = [*KD, "--data", "PackedTextData", "--data.tokenizer", "teacher"]
@@ -476,11 +477,15 @@ TABLE = {
     ),
     "engine of old": (
         gkd("--on_policy.engine", "transformers"),
-        ["engine", "transformers", "choose CachedSampler or TransformersEngine"],
+        [
+            "engine",
+            "transformers",
+            "choose CachedSampler or ContinuousBatchingSampler or TransformersEngine",
+        ],
     ),
     "engine of the module": (
         [*KD, "--model.engine", "cached"],
-        ["cached", "choose CachedSampler or TransformersEngine"],
+        ["cached", ENGINES],
     ),
     "engine among the options": (
         gkd("--on_policy.generation.engine", "cached"),

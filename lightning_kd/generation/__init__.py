@@ -1,6 +1,7 @@
 """Completions: engines that generate them, and masks of where they end."""
 
 from lightning_kd.generation.completions import Completions, completion_mask
+from lightning_kd.generation.continuous import ContinuousBatchingSampler
 from lightning_kd.generation.decoder import evaluating
 from lightning_kd.generation.engine import Engine, Prompts, check_completions, check_log_probs
 from lightning_kd.generation.generate import engine_for, generate
@@ -12,6 +13,7 @@ from lightning_kd.generation.transformers_engine import TransformersEngine
 __all__ = [
     "CachedSampler",
     "Completions",
+    "ContinuousBatchingSampler",
     "Engine",
     "GenerationOptions",
     "Prompts",

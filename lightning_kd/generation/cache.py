@@ -3,12 +3,13 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
-    """Keys and values of a layer at the beginning of larger tensors.
+    """Keys and values of a layer in larger tensors, with room for more tokens behind them.
 
     The layer it stands in for copies all that it holds for every token.
 
@@ -28,21 +29,37 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in trans
         self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any
     ) -> tuple[Tensor, Tensor]:
         """Append tokens, and return all keys and values."""
-        before = self.keys.shape[-2]
-        after = before + key_states.shape[-2]
-        if after > self._all_keys.shape[-2]:
+        if self._end + key_states.shape[-2] > self._all_keys.shape[-2]:
             self._move(self.keys, self.values)
-        self._all_keys[..., before:after, :] = key_states
-        self._all_values[..., before:after, :] = value_states
-        self.keys, self.values = self._all_keys[..., :after, :], self._all_values[..., :after, :]
+        begin, before = self._end - self.keys.shape[-2], self._end
+        self._end += key_states.shape[-2]
+        self._all_keys[..., before : self._end, :] = key_states
+        self._all_values[..., before : self._end, :] = value_states
+        self.keys = self._all_keys[..., begin : self._end, :]
+        self.values = self._all_values[..., begin : self._end, :]
         return self.keys, self.values
+
+    def fit(self, columns: int) -> None:
+        """Keep so many columns: without the first ones, or with zeros in front."""
+        missing = columns - self.keys.shape[-2]
+        if missing > 0:
+            in_front = (0, 0, missing, 0)
+            self._move(F.pad(self.keys, in_front), F.pad(self.values, in_front))
+        else:
+            self.keys, self.values = self.keys[..., -columns:, :], self.values[..., -columns:, :]
+
+    def put(self, rows: Tensor, layer: "PreallocatedLayer") -> None:
+        """Replace the last columns of some rows by all that another layer holds."""
+        first = self.keys.shape[-2] - layer.keys.shape[-2]
+        self.keys[rows, :, first:] = layer.keys
+        self.values[rows, :, first:] = layer.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows only."""
         self._move(self.keys[indices], self.values[indices])
 
     def _move(self, keys: Tensor, values: Tensor) -> None:
-        length = keys.shape[-2]
+        self._end = length = keys.shape[-2]
         self._all_keys, self._all_values = _with_spare_length(keys), _with_spare_length(values)
         self.keys = self._all_keys[..., :length, :]
         self.values = self._all_values[..., :length, :]
@@ -76,6 +93,16 @@ def allocated_length(prompt: int, generated: int) -> int:
     while length < prompt + generated - 1:
         length = _spare_length(length)
     return length
+
+
+def longest_allocation(prompt: int, generated: int) -> int:
+    """Return the tokens that a preallocated cache has room for at most, whenever it is moved.
+
+    Example:
+        >>> longest_allocation(10, 20), longest_allocation(10, 200)
+        (93, 313)
+    """
+    return _spare_length(prompt + generated - 1)
 
 
 def preallocated(cache: Any) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.fused.chunked_pass import chunk_size, part_size
-from lightning_kd.generation import CachedSampler, TransformersEngine
-from lightning_kd.generation.cache import allocated_length
+from lightning_kd.generation import CachedSampler, ContinuousBatchingSampler, TransformersEngine
+from lightning_kd.generation.cache import allocated_length, longest_allocation
 from lightning_kd.models import FusedLogits, ModelSpec, vocabulary_size
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.preflight.cache_sizes import cache_bytes, kept_types
@@ -208,9 +208,11 @@ def _caches(
     rollouts, here = setting.rollouts, str(setting.device)
     if rollouts is None:
         return [], []
-    prompt, new = rows.longest_prompt, rollouts.max_new_tokens
+    prompt, new, together = rows.longest_prompt, rollouts.max_new_tokens, rollouts.rows
     if isinstance(setting.engine, CachedSampler):
         length = allocated_length(prompt, new)
+    elif isinstance(setting.engine, ContinuousBatchingSampler):
+        length, together = longest_allocation(prompt, new), min(together, setting.engine.slots)
     elif isinstance(setting.engine, TransformersEngine):
         length = (prompt + new) * setting.beams
     else:
@@ -227,7 +229,7 @@ def _caches(
         if token is None:
             unknown.append(f"the state of the {each.role} while it generates")
         else:
-            size = rollouts.rows * length * token
+            size = together * length * token
             most = "" if kept else ", at most"
             parts.append(MemoryPart(f"key-value cache of the {each.role}{most}", size, here))
     return parts, unknown

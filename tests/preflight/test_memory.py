@@ -13,6 +13,7 @@ from lightning_kd import (
     SFT,
     ArithmeticData,
     CachedSampler,
+    ContinuousBatchingSampler,
     FusedLogits,
     LocalTeacher,
     StudentSpec,
@@ -187,6 +188,19 @@ def test_the_cache_of_a_run_is_of_a_window():
         fit = trainer_of(callbacks=[rollouts], accumulate_grad_batches=2)
         # Two layers, two heads of 6 numbers of 4 bytes, keys and values, for 8 + 64 tokens.
         expected = rows * (8 + 64) * 2 * 2 * 6 * 4 * 2
+        assert parts(check(module, data, fit))["key-value cache of the student"] == expected
+
+
+def test_the_cache_of_continuous_batching_is_of_its_slots():
+    module = GKD(student=StudentSpec(config=CONFIG), teacher=LocalTeacher(config=CONFIG))
+    data = ArithmeticData(train_size=64, batch_size=4)
+    generation = SamplingOptions(max_new_tokens=6)
+    for slots, rows in ((3, 3), (64, 8)):
+        engine = ContinuousBatchingSampler(slots)
+        rollouts = OnPolicyGeneration(generation=generation, engine=engine)
+        fit = trainer_of(callbacks=[rollouts], accumulate_grad_batches=2)
+        # As above, with room for 64 tokens behind the longest completion but its last token.
+        expected = rows * (8 + 5 + 64) * 2 * 2 * 6 * 4 * 2
         assert parts(check(module, data, fit))["key-value cache of the student"] == expected
 
 
