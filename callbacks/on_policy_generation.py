@@ -132,7 +132,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self.truncated: Truncation = truncated
         self._empty = EmptyWindows(truncated)
         self.rows_at_once, self.unshard = rows_at_once, unshard
-        self.health = RolloutHealth(health or HealthOptions(), self.generation.max_new_tokens)
+        self.health = RolloutHealth(health or HealthOptions(), self.generation)
         self.statistics = RolloutStatistics(table_every)
         self.records = RolloutRecords(table_every, table_rows, None if path is None else Path(path))
         self._window: int | None = None
@@ -218,9 +218,10 @@ class OnPolicyGeneration(Resumable, Callback):
         batch_idx: int,
     ) -> None:
         """Log statistics of a window at its last micro-batch."""
+        assert isinstance(pl_module, DistillationModule)  # checked in on_fit_start
+        self.health.compare_log_probs(pl_module, batch)
         if not loader_of(trainer).ends_window or self._window is None:
             return
-        assert isinstance(pl_module, DistillationModule)  # checked in on_fit_start
         steps = self.steps_per_window * self.plan.passes
         also = partial(self.health.metrics, pl_module, self._rollouts, self._on_policy)
         self.statistics.end(trainer, self._on_policy, steps, also)

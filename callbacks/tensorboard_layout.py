@@ -31,6 +31,10 @@ LAYOUT = {
         "entropy of the student minus the teacher's": ["Multiline", [r"(train|val)/entropy_gap$"]],
         "repeated 4-grams": ["Multiline", [r"rollout/repetition_4$"]],
         "distinct n-grams": ["Multiline", [r"rollout/distinct_[12]$"]],
+        "log-probabilities in sampling and in training, difference": [
+            "Multiline",
+            [r"rollout/log_prob_difference_(mean|max)$"],
+        ],
         "each teacher's share of tokens": ["Multiline", [r"rollout/teacher_share/.+$"]],
     },
     "Rollouts": {

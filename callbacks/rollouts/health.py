@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_kd.batch import Rollout
+from lightning_kd.batch import Batch, Rollout
 from lightning_kd.callbacks.rollouts.lengths import LengthHistory
+from lightning_kd.callbacks.rollouts.log_probs import LogProbDifference
 from lightning_kd.callbacks.rollouts.runaway import RunawayWarning
 from lightning_kd.evaluation import Overlap
-from lightning_kd.generation import Completions
+from lightning_kd.generation import Completions, GenerationOptions
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.scoring import ScoredPositions
 
@@ -57,19 +58,23 @@ class HealthOptions:
 class RolloutHealth:
     """Trend of lengths, overlap with the teacher and each teacher's share, for one run at a time.
 
+    Also how far the log-probabilities of training are from those that were recorded in sampling.
+
     Args:
         options: What is looked at.
-        longest: Longest completion.
+        generation: How completions are sampled.
     """
 
-    def __init__(self, options: HealthOptions, longest: int) -> None:
-        self.options, self.longest = options, longest
+    def __init__(self, options: HealthOptions, generation: GenerationOptions) -> None:
+        self.options, self.generation = options, generation
         self.forget_run()
 
     def forget_run(self) -> None:
         """Begin a run."""
         self._history = LengthHistory(self.options.windows)
-        self._runaway = RunawayWarning(self.options.truncation_limit, self.longest)
+        longest = self.generation.max_new_tokens
+        self._runaway = RunawayWarning(self.options.truncation_limit, longest)
+        self._log_probs = LogProbDifference(self.generation)
 
     def check(self, module: DistillationModule) -> None:
         """Validate that the teacher can tell the most likely tokens that are asked for.
@@ -96,7 +101,8 @@ class RolloutHealth:
             )
 
     def compare(self, module: DistillationModule, on_policy: bool) -> None:
-        """Have the overlap measured at the tokens of a step, if the student has generated them."""
+        """Have what is known at the tokens of a step measured, if the student has generated them."""
+        self._log_probs.prepare(module, on_policy)
         k = self.options.overlap_k
         overlap = Overlap(_OVERLAP_K if k is None else k, is_required=k is not None)
         module.train_distribution.overlap = overlap if on_policy and overlap.k > 0 else None
@@ -114,8 +120,16 @@ class RolloutHealth:
             window: Number of the window.
             step: Optimizer steps before it.
         """
+        self._log_probs.begin(step)
         self._history.add(module, generated, window, step)
         self._runaway.look(self._history)
+
+    def compare_log_probs(self, module: DistillationModule, batch: Batch) -> None:
+        """Compare a micro-batch that has been trained on with what was recorded in sampling.
+
+        All ranks call this together.
+        """
+        self._log_probs.add(module, batch)
 
     def metrics(
         self, module: DistillationModule, rollouts: Sequence[Rollout], on_policy: bool
@@ -131,16 +145,22 @@ class RolloutHealth:
         trend = self._history.trend()
         if on_policy and trend is not None:
             values["length_trend"] = torch.tensor(trend, dtype=torch.float64)
-        return values
+        return values | dict(self._log_probs.metrics()) if on_policy else values
 
     def state_dict(self) -> dict[str, Any]:
         """Return the same on all ranks, for a checkpoint."""
-        return {"history": self._history.state_dict(), "runaway": self._runaway.state_dict()}
+        return {
+            "history": self._history.state_dict(),
+            "runaway": self._runaway.state_dict(),
+            "log_probs": self._log_probs.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint."""
         self._history.load_state_dict(state["history"])
         self._runaway.load_state_dict(state["runaway"])
+        if "log_probs" in state:
+            self._log_probs.load_state_dict(state["log_probs"])
 
 
 def teacher_shares(module: DistillationModule, rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
