@@ -3,8 +3,13 @@
 The same model, prompts and lengths, one after the other in every round, in one process; ``generate``
 also with the logits that a policy gradient needs, which our sampler always keeps the log-probability
 of. Then completions that end where they end: rows that are done cost ``generate`` as much as others.
+Last (alone with ``--unequal``) a window of rows of very unequal length, of which a part is generated at
+a time: part after part, or with continuous batching. With one thread (``OMP_NUM_THREADS=1``) the time
+is that of the processor, which what else runs on it hardly changes.
 """
 
+import argparse
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -16,9 +21,19 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lightning_kd.generation import SamplingOptions, sample
+from lightning_kd.generation import (
+    CachedSampler,
+    Completions,
+    ContinuousBatchingSampler,
+    Engine,
+    Prompts,
+    SamplingOptions,
+    sample,
+)
 
 ROUNDS, ROWS, PROMPT, NEW = 5, 16, 32, 64
+WINDOW, START, MEAN, LONGEST = 128, 16, 24, 256
+"""Rows whose lengths are unequal, tokens of a prompt, mean and most tokens of a completion."""
 SHAPES = {
     "2 M parameters, 512 tokens": {"hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 512},
     "13 M, 32,000 tokens": {"hidden_size": 192, "num_hidden_layers": 4, "vocab_size": 32_000},
@@ -56,7 +71,13 @@ def ours(model: LlamaForCausalLM, prompts: Tensor, mask: Tensor, eos: int) -> in
 
 
 def theirs(
-    model: LlamaForCausalLM, prompts: Tensor, mask: Tensor, eos: int, *, logits: bool
+    model: LlamaForCausalLM,
+    prompts: Tensor,
+    mask: Tensor,
+    eos: int,
+    *,
+    new: int = NEW,
+    logits: bool,
 ) -> int:
     """Tokens that ``generate`` writes, up to and including each first EOS."""
     output = model.generate(
@@ -64,7 +85,7 @@ def theirs(
         attention_mask=mask,
         do_sample=True,
         top_k=0,
-        max_new_tokens=NEW,
+        max_new_tokens=new,
         eos_token_id=eos,
         pad_token_id=0,
         output_logits=logits,
@@ -90,19 +111,99 @@ def rates(model: LlamaForCausalLM, eos: int, padded: bool) -> dict[str, float]:
         "generate": lambda: theirs(model, prompts, mask, eos, logits=False),
         "generate with logits": lambda: theirs(model, prompts, mask, eos, logits=True),
     }
-    measured: dict[str, list[float]] = {name: [] for name in ways}
+    return measured(ways)
+
+
+def measured(ways: dict[str, Callable[[], int]]) -> dict[str, float]:
+    """Median tokens per second of each way over the rounds."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(ROUNDS + 1):
         for name, way in ways.items():
-            started = time.perf_counter()
+            started = clock()
             tokens = way()
             if turn:  # the first round warms up
-                measured[name].append(tokens / (time.perf_counter() - started))
-    return {name: median(values) for name, values in measured.items()}
+                found[name].append(tokens / (clock() - started))
+    return {name: median(values) for name, values in found.items()}
+
+
+def unequal_rates(shape: dict[str, int]) -> dict[str, float]:
+    """Median tokens per second of a window whose rows end at any token with the same probability.
+
+    Half of the rows have fewer than 17 tokens, one in a hundred more than 110.
+    """
+    model = llama(shape)
+    width, eos = shape["vocab_size"], 7
+    head = torch.nn.Linear(shape["hidden_size"], width)
+    with torch.no_grad():
+        head.weight.copy_(0.3 * model.lm_head.weight)
+        head.weight[eos] = 0.0
+        head.bias.zero_()
+        head.bias[eos] = math.log(width / MEAN)
+    model.lm_head = head
+    ids = torch.randint(8, 500, (WINDOW, START), generator=torch.Generator().manual_seed(0))
+
+    def in_parts(engine: Engine, rows: int) -> int:
+        parts = []
+        for start in range(0, WINDOW, rows):
+            part = ids[start : start + rows]
+            prompts = Prompts(part, torch.ones_like(part), frozenset({eos}), pad_id=0)
+            parts.append(
+                engine.generate(
+                    prompts,
+                    SamplingOptions(max_new_tokens=LONGEST),
+                    seeds=range(start, start + rows),
+                    models=[(model, 1.0)],
+                )
+            )
+        return int(Completions.join(parts, 0).mask.sum())
+
+    def by_generate() -> int:
+        parts = (ids[start : start + ROWS] for start in range(0, WINDOW, ROWS))
+        return sum(
+            theirs(model, part, torch.ones_like(part), eos, new=LONGEST, logits=False)
+            for part in parts
+        )
+
+    return measured(
+        {
+            "parts": lambda: in_parts(CachedSampler(), ROWS),
+            "continuous": lambda: in_parts(ContinuousBatchingSampler(ROWS), WINDOW),
+            "together": lambda: in_parts(CachedSampler(), WINDOW),
+            "generate": by_generate,
+        }
+    )
+
+
+def print_unequal() -> None:
+    """Print the table of rows of very unequal length."""
+    table = Table(
+        f"{WINDOW} rows, {ROWS} at a time",
+        "continuous batching, tokens/s",
+        "of CachedSampler in parts",
+        "of generate in parts",
+        f"of CachedSampler, {WINDOW} at a time",
+    )
+    for name, shape in SHAPES.items():
+        rate = unequal_rates(shape)
+        own = rate["continuous"]
+        of_others = [f"{own / rate[way]:.2f}" for way in ("parts", "generate", "together")]
+        table.add_row(name, f"{own:.0f}", *of_others)
+    Console(width=110).print(table)
 
 
 def main() -> None:
-    """Print the table."""
+    """Print the tables."""
     warnings.simplefilter("ignore")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--unequal", action="store_true", help="rows of very unequal length alone")
+    if not parser.parse_args().unequal:
+        print_equal()
+    print_unequal()
+
+
+def print_equal() -> None:
+    """Print the table of rows that are generated together."""
     table = Table("model", "rows", "ours, tokens/s", "of generate", "of generate with logits")
     for name, shape in SHAPES.items():
         model = llama(shape)
