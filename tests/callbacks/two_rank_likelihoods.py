@@ -1,7 +1,7 @@
 """Numbers of every callback that evaluates, and the report by document, on one process or two.
 
-``python two_rank_likelihoods.py OUT STRATEGY``, with ``alone``, ``ddp`` or ``fsdp2``, which also has
-the teacher in shards.
+``python two_rank_likelihoods.py OUT STRATEGY TEXTS``, with ``alone``, ``ddp`` or ``fsdp2``, which also
+has the teacher in shards; texts are ``sampled``, or ``given`` by an engine, of other lengths for each.
 """
 
 import json
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
-from lightning_kd import DocumentData, SupervisedKD
+from lightning_kd import DocumentData, Engine, SupervisedKD
 from lightning_kd.callbacks import BLiMP, CompletionSamples, DocumentLikelihoods, ExposureBias
 from lightning_kd.evaluation import DistinctN, ExactMatch, Repetition, RougeL
+from lightning_kd.generation import Completions
 from lightning_kd.models import StudentSpec
 from lightning_kd.strategies import FSDP2Strategy
 from lightning_kd.teachers import LocalTeacher
@@ -27,7 +28,25 @@ from tests.support.harness import trainer
 SPLITS = ("train", "validation", "test")
 
 
-def main(out: Path, name: str) -> None:
+class Given(Engine):
+    """Writes for a prompt what its tokens say: other texts for the student than for the teacher."""
+
+    def generate(self, prompts: Any, options: Any, *, seeds: Any, models: Any) -> Completions:
+        """Write up to ``max_new_tokens`` tokens; a shorter text ends with an EOS."""
+        ((model, _),) = models
+        factor = 3 if next(model.parameters()).requires_grad else 5
+        texts = []
+        for ids, mask in zip(prompts.ids, prompts.mask, strict=True):
+            number = int(ids[mask.bool()].sum())
+            length = number * factor % 7
+            text = [100 + (number + factor * place) % 9 for place in range(length)]
+            texts.append([*text, min(prompts.eos_ids)][: options.max_new_tokens])
+        return Completions.of_tokens(
+            texts, eos_ids=prompts.eos_ids, pad_id=prompts.pad_id, device=prompts.ids.device
+        )
+
+
+def main(out: Path, name: str, texts_are: str) -> None:
     """Evaluate seven documents, four of which teacher and student complete, and seven pairs.
 
     In a validation behind a step of training, and in the test.
@@ -45,7 +64,8 @@ def main(out: Path, name: str) -> None:
         write(pairs)
     placement = "sharded" if name == "fsdp2" else "replicated"
     teacher = LocalTeacher.of(student(1), placement=placement)
-    module = SupervisedKD(student=StudentSpec.of(student()), teacher=teacher)
+    engine = Given() if texts_are == "given" else None
+    module = SupervisedKD(student=StudentSpec.of(student()), teacher=teacher, engine=engine)
     texts = [*TEXTS, "two or five", "is that so"]
     data = DocumentData(
         tokenizer=TOKENIZER,
@@ -79,4 +99,4 @@ def main(out: Path, name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
