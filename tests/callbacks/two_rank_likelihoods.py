@@ -38,7 +38,7 @@ class Given(Engine):
         texts = []
         for ids, mask in zip(prompts.ids, prompts.mask, strict=True):
             number = int(ids[mask.bool()].sum())
-            length = number * factor % 7
+            length = number * factor % 9
             text = [100 + (number + factor * place) % 9 for place in range(length)]
             texts.append([*text, min(prompts.eos_ids)][: options.max_new_tokens])
         return Completions.of_tokens(
