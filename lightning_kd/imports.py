@@ -1,11 +1,16 @@
 """Import paths of classes that a user wrote: where they are found, and why one gives no class."""
 
+import ast
 import inspect
+import os
 import re
+import site
 import sys
-from collections.abc import Iterator, Sequence
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -50,7 +55,7 @@ class OwnModules(MetaPathFinder):
         files = [file for file in files if file.is_file()]
         beside = [place for file in reversed(files) for place in _of_config(file)]
         texts = [*words, *(file.read_text(errors="replace") for file in files)]
-        names = {name for text in texts for name in _DOTTED.findall(text)}
+        names = {name for text in texts for name in named_modules(text)}
         return cls(list(dict.fromkeys([*beside, str(Path.cwd())])), frozenset(names))
 
     def install(self) -> Iterator[str]:
@@ -79,18 +84,30 @@ class OwnModules(MetaPathFinder):
             )
         ]
 
-    def files(self) -> dict[str, list[Path]]:
-        """Return the files of a user's own modules, by module; of a package, all of Python."""
+    def files(self, names: Iterable[str]) -> dict[str, list[Path]]:
+        """Return the files of a user's own modules, and of those that they import, by module.
+
+        Own is what lies neither in Python's library nor among installed packages: beside a config, in
+        the working directory, on PYTHONPATH, or where ``pip install -e`` has left it.
+
+        Args:
+            names: Modules and packages, without what is in them. Those that are not own have no files.
+
+        Returns:
+            The file of each module; of a package, all of Python.
+        """
         found: dict[str, list[Path]] = {}
-        for name in sorted(self.names - {f"{__package__}"}):
-            own, installed = PathFinder.find_spec(name, self.directories), _anywhere(name)
-            if own is None or (installed is not None and not _same(own, installed)):
+        waiting = [(name, self.directories) for name in names]
+        while waiting:
+            name, directories = waiting.pop()
+            if name in found or name == __package__:
                 continue
-            below = own.submodule_search_locations
-            if below is not None:
-                found[name] = sorted(file for place in below for file in Path(place).rglob("*.py"))
-            elif own.origin is not None:
-                found[name] = [Path(own.origin)]
+            files = _own_files(_anywhere(name) or PathFinder.find_spec(name, directories))
+            if files:
+                found[name] = files
+            for file in files:
+                beside = [*directories, str(file.parent)]
+                waiting += [(other, beside) for other in sorted(_imported(file) - found.keys())]
         return found
 
     def _hidden(self, name: str) -> str:
@@ -101,6 +118,16 @@ class OwnModules(MetaPathFinder):
             f"{name} is the installed module {installed.origin}, and {own.origin} is not read; rename "
             "yours to have it read"
         )
+
+
+def named_modules(text: str) -> set[str]:
+    """Return the modules and packages that a text has import paths of.
+
+    Example:
+        >>> named_modules("my_lab.chi_squared.ChiSquared")
+        {'my_lab'}
+    """
+    return {*_DOTTED.findall(text)}
 
 
 def own_directories() -> list[str]:
@@ -122,6 +149,42 @@ def _anywhere(name: str) -> ModuleSpec | None:
     with suppress(ImportError, ValueError):
         return find_spec(name)
     return None
+
+
+def _own_files(spec: ModuleSpec | None) -> list[Path]:
+    """Return the files of a module; none where it is not a user's own."""
+    if spec is None:
+        return []
+    below = spec.submodule_search_locations
+    places = list(below) if below is not None else [spec.origin] if spec.has_location else []
+    places = [place for place in places if place is not None and not _is_installed(place)]
+    if below is not None:
+        return sorted(file for place in places for file in Path(place).rglob("*.py"))
+    return [Path(place) for place in places if os.path.isfile(place)]
+
+
+def _is_installed(place: str) -> bool:
+    ways = {os.path.abspath(place), os.path.realpath(place)}
+    return any(way.startswith(f"{known}{os.sep}") for way in ways for known in _installed_places())
+
+
+@cache
+def _installed_places() -> set[str]:
+    """Return the directories of Python's own library and of installed packages."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    places = [*map(sysconfig.get_path, names), *site.getsitepackages(), site.getusersitepackages()]
+    return {way for place in places for way in (place, os.path.realpath(place))}
+
+
+def _imported(file: Path) -> set[str]:
+    """Return the modules and packages that a file imports, without what is in them."""
+    try:
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+    except (OSError, SyntaxError, ValueError):
+        return set()
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
+    return {name.partition(".")[0] for name in found}
 
 
 def _same(one: ModuleSpec | None, other: ModuleSpec) -> bool:

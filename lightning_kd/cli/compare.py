@@ -23,8 +23,9 @@ from lightning_kd.comparison.experiment import Experiment
 from lightning_kd.comparison.figures import check_can_draw
 from lightning_kd.comparison.plan import plan, values_of
 from lightning_kd.comparison.reading import of_configs, read_experiment
-from lightning_kd.comparison.records import Records, write_json
+from lightning_kd.comparison.records import Records
 from lightning_kd.comparison.report import Report, check_page
+from lightning_kd.comparison.run_files import write_json
 from lightning_kd.comparison.tokenizers import LearnedTokenizers
 from lightning_kd.comparison.workers import Workers
 
@@ -115,6 +116,7 @@ def run_comparison(
         records = Records(jobs, output, names, experiment.all_files)
         states = [records.state(job) for job in jobs]
         states = check_unchanged(jobs, states, rerun=rerun_changed)
+        records.check_metrics(jobs, states)
         done = sum(state.tested for state in states)
         console.print(
             f"{experiment.title}: {len(jobs)} runs in {output}, {done} of them there; what each prints "

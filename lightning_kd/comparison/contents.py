@@ -3,17 +3,19 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from glob import glob, has_magic
 from pathlib import Path
 from typing import Any
 
 from lightning_kd.comparison.options import flat
+from lightning_kd.comparison.outputs import written_files
 from lightning_kd.data.readers import ending
 from lightning_kd.filesystem import digest_file
+from lightning_kd.imports import named_modules
 
-_WRITTEN = re.compile(r"(on_policy|predictions)\.path|trainer\.logger\..*|export\..*")
+_WRITTEN = re.compile(r"predictions\.path|trainer\.logger\..*|export\..*")
 """Options whose files a run writes."""
 
 _OTHER_SPLITS = re.compile(r"data\.(.*\.)?(test|predict)(\.\d+)?")
@@ -22,42 +24,49 @@ _OTHER_SPLITS = re.compile(r"data\.(.*\.)?(test|predict)(\.\d+)?")
 
 def contents(
     config: Mapping[str, Any],
-    modules: Mapping[str, Sequence[Path]],
-    output: Path,
+    own_files: Callable[[str], Mapping[str, Sequence[Path]]],
+    runs: Collection[Path],
     *,
     all_splits: bool,
 ) -> dict[str, str]:
     """Return a digest of each file, directory and own module that a configuration names.
 
     Args:
-        config: All options.
-        modules: Files of a user's own modules, by module.
-        output: Directory of all runs. What is in it has been made by them, from what is outside.
+        config: All options, with all that is filled in.
+        own_files: Returns files of a module if it is a user's own, and of those that it imports.
+        runs: Directories of the runs. What is in them is made of what is outside of them.
         all_splits: Whether data of tests are read too.
     """
     found: dict[str, str] = {}
+    written = written_files(config)
     for name, value in flat(config).items():
-        if not isinstance(value, str) or _WRITTEN.fullmatch(name):
+        if not isinstance(value, str) or _WRITTEN.fullmatch(name) or name in written:
             continue
         if _OTHER_SPLITS.fullmatch(name) and not all_splits:
             continue
-        module, dot, _ = value.partition(".")
-        if dot and module in modules:
-            files = modules[module]
-            about = files[0].name if len(files) == 1 else f"package {module}"
-            found[about] = _digest((path.name, path) for path in files)
-        digest = None if value in found else content_of(value, output)
+        for named in sorted(named_modules(value)):
+            for module, files in own_files(named).items():
+                about = files[0].name if len(files) == 1 else f"package {module}"
+                found[about] = _digest((path.name, path) for path in files)
+        digest = None if value in found else content_of(value, runs)
         if digest is not None:
             found[value] = digest
     return found
 
 
-def content_of(path: str, left_out: Path | None = None) -> str | None:
+def student_content(student: Path) -> str | None:
+    """Return a digest of an exported student: weights, configuration and tokenizer; None if none."""
+    # Its card says when it was made and how long that took.
+    files = [path for path in _below(student) if path.name != "README.md"]
+    return _digest((str(path.relative_to(student)), path) for path in files) if files else None
+
+
+def content_of(path: str, left_out: Collection[Path] = ()) -> str | None:
     """Return a digest of a file, of all files of a directory, or of those that a pattern finds.
 
     Args:
         path: As an option gives it.
-        left_out: A directory that is not read.
+        left_out: Directories that are not read.
 
     Returns:
         The digest; None where nothing is there, or nothing else than what is left out.
@@ -71,8 +80,9 @@ def content_of(path: str, left_out: Path | None = None) -> str | None:
         files = [(name, Path(name)) for name in glob(path) if os.path.isfile(name)]
     else:
         files = []
-    if left_out is not None:
-        files = [(name, file) for name, file in files if not _inside(file, left_out)]
+    if left_out:
+        out = {os.path.abspath(directory) for directory in left_out}
+        files = [(name, file) for name, file in files if out.isdisjoint(_above(file))]
     return _digest(files) if files else None
 
 
@@ -92,8 +102,9 @@ def _below(directory: Path) -> Iterator[Path]:
         yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
-def _inside(path: Path, directory: Path) -> bool:
-    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(directory))
+def _above(file: Path) -> Iterator[str]:
+    """Yield the directories that a file is in."""
+    return map(str, Path(os.path.abspath(file)).parents)
 
 
 def _digest(files: Iterable[tuple[str, Path]]) -> str:

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from lightning_kd.comparison.metrics import Metric
 from lightning_kd.comparison.plan import Job
-from lightning_kd.comparison.records import Records, State, read_json
+from lightning_kd.comparison.records import Records, State
+from lightning_kd.comparison.run_files import read_json
 from lightning_kd.comparison.workers import Workers
 
 
@@ -128,7 +129,20 @@ class Execution:
         for future, job in running.items():  # ended by the signal, or in time
             if future.result().result is not None:
                 outcomes[job.directory] = future.result()
+        self._check_read(states, outcomes)
         return [outcomes[job.directory] for job in self.jobs if job.directory in outcomes]
+
+    def _check_read(self, states: Sequence[State], outcomes: dict[Path, Outcome]) -> None:
+        """Fail runs that were there and have read others that were made anew, and are others now."""
+        there = {job.directory for job, s in zip(self.jobs, states, strict=True) if s.tested}
+        if there >= outcomes.keys():
+            return
+        for job in self.jobs:
+            if job.directory in there and _reads(job):
+                changed = self.records.state(job).changed
+                if changed:
+                    said = f"{changed} changed meanwhile; --rerun_changed makes it anew"
+                    outcomes[job.directory] = Outcome(job, None, said)
 
     def _startable(
         self,
@@ -147,6 +161,8 @@ class Execution:
         failed = next((outcome.job for outcome in read if outcome.result is None), None)
         if failed is not None:
             return Outcome(job, None, f"not started, because {failed.title} failed")
+        if state.error:
+            return Outcome(job, None, state.error)
         try:
             found = self._run(job, state)
         except Exception as error:  # a full disk, say: one run fails by it, the others may not
@@ -155,6 +171,10 @@ class Execution:
 
     def _run(self, job: Job, state: State) -> Outcome:
         """Train, unless that is done, and test."""
+        try:
+            self.records.check_students(job, state)
+        except ValueError as error:
+            return Outcome(job, None, f"{error}")
         self.records.clear(job, state)
         self.records.prepare(job)
         commands = ["fit", "test"] if job.variant.shown else ["fit"]
@@ -167,6 +187,8 @@ class Execution:
             code = self.workers.run(words, left, log)
             if code or not left.exists():
                 return Outcome(job, None, f"{command} failed: {_last_words(log, code)} ({log})")
+            if command == "fit":
+                self.records.trained(job)
         result = self.records.finish(job)
         lacking = [m.name for m in self.metrics if m.name not in result["metrics"]]
         if lacking and job.variant.shown:

@@ -9,7 +9,10 @@ import yaml
 
 def differences(before: Path, now: Mapping[str, Any]) -> str:
     """Return the options that differ, in a line."""
-    old, new = (flat(config) for config in (yaml.safe_load(before.read_text()), now))
+    try:
+        old, new = flat(yaml.safe_load(before.read_text())), flat(now)
+    except (FileNotFoundError, ValueError, yaml.YAMLError):
+        return f"{before} is not what was written"
     names = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
     shown = [f"{name}: {old.get(name)} -> {new.get(name)}" for name in names[:3]]
     return ", ".join([*shown, *([f"and {len(names) - 3} more"] if len(names) > 3 else [])])

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from lightning_kd.comparison.experiment import Experiment, Layer, Variant
-from lightning_kd.comparison.options import flat
 from lightning_kd.comparison.order import ordered_runs
+from lightning_kd.comparison.outputs import check_written
 from lightning_kd.comparison.placeholders import fill, placeholders
 from lightning_kd.comparison.refusals import (
     check_files,
@@ -156,7 +156,7 @@ def plan(
                         _stage(experiment),
                     )
                 )
-    _check_written(jobs)
+    check_written((job.title, job.fit, job.test) for job in jobs)
     for budget in [*experiment.budgets] or [""]:
         check_measures(
             experiment,
@@ -167,17 +167,6 @@ def plan(
             ],
         )
     return jobs
-
-
-def _check_written(jobs: Sequence[Job]) -> None:
-    writers: dict[str, Job] = {}
-    for job in jobs:
-        place = flat(job.fit).get("on_policy.path")
-        if place is not None and writers.setdefault(place, job) is not job:
-            raise ValueError(
-                f"on_policy.path is {place} in two runs ({writers[place].title}, and {job.title}); "
-                "give each a file of its own, with {seed} in its name"
-            )
 
 
 def directory_of(variant: Variant, budget: str, seed: int, output: Path) -> Path:

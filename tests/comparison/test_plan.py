@@ -7,6 +7,7 @@ import pytest
 
 from lightning_kd.comparison.experiment import Experiment, Layer, Variant
 from lightning_kd.comparison.metrics import Metric
+from lightning_kd.comparison.outputs import written_files
 from lightning_kd.comparison.plan import plan
 from lightning_kd.comparison.reading import merged
 
@@ -23,6 +24,9 @@ def variant(name, student=None, *, test=None, **options):
     model = {"init_args": {"student": {"name_or_path": student}}}
     layer = Layer(options={"model": model} if student else {}, test=test or {})
     return Variant(name, layer, name, **options)
+
+
+DOCUMENTS = {"class_path": "lightning_kd.callbacks.DocumentLikelihoods"}
 
 
 def saving(place):
@@ -161,6 +165,11 @@ def test_metrics_of_the_validation_split_are_measured_there():
             r"on_policy\.path is x\.jsonl in two runs \(A, seed 0, and B, seed 0\)",
         ),
         (
+            [variant("A"), variant("B")],
+            {"common": Layer(test={"trainer": {"callbacks": [DOCUMENTS]}})},
+            r"callbacks\.0\.init_args\.path is documents\.jsonl in two runs \(A, seed 0, and B",
+        ),
+        (
             [variant("A")],
             {"common": Layer(options={"data": {"init_args": {"train": "a", "test": None}}})},
             r"data\.test is not given",
@@ -170,6 +179,17 @@ def test_metrics_of_the_validation_split_are_measured_there():
 def test_what_could_not_be_run_is_refused(variants, options, message):
     with pytest.raises(ValueError, match=message):
         planned(*variants, **options)
+
+
+def test_runs_whose_tests_write_beside_their_students_write_files_of_their_own():
+    writing = DOCUMENTS | {"init_args": {"path": "{student}_documents.jsonl"}}
+    common = Layer(test={"trainer": {"callbacks": [writing]}})
+    jobs = planned(variant("A"), variant("B"), common=common)
+    (callback,) = jobs[1].test["trainer"]["callbacks"]
+    assert callback["init_args"]["path"] == "out/B/0/student_documents.jsonl"
+    assert written_files(jobs[0].test) == {
+        "trainer.callbacks.0.init_args.path": "out/A/0/student_documents.jsonl"
+    }
 
 
 def test_options_of_a_file_that_a_comparison_decides_are_refused(tmp_path):

@@ -18,7 +18,8 @@ from lightning_kd.comparison.experiment import Experiment, Layer, Variant
 from lightning_kd.comparison.metrics import Metric
 from lightning_kd.comparison.plan import plan
 from lightning_kd.comparison.reading import merged
-from lightning_kd.comparison.records import Records, write_json
+from lightning_kd.comparison.records import Records
+from lightning_kd.comparison.run_files import write_json
 from lightning_kd.imports import OwnModules
 
 OUT = Path("out")
@@ -40,8 +41,8 @@ class Commands:
 
     received = 0
 
-    def __init__(self, *, gives=("test/x",), failing=()):
-        self.gives, self.failing, self.made = gives, failing, []
+    def __init__(self, *, gives=("test/x",), failing=(), weights="weights"):
+        self.gives, self.failing, self.made, self.weights = gives, failing, [], weights
 
     def stopped(self):
         return False
@@ -57,6 +58,7 @@ class Commands:
             raise OSError(28, "No space left on device")
         if command == "fit":
             (place / "student").mkdir(exist_ok=True)
+            (place / "student" / "weights").write_text(self.weights)
             Path("written.jsonl").write_text(f"{len(self.made)} completions")
         found = dict.fromkeys(self.gives if command != "fit" else [], 1.0)
         said = {"metrics": found, "cost": {"seconds": 1.0}, "device": "cpu", "jobs": 1}
@@ -79,6 +81,7 @@ def made(said, *, rerun=False, seeds=(0,), **commands):
     """Make what is not there; return the commands, and what became of the runs."""
     jobs, records = planned(said, seeds)
     states = check_unchanged(jobs, [records.state(job) for job in jobs], rerun=rerun)
+    records.check_metrics(jobs, states)
     workers = Commands(**commands)
     outcomes = Execution(jobs, records, workers, said.metrics, Console()).run_all(states)
     return workers.made, outcomes
@@ -157,8 +160,9 @@ def test_what_runs_write_and_files_that_are_gone_change_nothing():
     assert made(said)[0] == []
 
 
-def test_a_metric_that_is_not_there_makes_the_test_again_alone():
+def test_a_metric_that_is_not_there_makes_the_test_again_alone(monkeypatch):
     made(experiment())
+    monkeypatch.setattr("lightning_kd.comparison.records.sources", lambda: "of other code")
     said = experiment(metrics=[Metric("test/x"), Metric("test/y")])
     commands, (outcome,) = made(said, gives=["test/x", "test/y"])
     assert commands == ["test SFT/0"]
@@ -216,7 +220,7 @@ def test_a_record_of_an_earlier_release_is_taken_as_it_is():
     for name in ("given.json", "result.json"):
         path = OUT / "SFT" / "0" / name
         old = json.loads(path.read_text())
-        for key in ("contents", "sources", "stage", "jobs"):
+        for key in ("contents", "sources", "stage", "jobs", "digest"):
             old.pop(key, None)
         write_json(path, old)
     assert made(experiment())[0] == []
@@ -242,7 +246,7 @@ def test_the_librarys_own_code_is_no_module_of_a_user(monkeypatch):
     path = Path("own.yaml").absolute()
     path.write_text("model: {class_path: lightning_kd.SFT}")
     monkeypatch.chdir(Path(contents.__file__).parents[2])
-    assert OwnModules.of_arguments([str(path)]).files() == {}
+    assert OwnModules.of_arguments([str(path)]).files(["lightning_kd"]) == {}
 
 
 def test_contents_of_files_directories_and_patterns():
@@ -253,7 +257,7 @@ def test_contents_of_files_directories_and_patterns():
     assert content_of("texts") == whole
     Path("texts/test.jsonl").rename("texts/another.jsonl")
     assert content_of("texts") != whole
-    assert content_of("texts", Path("texts")) is None
+    assert content_of("texts", [Path("texts")]) is None
 
 
 def test_a_run_that_cannot_be_begun_fails_alone():
