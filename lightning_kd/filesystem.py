@@ -6,6 +6,8 @@ import hashlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _HERE = -100
@@ -18,9 +20,26 @@ _EXCHANGE = 2
 def write_text(path: Path, text: str) -> None:
     """Write a file that is complete whenever it is there; directories above it are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    with _half_of(path) as half:
+        half.write_text(text, encoding="utf-8")
+
+
+def copy_file(source: Path, path: Path) -> None:
+    """Copy a file, so that it is complete whenever it is there."""
+    with _half_of(path) as half:
+        shutil.copyfile(source, half)
+
+
+@contextmanager
+def _half_of(path: Path) -> Iterator[Path]:
+    """Give the file to be written, which takes the name when all has been; nothing is left else."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
-    half.write_text(text, encoding="utf-8")
-    half.replace(path)
+    try:
+        yield half
+        half.replace(path)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
 
 
 def digest_file(path: Path) -> str:

@@ -18,9 +18,10 @@ from lightning_kd.cli.messages import ShortErrors
 from lightning_kd.cli.parsing import ParsingCLI
 from lightning_kd.cli.preparation import prepare
 from lightning_kd.cli.trainer_command import trainer_command
-from lightning_kd.comparison.execution import Execution, Outcome, check_unchanged, locked
+from lightning_kd.comparison.execution import Execution, Outcome, check_unchanged
 from lightning_kd.comparison.experiment import Experiment
 from lightning_kd.comparison.figures import check_can_draw
+from lightning_kd.comparison.places import cannot, locked
 from lightning_kd.comparison.plan import plan, values_of
 from lightning_kd.comparison.reading import of_configs, read_experiment
 from lightning_kd.comparison.records import Records
@@ -124,14 +125,16 @@ def run_comparison(
             soft_wrap=True,
         )
         unmade = [job for job, state in zip(jobs, states, strict=True) if not state.tested]
-        tokenizers.learn(unmade, console)
+        with cannot("a tokenizer cannot be learned"):
+            tokenizers.learn(unmade, console)
         workers = Workers(partial(run_command, experiment.all_files, at_once), __name__)
         execution = Execution(jobs, records, workers, experiment.metrics, console, at_once)
         outcomes = execution.run_all(states)
         report = Report(experiment, outcomes, command, jobs)
         if report.results:
             report.show(console)
-            report.write(output)
+            with cannot("the runs are there, but not their report, which the same command writes"):
+                report.write(output)
             console.print(
                 f"Tables and pictures are in {output}/report.md; tensorboard --logdir {output}",
                 soft_wrap=True,
@@ -141,7 +144,8 @@ def run_comparison(
             raise SystemExit(128 + workers.received)
         failed = [outcome for outcome in outcomes if outcome.result is None]
         if page is not None and not failed:
-            report.write_into(page, output)
+            with cannot(f"--write {page}: it is not written, and the same command writes it"):
+                report.write_into(page, output)
     if failed:
         console.print(f"{len(failed)} of {len(jobs)} runs failed:")
         for outcome in failed:

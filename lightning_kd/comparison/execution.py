@@ -1,12 +1,9 @@
 """The runs of a comparison, one or several at once, with a line for each."""
 
-import fcntl
-import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -33,29 +30,6 @@ class Outcome:
     """How long it took now."""
     lacking: Sequence[str] = ()
     """Metrics that its test did not give."""
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Hold a directory for one comparison alone.
-
-    Raises:
-        ValueError: If another comparison holds it.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "compare.lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"another comparison (process {file.read().strip()}) is writing to {output}; wait for "
-                "it, or give another --output"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        yield
 
 
 class Execution:

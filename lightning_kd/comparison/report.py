@@ -3,7 +3,6 @@
 import json
 import math
 import shlex
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from html import escape
@@ -36,7 +35,7 @@ from lightning_kd.comparison.tables import (
     what_can_be_told,
     with_wall_time,
 )
-from lightning_kd.filesystem import write_text
+from lightning_kd.filesystem import copy_file, write_text
 
 MARKS = "results"
 """Name of the marks that a page has."""
@@ -155,8 +154,8 @@ class Report:
         """
         prefix = f"{page.stem}_"
         for picture in self._pictures(output):
-            shutil.copyfile(output / picture, page.with_name(prefix + picture))
-        shutil.copyfile(output / "report.json", page.with_suffix(".json"))
+            copy_file(output / picture, page.with_name(prefix + picture).resolve())
+        copy_file(output / "report.json", page.with_suffix(".json").resolve())
         replace_between_marks(page, MARKS, self._page(output, prefix))
 
     def _directed(self) -> list[Any]:

@@ -15,6 +15,10 @@ from lightning_kd.comparison.options import flat
 from lightning_kd.comparison.placeholders import fill, placeholders
 from lightning_kd.comparison.plan import Job
 from lightning_kd.data import read_texts, train_tokenizer, write_tokenizer
+from lightning_kd.integrity import check_directory, checksums
+
+_CHECKSUMS = ".checksums.json"
+"""File of a learned tokenizer: checksums of all others."""
 
 
 class LearnedTokenizers:
@@ -49,12 +53,16 @@ class LearnedTokenizers:
             console: Where a line for each goes.
 
         Raises:
-            ValueError: If there is no such text, or the vocabulary is too small.
+            ValueError: If there is no such text, the vocabulary is too small, or one that is there is
+                not as it was learned.
         """
         given = [flat(part) for job in jobs for part in (job.fit, job.test)]
         read = {value for part in given for value in part.values() if isinstance(value, str)}
         for name, place in self.places.items():
-            if not any(place in value for value in read) or Path(place).exists():
+            if not any(place in value for value in read):
+                continue
+            if Path(place).exists():
+                _check(name, Path(place))
                 continue
             options = self._options[name]
             try:
@@ -65,11 +73,27 @@ class LearnedTokenizers:
             unfinished = Path(f"{place}.unfinished")
             shutil.rmtree(unfinished, ignore_errors=True)
             tokenizer.save_pretrained(unfinished)
+            kept = json.dumps(checksums(unfinished))
+            (unfinished / _CHECKSUMS).write_text(kept)
             unfinished.rename(place)
             console.print(
                 f"{len(tokenizer)} tokens, learned from {len(texts)} texts, are in {place}",
                 soft_wrap=True,
             )
+
+
+def _check(name: str, place: Path) -> None:
+    """Validate that a tokenizer is as it was learned; that of an earlier release, that it is there."""
+    try:
+        if (place / _CHECKSUMS).exists():
+            check_directory(place, json.loads((place / _CHECKSUMS).read_text()))
+        elif not (place / "tokenizer.json").is_file():
+            raise ValueError("its file tokenizer.json is missing")
+    except ValueError as error:
+        raise ValueError(
+            f"tokenizers.{name}: what is in {place} is damaged: {error}; remove {place} to have it "
+            "learned again"
+        ) from error
 
 
 def _read(name: str, options: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,13 +4,15 @@ A run in a process of its own leaves no memory, seeds or handlers to the next, h
 its own, and can fail without the others. Importing takes as long as a small run: so it is done once.
 """
 
-import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from multiprocessing import parent_process, resource_tracker
 from multiprocessing.connection import wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -25,6 +27,28 @@ _SIGNALS: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _GRACE = 600.0
 """Seconds that a run has to end its step and save."""
 
+_TOGETHER = 2.0
+"""Seconds in which signals count as one: ``timeout`` sends its to a process and to its group."""
+
+
+class _Process(ForkServerProcess):
+    """A process whose fork server is not ended by what a terminal or a scheduler sends to all."""
+
+    def start(self) -> None:
+        """Start it, and the server before the first one.
+
+        The server has signals blocked as it begins, for good. That of resources begins before it, and
+        whoever begins that one lets SIGINT and SIGTERM through again.
+        """
+        with signals_held():
+            resource_tracker.ensure_running()
+        with signals_held():
+            super().start()
+
+
+class _Context(ForkServerContext):
+    Process = _Process
+
 
 class Workers:
     """Processes that each run one command.
@@ -38,7 +62,8 @@ class Workers:
         self.entry = entry
         self.received: int = 0
         """Number of the signal that has come; 0 if none has."""
-        self._context: Any = multiprocessing.get_context("forkserver")
+        self._since = 0.0
+        self._context: Any = _Context()
         self._context.set_forkserver_preload([module])
         self._running: set[Any] = set()
         # start(), too, reads the exit codes of all processes, and an exit code can be read only once.
@@ -50,10 +75,16 @@ class Workers:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Pass signals on: the first asks runs to save and end, the second ends them at once."""
+        """Pass signals on: the first asks runs to save and end, the second ends them at once.
+
+        A terminal that is closed sends SIGHUP more than once, so that a second one asks for nothing.
+        """
         before: dict[int, Any] = {}
 
         def handle(number: int, frame: FrameType | None) -> None:
+            since, self._since = self._since, time.monotonic()
+            if self.received and (number == signal.SIGHUP or self._since - since < _TOGETHER):
+                return
             passed = signal.SIGKILL if self.received else signal.SIGTERM
             self.received = self.received or int(number)
             for process in [*self._running]:
@@ -81,7 +112,7 @@ class Workers:
             Its exit code; below zero, minus the signal that has ended it.
         """
         process = self._context.Process(target=_work, args=(self.entry, words, left, log))
-        with signals_held(), self._reading:
+        with self._reading:
             process.start()
         self._running.add(process)
         if self.received:  # before there was anything to pass it on to
@@ -122,7 +153,7 @@ def _work(entry: Entry, words: Sequence[str], left: Path, log: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
+    parent = parent_process()
     assert parent is not None  # this is a worker
     wait([parent.sentinel])
     os._exit(128 + signal.SIGTERM)

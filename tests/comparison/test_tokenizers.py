@@ -68,6 +68,27 @@ def test_one_that_is_part_of_a_path_is_learned(texts, capsys):
     assert Path(made.places["bpe"], "tokenizer.json").exists()
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("text", [None, "{}"])
+def test_one_that_is_not_as_it_was_learned_is_refused(name, text, texts):
+    made = learned()
+    place, runs = made.places["bpe"], [Run({"tokenizer": made.places["bpe"]}, {})]
+    made.learn(runs, Console())
+    Path(place, name).unlink()
+    if text is not None:
+        Path(place, name).write_text(text)
+    message = rf"tokenizers\.bpe: what is in {place} is damaged: .*{name}.*; remove {place}"
+    with pytest.raises(ValueError, match=message):
+        made.learn(runs, Console())
+
+
+def test_a_directory_that_was_removed_by_half_is_no_tokenizer_of_an_earlier_release(texts):
+    made = learned()
+    Path(made.places["bpe"]).mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"its file tokenizer\.json is missing"):
+        made.learn([Run({"tokenizer": made.places["bpe"]}, {})], Console())
+
+
 def test_other_options_are_another_directory(texts):
     places = {learned(**options).places["bpe"] for options in ({}, {"vocab_size": 300})}
     assert len(places) == 2
