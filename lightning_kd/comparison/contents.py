@@ -25,7 +25,7 @@ _OTHER_SPLITS = re.compile(r"data\.(.*\.)?(test|predict)(\.\d+)?")
 def contents(
     config: Mapping[str, Any],
     own_files: Callable[[str], Mapping[str, Sequence[Path]]],
-    runs: Collection[Path],
+    made: Collection[Path],
     *,
     all_splits: bool,
 ) -> dict[str, str]:
@@ -34,7 +34,8 @@ def contents(
     Args:
         config: All options, with all that is filled in.
         own_files: Returns files of a module if it is a user's own, and of those that it imports.
-        runs: Directories of the runs. What is in them is made of what is outside of them.
+        made: What the comparison writes: directories of runs, which are made of what is outside of
+            them, and files.
         all_splits: Whether data of tests are read too.
     """
     found: dict[str, str] = {}
@@ -48,7 +49,7 @@ def contents(
             for module, files in own_files(named).items():
                 about = files[0].name if len(files) == 1 else f"package {module}"
                 found[about] = _digest((path.name, path) for path in files)
-        digest = None if value in found else content_of(value, runs)
+        digest = None if value in found else content_of(value, made)
         if digest is not None:
             found[value] = digest
     return found
@@ -66,7 +67,7 @@ def content_of(path: str, left_out: Collection[Path] = ()) -> str | None:
 
     Args:
         path: As an option gives it.
-        left_out: Directories that are not read.
+        left_out: Directories and files that are not read.
 
     Returns:
         The digest; None where nothing is there, or nothing else than what is left out.
@@ -103,8 +104,9 @@ def _below(directory: Path) -> Iterator[Path]:
 
 
 def _above(file: Path) -> Iterator[str]:
-    """Yield the directories that a file is in."""
-    return map(str, Path(os.path.abspath(file)).parents)
+    """Yield a file and the directories that it is in."""
+    whole = Path(os.path.abspath(file))
+    return map(str, (whole, *whole.parents))
 
 
 def _digest(files: Iterable[tuple[str, Path]]) -> str:

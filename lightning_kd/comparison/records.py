@@ -82,6 +82,10 @@ class Records:
         self._own_files = cache(lambda name: finder.files([name]))
         self._sources = sources()
         self._jobs = {job.directory: job for job in jobs}
+        pictures = {f"_{job.budget}" if job.budget else "" for job in jobs} | {""}
+        names = {f"{kind}{budget}.png" for kind in ("curves", "bars") for budget in pictures}
+        names |= {"compare.lock", "report.json", "report.md"}
+        self._made = {*self._jobs, *(output / name for name in names)}
         self._fits: dict[Path, str] = {}
         for job in jobs:
             read = [self._fits[place] for place in job.fit_reads]
@@ -222,8 +226,8 @@ class Records:
 
     def _contents(self, job: Job) -> dict[str, dict[str, str]]:
         """Return digests of what training and test read now, with what the runs read that they read."""
-        fit = contents(job.fit, self._own_files, self._jobs.keys(), all_splits=False)
-        test = contents(job.test, self._own_files, self._jobs.keys(), all_splits=True)
+        fit = contents(job.fit, self._own_files, self._made, all_splits=False)
+        test = contents(job.test, self._own_files, self._made, all_splits=True)
         for found, places in ((fit, job.fit_reads), (test, job.test_reads)):
             for place in places:
                 found |= self._contents(self._jobs[place])["fit"]

@@ -61,6 +61,17 @@ def test_data_below_the_output_are_read():
     check_another(with_options(data={"more": "out/more.jsonl"}), "out/more.jsonl", "out/more.jsonl")
 
 
+def test_what_a_comparison_writes_beside_its_runs_is_no_data():
+    OUT.mkdir()
+    Path("out/more.jsonl").write_text("one")
+    said = with_options(data={"more": "out"})
+    made(said)
+    for name in ("compare.lock", "report.json", "report.md", "curves.png", "bars.png"):
+        (OUT / name).write_text("another")
+    assert made(said)[0] == []
+    check_another(said, "out/more.jsonl", "out")
+
+
 def test_a_tokenizer_below_the_output_is_read_and_the_output_may_be_moved():
     place = Path("out/tokenizers/bpe-1")
     place.mkdir(parents=True)
