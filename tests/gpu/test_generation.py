@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from lightning_kd.generation import GenerationOptions, SamplingOptions, sample
+from lightning_kd.generation import (
+    ContinuousBatchingSampler,
+    GenerationOptions,
+    Prompts,
+    SamplingOptions,
+    sample,
+)
 from tests.support.toys import tiny_llama
 
 NEW = 24
@@ -41,6 +47,20 @@ def test_what_is_sampled_is_what_the_cpu_samples(device):
     options = SamplingOptions(max_new_tokens=NEW)
     expected = written(model, "cpu", options)
     came = written(model.to(device), device, options)
+    assert came.ids.tolist() == expected.ids.tolist()
+    torch.testing.assert_close(came.log_probs.cpu(), expected.log_probs, rtol=1e-9, atol=1e-9)
+
+
+def test_continuous_batching_samples_the_same(device):
+    """Six rows through two slots, looked at as often as the device is."""
+    model = tiny_llama().double().eval()
+    options = SamplingOptions(max_new_tokens=NEW)
+    expected = written(model, "cpu", options)
+    given = Prompts(*prompts(device), eos_ids=frozenset({1}), pad_id=0)
+    models = [(model.to(device), 1.0)]
+    engine = ContinuousBatchingSampler(slots=2)
+    came = engine.generate(given, options, seeds=range(6), models=models)
+    assert came.ids.device.type == device
     assert came.ids.tolist() == expected.ids.tolist()
     torch.testing.assert_close(came.log_probs.cpu(), expected.log_probs, rtol=1e-9, atol=1e-9)
 
