@@ -5,6 +5,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,8 @@ def run_comparison(
     parser = trainer_command(ParsingCLI)
     sys.argv = arguments
     values |= tokenizers.places
+    number = len(seeds) * len(experiment.variants)
+    console.print(f"{experiment.title}: reading {number} runs", soft_wrap=True)
     jobs = plan(
         experiment, seeds, output, values, parser.whole_config, build=parser.build, quick=quick
     )
@@ -135,6 +138,8 @@ def run_comparison(
             report.show(console)
             with cannot("the runs are there, but not their report, which the same command writes"):
                 report.write(output)
+            for line in dict.fromkeys(chain(*report.without_curve.values())):
+                console.print(f"warning: {line}", markup=False, highlight=False, soft_wrap=True)
             console.print(
                 f"Tables and pictures are in {output}/report.md; tensorboard --logdir {output}",
                 soft_wrap=True,

@@ -33,7 +33,9 @@ class Finding:
         """Whether it holds: ``not decided`` where no corrected p is below the level."""
         if self.lacking:
             return f"cannot be told: {self.lacking}"
-        if self.gain is None or self.corrected is None or self.corrected >= LEVEL:
+        if self.gain is None or self.gain.seeds < 2:
+            return "cannot be told: one seed"
+        if self.corrected is None or self.corrected >= LEVEL:
             return OPEN
         return HOLDS if self.gain.mean > 0 else OPPOSITE
 

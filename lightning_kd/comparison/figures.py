@@ -27,7 +27,7 @@ def check_can_draw() -> None:
 
 def draw_curves(
     experiment: Experiment, directories: Mapping[str, Sequence[Path]], place: Path
-) -> bool:
+) -> list[str]:
     """Draw metrics over steps and seconds, with a band of one standard deviation over seeds.
 
     Args:
@@ -36,16 +36,23 @@ def draw_curves(
         place: The picture.
 
     Returns:
-        Whether any run has logged any of them; otherwise nothing is drawn.
+        What is not in it, in a line each: metrics that no run has logged. Without any there is no
+        picture.
     """
     logged = {run: [read_scalars(d) for d in found] for run, found in directories.items()}
     drawn = {
         metric: {run: made for run, seeds in logged.items() if (made := curve(seeds, metric.name))}
         for metric in experiment.curves
     }
+    given = sorted({name for seeds in logged.values() for found in seeds for name in found})
+    missing = [
+        f"no run logged {metric.name}, which has no curve; logged are {', '.join(given) or 'none'}"
+        for metric, curves in drawn.items()
+        if not curves
+    ]
     drawn = {metric: curves for metric, curves in drawn.items() if curves}
     if not drawn:
-        return False
+        return missing
     figure = _figure(len(drawn), 2)
     axes = figure.subplots(len(drawn), 2, squeeze=False)
     for (over_steps, over_time), (metric, curves) in zip(axes, drawn.items(), strict=True):
@@ -62,7 +69,7 @@ def draw_curves(
             axis.grid(alpha=0.3)
     _legend(figure, experiment)
     figure.savefig(place, dpi=100)
-    return True
+    return missing
 
 
 def draw_bars(

@@ -4,8 +4,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_type_hints
 
-from lightning_kd.option_checks import check_choice
-
 COSTS = {
     "steps": "steps",
     "tokens": "tokens",
@@ -79,6 +77,12 @@ def _metric(name: Any, said: Any, where: str) -> Metric:
                 f"{where}.{option} is {options[option]!r}; it must be a {kind.__name__}"
             )
     metric = Metric(name, **options)
-    check_choice(f"{where}.better", metric.better, ("higher", "lower", ""))
-    check_choice(f"{where}.scale", metric.scale, ("linear", "log"))
+    for option, value, choices in (
+        ("better", metric.better, ("higher", "lower", "")),
+        ("scale", metric.scale, ("linear", "log")),
+    ):
+        if value not in choices:
+            raise ValueError(
+                f"{where}.{option} is {value!r}; choose {' or '.join(filter(None, choices))}"
+            )
     return metric

@@ -18,7 +18,13 @@ from lightning_kd.comparison.refusals import (
     check_split,
     check_tested,
 )
-from lightning_kd.comparison.tested import Measures, check_measures, check_optimizer, measures
+from lightning_kd.comparison.tested import (
+    Measures,
+    check_curves,
+    check_measures,
+    check_optimizer,
+    measures,
+)
 
 Resolve = Callable[[str, Sequence[str], Sequence[Mapping[str, Any]]], dict[str, Any]]
 """Parses a command with configuration files and further options; returns the whole configuration."""
@@ -48,6 +54,8 @@ class Job:
     """Directories of the runs whose students its test reads."""
     measures: Measures | None = None
     """What its test measures; None where nothing was built."""
+    logs: Measures | None = None
+    """The same of its validations in training."""
 
     @property
     def title(self) -> str:
@@ -157,13 +165,15 @@ def plan(
                     )
                 )
     check_written((job.title, job.fit, job.test) for job in jobs)
+    shown = [job for job in jobs if job.variant.shown and job.seed == seeds[0]]
+    check_curves(experiment, [(job.variant.label, job.logs) for job in shown])
     for budget in [*experiment.budgets] or [""]:
         check_measures(
             experiment,
             [
                 (job.variant.label, job.test, job.measures)
-                for job in jobs
-                if job.measures is not None and job.variant.shown and job.budget in ("", budget)
+                for job in shown
+                if job.measures is not None and job.budget in ("", budget)
             ],
         )
     return jobs
@@ -206,18 +216,20 @@ def _job(
     tested = [fill(layer.test, read) for layer in layers if layer.test]
     own = _own(variant, seed, directory, output)
     where = f"run {variant.name}" + (f", budget {budget}" if budget else "")
+    found, logs = None, None
     try:
         check_options(files, [*options, *tested])
         check_files(files, read)
         check_tested(tested)
         fit = resolve("fit", files, [*options, own])
         if build is not None:
-            check_optimizer(build().get("model"))
+            built = build()
+            check_optimizer(built.get("model"))
+            logs = measures(built, "val")
         start = {"model": {"init_args": {"student": _exported(fit, read["student"])}}}
         quiet = {"trainer": {"logger": False}, "on_policy": None}
         test = resolve(stage, files, [*options, own, start, *tested, quiet])
         check_split(test, stage)
-        found = None
         if build is not None:
             found = measures(build(), {"test": "test", "validate": "val"}[stage])
     except ValueError as error:
@@ -238,6 +250,7 @@ def _job(
         of_others([layer.options for layer in layers]),
         of_others([layer.test for layer in layers]),
         found,
+        logs,
     )
 
 

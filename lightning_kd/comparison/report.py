@@ -100,6 +100,8 @@ class Report:
         self.metrics = metrics_of(experiment, self.results)
         there = {o.job.directory for o in outcomes if o.result is not None}
         self.missing = [job.title for job in jobs if job.directory not in there]
+        self.without_curve: dict[str, list[str]] = {}
+        """Of each budget whose pictures were drawn, what no run has logged, in a line each."""
         self.count = f"{len(jobs) - len(self.missing)} of {len(jobs)} runs are there"
 
     def show(self, console: Console) -> None:
@@ -108,7 +110,8 @@ class Report:
             console.print(self.count, markup=False)
         for budget in self.budgets:
             own = of_budget(self.results, budget)
-            console.print(rich_table(rows(self.experiment, own, self.seeds), budget))
+            table = rich_table(rows(self.experiment, own, self.seeds), budget)
+            console.print(table, crop=False)  # numbers are not cut off, however narrow it is
             if differently := made_differently(own):
                 console.print(differently, markup=False, highlight=False)
             if len(self.seeds) > 1:
@@ -135,7 +138,7 @@ class Report:
                 places.setdefault(outcome.job.variant.name, []).append(outcome.job.directory)
             curves = output / self._picture("curves", budget)
             curves.unlink(missing_ok=True)
-            draw_curves(self.experiment, places, curves)
+            self.without_curve[budget] = draw_curves(self.experiment, places, curves)
             bars = output / self._picture("bars", budget)
             bars.unlink(missing_ok=True)
             if self.metrics and (own := of_budget(self.results, budget)):
@@ -188,6 +191,7 @@ class Report:
                 name = self._picture(kind, budget)
                 if (output / name).exists():
                     parts.append(f"![{_ALT[kind]}]({prefix}{name})\n")
+            parts += [f"{line}\n" for line in self.without_curve.get(budget, [])]
             if claims := judged(self.experiment, own, self.seeds):
                 parts.append(markdown(claim_rows(self.experiment, claims)))
             if len(self.seeds) > 1:

@@ -128,7 +128,10 @@ def rich_table(table: Sequence[Sequence[str]], title: str) -> Table:
     """Return a table for the terminal."""
     made = Table(title=Text(title) if title else None)
     for head in table[0]:
-        made.add_column(Text(head), overflow="fold")
+        # A name breaks behind its stage, and a word nowhere, however narrow the terminal is.
+        head = head.replace("/", "/\n") if " /" not in head else head
+        longest = max(map(len, head.split()), default=0)
+        made.add_column(Text(head), overflow="fold", min_width=longest)
     for cells in table[1:]:
         made.add_row(*map(Text, cells))
     return made
@@ -156,7 +159,7 @@ def difference_rows(
 
 
 def verdict(experiment: Experiment, found: Sequence[Difference], metric: Metric) -> str:
-    """Return which runs differ, in a sentence."""
+    """Return which runs are better than which in a metric that says what is, in a sentence."""
     labels = {variant.name: variant.label for variant in experiment.variants}
     sure = [d for d in found if d.corrected is not None and d.corrected < LEVEL]
     if not sure:
@@ -164,8 +167,9 @@ def verdict(experiment: Experiment, found: Sequence[Difference], metric: Metric)
     parts = []
     for each in sure:
         above = each.summary is not None and each.summary.mean > 0
-        more, less = (each.one, each.other) if above else (each.other, each.one)
-        parts.append(f"{labels[more]} > {labels[less]}")
+        first = above == (metric.better == "higher")
+        better, worse = (each.one, each.other) if first else (each.other, each.one)
+        parts.append(f"{labels[better]} better than {labels[worse]} ({metric.better})")
     return f"{metric.shown}, significant at {LEVEL}: {', '.join(parts)}"
 
 

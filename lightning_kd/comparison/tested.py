@@ -106,6 +106,32 @@ def check_measures(
             _check_formula(metric.name, depending[0], (label, test))
 
 
+def check_curves(experiment: Experiment, trainings: Sequence[tuple[str, Measures | None]]) -> None:
+    """Validate that a validation of some run gives each curve of validations.
+
+    Args:
+        experiment: Has the curves.
+        trainings: Label of each run that is shown, with what its validations measure.
+
+    Raises:
+        ValueError: If none gives one.
+    """
+    known = [m for _, m in trainings if m is not None and m.names is not None]
+    if not known or len(known) < len(trainings):
+        return
+    names = {name for m in known for name in m.names or ()}
+    begins = tuple(begin for m in known for begin in m.begins)
+    for curve in experiment.curves:
+        name = curve.name
+        if name.startswith("val/") and name not in names and not name.startswith(begins):
+            near = get_close_matches(name, names, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise ValueError(
+                f"curves: no run will log {name}; {hint}their validations can log "
+                f"{', '.join(sorted(names))}"
+            )
+
+
 def _check_given(name: str, label: str, given: Measures) -> None:
     known = given.names
     if known is None or name in known or name.startswith(tuple(given.begins)):

@@ -77,7 +77,8 @@ class LearnedTokenizers:
             (unfinished / _CHECKSUMS).write_text(kept)
             unfinished.rename(place)
             console.print(
-                f"{len(tokenizer)} tokens, learned from {len(texts)} texts, are in {place}",
+                f"{len(tokenizer)} tokens, learned from {len(texts)} "
+                f"text{'' if len(texts) == 1 else 's'}, are in {place}",
                 soft_wrap=True,
             )
 

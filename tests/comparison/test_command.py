@@ -297,7 +297,7 @@ def test_a_tokenizer_is_learned_once_before_the_runs_that_read_it(tmp_path):
     done = run(*command(*words), **calm())
     assert done.returncode == 0, done.stdout + done.stderr
     (place,) = Path("runs/tiny/tokenizers").iterdir()
-    assert f"264 tokens, learned from 1 texts, are in {place}" in done.stdout
+    assert f"264 tokens, learned from 1 text, are in {place}" in done.stdout
     own = AutoTokenizer.from_pretrained("runs/tiny/SFT/0/student").get_vocab()
     assert len(own) == 264
     assert own == AutoTokenizer.from_pretrained(place).get_vocab()
@@ -356,6 +356,11 @@ def test_a_tokenizer_is_learned_once_before_the_runs_that_read_it(tmp_path):
             {"runs": {"SFT": {}}, "metrics": {"test/exact_math": "higher"}},
             [],
             "the test of SFT will give no test/exact_math",
+        ),
+        (
+            {"runs": {"SFT": {}}, "curves": {"val/nothing": {}}},
+            [],
+            "curves: no run will log val/nothing; their validations can log val/",
         ),
         (
             {"runs": {"SFT": {}}, "metrics": {"test/perplexityy": "lower"}},

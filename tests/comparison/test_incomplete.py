@@ -6,23 +6,25 @@ import math
 import pytest
 from rich.console import Console
 from scipy import stats
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_kd.comparison.execution import Outcome
 from lightning_kd.comparison.experiment import Claim, Experiment, Layer, Variant
 from lightning_kd.comparison.metrics import Metric
 from lightning_kd.comparison.plan import Job
 from lightning_kd.comparison.report import Report
+from lightning_kd.comparison.tables import rich_table
 
 SURE = {"A": [0.7, 0.82, 0.97], "B": [1.0, 1.1, 1.15]}
 
 
-def reported(values, folder, more=(), **said):
+def reported(values, folder, more=(), better="lower", **said):
     """Return a report of runs with a value for each seed; None where the run failed."""
     experiment = Experiment(
         "tiny",
         "Tiny",
         [Variant(name, Layer(), name) for name in values],
-        metrics=[Metric("test/x", "lower")],
+        metrics=[Metric("test/x", better)],
         costs=["tokens"],
         **said,
     )
@@ -100,11 +102,12 @@ def test_equal_differences_of_two_seeds_decide_nothing(tmp_path):
     assert found["agreeing"] == 2
 
 
-def test_claims_of_one_seed_are_listed_and_not_decided(tmp_path):
+def test_claims_of_one_seed_are_listed_and_cannot_be_told(tmp_path):
     report = reported({"A": [0.1], "B": [0.2]}, tmp_path, claims=claims("A"))
     page, _, shown = written(report, tmp_path)
-    assert "A beats B in test/x: not decided" in shown
-    assert "| A beats B in test/x | a paper | 0.1 | 1 of 1 | - | - | **not decided** |" in page
+    assert "A beats B in test/x: cannot be told: one seed" in shown
+    row = "| A beats B in test/x | a paper | 0.1 | 1 of 1 | - | - | **cannot be told: one seed** |"
+    assert row in page
 
 
 def test_a_report_of_a_part_says_how_many_runs_are_there(tmp_path):
@@ -158,3 +161,34 @@ def test_numbers_that_are_not_finite_make_a_report_that_is_json(values, tmp_path
     assert made["results"][0]["metrics"] == {"test/x": None}
     assert made["claims"][""][0]["verdict"].startswith("cannot be told: ")
     assert f"| A | {values['A'][0]} | 10 |" in page
+
+
+@pytest.mark.parametrize(
+    ("better", "said"),
+    [("lower", "A better than B (lower)"), ("higher", "B better than A (higher)")],
+)
+def test_a_difference_says_which_run_is_better(better, said, tmp_path):
+    report = reported({"A": SURE["A"], "B": SURE["B"]}, tmp_path, better=better)
+    page, _, shown = written(report, tmp_path)
+    assert f"test/x, significant at 0.05: {said}" in shown
+    assert f"<summary>test/x, significant at 0.05: {said}</summary>" in page
+
+
+def test_a_curve_that_no_run_has_logged_is_named(tmp_path):
+    curves = [Metric("val/nothing"), Metric("val/x")]
+    report = reported({"A": [1.0, 2.0]}, tmp_path, curves=curves)
+    for seed in (0, 1):
+        with SummaryWriter(tmp_path / "A" / f"{seed}") as writer:
+            writer.add_scalar("val/x", 1.0, 0)
+    page, *_ = written(report, tmp_path)
+    line = "no run logged val/nothing, which has no curve; logged are val/x"
+    assert line in page
+    assert report.without_curve == {"": [line]}
+
+
+def test_headings_break_behind_the_stage_and_nowhere_in_a_word():
+    console = Console(record=True, width=40)
+    heads = ["", "test/cross_entropy ↓", "steps", "generated"]
+    console.print(rich_table([heads, ["a run", "1.0", "2", "3"]], ""), crop=False)
+    said = console.export_text()
+    assert all(word in said for word in ("test/", "cross_entropy", "steps", "generated"))

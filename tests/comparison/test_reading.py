@@ -117,7 +117,10 @@ def test_ordinary_configs_are_runs_under_their_names(tmp_path):
         ({"runs": {"A": {"label": "KD"}, "B": {"label": "KD"}}}, "KD is the label of two runs"),
         ({"runs": {"A": {"predictions": {"path": "x"}}}}, "there is no 'predictions'"),
         ({"runs": RUNS, "costs": ["second"]}, "there is no 'second'; did you mean seconds"),
-        ({"runs": RUNS, "metrics": {"test/a": "more"}}, "unknown .*better 'more'"),
+        (
+            {"runs": RUNS, "metrics": {"test/a": "more"}},
+            "test/a.better is 'more'; choose higher or lower",
+        ),
         ({"runs": RUNS, "metrics": {"test/a": {"title": 3}}}, "title is 3; it must be a str"),
         ({"runs": RUNS, "metrics": {"test/a": {"beter": "lower"}}}, "a metric has better"),
         ({"runs": RUNS, "metrics": ["test/a", "val/b"]}, "all of the test split"),
