@@ -9,7 +9,12 @@ from torchmetrics import Metric
 
 from lightning_kd.batch import FILLER_ROW, Batch, PromptBatch, has_prompts, references_of
 from lightning_kd.callbacks.evaluations import SPLITS, EvaluationCallback, Stage
-from lightning_kd.callbacks.reference_checks import check_data, check_states
+from lightning_kd.callbacks.reference_checks import (
+    check_data,
+    check_states,
+    check_works,
+    measure,
+)
 from lightning_kd.callbacks.text_tables import log_table
 from lightning_kd.collectives import any_process
 from lightning_kd.evaluation import (
@@ -119,6 +124,7 @@ class CompletionSamples(EvaluationCallback):
             what = "prompts and max_new_tokens of CompletionSamples"
             check_length({"student": module.student}, length, what)
         check_states(self.metrics, trainer.world_size)
+        check_works(self.metrics)
         check_data(self.metrics, trainer, SPLITS[stage], self.batches)
 
     def begin(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -150,7 +156,7 @@ class CompletionSamples(EvaluationCallback):
         for metric in (*self.metrics, self._cut):
             metric.to(module.device)
         for metric in self.metrics:
-            metric.update([row[1] for row in rows], [row[2] for row in rows])
+            measure(metric, [row[1] for row in rows], [row[2] for row in rows])
         cut = torch.tensor([row[3] for row in rows], dtype=torch.float64, device=module.device)
         self._cut.update({"completions_cut": cut})
         shown = rows[: self.samples - len(self._table)]

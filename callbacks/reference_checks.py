@@ -1,6 +1,7 @@
 """What a metric of completions cannot be computed with, said before anything is generated."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from typing import Literal
 
 import lightning as L
@@ -11,6 +12,7 @@ from lightning_kd.batch import has_prompts, references_of
 from lightning_kd.collectives import gather_objects
 from lightning_kd.data import DistillationData
 from lightning_kd.evaluation import CompletionMetric, check_references, metric_name
+from lightning_kd.evaluation.completion_metric import OneReference, failed
 
 
 def check_states(metrics: Sequence[Metric], world_size: int) -> None:
@@ -41,6 +43,51 @@ def check_states(metrics: Sequence[Metric], world_size: int) -> None:
                     "add up right; compute it in one (--trainer.devices 1), or write a metric whose "
                     'states are sums: add_state(..., dist_reduce_fx="sum")'
                 )
+
+
+def check_works(metrics: Sequence[Metric]) -> None:
+    """Measure one text by each metric of torchmetrics, some of which need what is not installed.
+
+    Args:
+        metrics: Metrics of completions.
+
+    Raises:
+        ValueError: If one fails.
+    """
+    for metric in metrics:
+        inner = metric.metric if isinstance(metric, OneReference) else metric
+        if not type(inner).__module__.startswith("torchmetrics."):
+            continue
+        try:
+            deepcopy(metric).update(["one text"], [["one text"]])
+        except Exception as error:
+            said = next((line for line in f"{error}".splitlines() if line.strip(" *")), "")
+            hint = (
+                "; its rougeLsum needs punkt of nltk: python -m nltk.downloader punkt punkt_tab, or "
+                "name other rouge_keys"
+                if metric_name(metric) == "ROUGEScore"
+                else ""
+            )
+            raise ValueError(
+                f"{metric_name(metric)} cannot measure a text here ({type(error).__name__}: "
+                f"{said.strip():.200}){hint}"
+            ) from error
+
+
+def measure(
+    metric: Metric, completions: Sequence[str], references: Sequence[Sequence[str]]
+) -> None:
+    """Add completions to a metric.
+
+    Raises:
+        ValueError: If it fails for them, with the first.
+    """
+    try:
+        metric.update(completions, references)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise failed(metric, completions[0] if completions else "", error) from error
 
 
 def check_data(

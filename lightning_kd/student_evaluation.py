@@ -15,7 +15,7 @@ from lightning_kd.modules import SFT, SupervisedKD
 from lightning_kd.modules.evaluated_checkpoint import warn_of_another_tokenizer
 from lightning_kd.processes import wait_for
 from lightning_kd.resuming import tokenizer_digest
-from lightning_kd.tokenization import load_tokenizer
+from lightning_kd.tokenization import check_path, load_tokenizer
 
 _DEFAULT = lazy_instance(CompletionSamples)
 """Exact match, greedily; help shows what it is made of."""
@@ -56,7 +56,8 @@ def evaluate(
         The numbers, by the names that they are logged under.
 
     Raises:
-        ValueError: If there is no such model, no test data, or something cannot be computed.
+        ValueError: If there is no such model, no test data, something cannot be computed, or
+            ``output`` is a file with something else than earlier numbers of the same models.
 
     Example:
         >>> from lightning_kd import ArithmeticData
@@ -66,8 +67,14 @@ def evaluate(
     place = None if output is None else Path(output)
     if place is not None and (place.is_dir() or not place.resolve().parent.is_dir()):
         raise ValueError(f"output is {output!r}; give a file in a directory that exists")
-    L.seed_everything(seed_everything, verbose=False)
     measured = CompletionSamples() if completions is _DEFAULT else completions
+    if not isinstance(measured, CompletionSamples | None):
+        raise ValueError(
+            f"completions is a {type(measured).__name__}; give CompletionSamples(metrics=[...]), or "
+            "None"
+        )
+    _check_student(student)
+    L.seed_everything(seed_everything, verbose=False)
     asked = [*(callbacks or []), *([] if measured is None else [measured])]
     trainer = L.Trainer(
         accelerator=accelerator,
@@ -86,12 +93,38 @@ def evaluate(
     _warn_of_another_tokenizer(student, data)
     if place is not None:
         check_output(data, place, "output")
+        _check_results(place, student, teacher)
     (numbers,) = trainer.test(module, datamodule=data)
     wait_for(trainer.strategy.launcher)
     if place is not None and trainer.is_global_zero:
         said = {"student": student, "teacher": teacher, "metrics": dict(numbers)}
         write_text(place, json.dumps(said, indent=2) + "\n")
     return dict(numbers)
+
+
+def _check_student(student: str) -> None:
+    """Refuse a directory without a model, which a run's own is."""
+    check_path(student, "student")
+    place = Path(student).expanduser()
+    exported = place / "student"
+    if not (place / "config.json").is_file() and (exported / "config.json").is_file():
+        raise ValueError(f"student is {student!r}, a run; did you mean {exported}?")
+
+
+def _check_results(place: Path, student: str, teacher: str | None) -> None:
+    """Refuse to overwrite what is not an earlier result of the same models."""
+    if not place.exists():
+        return
+    try:
+        said = json.loads(place.read_text(encoding="utf-8"))
+    except ValueError:
+        said = None
+    found = said if isinstance(said, dict) and "metrics" in said else {}
+    if (found.get("student"), found.get("teacher")) != (student, teacher):
+        of = f"the numbers of {found['student']}" if "student" in found else "something else"
+        raise ValueError(
+            f"output is {str(place)!r}, which has {of}; remove it, or give another file"
+        )
 
 
 def _warn_of_another_tokenizer(student: str, data: DistillationData) -> None:

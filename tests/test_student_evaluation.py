@@ -200,3 +200,62 @@ def test_other_data_takes_the_students_tokenizer():
         *("--data.tokenizer", "runs/student"),
     ]
     assert with_student_data(["evaluate", "--help"]) == ["evaluate", "--help"]
+
+
+def test_a_list_of_metrics_is_answered_with_what_takes_it():
+    with pytest.raises(
+        ValueError, match=r"completions is a list; give CompletionSamples\(metrics="
+    ):
+        evaluate("runs/student", ArithmeticData(), [RougeL()])
+
+
+def test_a_run_is_no_student_and_a_misspelt_student_is_called_one(on_disk):
+    data = PromptCompletionData(test=ROWS, tokenizer="runs/student")
+    with pytest.raises(ValueError, match=r"student is 'runs', a run; did you mean runs/student\?"):
+        evaluate("runs", data)
+    with pytest.raises(ValueError, match=r"the student directory '\./runs/studnt' does not exist"):
+        evaluate("./runs/studnt", data)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [
+        ('{"student": "runs/other", "teacher": null, "metrics": {}}', "the numbers of runs/other"),
+        ('{"a": 1}', "something else"),
+        ("a text", "something else"),
+    ],
+)
+def test_results_of_another_model_are_not_overwritten(on_disk, there, said):
+    Path("results.json").write_text(there)
+    data = PromptCompletionData(test=ROWS, tokenizer="runs/student")
+    with pytest.raises(ValueError, match=f"output is 'results.json', which has {said}; remove it"):
+        evaluate("runs/student", data, None, accelerator="cpu", output="results.json")
+    assert Path("results.json").read_text() == there
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--completions.max_new_tokens=0"], "max_new_tokens is 0"),
+        (
+            ["--completions.completions_per_prompt=4"],
+            "completions_per_prompt is 4 at temperature 0",
+        ),
+        (["--completions.metrics=[len]"], "the metric len does not take what it is given"),
+        (
+            ["--callbacks=[{class_path: LMEvalTasks, init_args: {tasks: [a]}}]"],
+            "LMEvalTasks needs lm",
+        ),
+    ],
+)
+def test_what_a_constructor_refuses_is_said_alone(fails, on_disk, monkeypatch, words, says):
+    monkeypatch.setattr("lightning_kd.callbacks.lm_eval_tasks.find_spec", lambda name: None)
+    said = fails("evaluate", "--student=runs/student", "--data.test=test.jsonl", *words)
+    assert says in said
+    assert not re.search("Union|Subtypes|Given value|Namespace|Errors", said)
+    assert len(said.splitlines()) <= 2
+
+
+def test_a_file_in_the_place_of_a_class_is_answered_with_the_option():
+    with pytest.raises(ValueError, match=r"write --data\.test data/test\.jsonl"):
+        with_student_data(["evaluate", "--student", "s", "--data", "data/test.jsonl"])

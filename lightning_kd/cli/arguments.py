@@ -4,10 +4,14 @@ import inspect
 import re
 from collections.abc import Iterator
 from importlib import import_module
+from itertools import pairwise
 from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+
+_DATA = (".jsonl", ".json", ".csv", ".parquet", ".txt")
+"""How files of rows end, which are no class."""
 
 _TEMPLATE = r"--(?:[\w.]+\.)?prompt_template"
 
@@ -62,11 +66,16 @@ def with_student_data(arguments: list[str]) -> list[str]:
         ['serve', '--teacher', 'runs/teacher']
 
     Raises:
-        ValueError: If nothing says which student.
+        ValueError: If nothing says which student, or a file stands in the place of a class.
     """
     flat = [part for a in arguments for part in (a.split("=", 1) if a.startswith("--") else [a])]
     if arguments[:1] != ["evaluate"] or flat[-1] in {"-h", "--help"}:
         return arguments
+    for option, value in pairwise(flat):
+        if option == "--data" and (value.endswith(_DATA)):
+            raise ValueError(
+                f"--data {value}: the class of the data is chosen there; write --data.test {value}"
+            )
     own = ["--data", "PromptCompletionData"]
     if "--student" in flat[:-1]:
         own += ["--data.tokenizer", flat[flat.index("--student") + 1]]

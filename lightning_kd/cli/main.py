@@ -10,7 +10,7 @@ from lightning_kd.cli.arguments import with_student_data
 from lightning_kd.cli.compare import compare
 from lightning_kd.cli.demo import demo
 from lightning_kd.cli.distillation_cli import DistillationCLI
-from lightning_kd.cli.messages import ShortErrors
+from lightning_kd.cli.messages import ShortErrors, shorten
 from lightning_kd.cli.preparation import prepare
 from lightning_kd.cli.trainer_command import trainer_command
 from lightning_kd.data import write_tokenizer
@@ -33,7 +33,10 @@ def main() -> None:
         try:
             _run_extra(sys.argv[1], sys.argv[2:])
         except (ValueError, ImportError, MisconfigurationException) as error:
-            sys.stderr.write(f"lightning-kd {sys.argv[1]}: error: {error}\n")
+            said = f"{error}"
+            if "Does not validate" in said:  # jsonargparse's, around what a constructor says
+                said = shorten(said)
+            sys.stderr.write(f"lightning-kd {sys.argv[1]}: error: {said}\n")
             raise SystemExit(2) from error
         return
     trainer_command(DistillationCLI)

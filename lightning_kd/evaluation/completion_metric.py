@@ -97,11 +97,23 @@ class MeanScore(CompletionMetric):
     def update(self, completions: Sequence[str], references: Sequence[Sequence[str]]) -> None:
         """Add completions."""
         self.check_references(references)
-        rows = [self.scores(c, r) for c, r in zip(completions, references, strict=True)]
-        added = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(self.names)).sum(0)
+        rows = [self._row(c, r) for c, r in zip(completions, references, strict=True)]
+        added = torch.stack(rows).sum(0) if rows else torch.zeros_like(self.sums)
         # Out of place: what an evaluation leaves in inference mode cannot be changed outside of it.
         self.sums = self.sums + added.to(self.sums.device)
         self.total = self.total + len(rows)
+
+    def _row(self, completion: str, references: Sequence[str]) -> Tensor:
+        """Return the numbers of a completion, ``(names,)``.
+
+        Raises:
+            ValueError: If the scores cannot be computed, with the completion.
+        """
+        try:
+            row = torch.as_tensor(self.scores(completion, references), dtype=torch.float64)
+            return row.reshape(len(self.names))
+        except Exception as error:
+            raise failed(self, completion, error) from error
 
     def compute(self) -> dict[str, Tensor]:
         """The means by name; 0 without a completion."""
@@ -147,12 +159,19 @@ class MeanOfFunction(MeanScore):
         super().__init__()
         self.function = function
 
+    def _row(self, completion: str, references: Sequence[str]) -> Tensor:
+        # What the function raises is told from what it gives.
+        return torch.tensor(self.scores(completion, references), dtype=torch.float64)
+
     def scores(self, completion: str, references: Sequence[str]) -> Sequence[float]:
         """What the function gives."""
-        given = self.function(completion, list(references))
+        try:
+            given = self.function(completion, list(references))
+        except Exception as error:
+            raise failed(self, completion, error) from error
         try:
             value = torch.as_tensor(given, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError):
+        except (TypeError, ValueError, RuntimeError, OverflowError):
             value = torch.empty(0)
         if value.numel() != 1 or not value.isfinite().all():
             raise ValueError(
@@ -231,6 +250,20 @@ def as_metric(given: Metric | CompletionScore) -> Metric:
             "references"
         )
     return MeanOfFunction(given)
+
+
+def failed(metric: Metric, completion: str, error: Exception) -> ValueError:
+    """Return the error of a metric that has raised one.
+
+    Args:
+        metric: The metric.
+        completion: What it was to measure.
+        error: What it has raised.
+    """
+    return ValueError(
+        f"the metric {metric_name(metric)} failed for the completion {completion!r:.80}: "
+        f"{type(error).__name__}: {error}"
+    )
 
 
 def metric_name(metric: Metric) -> str:

@@ -13,7 +13,8 @@ class GSM8KAccuracy(MeanScore):
     """Share of completions with the right number, as lm-eval's ``gsm8k`` finds it.
 
     ``gsm8k_accuracy_strict`` takes the number behind the first ``####``, as the data is written and
-    OpenAI's own script reads it, and ``gsm8k_accuracy_flexible`` the last number anywhere. Numbers
+    OpenAI's own script reads it, of completions and of references (where lm-eval reads the last; each
+    of GSM8K's own has one), and ``gsm8k_accuracy_flexible`` the last number anywhere. Numbers
     are compared as they are written, without commas, dollar signs and a full stop at the end: 72.0
     is not 72. Calculator annotations (``<<48/2=24>>24``) stay in the text, where the number that they
     end with follows once more.

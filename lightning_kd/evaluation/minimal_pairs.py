@@ -49,9 +49,12 @@ def read_minimal_pairs(directory: str | Path) -> list[MinimalPairs]:
 
 
 def _read(path: Path) -> MinimalPairs:
+    if not path.stat().st_size:
+        raise ValueError(f"{path} has no minimal pairs")
     pairs: list[tuple[str, str]] = []
     names: tuple[str | None, str | None] = (None, None)
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # A line ends with "\n" alone: JSON may have U+2028 and the like in a text as they are.
+    for number, line in enumerate(_text_of(path).removesuffix("\n").split("\n"), 1):
         try:
             record = json.loads(line)
         except ValueError as error:
@@ -63,14 +66,28 @@ def _read(path: Path) -> MinimalPairs:
                 f"got {line[:120]}"
             )
         if not pairs:
-            names = record.get("field"), record.get("linguistics_term")
+            names = _name(record, "field", path), _name(record, "linguistics_term", path)
         pairs.append((str(found[0]), str(found[1])))
-    if not pairs:
-        raise ValueError(f"{path} has no minimal pairs")
     if all(acceptable == other for acceptable, other in pairs):
         raise ValueError(f"{path} has no pair of two different sentences")
     good, bad = zip(*pairs, strict=True)
     return MinimalPairs(path.stem, good, bad, *names)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not written in UTF-8: {error}") from error
+
+
+def _name(record: dict[str, object], key: str, path: Path) -> str | None:
+    found = record.get(key)
+    if found is not None and (not isinstance(found, str) or not found.strip()):
+        raise ValueError(
+            f"{path}, line 1: {key} is {found!r:.80}; it must be the name of a group, or left out"
+        )
+    return found
 
 
 def groups_of(file: MinimalPairs) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_kd.evaluation.completion_metric import CompletionMetric
+from lightning_kd.option_checks import is_number
 
 
 def ngrams(items: Sequence[Hashable], n: int) -> list[tuple[Hashable, ...]]:
@@ -117,8 +118,8 @@ class DistinctN(CompletionMetric):
 
     def __init__(self, n: list[int] | None = None) -> None:
         sizes = [1, 2, 3] if n is None else n
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"n is {sizes}; give one or more numbers, each 1 or more")
+        if not sizes or not all(is_number(size, whole=True) and size >= 1 for size in sizes):
+            raise ValueError(f"n is {sizes!r:.80}; give one or more whole numbers, each 1 or more")
         super().__init__()
         self.n = tuple(dict.fromkeys(sizes))
         for size in self.n:

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAv
 
 from lightning_kd import SFT, DenseLogits, DocumentData
 from lightning_kd.callbacks import BLiMP
-from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies
+from lightning_kd.evaluation.minimal_pairs import MinimalPairs, accuracies, read_minimal_pairs
 from tests.callbacks.test_document_likelihoods import TOKENIZER, rows, student
 from tests.support.harness import trainer
 from tests.test_token_bytes import sentence_piece
@@ -277,3 +277,26 @@ def test_a_sentence_of_one_token_is_refused_where_no_bos_comes_before_it(tmp_pat
     with pytest.raises(ValueError, match="is one token, of which nothing is scored"):
         fit.fit(SFT(student=student()), datamodule=data(train=rows()))
     assert fit.global_step == 0
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u0085"])
+def test_a_line_ends_with_a_line_feed_alone(tmp_path, sign):
+    good, bad = f"two {sign} four", "two are four"
+    line = json.dumps({"sentence_good": good, "sentence_bad": bad}, ensure_ascii=False)
+    (tmp_path / "a.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8", newline="")
+    assert read_minimal_pairs(tmp_path)[0].good == (good, good)
+
+
+@pytest.mark.parametrize("name", [3, ["syntax"], "", " "])
+@pytest.mark.parametrize("key", ["field", "linguistics_term"])
+def test_a_group_without_a_name_is_refused(tmp_path, key, name):
+    line = json.dumps({"sentence_good": "a", "sentence_bad": "b", key: name})
+    (tmp_path / "a.jsonl").write_text(line)
+    with pytest.raises(ValueError, match=rf"a.jsonl, line 1: {key} is .*the name of a group"):
+        read_minimal_pairs(tmp_path)
+
+
+def test_a_file_of_another_encoding_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"sentence_good": "é"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.jsonl is not written in UTF-8"):
+        read_minimal_pairs(tmp_path)

@@ -10,8 +10,9 @@ from torchmetrics.text import BLEUScore, EditDistance, ROUGEScore
 from lightning_kd import SFT, ChatData, Engine, PackedTextData, PromptCompletionData
 from lightning_kd.batch import FILLER_ROW
 from lightning_kd.callbacks import CompletionSamples
-from lightning_kd.callbacks.reference_checks import check_states
+from lightning_kd.callbacks.reference_checks import check_states, check_works, measure
 from lightning_kd.evaluation import (
+    CompletionMetric,
     DistinctN,
     ExactMatch,
     GSM8KAccuracy,
@@ -364,3 +365,31 @@ def test_a_metric_of_each_process_for_itself_is_refused_where_there_are_several(
     check_states([metric], 1)
     with pytest.raises(ValueError, match=r"(BLEUScore|EditDistance) has sync_on_compute=False"):
         check_states([metric], 2)
+
+
+def test_a_metric_that_cannot_measure_here_is_named_before_the_first_batch(monkeypatch):
+    def update(self, completions, references):
+        raise LookupError("\n****\n  Resource punkt not found.\n  more\n****\n")
+
+    monkeypatch.setattr(BLEUScore, "update", update)
+    message = r"BLEUScore cannot measure a text here \(LookupError: Resource punkt not found\.\)"
+    with pytest.raises(ValueError, match=message):
+        check_works([BLEUScore()])
+
+
+def test_a_metric_of_torchmetrics_that_was_tried_has_measured_nothing():
+    metric = BLEUScore()
+    check_works([metric])
+    assert not metric.update_called
+
+
+def test_a_metric_of_ones_own_that_raises_is_named_with_a_completion():
+    class Own(CompletionMetric):
+        def update(self, completions, references):
+            raise KeyError("k")
+
+        def compute(self):
+            return {}
+
+    with pytest.raises(ValueError, match="the metric Own failed for the completion 'a': KeyError"):
+        measure(Own(), ["a"], [["b"]])

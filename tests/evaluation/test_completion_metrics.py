@@ -369,3 +369,54 @@ def test_a_metric_that_compares_with_one_text_is_given_it(metric, value):
         found.check_references([["a"], ["a", "b"]])
     with pytest.raises(ValueError, match=f"{metric.__name__} compares completions with references"):
         found.check_references([[]])
+
+
+class Broken(MeanScore):
+    names = ("broken",)
+
+    def scores(self, completion, references):
+        return [int(completion)]
+
+
+def broken_function(completion, references):
+    return int(completion)
+
+
+@pytest.mark.parametrize(
+    ("given", "name"), [(Broken(), "Broken"), (broken_function, "broken_function")]
+)
+def test_a_metric_that_raises_is_named_with_the_completion(given, name):
+    message = (
+        f"the metric {name} failed for the completion 'no number': ValueError: invalid literal"
+    )
+    with pytest.raises(ValueError, match=message):
+        as_metric(given).update(["3", "no number"], [["3"], ["3"]])
+
+
+def too_large(completion, references):
+    return 10**400
+
+
+class TooLarge(Broken):
+    def scores(self, completion, references):
+        return [10**400]
+
+
+@pytest.mark.parametrize(("given", "name"), [(TooLarge(), "TooLarge"), (too_large, "too_large")])
+def test_a_number_too_large_is_named(given, name):
+    with pytest.raises(ValueError, match=f"the metric {name} .* the completion 'a'"):
+        as_metric(given).update(["a"], [["b"]])
+
+
+@pytest.mark.parametrize("sizes", [[1.5], [True], ["1"], [], [0]])
+def test_sizes_of_n_grams_are_whole_numbers(sizes):
+    with pytest.raises(ValueError, match=r"n is .*; give one or more whole numbers"):
+        DistinctN(sizes)
+
+
+def test_the_first_answer_of_a_reference_counts_as_in_the_official_script():
+    official = re.compile(r"#### (\-?[0-9\.\,]+)")
+    reference = "a #### 5 b #### 7"
+    metric = GSM8KAccuracy()
+    metric.update([f"#### {official.search(reference)[1]}"], [[reference]])
+    assert metric.compute()["gsm8k_accuracy_strict"] == 1
