@@ -241,7 +241,10 @@ def test_results_of_another_model_are_not_overwritten(on_disk, there, said):
             ["--completions.completions_per_prompt=4"],
             "completions_per_prompt is 4 at temperature 0",
         ),
-        (["--completions.metrics=[len]"], "the metric len does not take what it is given"),
+        (
+            ["--completions.metrics=[textwrap.dedent]"],
+            "the metric dedent does not take what it is given",
+        ),
         (
             ["--callbacks=[{class_path: LMEvalTasks, init_args: {tasks: [a]}}]"],
             "LMEvalTasks needs lm",

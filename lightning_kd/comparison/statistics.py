@@ -49,7 +49,13 @@ def summarize(values: Sequence[float]) -> Summary:
     """
     if not all(map(math.isfinite, values)):
         return Summary(sum(values) / len(values), None, len(values))
-    return Summary(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    try:
+        return Summary(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
+    except OverflowError:  # of a sum or a square on the way
+        size = max(map(abs, values))
+        part = summarize([value / size for value in values])
+        deviation = None if part.deviation is None else part.deviation * size
+        return Summary(part.mean * size, deviation, len(values))
 
 
 def differences(
@@ -125,10 +131,14 @@ def paired_t_test(one: Sequence[float], other: Sequence[float]) -> float | None:
         return None
     if not any(gaps):
         return 1.0
-    spread = stdev(gaps)
+    try:
+        spread, mean = stdev(gaps), fmean(gaps)
+    except (OverflowError, AttributeError):  # of an infinite difference, or a square on the way
+        size = max(map(abs, [*one, *other]))  # the test is the same in any unit
+        return paired_t_test([value / size for value in one], [value / size for value in other])
     if spread <= _ROUNDING * max(map(abs, [*one, *other])):
         return None
-    return t_tails(fmean(gaps) * math.sqrt(len(gaps)) / spread, len(gaps) - 1)
+    return t_tails(mean * math.sqrt(len(gaps)) / spread, len(gaps) - 1)
 
 
 def t_tails(t: float, degrees: int) -> float:

@@ -125,3 +125,25 @@ def test_differences_that_lack_a_seed_count_in_the_correction_and_have_no_p():
     assert ac.lacking == "c, seed 0 is missing"
     assert da.lacking == "d, seed 1 is nan"
     assert gone.summary is None
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([1e308, -1e308, 5e307], [-1e308, 1e308, 0.0]),
+        ([1e308, 9e307, 1.5e308], [0.0, 1e307, 2e307]),
+    ],
+)
+def test_the_test_of_numbers_at_the_end_of_the_range_is_that_of_smaller_ones(one, other):
+    smaller = [[value / 1e300 for value in values] for values in (one, other)]
+    assert paired_t_test(one, other) == pytest.approx(stats.ttest_rel(*smaller).pvalue)
+    values = {"A": dict(enumerate(one)), "B": dict(enumerate(other))}
+    (found,) = differences(values, [("A", "B")], [0, 1, 2])
+    assert found.summary is not None
+
+
+def test_the_mean_of_numbers_at_the_end_of_the_range_is_that_of_numpy():
+    values = [1.5e308, 1.2e308, 9e307]
+    made, smaller = summarize(values), np.array(values) / 1e300
+    assert made.mean == pytest.approx(smaller.mean() * 1e300)
+    assert made.deviation == pytest.approx(smaller.std(ddof=1) * 1e300)
