@@ -12,7 +12,8 @@ from lightning_kd.batch import has_prompts, references_of
 from lightning_kd.collectives import gather_objects
 from lightning_kd.data import DistillationData
 from lightning_kd.evaluation import CompletionMetric, check_references, metric_name
-from lightning_kd.evaluation.completion_metric import OneReference, failed
+from lightning_kd.evaluation.completion_metric import failed
+from lightning_kd.evaluation.given_metrics import OneReference
 
 
 def check_states(metrics: Sequence[Metric], world_size: int) -> None:

@@ -4,13 +4,13 @@ from lightning_kd.evaluation.completion_metric import (
     CompletionMetric,
     CompletionScore,
     MeanScore,
-    as_metric,
     check_references,
     computed,
     metric_name,
 )
 from lightning_kd.evaluation.distributions import DistributionMetrics
 from lightning_kd.evaluation.exposure_bias import ExcessError
+from lightning_kd.evaluation.given_metrics import as_metric
 from lightning_kd.evaluation.gsm8k import GSM8KAccuracy
 from lightning_kd.evaluation.ngrams import (
     DistinctN,

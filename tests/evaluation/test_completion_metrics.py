@@ -31,7 +31,8 @@ from lightning_kd.evaluation import (
     as_metric,
     computed,
 )
-from lightning_kd.evaluation.completion_metric import MeanOfFunction, metric_name
+from lightning_kd.evaluation.completion_metric import metric_name
+from lightning_kd.evaluation.given_metrics import MeanOfFunction
 
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dogs", "were", "running", "quickly"]
 
