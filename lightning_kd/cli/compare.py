@@ -110,7 +110,7 @@ def run_comparison(
     parser = trainer_command(ParsingCLI)
     sys.argv = arguments
     values |= tokenizers.places
-    number = len(seeds) * len(experiment.variants)
+    number = len(seeds) * experiment.runs_of_a_seed
     console.print(f"{experiment.title}: reading {number} runs", soft_wrap=True)
     jobs = plan(
         experiment, seeds, output, values, parser.whole_config, build=parser.build, quick=quick

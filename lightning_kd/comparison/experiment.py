@@ -72,6 +72,11 @@ class Experiment:
     """Where it was read; empty for one that was put together."""
 
     @property
+    def runs_of_a_seed(self) -> int:
+        """How many runs are made with each seed."""
+        return sum(1 if variant.once else max(1, len(self.budgets)) for variant in self.variants)
+
+    @property
     def all_files(self) -> list[str]:
         """Files that any run is read from."""
         quick = [self.quick] if self.quick else []

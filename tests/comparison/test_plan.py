@@ -67,6 +67,8 @@ def test_each_budget_has_runs_of_its_own_but_for_those_that_are_made_once():
         "time": Layer(options={"trainer": {"max_time": "00:00:01:00"}}),
     }
     jobs = planned(variant("A", once=True), variant("B", "{A}"), budgets=budgets)
+    runs = [variant("A", once=True), variant("B", "{A}")]
+    assert Experiment("tiny", "Tiny", runs, budgets=budgets).runs_of_a_seed == len(jobs)
     places = [str(job.directory) for job in jobs]
     assert places == ["out/A/0", "out/steps/B/0", "out/time/B/0"]
     assert [job.fit["trainer"].get("max_steps") for job in jobs] == [None, 7, None]
