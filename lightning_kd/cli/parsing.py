@@ -94,4 +94,4 @@ class ParsingCLI(DistillationCLI):
                 raise ValueError(shorten(str(error))) from error
             except Exception:
                 return {}
-        return dict(built)
+        return vars(built)

@@ -358,6 +358,18 @@ def test_a_tokenizer_is_learned_once_before_the_runs_that_read_it(tmp_path):
             "the test of SFT will give no test/exact_math",
         ),
         (
+            {
+                "runs": {
+                    "SFT": {
+                        "test": {"trainer": {"callbacks": [{"class_path": "CompletionSamples"}]}}
+                    }
+                },
+                "metrics": {"test/exact_math": "higher"},
+            },
+            [],
+            "did you mean test/exact_match?",
+        ),
+        (
             {"runs": {"SFT": {}}, "curves": {"val/nothing": {}}},
             [],
             "curves: no run will log val/nothing; their validations can log val/",
