@@ -94,4 +94,5 @@ class ParsingCLI(DistillationCLI):
                 raise ValueError(shorten(str(error))) from error
             except Exception:
                 return {}
-        return vars(built)
+        by_name: Mapping[str, Any] = vars(built)  # nested, as dict(built) is not
+        return by_name
