@@ -1,10 +1,10 @@
 """The adaptive KL divergence: forward KL for the head of the teacher, reverse KL for the tail."""
 
-import torch
 from torch import Tensor
 
 from lightning_kd.divergences.base import Divergence, register_divergence
 from lightning_kd.divergences.forward_kl import ForwardKL
+from lightning_kd.divergences.heads import head_of
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.divergences.reverse_kl import ReverseKL
 
@@ -74,12 +74,8 @@ class AdaptiveKL(Divergence):
     def _weights(
         self, student_log_probs: Tensor, teacher_log_probs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ranked, order = teacher_log_probs.sort(dim=-1, descending=True, stable=True)
-        # Float64: the last of 100,000 float32 additions would decide which token passes mu.
-        in_head = ranked.exp().cumsum(-1, dtype=torch.float64) <= self.mu
-        in_head[..., 0] = True
-
-        gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs().gather(-1, order)
+        in_head = head_of(teacher_log_probs, self.mu)
+        gap = (teacher_log_probs.exp() - student_log_probs.detach().exp()).abs()
         head = gap.masked_fill(~in_head, 0.0).sum(-1)
         tail = gap.masked_fill(in_head, 0.0).sum(-1)
         total = head + tail
