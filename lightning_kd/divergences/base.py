@@ -10,7 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from lightning_kd.divergences.log_space import softmax_gradient
+from lightning_kd.divergences.log_space import softmax_gradient, value_and_gradient
 from lightning_kd.imports import why_no_class
 from lightning_kd.resuming import Resumable
 
@@ -94,16 +94,14 @@ class Divergence(Resumable, ABC):
         softmax gives :math:`\partial D / \partial z_i = g_i - q_i \sum_v g_v`. This default obtains
         :math:`g` by automatic differentiation; a closed form overrides it.
         """
-        with torch.enable_grad():
-            leaf = _wide(student_log_probs).detach().requires_grad_()
-            value = self._checked_value(leaf, _wide(teacher_log_probs.detach()))
-            if not value.requires_grad:
-                raise ValueError(
-                    f"{type(self).__name__}.value does not depend on student_log_probs, so nothing "
-                    "could be learned from it; compute it from them, and do not detach them"
-                )
-            (slope,) = torch.autograd.grad(value.sum(), leaf)
-        return value.detach(), softmax_gradient(slope, leaf.detach())
+        student, teacher = _wide(student_log_probs), _wide(teacher_log_probs.detach())
+        value, slope = value_and_gradient(lambda own: self._checked_value(own, teacher), student)
+        if slope is None:
+            raise ValueError(
+                f"{type(self).__name__}.value does not depend on student_log_probs, so nothing "
+                "could be learned from it; compute it from them, and do not detach them"
+            )
+        return value, softmax_gradient(slope, student.detach())
 
     def __repr__(self) -> str:
         """Class and hyper-parameters, as one would write them."""

@@ -1,6 +1,7 @@
 """Shared parts of divergences in log space: KL terms, mixtures, the softmax gradient."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -87,6 +88,27 @@ def mixture_log_ratios(
     rest = rest.mul_(share).log1p_()
     to_student = gap.clamp_min(0).add_(rest).neg_()
     return to_student, gap.clamp_max_(0).sub_(rest)
+
+
+def value_and_gradient(
+    function: Callable[[Tensor], Tensor], at: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Evaluate a function, and differentiate the sum of its values automatically.
+
+    Returns:
+        The values, and the gradient in ``at``; None where the values do not depend on it.
+    """
+    if torch.compiler.is_compiling():  # which does not trace autograd's own functions
+        values, pull_back, *_ = torch.func.vjp(function, at)
+        (gradient,) = pull_back(torch.ones_like(values))
+        return values, gradient
+    with torch.enable_grad():
+        leaf = at.detach().requires_grad_()
+        values = function(leaf)
+        if not values.requires_grad:
+            return values, None
+        (gradient,) = torch.autograd.grad(values.sum(), leaf)
+    return values.detach(), gradient
 
 
 def softmax_gradient(slope: Tensor, log_probs: Tensor) -> Tensor:

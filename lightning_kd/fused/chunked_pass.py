@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.fused.answers import TeacherAnswer
+from lightning_kd.fused.compilation import Compile, CompiledTerms
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 
@@ -30,6 +31,7 @@ class ChunkedPass:
     teacher: TeacherAnswer | None
     token_terms: Sequence[TokenTerm]
     chunk_bytes: int = CHUNK_BYTES
+    compile: Compile = "never"
 
     def values(self) -> Tensor:
         """Every quantity at every position, ``(quantities, N)``."""
@@ -74,46 +76,71 @@ class ChunkedPass:
         ]
         # Asked once for all chunks: on an accelerator every answer waits for what was launched.
         muting = [weight is not None and bool((weight == 0).any()) for weight in weights]
+        compiled = CompiledTerms(student, teacher, self.token_terms, weights, self.compile)
         for rows in _slices(0, count, size):
             length = rows.stop - rows.start
             if student is not None:
                 student.fill(rows, own[:length])
             for source, buffer in zip(teachers, theirs, strict=True):
                 source.fill(rows, buffer[:length])
-            for part in self._parts(length):
+            for part in self._parts(length, least=2 if compiled.numbers else 1):
                 here = slice(rows.start + part.start, rows.start + part.stop)
                 seen = tuple(buffer[part].to(dtype) for buffer in theirs)
                 theirs_here = teacher.rows(here, seen, width) if teacher is not None else None
                 chunk = LogitsChunk(here, own[part], theirs_here)
                 if not into:
-                    self._evaluate_chunk(chunk, weights, muting, values)
+                    self._evaluate_part(chunk, seen, compiled, weights, muting, values)
                     continue
                 assert isinstance(student, LazyHeadLogits)
                 slope = student.slope(own[part])  # before the logits are overwritten
-                gradients = self._evaluate_chunk(chunk, weights, muting, values)
-                _leave_gradient(own[part], gradients, slope)
+                gradients = self._evaluate_part(chunk, seen, compiled, weights, muting, values)
+                _leave_gradient(own[part], gradients, slope, add=compiled.has_left_gradient)
             if into:
                 assert isinstance(student, LazyHeadLogits)
                 student.add_gradients(rows, own[:length], into)
         return values
 
-    def _evaluate_chunk(
-        self, chunk: LogitsChunk, weights: Weights, muting: Sequence[bool], values: Tensor
+    def _evaluate_part(
+        self,
+        chunk: LogitsChunk,
+        theirs: Sequence[Tensor],
+        compiled: CompiledTerms,
+        weights: Weights,
+        muting: Sequence[bool],
+        values: Tensor,
     ) -> list[tuple[Tensor, Tensor]]:
-        """Store the values of a chunk, and return gradient and weight of each weighted term.
+        """Store the values of a part, and return the gradients that are not in its logits yet."""
+        done = compiled.numbers
+        rest = [number for number in range(len(weights)) if number not in done]
+        gradients = self._evaluate_terms(chunk, rest, weights, muting, values, last=not done)
+        if not compiled.evaluate(chunk.rows, chunk.student_logits, theirs, values):
+            gradients += self._evaluate_terms(chunk, done, weights, muting, values, last=False)
+        return gradients
 
-        The gradient of the last of them may be in the place of the logits.
+    def _evaluate_terms(
+        self,
+        chunk: LogitsChunk,
+        numbers: Sequence[int],
+        weights: Weights,
+        muting: Sequence[bool],
+        values: Tensor,
+        *,
+        last: bool,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Store the values of some terms, and return gradient and weight of each weighted one.
+
+        If nothing reads the logits afterwards, the last gradient may be in their place.
         """
         gradients: list[tuple[Tensor, Tensor]] = []
-        for number, weight in enumerate(weights):
-            if weight is None:
+        for number in numbers:
+            if weights[number] is None:
                 values[number, chunk.rows] = values_of(self.token_terms[number], chunk)
         # What is only looked at came first: nothing reads the logits after the last gradient.
-        weighted = [number for number, weight in enumerate(weights) if weight is not None]
+        weighted = [number for number in numbers if weights[number] is not None]
         for number in weighted:
             token_term, weight = self.token_terms[number], weights[number]
             assert weight is not None  # by the choice of numbers
-            in_place = number == weighted[-1] and token_term.may_overwrite_logits
+            in_place = last and number == weighted[-1] and token_term.may_overwrite_logits
             in_place &= not any(_share_memory(g, chunk.student_logits) for g, _ in gradients)
             if in_place:
                 chunk.let_overwrite()
@@ -143,9 +170,9 @@ class ChunkedPass:
         width = buffers * self._first.shape[1] * self._first.dtype.itemsize
         return chunk_size(self._first.shape[0], width, self.chunk_bytes)
 
-    def _parts(self, length: int) -> Iterator[slice]:
+    def _parts(self, length: int, least: int) -> Iterator[slice]:
         width = self._first.shape[1] * self._first.dtype.itemsize
-        return _slices(0, length, part_size(length, width, self.device))
+        return _slices(0, length, max(least, part_size(length, width, self.device)))
 
 
 def chunk_size(count: int, width: int, chunk_bytes: int) -> int:
@@ -181,9 +208,16 @@ def _share_memory(first: Tensor, second: Tensor) -> bool:
 
 
 def _leave_gradient(
-    logits: Tensor, gradients: list[tuple[Tensor, Tensor]], slope: Tensor | float
+    logits: Tensor, gradients: list[tuple[Tensor, Tensor]], slope: Tensor | float, *, add: bool
 ) -> None:
-    """Write the weighted sum of the gradients over the logits, which are not needed any more."""
+    """Write the weighted sum of the gradients over the logits, which are not needed any more.
+
+    Or add it to what is there already, with the slope.
+    """
+    if add:
+        for gradient, weight in gradients:
+            logits.add_(gradient * weight * slope)
+        return
     if not gradients:
         logits.zero_()
     # The last may be in the place of the logits already.

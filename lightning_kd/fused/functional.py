@@ -9,8 +9,10 @@ from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused.answers import FullDistribution
 from lightning_kd.fused.autograd import per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
+from lightning_kd.fused.compilation import Compile
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
 from lightning_kd.fused.token_terms import DivergenceTerm
+from lightning_kd.option_checks import check_choice
 
 Mode = Literal["fused", "recompute"]
 
@@ -39,6 +41,7 @@ def fused_linear_divergence(
     weights: Tensor | None = None,
     mode: Mode = "fused",
     chunk_bytes: int = CHUNK_BYTES,
+    compile: Compile = "auto",  # noqa: A002  as in Lightning and PyTorch
 ) -> FusedDivergence:
     r"""Any divergence between two output heads, :math:`\sum_t w_t D(p_t, q_t)`, without all logits.
 
@@ -67,9 +70,12 @@ def fused_linear_divergence(
             ``values`` a gradient too, for weights that are known only afterwards, and computes the
             logits a second time in the backward pass.
         chunk_bytes: Logits that may be alive at once, of both sides.
+        compile: Whether ``torch.compile`` makes code of what is done with a chunk of logits: ``auto``
+            (on CUDA), ``always`` or ``never``.
 
     Raises:
-        ValueError: If shapes do not fit, a temperature is not positive, or a name is unknown.
+        ValueError: If shapes do not fit, a temperature is not positive, a name is unknown, or no code
+            can be made where ``compile`` is ``always``.
 
     Example:
         >>> hidden, weight = torch.zeros(3, 2), torch.eye(4, 2)
@@ -84,6 +90,7 @@ def fused_linear_divergence(
     _check_shapes(student_hidden, student_weight, teacher_hidden, teacher_weight)
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
+    check_choice("compile", compile, get_args(Compile))
     if not (student_temperature > 0 and teacher_temperature > 0):
         raise ValueError(
             f"student_temperature is {student_temperature} and teacher_temperature "
@@ -112,6 +119,7 @@ def fused_linear_divergence(
         FullDistribution((teacher.narrowed(width),)),
         [token_term],
         chunk_bytes,
+        compile,
     )
     if mode == "fused":
         total, values = weighted_sum(chunked_pass, [weight[mask].detach().double()])

@@ -145,9 +145,7 @@ class LazyHeadLogits(LazyLogits):
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Return the factor of a gradient in the backward pass of soft cap and scale."""
-        if self.softcap is None:
-            return self.scale
-        return self.scale * (1 - (logits / self.softcap).square())
+        return slope_of_head(logits, self.scale, self.softcap)
 
     def add_gradients(self, rows: slice, gradient: Tensor, into: Sequence[Tensor | None]) -> None:
         """Take the gradient of a chunk's products on to the inputs.
@@ -166,6 +164,11 @@ class LazyHeadLogits(LazyLogits):
                 to_weight(gradient, states[rows], of_weight, add=not first)
         if self.bias is not None and (of_bias := into[-1]) is not None:
             of_bias += gradient.sum(0)
+
+
+def slope_of_head(logits: Tensor, scale: float, softcap: float | None) -> Tensor | float:
+    """Return the factor of a gradient in the backward pass of soft cap and scale."""
+    return scale if softcap is None else scale * (1 - (logits / softcap).square())
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence
-from lightning_kd.divergences.log_space import expectation
+from lightning_kd.divergences.log_space import expectation, value_and_gradient
 from lightning_kd.fused.sparse_rows import SampledRows
 from lightning_kd.fused.student_rows import StudentRows
 from lightning_kd.fused.teacher_rows import DistributionRows, TeacherRows
@@ -20,7 +20,8 @@ class LogitsChunk:
     """A chunk of logits, and the log-probabilities that several terms use.
 
     Args:
-        rows: The chunk's positions among all scored ones.
+        rows: The chunk's positions among all scored ones, to look up what a term has at each; in
+            compiled code their numbers, which a tensor takes as it takes a slice.
         student_logits: ``(n, V)``; ``(n, 0)`` if only the teacher is evaluated.
         teacher: The teacher's answer there; None if no term needs it.
     """
@@ -154,7 +155,7 @@ class LogitsChunk:
         Not even that of an infinite value, which times 0 would be NaN.
         """
         muted = weight == 0
-        if not muted.any():
+        if not torch.compiler.is_compiling() and not muted.any():
             return self
         logits = self.student_logits
         return self.on(torch.where(muted[:, None], logits.detach(), logits))
@@ -188,16 +189,15 @@ class TokenTerm(ABC):
 
     def values_and_gradient(self, chunk: LogitsChunk) -> tuple[Tensor, Tensor]:
         """Values and their gradient in the student's logits: ``(n,), (n, V)``."""
-        with torch.enable_grad():
-            leaf = chunk.student_logits.detach().requires_grad_()
-            values = values_of(self, chunk.on(leaf))
-            if not values.requires_grad:
-                raise ValueError(
-                    f"the values of {type(self).__name__} have no gradient: compute them from the "
-                    "student's logits in the chunk, or give the term the coefficient 0"
-                )
-            (gradient,) = torch.autograd.grad(values.sum(), leaf)
-        return values.detach(), gradient
+        values, gradient = value_and_gradient(
+            lambda logits: values_of(self, chunk.on(logits)), chunk.student_logits
+        )
+        if gradient is None:
+            raise ValueError(
+                f"the values of {type(self).__name__} have no gradient: compute them from the "
+                "student's logits in the chunk, or give the term the coefficient 0"
+            )
+        return values, gradient
 
 
 def values_of(term: TokenTerm, chunk: LogitsChunk) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.divergences import Divergence, make_divergence
-from lightning_kd.divergences.log_space import expectation, weighted
+from lightning_kd.divergences.log_space import expectation, value_and_gradient, weighted
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm
 
 
@@ -86,13 +86,18 @@ class TokenLoss(TokenTerm):
         """The function, and its slope times that of the log-probability."""
         tokens, known = _tokens_in(self.tokens, chunk.rows)
         log_probs = chunk.student(self.temperature)
-        with torch.enable_grad():
-            leaf = log_probs.gather(-1, tokens)[:, 0].requires_grad_()
-            values = self.function(leaf, chunk.rows).masked_fill(~known, 0.0)
-            (slope,) = torch.autograd.grad(values.sum(), leaf)
+        values, slope = value_and_gradient(
+            lambda chosen: self.function(chosen, chunk.rows).masked_fill(~known, 0.0),
+            log_probs.gather(-1, tokens)[:, 0],
+        )
+        if slope is None:
+            raise ValueError(
+                f"the function of {type(self).__name__} does not depend on the log-probabilities, so "
+                "it has no gradient: compute it from them, or give the term the coefficient 0"
+            )
         slope = (slope / self.temperature)[:, None]
         gradient = log_probs.exp().mul_(-slope)
-        return values.detach(), gradient.scatter_add_(-1, tokens, slope)
+        return values, gradient.scatter_add_(-1, tokens, slope)
 
 
 class CrossEntropy(TokenLoss):

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -22,8 +23,10 @@ from lightning_kd.fused import (
     weighted_sum,
 )
 from lightning_kd.fused.chunked_pass import Weights
+from lightning_kd.fused.compilation import Compile
 from lightning_kd.fused.logits_chunk import values_of
 from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
+from lightning_kd.option_checks import check_choice
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
 
@@ -109,15 +112,25 @@ class FusedLogits(LogitsBackend):
 
     Args:
         chunk_megabytes: Logits of student and teacher that may be alive at once.
+        compile: Whether ``torch.compile`` makes one piece of code of all terms of a pass. ``auto``
+            does so on CUDA, and goes on without where it fails; ``always`` does so everywhere, and
+            refuses where no code can be made. A term that cannot be traced is evaluated without, as
+            a warning says.
 
     Raises:
-        ValueError: If ``chunk_megabytes`` is not positive.
+        ValueError: If ``chunk_megabytes`` is not positive, or ``compile`` is another word; later, if
+            it is ``always`` where nothing can be compiled.
     """
 
-    def __init__(self, chunk_megabytes: int = CHUNK_BYTES // 2**20) -> None:
+    def __init__(
+        self,
+        chunk_megabytes: int = CHUNK_BYTES // 2**20,
+        compile: Compile = "auto",  # noqa: A002  as in Lightning and PyTorch
+    ) -> None:
         if chunk_megabytes < 1:
             raise ValueError(f"chunk_megabytes is {chunk_megabytes}; it must be positive")
-        self.chunk_megabytes = chunk_megabytes
+        check_choice("compile", compile, get_args(Compile))
+        self.chunk_megabytes, self.compile = chunk_megabytes, compile
         self._heads: list[tuple[PreTrainedModel, OutputHead | None]] = []
         self._dense = DenseLogits()
 
@@ -140,8 +153,7 @@ class FusedLogits(LogitsBackend):
         """Evaluate in one pass over the chunks."""
         if isinstance(student, MaterializedLogits):
             return self._dense.evaluate(student, teacher, token_terms, weights)
-        chunked_pass = ChunkedPass(student, teacher, token_terms, self.chunk_megabytes * 2**20)
-        return weighted_sum(chunked_pass, weights)
+        return weighted_sum(self._pass(student, teacher, token_terms), weights)
 
     def per_token(
         self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
@@ -149,8 +161,13 @@ class FusedLogits(LogitsBackend):
         """Return values from one pass over the chunks; the backward pass is a second one."""
         if isinstance(student, MaterializedLogits):
             return self._dense.per_token(student, teacher, token_terms)
+        return per_token(self._pass(student, teacher, token_terms))
+
+    def _pass(
+        self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
+    ) -> ChunkedPass:
         chunk_bytes = self.chunk_megabytes * 2**20
-        return per_token(ChunkedPass(student, teacher, token_terms, chunk_bytes))
+        return ChunkedPass(student, teacher, token_terms, chunk_bytes, self.compile)
 
     def _head(self, model: PreTrainedModel) -> OutputHead | None:
         for known, found in self._heads:
@@ -160,6 +177,11 @@ class FusedLogits(LogitsBackend):
         try:
             head = find_head(model)
         except UnsupportedHeadError as error:
+            if self.compile == "always":
+                raise ValueError(
+                    "compile is always, and the fused evaluation is not used for "
+                    f"{type(model).__name__}: {error}. Whole logits are not compiled; set it to auto"
+                ) from error
             rank_zero_warn(
                 f"the fused evaluation is not used for {type(model).__name__}: {error}. Its logits "
                 "are made whole; model.logits_backend: DenseLogits says so without this warning"

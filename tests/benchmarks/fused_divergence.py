@@ -8,6 +8,7 @@ installed (``pip install lightning-kd[bench]``); without a GPU their kernels run
 
 Without options the whole grid is run, which takes hours on two cores; each option narrows it, for
 example ``--tokens 2048 --vocabulary 32000 --dtype float32 --scored 1 --divergence generalized_jsd``.
+``--divergence every`` measures whatever is registered; the last table has all ratios side by side.
 """
 
 import argparse
@@ -26,8 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lightning_kd.divergences import Divergence, make_divergence
+from lightning_kd.divergences import Divergence, available_divergences, make_divergence
 from lightning_kd.fused import CHUNK_BYTES, fused_linear_divergence
+from lightning_kd.fused.compilation import Compile
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,12 @@ def products(x: Inputs, shape: Shape) -> None:
 
 def ours(x: Inputs, shape: Shape) -> Tensor:
     """The fused evaluation with the closed form."""
-    return _fused(x, make_divergence(shape.divergence))
+    return _fused(x, make_divergence(shape.divergence), "never")
+
+
+def ours_compiled(x: Inputs, shape: Shape) -> Tensor:
+    """The same as compiled code."""
+    return _fused(x, make_divergence(shape.divergence), "always")
 
 
 class Automatic(Divergence):
@@ -123,10 +130,15 @@ class Automatic(Divergence):
 
 def ours_automatic(x: Inputs, shape: Shape) -> Tensor:
     """The fused evaluation with automatic differentiation in the chunk."""
-    return _fused(x, Automatic(make_divergence(shape.divergence)))
+    return _fused(x, Automatic(make_divergence(shape.divergence)), "never")
 
 
-def _fused(x: Inputs, divergence: Divergence) -> Tensor:
+def ours_automatic_compiled(x: Inputs, shape: Shape) -> Tensor:
+    """The same as compiled code."""
+    return _fused(x, Automatic(make_divergence(shape.divergence)), "always")
+
+
+def _fused(x: Inputs, divergence: Divergence, mode: Compile) -> Tensor:
     result = fused_linear_divergence(
         x.student,
         x.student_weight,
@@ -134,6 +146,7 @@ def _fused(x: Inputs, divergence: Divergence) -> Tensor:
         x.teacher_weight,
         divergence=divergence,
         scored=x.scored,
+        compile=mode,
     )
     loss = result.total / x.scored.sum()
     loss.backward()
@@ -210,7 +223,9 @@ def _liger(x: Inputs, shape: Shape, *, compiled: bool) -> Tensor:
 METHODS: dict[str, Method] = {
     "products": products,
     "ours": ours,
+    "ours, compiled": ours_compiled,
     "ours, automatic": ours_automatic,
+    "ours, automatic, compiled": ours_automatic_compiled,
     "dense": dense,
     "dense, narrow": dense_narrow,
     "TRL, dense": trl_dense,
@@ -274,8 +289,19 @@ def peak_apart(name: str, shape: Shape) -> float:
     return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
 
 
-def print_row(shape: Shape, names: list[str], rounds: int, *, memory: bool) -> None:
-    """Measure a row of the grid and print its table."""
+PEERS = {"TRL, dense", "TRL 1.16", "Liger", "Liger, compiled"}
+"""Methods that compute the generalized JSD and the forward KL, and nothing else."""
+
+
+def is_possible(name: str, shape: Shape) -> bool:
+    """Whether a method computes the row of the grid, and differs from another one there."""
+    if name in PEERS and shape.divergence not in {"generalized_jsd", "forward_kl"}:
+        return False
+    return name != "dense, narrow" or shape.dtype != "float32"
+
+
+def print_row(shape: Shape, names: list[str], rounds: int, *, memory: bool) -> dict[str, float]:
+    """Measure a row of the grid, print its table, and return the times over that of the products."""
     measured = times(names, shape, rounds)
     table = Table(
         "",
@@ -299,6 +325,18 @@ def print_row(shape: Shape, names: list[str], rounds: int, *, memory: bool) -> N
             f"{loss:.5f}",
         )
     Console(width=140).print(table)
+    return {name: seconds / measured["products"][0] for name, (seconds, _) in measured.items()}
+
+
+def print_ratios(rows: dict[Shape, dict[str, float]]) -> None:
+    """Print the times of all rows over those of the products, side by side."""
+    names = [name for name in METHODS if any(name in ratios for ratios in rows.values())]
+    table = Table("times products", *names)
+    for shape, ratios in rows.items():
+        title = f"{shape.divergence}, {shape.tokens} x {shape.vocabulary}, {shape.dtype}"
+        title += f", {shape.scored:.0%} scored" if shape.scored < 1 else ""
+        table.add_row(title, *(f"{ratios[n]:.2f}" if n in ratios else "" for n in names))
+    Console(width=200).print(table)
 
 
 def main() -> None:
@@ -326,11 +364,14 @@ def main() -> None:
         print(peak(name, Shape(**json.loads(shape))))
         return
     names = [name for name in METHODS if name in {"products", "ours", *arguments.methods}]
+    if arguments.divergence == ["every"]:
+        arguments.divergence = available_divergences()
+    rows = {}
     for row in itertools.product(*(getattr(arguments, name) for name in grid)):
         shape = Shape(*row, arguments.hidden, arguments.teacher_hidden)
-        skipped = {"dense, narrow"} if shape.dtype == "float32" else set()
-        wanted = [name for name in names if name not in skipped]
-        print_row(shape, wanted, arguments.rounds, memory=not arguments.no_memory)
+        wanted = [name for name in names if is_possible(name, shape)]
+        rows[shape] = print_row(shape, wanted, arguments.rounds, memory=not arguments.no_memory)
+    print_ratios(rows)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
+from lightning_kd.fused import compilation
 from lightning_kd.models import DenseLogits, FusedLogits, LoRA, StudentSpec
 from lightning_kd.models.output_head import find_head
 from lightning_kd.modules import SFT, BabyLlama, SupervisedKD
@@ -203,6 +204,33 @@ def test_a_model_that_is_not_understood_is_read_whole_and_says_so_once():
     again = Doubling(tiny_llama(0).config)
     whole = step(StudentSpec.of(again), DenseLogits(), method=SFT, batches=2)
     assert_same(got, whole, tolerance=1e-6)
+
+
+def test_a_model_that_is_not_understood_is_refused_where_compiled_code_is_asked_for():
+    odd = Doubling(tiny_llama(0).config)
+    with pytest.raises(
+        ValueError, match=r"compile is always, and .* not used for Doubling: .* auto"
+    ):
+        step(StudentSpec.of(odd), FusedLogits(compile="always"), method=SFT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tied", "soft cap"])
+def test_a_step_is_the_same_as_compiled_code(name, monkeypatch):
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setattr(compilation, "BACKEND", "eager")  # traced; making code takes half a minute
+    kind, config = KINDS[name]
+    results = []
+    for mode in ("always", "never"):
+        student = StudentSpec.of(model(kind, 0, **config).double())
+        teacher = LocalTeacher.of(model(kind, 1, **config).double())
+        before = counters["stats"]["unique_graphs"]
+        results.append(
+            step(student, FusedLogits(compile=mode), teacher, temperature=2.0, alpha=0.3)
+        )
+        assert (counters["stats"]["unique_graphs"] > before) == (mode == "always")
+    assert_same(*results, tolerance=1e-6)
 
 
 def test_looking_for_the_head_leaves_the_model_as_it_was():
