@@ -64,14 +64,14 @@ METHODS = {
 }
 
 
-def step(make, student, **options):
+def step(make, student, *, precision="32-true", **options):
     """One optimizer step on fresh rollouts: the trainer, and the gradient."""
     probe = GradientProbe()
     writing = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=6), group_size=2, table_every=0
     )
     module = make(student=student, teacher=LocalTeacher.of(tiny_llama(1)), **options)
-    fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing, probe])
+    fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing, probe], precision=precision)
     fit.fit(module, datamodule=Letters(batch_size=4))
     return fit, probe.gradient
 
@@ -82,7 +82,8 @@ def step(make, student, **options):
 def test_the_ratio_is_1_on_fresh_rollouts(method, student, checkpointing):
     ratios = Ratios()
     source = STUDENTS[student](gradient_checkpointing=checkpointing)
-    step(METHODS[method], source, surrogate=ratios)
+    # In float32 the round-off of a cached pass against a whole one is 1e-5 on some processors.
+    step(METHODS[method], source, precision="64-true", surrogate=ratios)
     (seen,) = ratios.seen
     assert len(seen) > 8
     assert (seen - 1).abs().max() < 1e-5
