@@ -47,7 +47,9 @@ def measures(built: Mapping[str, Any], stage: str) -> Measures:
     metrics = module.eval_distribution
     terms = {*(module.evaluation_terms or module.terms)} - {*metrics.names}
     of_method = {f"{stage}/{name}" for name in {"loss", *terms}}
-    own = {"loss", "tokens", "perplexity", "bits_per_byte", *terms, *metrics.student_names}
+    # The cross-entropy is there as perplexity, and under its own name where it is a term.
+    of_student = {*metrics.student_names} - {"cross_entropy"}
+    own = {"loss", "tokens", "perplexity", "bits_per_byte", *terms, *of_student}
     if isinstance(module, TeacherModule):
         own |= {"entropy_gap", *metrics.names, *metrics.dropped_names}
     if not all(map(_is_known, [module, *callbacks])):
@@ -161,8 +163,8 @@ def _check_formula(
     ]
     raise ValueError(
         f"metrics: {name} of {what[0]} and {what[1]} are different formulas; measure all runs by one "
-        "(test: {model: {class_path: SFT}} under common), or take "
-        f"{stage}/cross_entropy or {stage}/bits_per_byte, which are the same in all"
+        f"(test: {{model: {{class_path: SFT}}}} under common), or take {stage}/bits_per_byte or "
+        f"{stage}/perplexity, which are the same in all"
     )
 
 
