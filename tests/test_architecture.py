@@ -105,7 +105,7 @@ def test_every_experiment_is_named_in_its_document_and_run_by_a_test():
     document = (ROOT / "docs" / "comparing.md").read_text()
     tests = "".join(
         (ROOT / "tests" / name).read_text()
-        for name in ("comparison/test_command.py", "test_demo.py")
+        for name in ("comparison/test_experiments.py", "test_demo.py")
     )
     for path in (ROOT / "configs" / "experiments").glob("*.yaml"):
         assert str(path.relative_to(ROOT)) in document
