@@ -16,6 +16,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 
 KEPT = "own_modules.txt"
@@ -28,6 +29,8 @@ FOUND_WHERE = (
 )
 
 _DOTTED = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)(?:\.\w+)+")
+
+_PARSING = Lock()
 
 
 class OwnModules(MetaPathFinder):
@@ -179,7 +182,7 @@ def _installed_places() -> set[str]:
 def _imported(file: Path) -> set[str]:
     """Return the modules and packages that a file imports, without what is in them."""
     try:
-        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+        nodes = [*ast.walk(_parse(file.read_bytes()))]
     except (OSError, SyntaxError, ValueError):
         return set()
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
@@ -230,3 +233,9 @@ def why_no_class(path: str, base: str) -> str:
         lacks = " and ".join(sorted(getattr(found, "__abstractmethods__", ())))
         return f"{path} does not define {lacks}; write it in your class"
     return ""
+
+
+def _parse(text: str) -> ast.Module:
+    # Python 3.11 fails where two threads build syntax trees at once.
+    with _PARSING:
+        return ast.parse(text)
