@@ -235,7 +235,7 @@ def why_no_class(path: str, base: str) -> str:
     return ""
 
 
-def _parse(text: str) -> ast.Module:
+def _parse(text: bytes) -> ast.Module:
     # Python 3.11 fails where two threads build syntax trees at once.
     with _PARSING:
         return ast.parse(text)
