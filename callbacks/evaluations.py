@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_kd.batch import Batch
 from lightning_kd.modules import DistillationModule
+from lightning_kd.modules.evaluated_names import evaluated_names
 
 Stage = Literal["val", "test"]
 """Prefix of the names under which an evaluation logs."""
@@ -131,7 +132,8 @@ class EvaluationCallback(Callback):
         self, trainer: L.Trainer, module: L.LightningModule, stage: Stage, names: Collection[str]
     ) -> None:
         """Refuse names that are another's: Lightning would log the mean of the two."""
-        taken = dict.fromkeys(logged_by(module), type(module).__name__)
+        own = evaluated_names(module) if isinstance(module, DistillationModule) else ()
+        taken = dict.fromkeys(own, type(module).__name__)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, EvaluationCallback) and other is not self:
                 taken |= dict.fromkeys(other.names(), type(other).__name__)
@@ -142,12 +144,3 @@ class EvaluationCallback(Callback):
                     "Lightning the mean of the two; give it another name, or leave one of the two out "
                     "and evaluate it in a run of its own (lightning-kd validate, lightning-kd test)"
                 )
-
-
-def logged_by(module: L.LightningModule) -> set[str]:
-    """Return what a module logs of an evaluation itself, without ``val/``."""
-    if not isinstance(module, DistillationModule):
-        return set()
-    own = {"loss", "tokens", "perplexity", "entropy_gap", "bits_per_byte"}
-    own |= {*(module.evaluation_terms or module.terms)}
-    return own | {*module.eval_distribution.names, *module.eval_distribution.dropped_names}

@@ -93,18 +93,18 @@ class OccasionalEvaluation(EvaluationCallback):
         Not at the end: a callback that averages weights takes them out there again, before or after
         this one.
         """
-        if self._found is None and self._is_due(trainer):
-            self._found = self.evaluate(module, is_trial=bool(trainer.sanity_checking))
+        self._evaluate_once(trainer, module)
 
     def end(self, trainer: L.Trainer, module: L.LightningModule, stage: Stage) -> None:
         """Log the numbers."""
-        if self._found is None and self._is_due(
-            trainer
-        ):  # a process without a batch takes part here
-            self._found = self.evaluate(module, is_trial=bool(trainer.sanity_checking))
+        self._evaluate_once(trainer, module)  # a process without a batch takes part here
         if self._found is not None:
             self.log_values(trainer, module, stage, self._found)
         self._validations += trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def _evaluate_once(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self._found is None and self._is_due(trainer):
+            self._found = self.evaluate(module, is_trial=bool(trainer.sanity_checking))
 
     def _is_due(self, trainer: L.Trainer) -> bool:
         if trainer.state.fn != "fit":

@@ -31,6 +31,7 @@ FOUND_WHERE = (
 _DOTTED = re.compile(r"(?<![\w./-])([A-Za-z_]\w*)(?:\.\w+)+")
 
 _PARSING = Lock()
+"""Python 3.11 fails where two threads build syntax trees at once."""
 
 
 class OwnModules(MetaPathFinder):
@@ -182,9 +183,11 @@ def _installed_places() -> set[str]:
 def _imported(file: Path) -> set[str]:
     """Return the modules and packages that a file imports, without what is in them."""
     try:
-        nodes = [*ast.walk(_parse(file.read_bytes()))]
+        with _PARSING:
+            tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return set()
+    nodes = [*ast.walk(tree)]
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     found |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and n.module and not n.level}
     return {name.partition(".")[0] for name in found}
@@ -233,9 +236,3 @@ def why_no_class(path: str, base: str) -> str:
         lacks = " and ".join(sorted(getattr(found, "__abstractmethods__", ())))
         return f"{path} does not define {lacks}; write it in your class"
     return ""
-
-
-def _parse(text: bytes) -> ast.Module:
-    # Python 3.11 fails where two threads build syntax trees at once.
-    with _PARSING:
-        return ast.parse(text)

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-_DATA = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-"""How files of rows end, which are no class."""
+from lightning_kd.data.readers import ending
 
 _TEMPLATE = r"--(?:[\w.]+\.)?prompt_template"
 
@@ -72,7 +71,7 @@ def with_student_data(arguments: list[str]) -> list[str]:
     if arguments[:1] != ["evaluate"] or flat[-1] in {"-h", "--help"}:
         return arguments
     for option, value in pairwise(flat):
-        if option == "--data" and (value.endswith(_DATA)):
+        if option == "--data" and ending(value):
             raise ValueError(
                 f"--data {value}: the class of the data is chosen there; write --data.test {value}"
             )

@@ -13,7 +13,8 @@ from lightning_kd.callbacks.evaluations import EvaluationCallback
 from lightning_kd.comparison.experiment import Experiment
 from lightning_kd.comparison.options import flat
 from lightning_kd.evaluation import MeanScore
-from lightning_kd.modules import DistillationModule, TeacherModule
+from lightning_kd.modules import DistillationModule
+from lightning_kd.modules.evaluated_names import evaluated_names, loss_terms
 from lightning_kd.modules.optimization import with_schedule
 
 _NO_FORMULA = frozenset(
@@ -44,16 +45,11 @@ def measures(built: Mapping[str, Any], stage: str) -> Measures:
     module, callbacks = built.get("model"), _callbacks(built)
     if not isinstance(module, DistillationModule):
         return Measures({f"{stage}/loss"})
-    metrics = module.eval_distribution
-    terms = {*(module.evaluation_terms or module.terms)} - {*metrics.names}
+    terms = loss_terms(module) - {*module.eval_distribution.names}
     of_method = {f"{stage}/{name}" for name in {"loss", *terms}}
-    # The cross-entropy is there as perplexity, and under its own name where it is a term.
-    of_student = {*metrics.student_names} - {"cross_entropy"}
-    own = {"loss", "tokens", "perplexity", "bits_per_byte", *terms, *of_student}
-    if isinstance(module, TeacherModule):
-        own |= {"entropy_gap", *metrics.names, *metrics.dropped_names}
     if not all(map(_is_known, [module, *callbacks])):
         return Measures(of_method)
+    own = evaluated_names(module)
     own |= {name for c in callbacks if isinstance(c, EvaluationCallback) for name in c.names()}
     begins = [f"{stage}/blimp"] if any(isinstance(c, BLiMP) for c in callbacks) else []
     return Measures(of_method, {f"{stage}/{name}" for name in own}, begins)

@@ -6,15 +6,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.text import (
-    CharErrorRate,
-    EditDistance,
-    MatchErrorRate,
-    WordErrorRate,
-    WordInfoLost,
-    WordInfoPreserved,
-)
+from torchmetrics import Metric, text
 
 from lightning_kd.evaluation.completion_metric import (
     CompletionMetric,
@@ -93,12 +85,12 @@ class MeanOfFunction(MeanScore):
 
 
 _OF_ONE_TEXT = (
-    CharErrorRate,
-    EditDistance,
-    MatchErrorRate,
-    WordErrorRate,
-    WordInfoLost,
-    WordInfoPreserved,
+    text.CharErrorRate,
+    text.EditDistance,
+    text.MatchErrorRate,
+    text.WordErrorRate,
+    text.WordInfoLost,
+    text.WordInfoPreserved,
 )
 """Metrics of torchmetrics that compare each completion with one text, not with a list."""
 

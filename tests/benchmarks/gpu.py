@@ -1,6 +1,6 @@
 """Tests and measurements of a GPU, in ten minutes: ``make gpu``, or ``python -m tests.benchmarks.gpu``.
 
-First the tests of ``tests/gpu``; then the fused divergence beside its bare products and its peers,
+First the tests with a device; then the fused divergence beside its bare products and its peers,
 generation beside ``generate`` of transformers, and a GKD step beside TRL's, each in a process of its
 own with a limit of its own. A table is printed last, and with ``--write docs/benchmarks.md`` put there
 with the name of the device. Without a GPU it says so, and nothing fails.
@@ -29,6 +29,8 @@ from lightning_kd.generation import (
     TransformersEngine,
 )
 from tests.benchmarks.fused_divergence import METHODS, Shape, peak, times
+
+TESTS = ("tests/gpu", "tests/resume/test_kill.py")
 
 MARKS = ("<!-- gpu -->", "<!-- end of gpu -->")
 """Where a page has the table."""
@@ -187,7 +189,7 @@ def main() -> int:
         print("There is no CUDA device here: nothing was tested and nothing measured.")
         return 0
     tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/gpu"],
+        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *TESTS],
         stdout=subprocess.PIPE,
         text=True,
         check=False,

@@ -42,7 +42,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 METHODS = ("supervised_kd", "gkd", "minillm")
 STRATEGIES = ("one", "ddp", "fsdp2")
 ALONE = {"one": "cpu", "cuda": "gpu"}
-"""Runs of one process, and where."""
+"""Strategies of one process, and where it is."""
 STEPS = 12
 CHECKPOINT_EVERY = 3
 """No multiple of MiniLLM's windows, so that some checkpoints are from the middle of one."""

@@ -1,6 +1,7 @@
 """Killed with SIGKILL again and again, and resumed each time: bit for bit the run that was not."""
 
 import pytest
+import torch
 
 from tests.resume import places
 from tests.resume.kill_runs import (
@@ -17,6 +18,8 @@ from tests.resume.kill_runs import (
 )
 
 pytestmark = pytest.mark.processes
+
+ON_GPU = [pytest.param("cuda", marks=pytest.mark.cuda)] if torch.cuda.is_available() else []
 
 SEQUENCES = (
     [
@@ -36,11 +39,12 @@ def root(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", [*STRATEGIES, *ON_GPU])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_killed_several_times_goes_on_bit_for_bit(method, strategy, root):
     # Each method in each setting, and each strategy too.
-    setting = KILLED[(METHODS.index(method) + STRATEGIES.index(strategy)) % len(KILLED)]
+    place = [*STRATEGIES, "cuda"].index(strategy)
+    setting = KILLED[(METHODS.index(method) + place) % len(KILLED)]
     reference = uninterrupted(method, strategy, setting, root)
     for number, kills in enumerate(SEQUENCES):
         story = killed(method, strategy, setting, root, number, kills)
