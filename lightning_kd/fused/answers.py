@@ -39,10 +39,6 @@ class TeacherAnswer(ABC):
         """Return the answer over the first ``width`` tokens of the vocabulary."""
         return self
 
-    def mixture(self) -> "TeacherAnswer":
-        """Return the mixture of several teachers' distributions, whatever average of them this is."""
-        return self
-
     @abstractmethod
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> TeacherRows:
         """Return the answer at some positions.
@@ -87,9 +83,10 @@ class FullDistribution(TeacherAnswer):
         """The first ``width`` tokens, renormalized."""
         return replace(self, logits=tuple(source.narrowed(width) for source in self.logits))
 
-    def mixture(self) -> "FullDistribution":
-        """The distribution itself."""
-        return self
+    @property
+    def shares(self) -> tuple[float | Tensor, ...]:
+        """What each model weighs among all, everywhere or at each position; they add up to 1."""
+        return (1 / len(self.logits),) * len(self.logits)
 
     def computed(self, rows: slice) -> DistributionRows:
         """Compute the logits at some positions, and return the distributions there."""

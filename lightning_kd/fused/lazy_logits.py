@@ -37,6 +37,10 @@ class LazyLogits(ABC):
         """Return the logits of the first ``width`` tokens of the vocabulary."""
 
     @abstractmethod
+    def beyond(self, width: int) -> "LazyLogits":
+        """Return the logits of all other tokens, from number ``width`` on."""
+
+    @abstractmethod
     def detached_to(self, device: torch.device) -> "LazyLogits":
         """Return the logits without gradients, on a device, whatever changes in the model later."""
 
@@ -70,6 +74,10 @@ class MaterializedLogits(LazyLogits):
     def narrowed(self, width: int) -> "MaterializedLogits":
         """A view of the first columns."""
         return MaterializedLogits(self.logits[:, :width])
+
+    def beyond(self, width: int) -> "MaterializedLogits":
+        """A view of the other columns."""
+        return MaterializedLogits(self.logits[:, width:])
 
     def detached_to(self, device: torch.device) -> "MaterializedLogits":
         """A copy, where they are elsewhere."""
@@ -135,9 +143,15 @@ class LazyHeadLogits(LazyLogits):
 
     def narrowed(self, width: int) -> "LazyHeadLogits":
         """Views of the first rows of each weight."""
-        factors = tuple((states, weight[:width]) for states, weight in self.factors)
-        bias = None if self.bias is None else self.bias[:width]
-        return replace(self, factors=factors, bias=bias)
+        return self._of_tokens(slice(0, width))
+
+    def beyond(self, width: int) -> "LazyHeadLogits":
+        """Views of the other rows of each weight."""
+        return self._of_tokens(slice(width, None))
+
+    def _of_tokens(self, tokens: slice) -> "LazyHeadLogits":
+        factors = tuple((states, weight[tokens]) for states, weight in self.factors)
+        return replace(self, factors=factors, bias=None if self.bias is None else self.bias[tokens])
 
     def detached_to(self, device: torch.device) -> "LazyHeadLogits":
         """Copies of what is elsewhere."""
@@ -209,6 +223,10 @@ class RoutedLogits(LazyLogits):
         """Every source narrowed."""
         return replace(self, sources=tuple(source.narrowed(width) for source in self.sources))
 
+    def beyond(self, width: int) -> "RoutedLogits":
+        """The other tokens of every source."""
+        return replace(self, sources=tuple(source.beyond(width) for source in self.sources))
+
     def detached_to(self, device: torch.device) -> "RoutedLogits":
         """Every source, and the routes."""
         sources = tuple(source.detached_to(device) for source in self.sources)
@@ -249,6 +267,11 @@ class PaddedLogits(LazyLogits):
         if width <= self.source.shape[1]:
             return self.source.narrowed(width)
         return PaddedLogits(self.source, width)
+
+    def beyond(self, width: int) -> "PaddedLogits":
+        """The source's other tokens, if it has any, and the padding."""
+        known = min(width, self.source.shape[1])
+        return PaddedLogits(self.source.beyond(known), self.width - width)
 
     def detached_to(self, device: torch.device) -> "PaddedLogits":
         """The source detached."""

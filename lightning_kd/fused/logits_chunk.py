@@ -52,12 +52,18 @@ class LogitsChunk:
         Raises:
             ValueError: If the teacher does not tell them all, or the term has not asked for it.
         """
-        if not isinstance(self._answer, DistributionRows):
-            raise ValueError(
-                "this term needs the teacher's log-probability of every token, and the teacher does "
-                "not answer full_distribution; say so in the needs of the method"
-            )
-        return self._answer.log_probs(temperature)
+        return self._distribution.log_probs(temperature)
+
+    def teacher_log_normalizer(self, source: int) -> Tensor:
+        """The logarithm of the softmax denominator of one of the teacher's models, ``(n,)``.
+
+        Args:
+            source: Its number among the answer's sources.
+
+        Raises:
+            ValueError: As :meth:`teacher`.
+        """
+        return self._distribution.log_normalizer(source)
 
     def events(
         self, student_temperature: float = 1.0, teacher_temperature: float = 1.0
@@ -140,6 +146,15 @@ class LogitsChunk:
     def on(self, student_logits: Tensor) -> "LogitsChunk":
         """Return the chunk with other logits of the student."""
         return LogitsChunk(self.rows, student_logits, self._teacher)
+
+    @property
+    def _distribution(self) -> DistributionRows:
+        if not isinstance(self._answer, DistributionRows):
+            raise ValueError(
+                "this term needs the teacher's log-probability of every token, and the teacher does "
+                "not answer full_distribution; say so in the needs of the method"
+            )
+        return self._answer
 
     @property
     def _answer(self) -> TeacherRows:

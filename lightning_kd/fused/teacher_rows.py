@@ -90,6 +90,10 @@ class DistributionRows(TeacherRows):
                 self._log_probs[temperature] = self._combine(self._logits, temperature)
         return self._log_probs[temperature]
 
+    def log_normalizer(self, source: int) -> Tensor:
+        """The logarithm of the softmax denominator of one model, ``(n,)``."""
+        return self._logits[source].logsumexp(-1)
+
     def unnormalized(self, temperature: float) -> tuple[Tensor, float]:
         """Return a tensor and a factor: the log-softmax of their product is :meth:`log_probs`."""
         if self._combine is single_model_log_probs:

@@ -223,28 +223,29 @@ class TeacherTokenLogProb(TokenTerm):
         return chosen.masked_fill(~known, 0.0)
 
 
-class TeacherMassBeyond(TokenTerm):
-    """The teacher's probability of the tokens from ``width`` on."""
+class LogNormalizer(TokenTerm):
+    r"""The logarithm of the student's softmax denominator, :math:`\log \sum_v e^{z_v}`."""
+
+    def values(self, chunk: LogitsChunk) -> Tensor:
+        """The sum over the vocabulary."""
+        return chunk.student_logits.logsumexp(-1)
+
+
+class TeacherLogNormalizer(TokenTerm):
+    """The same of one of the teacher's models.
+
+    Args:
+        source: The number of the model among the ``sources`` of the answer.
+    """
 
     needs_teacher = True
 
-    def __init__(self, width: int) -> None:
-        self.width = width
+    def __init__(self, source: int) -> None:
+        self.source = source
 
     def values(self, chunk: LogitsChunk) -> Tensor:
-        """The sum over the rest of the vocabulary."""
-        return chunk.teacher()[:, self.width :].exp().sum(-1)
-
-
-class StudentMassBeyond(TokenTerm):
-    """The student's probability of the tokens from ``width`` on."""
-
-    def __init__(self, width: int) -> None:
-        self.width = width
-
-    def values(self, chunk: LogitsChunk) -> Tensor:
-        """The sum over the rest of the vocabulary."""
-        return chunk.student()[:, self.width :].exp().sum(-1)
+        """The sum over the vocabulary."""
+        return chunk.teacher_log_normalizer(self.source)
 
 
 class Top1Agreement(TokenTerm):

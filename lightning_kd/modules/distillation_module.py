@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch, Rollout
 from lightning_kd.evaluation import DistributionMetrics
+from lightning_kd.fused import TokenTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentLike
 from lightning_kd.modules.counts import StepCountingModule
@@ -244,11 +245,8 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         """
         self._step_means = self._window.close(self.sum_over_ranks)
         number = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        return (
-            self._sum_scale.gradient_factor(self.trainer, number)
-            * number
-            / self._step_means.divisor
-        )
+        factor = self._sum_scale.gradient_factor(self.trainer, number)
+        return factor * number / self._step_means.divisor
 
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -264,8 +262,7 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         metrics: DistributionMetrics | None,
         count_ratios: Mapping[str, Tensor | float] | None = None,
     ) -> tuple[Tensor, MicroBatchLoss]:
-        targets, teacher = scores.positions.targets, scores.teacher
-        metric_terms = [] if metrics is None else metrics.token_terms(targets, teacher)
+        metric_terms = [] if metrics is None else self._metric_terms(metrics, scores)
         total, loss, watched = evaluate(
             self.logits_backend,
             scores,
@@ -278,6 +275,9 @@ class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
         if metrics is not None:
             self._measure(metrics, scores, watched)
         return total, loss
+
+    def _metric_terms(self, metrics: DistributionMetrics, scores: Scores) -> list[TokenTerm]:
+        return metrics.token_terms(scores.positions.targets, scores.teacher)
 
     def _measure(self, metrics: DistributionMetrics, scores: Scores, values: Tensor) -> None:
         """Add the values of the metrics' terms, ``(terms, N)``, the first of them the labels' nats."""

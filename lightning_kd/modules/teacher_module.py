@@ -16,10 +16,8 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
     AnswerKind,
     ChunkedPass,
-    CrossEntropy,
-    StudentMassBeyond,
     TeacherAnswer,
-    TeacherMassBeyond,
+    TokenTerm,
     evaluate_no_grad,
 )
 from lightning_kd.generation import Engine, GenerationOptions
@@ -32,6 +30,7 @@ from lightning_kd.models import (
 )
 from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
 from lightning_kd.modules.distillation_module import DistillationModule
+from lightning_kd.modules.dropped_mass import DroppedMass
 from lightning_kd.modules.loss import Scores
 from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.remote import ask_together, following_batch
@@ -243,33 +242,21 @@ class TeacherModule(DistillationModule):
         values = evaluate_no_grad(ChunkedPass(scores.student, asked, [term]))[0]
         return REVERSE_KL_NAMES[scores.teacher.kind], values
 
+    def _metric_terms(self, metrics: DistributionMetrics, scores: Scores) -> list[TokenTerm]:
+        hidden = () if scores.uncut is None else DroppedMass(scores.uncut, self.width).terms
+        return [*super()._metric_terms(metrics, scores), *hidden]
+
     def _measure(self, metrics: DistributionMetrics, scores: Scores, values: Tensor) -> None:
         """Add the values of the metrics' terms, with the labels' nats over all tokens."""
         if scores.uncut is not None:
-            nats, of_student, of_teacher = self._uncut(scores.uncut)
-            metrics.update_dropped(of_student, of_teacher, scores.positions.targets)
-            if nats is not None:
-                values = torch.cat([nats[None], values[1:]])
+            dropped = DroppedMass(scores.uncut, self.width)
+            own = len(values) - len(dropped.terms)
+            values, normalizers = values[:own], values[own:]
+            hidden = dropped.measure(normalizers, values[0])
+            metrics.update_dropped(hidden.of_student, hidden.of_teacher, scores.positions.targets)
+            if hidden.label_nats is not None:
+                values = torch.cat([hidden.label_nats[None], values[1:]])
         super()._measure(metrics, scores, values)
-
-    def _uncut(self, scores: Scores) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Compute what a cut to the shared vocabulary hides; None for a side that is no wider.
-
-        Returns:
-            Minus the student's log-probability of each label over all its tokens; the probability of
-            tokens beyond the shared ones, of the student and of the teacher (of several teachers, the
-            mean with their weights): ``(N,)`` each.
-        """
-        nats, of_student, of_teacher = None, None, None
-        if scores.student.shape[1] > self.width:
-            terms = [CrossEntropy(scores.positions.targets), StudentMassBeyond(self.width)]
-            nats, of_student = evaluate_no_grad(ChunkedPass(scores.student, None, terms))
-        assert scores.teacher is not None  # score() has put it there
-        if any(source.shape[1] > self.width for source in scores.teacher.sources):
-            of_teacher = evaluate_no_grad(
-                ChunkedPass(None, scores.teacher.mixture(), [TeacherMassBeyond(self.width)])
-            )[0]
-        return nats, of_student, of_teacher
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         shown = super()._log_distribution(stage, metrics)

@@ -1,7 +1,7 @@
 """Several teachers, averaged."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import reduce
 from math import isfinite, log
 from typing import Any, Literal, get_args
@@ -178,10 +178,11 @@ class AveragedDistribution(FullDistribution):
     """They add up to 1."""
     averaging: Averaging = field(kw_only=True)
 
-    def mixture(self) -> "AveragedDistribution":
-        """The average of probabilities."""
-        members = tuple(member.mixture() for member in self.members)
-        return replace(self, members=members, averaging="probabilities")
+    @property
+    def shares(self) -> tuple[float | Tensor, ...]:
+        """The weight of each member, divided among its models."""
+        both = zip(self.members, self.weights, strict=True)
+        return tuple(weight * share for member, weight in both for share in member.shares)
 
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
         """Return the average at some positions."""

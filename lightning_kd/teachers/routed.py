@@ -1,7 +1,7 @@
 """Several teachers, each for its own rows."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import reduce
 from typing import Any, Protocol, cast, get_args, runtime_checkable
 
@@ -208,9 +208,14 @@ class RoutedDistribution(FullDistribution):
     routes: Tensor = field(kw_only=True)
     """The number of each position's member, ``(N,)``."""
 
-    def mixture(self) -> "RoutedDistribution":
-        """That of each member."""
-        return replace(self, members=tuple(member.mixture() for member in self.members))
+    @property
+    def shares(self) -> tuple[float | Tensor, ...]:
+        """Those of each position's member, ``(N,)``."""
+        shares = torch.zeros(len(self.logits), len(self.routes), device=self.routes.device)
+        for number, member in enumerate(self.members):
+            for share, own in zip(shares, member.shares, strict=False):
+                share[self.routes == number] = own
+        return tuple(shares)
 
     def rows(self, rows: slice, logits: Sequence[Tensor], width: int) -> DistributionRows:
         """Return the distribution of each position's member."""
