@@ -1,6 +1,6 @@
 """Weighted sums and values per position whose gradients never see all logits at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +10,11 @@ from torch import Tensor
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused.chunked_pass import ChunkedPass, Weights
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
+
+# Whether the backward pass that runs keeps its graph; where PyTorch does not tell, it may.
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
 
 
 def weighted_sum(chunked_pass: ChunkedPass, weights: Weights) -> tuple[Tensor, Tensor]:
@@ -62,10 +67,9 @@ class _WeightedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_second_derivative()
-        # Out of place: a second backward pass through a kept graph finds what the first one found.
         saved = iter(ctx.saved_tensors)
         scaled = [
-            (next(saved) * of_total).to(dtype) if want else None
+            _scaled(next(saved), of_total).to(dtype) if want else None
             for want, dtype in zip(ctx.needs_input_grad[2:], ctx.dtypes, strict=True)
         ]
         return None, None, *scaled
@@ -94,6 +98,14 @@ class _PerToken(torch.autograd.Function):
             for gradient, tensor in zip(gradients, inputs, strict=True)
         ]
         return None, *narrowed
+
+
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """Return the product; in place, which spares a second gradient of the head, where that is safe."""
+    if _keeps_graph():  # another backward pass finds what this one has found
+        return gradient * factor
+    # Elsewhere the comparison would wait for the device.
+    return gradient if factor.is_cpu and factor == 1 else gradient.mul_(factor)
 
 
 def _refuse_second_derivative() -> None:

@@ -13,7 +13,7 @@ from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 
 CHUNK_BYTES = 128 * 2**20
-"""Logits that are alive at once, of student and teacher together."""
+"""Logits that are alive at once, of student and teacher together, beside a small head."""
 
 _CACHE_BYTES = 2 * 2**20
 """Logits that one pass of arithmetic goes over: what stays in a processor's cache."""
@@ -30,7 +30,8 @@ class ChunkedPass:
     student: LazyLogits | None
     teacher: TeacherAnswer | None
     token_terms: Sequence[TokenTerm]
-    chunk_bytes: int = CHUNK_BYTES
+    chunk_bytes: int | None = None
+    """Logits that may be alive at once; see :func:`default_chunk_bytes` for the default."""
     compile: Compile = "never"
 
     def values(self) -> Tensor:
@@ -67,7 +68,7 @@ class ChunkedPass:
         values = torch.empty(len(self.token_terms), count, dtype=dtype, device=device)
         if not self.token_terms:
             return values
-        size = self._chunk_size(1 + len(teachers))
+        size = self._chunk_size(1 + len(teachers), into)
         # Allocated once: a fresh buffer for each chunk would cost a page fault for each 4 KiB.
         own = torch.empty(size, width if student else 0, dtype=dtype, device=device)
         theirs = [
@@ -165,14 +166,28 @@ class ChunkedPass:
         assert self.teacher is not None  # one of the two is there
         return self.teacher.sources[0]
 
-    def _chunk_size(self, buffers: int) -> int:
+    def _chunk_size(self, buffers: int, into: Sequence[Tensor | None]) -> int:
         """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
         width = buffers * self._first.shape[1] * self._first.dtype.itemsize
-        return chunk_size(self._first.shape[0], width, self.chunk_bytes)
+        of_weights = sum(tensor.nbytes for tensor in into[1::2] if tensor is not None)
+        allowed = self.chunk_bytes or default_chunk_bytes(of_weights)
+        return chunk_size(self._first.shape[0], width, allowed)
 
     def _parts(self, length: int, least: int) -> Iterator[slice]:
         width = self._first.shape[1] * self._first.dtype.itemsize
         return _slices(0, length, max(least, part_size(length, width, self.device)))
+
+
+def default_chunk_bytes(of_weights: int) -> int:
+    """Return the bytes of logits that may be alive at once.
+
+    Each chunk adds to the whole gradient of the head, which costs memory traffic: with logits that are
+    as large, that is a small part of the products, whatever the vocabulary.
+
+    Args:
+        of_weights: Bytes of the gradient of the head; 0 if there is none.
+    """
+    return max(CHUNK_BYTES, of_weights)
 
 
 def chunk_size(count: int, width: int, chunk_bytes: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused.answers import FullDistribution
 from lightning_kd.fused.autograd import per_token, total_of, weighted_sum
-from lightning_kd.fused.chunked_pass import CHUNK_BYTES, ChunkedPass
+from lightning_kd.fused.chunked_pass import ChunkedPass
 from lightning_kd.fused.compilation import Compile
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
 from lightning_kd.fused.token_terms import DivergenceTerm
@@ -40,7 +40,7 @@ def fused_linear_divergence(
     scored: Tensor | None = None,
     weights: Tensor | None = None,
     mode: Mode = "fused",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     compile: Compile = "auto",  # noqa: A002  as in Lightning and PyTorch
 ) -> FusedDivergence:
     r"""Any divergence between two output heads, :math:`\sum_t w_t D(p_t, q_t)`, without all logits.
@@ -69,7 +69,8 @@ def fused_linear_divergence(
         mode: ``fused`` makes the gradients of the sum in the forward pass. ``recompute`` gives
             ``values`` a gradient too, for weights that are known only afterwards, and computes the
             logits a second time in the backward pass.
-        chunk_bytes: Logits that may be alive at once, of both sides.
+        chunk_bytes: Logits that may be alive at once, of both sides. Defaults to the bytes of the
+            gradient of ``student_weight``, and at least 128 MiB.
         compile: Whether ``torch.compile`` makes code of what is done with a chunk of logits: ``auto``
             (on CUDA), ``always`` or ``never``.
 

@@ -143,6 +143,8 @@ class LazyHeadLogits(LazyLogits):
 
     def narrowed(self, width: int) -> "LazyHeadLogits":
         """Views of the first rows of each weight."""
+        if width == self.shape[1]:  # the gradient of a view would be copied into a second one
+            return self
         return self._of_tokens(slice(0, width))
 
     def beyond(self, width: int) -> "LazyHeadLogits":

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 from lightning_kd.batch import Batch
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused import (
-    CHUNK_BYTES,
     ChunkedPass,
     LazyLogits,
     LogitsChunk,
@@ -111,7 +110,8 @@ class FusedLogits(LogitsBackend):
     A model with another kind of head falls back to :class:`DenseLogits`, with a warning.
 
     Args:
-        chunk_megabytes: Logits of student and teacher that may be alive at once.
+        chunk_megabytes: Logits of student and teacher that may be alive at once. Defaults to what the
+            gradient of the student's head takes in float32, and at least 128.
         compile: Whether ``torch.compile`` makes one piece of code of all terms of a pass. ``auto``
             does so on CUDA, and goes on without where it fails; ``always`` does so everywhere, and
             refuses where no code can be made. A term that cannot be traced is evaluated without, as
@@ -124,10 +124,10 @@ class FusedLogits(LogitsBackend):
 
     def __init__(
         self,
-        chunk_megabytes: int = CHUNK_BYTES // 2**20,
+        chunk_megabytes: int | None = None,
         compile: Compile = "auto",  # noqa: A002  as in Lightning and PyTorch
     ) -> None:
-        if chunk_megabytes < 1:
+        if chunk_megabytes is not None and chunk_megabytes < 1:
             raise ValueError(f"chunk_megabytes is {chunk_megabytes}; it must be positive")
         check_choice("compile", compile, get_args(Compile))
         self.chunk_megabytes, self.compile = chunk_megabytes, compile
@@ -166,8 +166,12 @@ class FusedLogits(LogitsBackend):
     def _pass(
         self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
     ) -> ChunkedPass:
-        chunk_bytes = self.chunk_megabytes * 2**20
-        return ChunkedPass(student, teacher, token_terms, chunk_bytes, self.compile)
+        return ChunkedPass(student, teacher, token_terms, self.chunk_bytes, self.compile)
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """The limit in bytes; None for the default."""
+        return None if self.chunk_megabytes is None else self.chunk_megabytes * 2**20
 
     def _head(self, model: PreTrainedModel) -> OutputHead | None:
         for known, found in self._heads:

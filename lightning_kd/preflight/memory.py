@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.fused.chunked_pass import chunk_size, part_size
+from lightning_kd.fused.chunked_pass import chunk_size, default_chunk_bytes, part_size
 from lightning_kd.generation import CachedSampler, ContinuousBatchingSampler, TransformersEngine
 from lightning_kd.generation.cache import allocated_length, longest_allocation
 from lightning_kd.models import FusedLogits, ModelSpec, vocabulary_size
@@ -194,10 +194,11 @@ def _logits(
     weight = getattr(head, "base_layer", head).weight
     # Chunks are planned by the student's width, and hold what each model has.
     own = widths[0] * 4
-    length = chunk_size(positions, len(widths) * own, backend.chunk_megabytes * 2**20)
+    of_head = 4 * weight.numel() if weight.requires_grad else 0
+    allowed = backend.chunk_bytes or default_chunk_bytes(of_head)
+    length = chunk_size(positions, len(widths) * own, allowed)
     part = min(length, part_size(length, own, setting.device)) * own
-    of_head = weight.numel() if weight.requires_grad else 0
-    gradients = 4 * (of_head + positions * int(weight.shape[1]))
+    gradients = of_head + 4 * positions * int(weight.shape[1])
     return length * row + _TEMPORARIES[isinstance(module, TeacherModule)] * part + gradients
 
 

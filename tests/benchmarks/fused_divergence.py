@@ -28,7 +28,8 @@ from rich.table import Table
 from torch import Tensor
 
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
-from lightning_kd.fused import CHUNK_BYTES, fused_linear_divergence
+from lightning_kd.fused import fused_linear_divergence
+from lightning_kd.fused.chunked_pass import chunk_size, default_chunk_bytes
 from lightning_kd.fused.compilation import Compile
 
 
@@ -89,9 +90,9 @@ def products(x: Inputs, shape: Shape) -> None:
     with torch.no_grad():
         student, teacher = x.student[x.scored], x.teacher[x.scored]
         narrow = student.dtype
-        rows = max(1, CHUNK_BYTES // (8 * shape.vocabulary))
         of_states, of_weight = torch.empty_like(student), torch.empty_like(x.student_weight)
-        size = min(rows, len(student))
+        allowed = default_chunk_bytes(4 * of_weight.numel())
+        size = chunk_size(len(student), 8 * shape.vocabulary, allowed)
         own, other = (
             torch.empty(size, shape.vocabulary, dtype=narrow, device=student.device) for _ in "st"
         )

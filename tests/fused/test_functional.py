@@ -60,7 +60,13 @@ def dense(student, teacher, divergence, temperatures=(1.0, 1.0)):
 
 def gradients(loss, student):
     wanted = [tensor for tensor in student if tensor is not None and tensor.requires_grad]
-    return torch.autograd.grad(loss, wanted, retain_graph=True)
+    kept = torch.autograd.grad(loss, wanted, retain_graph=True)
+    # The last backward pass may work in place; it must find what one that keeps its graph has found.
+    before = [gradient.clone() for gradient in kept]
+    last = torch.autograd.grad(loss, wanted)
+    for first, second, saved in zip(kept, last, before, strict=True):
+        assert torch.equal(first, second) and torch.equal(first, saved)
+    return last
 
 
 def assert_equal(actual, expected, tolerance=1e-12):
@@ -104,6 +110,50 @@ def test_no_cut_into_chunks_changes_anything(rows, monkeypatch):
     result = fused(student, teacher, divergence="generalized_jsd", chunk_bytes=8 * 11 * 2 * rows)
     torch.testing.assert_close(result.values, whole, rtol=1e-12, atol=1e-13)
     assert_equal(gradients(result.total, student), gradients(whole.sum(), student))
+
+
+class HeadGradients(TorchDispatchMode):
+    """Operations that return a tensor of the head's shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.names = shape, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.shape == self.shape:
+            self.names.append(func.overloadpacket.__name__)
+        return result
+
+
+@pytest.mark.parametrize(("factor", "scaled"), [(3.0, ["mul_"]), (1.0, [])])
+def test_the_backward_pass_makes_no_second_gradient_of_the_head(factor, scaled):
+    student, teacher = heads(bias=False)
+    total = fused(student, teacher).total
+    with HeadGradients(student[1].shape) as made:
+        (total * factor).backward()
+    assert [name for name in made.names if name not in {"detach", "view"}] == scaled
+    expected = dense(student, teacher, "forward_kl").sum() * factor
+    assert_equal([student[1].grad], torch.autograd.grad(expected, [student[1]]))
+
+
+def test_a_head_that_is_large_allows_chunks_as_large(monkeypatch):
+    lengths = []
+
+    class Entries(Divergence):
+        def value(self, student_log_probs, teacher_log_probs):
+            lengths.append(len(student_log_probs))
+            return ChiSquare().value(student_log_probs, teacher_log_probs)
+
+    student, teacher = heads(bias=False)
+    monkeypatch.setattr(chunked_pass, "CHUNK_BYTES", 8 * 11 * 2)
+    fused(student, teacher, divergence=Entries())
+    # Float64 logits of both sides at HIDDEN // 2 positions take what the head's gradient does.
+    assert lengths == [2] * 6 + [1]
+    lengths.clear()
+    with torch.no_grad():
+        fused(student, teacher, divergence=Entries())
+    assert lengths == [1] * 13  # no gradient, no reason
 
 
 def test_positions_over_several_axes():
@@ -214,7 +264,9 @@ def test_a_second_derivative_is_refused():
 def test_a_kept_graph_gives_the_same_twice():
     student, teacher = heads()
     total = fused(student, teacher).total
-    first, second = (gradients(2 * total, student) for _ in range(2))
+    first, second = (
+        torch.autograd.grad(2 * total, student, retain_graph=keep) for keep in (True, False)
+    )
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
