@@ -65,7 +65,8 @@ def gradients(loss, student):
     before = [gradient.clone() for gradient in kept]
     last = torch.autograd.grad(loss, wanted)
     for first, second, saved in zip(kept, last, before, strict=True):
-        assert torch.equal(first, second) and torch.equal(first, saved)
+        assert torch.equal(first, second)
+        assert torch.equal(first, saved)
     return last
 
 
@@ -145,14 +146,14 @@ def test_a_head_that_is_large_allows_chunks_as_large(monkeypatch):
             lengths.append(len(student_log_probs))
             return ChiSquare().value(student_log_probs, teacher_log_probs)
 
-    student, teacher = heads(bias=False)
     monkeypatch.setattr(chunked_pass, "CHUNK_BYTES", 8 * 11 * 2)
-    fused(student, teacher, divergence=Entries())
-    # Float64 logits of both sides at HIDDEN // 2 positions take what the head's gradient does.
-    assert lengths == [2] * 6 + [1]
+    states, weight = (torch.ones(n, 16, dtype=torch.float64, requires_grad=True) for n in (N, 11))
+    fused_linear_divergence(states, weight, states, weight, divergence=Entries())
+    # Float64 logits of both sides at 4 positions take half of what the head's gradient does.
+    assert lengths == [4, 4, 4, 1]
     lengths.clear()
     with torch.no_grad():
-        fused(student, teacher, divergence=Entries())
+        fused_linear_divergence(states, weight, states, weight, divergence=Entries())
     assert lengths == [1] * 13  # no gradient, no reason
 
 
