@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_kd.fused.answers import TeacherAnswer
-from lightning_kd.fused.compilation import Compile, CompiledTerms
+from lightning_kd.fused.compilation import CompiledTerms
+from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 
@@ -33,6 +34,8 @@ class ChunkedPass:
     chunk_bytes: int | None = None
     """Logits that may be alive at once; see :func:`default_chunk_bytes` for the default."""
     compile: Compile = "never"
+    planned_logits: float = 0.0
+    """How many the run is going to evaluate, where that decides whether to compile."""
 
     def values(self) -> Tensor:
         """Every quantity at every position, ``(quantities, N)``."""
@@ -77,7 +80,9 @@ class ChunkedPass:
         ]
         # Asked once for all chunks: on an accelerator every answer waits for what was launched.
         muting = [weight is not None and bool((weight == 0).any()) for weight in weights]
-        compiled = CompiledTerms(student, teacher, self.token_terms, weights, self.compile)
+        compiled = CompiledTerms(
+            student, teacher, self.token_terms, weights, self.compile, self.planned_logits
+        )
         for rows in _slices(0, count, size):
             length = rows.stop - rows.start
             if student is not None:

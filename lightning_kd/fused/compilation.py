@@ -6,7 +6,7 @@ from functools import cache
 from importlib import import_module
 from itertools import count
 from types import FunctionType
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -14,12 +14,10 @@ from torch import Tensor
 
 from lightning_kd.divergences import Divergence
 from lightning_kd.fused.answers import FullDistribution, TeacherAnswer
+from lightning_kd.fused.compile_choice import Compile, pays
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits, slope_of_head
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 from lightning_kd.fused.teacher_rows import Combine, DistributionRows
-
-Compile = Literal["auto", "always", "never"]
-"""Whether the arithmetic of a chunk is compiled; ``auto`` does so on CUDA."""
 
 BACKEND = "inductor"
 
@@ -91,6 +89,7 @@ class CompiledTerms:
         token_terms: All terms of the pass.
         weights: What each weighs in the loss, ``(N,)``; None where it is only looked at.
         mode: Whether to compile.
+        planned_logits: How many the run is going to evaluate, as far as is known.
     """
 
     def __init__(
@@ -100,6 +99,7 @@ class CompiledTerms:
         token_terms: Sequence[TokenTerm],
         weights: Sequence[Tensor | None],
         mode: Compile,
+        planned_logits: float = 0.0,
     ) -> None:
         self._student, self._teacher, self._mode = student, teacher, mode
         self._terms, self._weights = token_terms, weights
@@ -107,7 +107,8 @@ class CompiledTerms:
         """Which of the terms are compiled; fewer, once some could not be."""
         self.has_left_gradient = False
         """Whether the last evaluation has put a gradient in the place of the student's logits."""
-        if student is not None and (mode == "always" or _pays(mode, student.device)):
+        automatic = mode == "auto" and student is not None and pays(student.device, planned_logits)
+        if student is not None and (mode == "always" or automatic):
             self._choose()
 
     def evaluate(self, rows: slice, own: Tensor, theirs: Sequence[Tensor], values: Tensor) -> bool:
@@ -213,10 +214,6 @@ class CompiledTerms:
             _given_up.add(self._key(self.numbers))
             _say(f"the fused evaluation goes on without a compiler: {why}")
         self._choose()
-
-
-def _pays(mode: Compile, device: torch.device) -> bool:
-    return mode == "auto" and device.type == "cuda"
 
 
 @cache

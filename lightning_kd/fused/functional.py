@@ -9,7 +9,7 @@ from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused.answers import FullDistribution
 from lightning_kd.fused.autograd import per_token, total_of, weighted_sum
 from lightning_kd.fused.chunked_pass import ChunkedPass
-from lightning_kd.fused.compilation import Compile
+from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
 from lightning_kd.fused.token_terms import DivergenceTerm
 from lightning_kd.option_checks import check_choice

@@ -22,7 +22,7 @@ from lightning_kd.fused import (
     weighted_sum,
 )
 from lightning_kd.fused.chunked_pass import Weights
-from lightning_kd.fused.compilation import Compile
+from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.logits_chunk import values_of
 from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
 from lightning_kd.option_checks import check_choice
@@ -57,6 +57,13 @@ class LogitsBackend(Resumable, ABC):
         """Return values with gradients, for terms that are made of them: ``(terms, N)``.
 
         A pass of its own over the logits, which :meth:`evaluate` does not share.
+        """
+
+    def plan(self, logits: float) -> None:
+        """Hear, before the first step of a run, how many logits of the student it will evaluate.
+
+        Args:
+            logits: In all its steps, as far as the first micro-batch tells; 0 if nobody knows.
         """
 
 
@@ -114,9 +121,9 @@ class FusedLogits(LogitsBackend):
             what the gradient of the student's head takes in float32, on an accelerator all of it; at
             least 128.
         compile: Whether ``torch.compile`` makes one piece of code of all terms of a pass. ``auto``
-            does so on CUDA, and goes on without where it fails; ``always`` does so everywhere, and
-            refuses where no code can be made. A term that cannot be traced is evaluated without, as
-            a warning says.
+            does so on CUDA, and on a CPU in a run of 5e10 logits or more, and goes on without where
+            it fails; ``always`` does so everywhere, and refuses where no code can be made. A term
+            that cannot be traced is evaluated without, as a warning says.
 
     Raises:
         ValueError: If ``chunk_megabytes`` is not positive, or ``compile`` is another word; later, if
@@ -134,6 +141,11 @@ class FusedLogits(LogitsBackend):
         self.chunk_megabytes, self.compile = chunk_megabytes, compile
         self._heads: list[tuple[PreTrainedModel, OutputHead | None]] = []
         self._dense = DenseLogits()
+        self._planned_logits = 0.0
+
+    def plan(self, logits: float) -> None:
+        """Remember it, for ``compile: auto`` on a CPU."""
+        self._planned_logits = logits
 
     def read(self, model: PreTrainedModel, batch: Batch, scored: ScoredPositions) -> LazyLogits:
         """Run a model and keep its hidden states and output head."""
@@ -167,7 +179,9 @@ class FusedLogits(LogitsBackend):
     def _pass(
         self, student: LazyLogits, teacher: TeacherAnswer | None, token_terms: Sequence[TokenTerm]
     ) -> ChunkedPass:
-        return ChunkedPass(student, teacher, token_terms, self.chunk_bytes, self.compile)
+        return ChunkedPass(
+            student, teacher, token_terms, self.chunk_bytes, self.compile, self._planned_logits
+        )
 
     @property
     def chunk_bytes(self) -> int | None:

@@ -17,7 +17,6 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import TokenTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentLike
-from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatchLoss, Scores, evaluate
 from lightning_kd.modules.measured import MeasuredModule
 from lightning_kd.modules.optimization import (
@@ -26,6 +25,7 @@ from lightning_kd.modules.optimization import (
     check_schedule,
     with_schedule,
 )
+from lightning_kd.modules.planned_work import PlanningModule
 from lightning_kd.modules.term_checks import by_name, term_names
 from lightning_kd.modules.tuning import TunableModule
 from lightning_kd.normalization import Normalization, make_normalization
@@ -34,7 +34,7 @@ from lightning_kd.strategies import StrategyAdapter, adapter_of
 from lightning_kd.tokenization import TokenizerLike
 
 
-class DistillationModule(TunableModule, MeasuredModule, StepCountingModule):
+class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
     """A student, its optimizer, and a loss that is divided once per optimizer step.
 
     A method derives from this class (or from :class:`TeacherModule`), names its ``terms`` and says

@@ -30,7 +30,7 @@ from torch import Tensor
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
 from lightning_kd.fused import fused_linear_divergence
 from lightning_kd.fused.chunked_pass import chunk_size, default_chunk_bytes
-from lightning_kd.fused.compilation import Compile
+from lightning_kd.fused.compile_choice import Compile
 
 
 @dataclass(frozen=True)

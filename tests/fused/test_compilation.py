@@ -277,7 +277,7 @@ def without_a_compiler(graph, inputs):
 
 def refusing(monkeypatch):
     monkeypatch.setattr(compilation, "BACKEND", without_a_compiler)
-    monkeypatch.setattr(compilation, "_pays", lambda mode, device: mode == "auto")
+    monkeypatch.setattr(compilation, "pays", lambda device, planned_logits: True)
 
 
 def test_without_a_compiler_one_line_is_said_and_nothing_else_changes(monkeypatch, recwarn):
@@ -324,7 +324,7 @@ CODE = """
 import torch
 from lightning_kd.fused import compilation
 from tests.fused.test_compilation import *
-compilation._pays = lambda mode, device: mode == "auto"
+compilation.pays = lambda device, planned_logits: True
 weight, labels, teacher, weights = draw(14)
 weighted_sum(passed(weight, labels, teacher, [CrossEntropy(labels)], "auto"), [weights])
 """
