@@ -13,7 +13,7 @@ from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 
-CHUNK_BYTES = 128 * 2**20
+CHUNK_BYTES = 64 * 2**20
 """Logits that are alive at once, of student and teacher together, beside a small head."""
 
 _CACHE_BYTES = 2 * 2**20
@@ -175,7 +175,7 @@ class ChunkedPass:
         """Positions of a chunk: what fits into the bytes, and no chunk much shorter than another."""
         width = buffers * self._first.shape[1] * self._first.dtype.itemsize
         of_weights = sum(tensor.nbytes for tensor in into[1::2] if tensor is not None)
-        allowed = self.chunk_bytes or default_chunk_bytes(of_weights, self.device)
+        allowed = self.chunk_bytes or default_chunk_bytes(of_weights)
         return chunk_size(self._first.shape[0], width, allowed)
 
     def _parts(self, length: int, least: int) -> Iterator[slice]:
@@ -183,22 +183,20 @@ class ChunkedPass:
         return _slices(0, length, max(least, part_size(length, width, self.device)))
 
 
-def default_chunk_bytes(of_weights: int, device: torch.device) -> int:
+def default_chunk_bytes(of_weights: int) -> int:
     """Return the bytes of logits that may be alive at once.
 
-    Each chunk reads and writes the whole gradient of the head. With logits that are half as large
-    (on an accelerator, which multiplies faster, as large) that is a small part of the products,
-    whatever the vocabulary.
+    Each chunk reads and writes the whole gradient of the head. With logits that take three quarters of
+    it, that is a small part of the products, whatever the vocabulary.
 
     Args:
         of_weights: Bytes of the gradient of the head; 0 if there is none.
-        device: Device of the pass.
 
     Example:
-        >>> default_chunk_bytes(2**30, torch.device("cpu")) // 2**20
-        512
+        >>> default_chunk_bytes(2**30) // 2**20
+        768
     """
-    return max(CHUNK_BYTES, of_weights // 2 if device.type == "cpu" else of_weights)
+    return max(CHUNK_BYTES, of_weights // 4 * 3)
 
 
 def chunk_size(count: int, width: int, chunk_bytes: int) -> int:

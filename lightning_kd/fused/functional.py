@@ -69,8 +69,8 @@ def fused_linear_divergence(
         mode: ``fused`` makes the gradients of the sum in the forward pass. ``recompute`` gives
             ``values`` a gradient too, for weights that are known only afterwards, and computes the
             logits a second time in the backward pass.
-        chunk_bytes: Logits that may be alive at once, of both sides. Defaults to half of what
-            the gradient of ``student_weight`` takes, on an accelerator all of it; at least 128 MiB.
+        chunk_bytes: Logits that may be alive at once, of both sides. Defaults to three
+            quarters of what the gradient of ``student_weight`` takes, and at least 64 MiB.
         compile: Whether ``torch.compile`` makes code of what is done with a chunk of logits: ``auto``
             (on CUDA), ``always`` or ``never``.
 

@@ -15,6 +15,7 @@ from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.sampler import IDLE_SHARE
 from lightning_kd.generation.slots import SlotDecoder
+from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.option_checks import is_number
@@ -76,7 +77,7 @@ class ContinuousBatchingSampler(Engine):
                     "with ContinuousBatchingSampler each takes the steps that its own rows need; "
                     "choose engine: CachedSampler"
                 )
-        with evaluating(*mixed), torch.inference_mode():
+        with evaluating(*mixed), torch.inference_mode(), tall_heads(*mixed):
             batch = _Slots(models, prompts, options, seeds, self.slots)
             batch.generate()
         for model in mixed:

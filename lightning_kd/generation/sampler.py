@@ -13,6 +13,7 @@ from lightning_kd.generation.decoder import Decoder, evaluating, tokens_between_
 from lightning_kd.generation.drawing import check_mixture, draw, next_token
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import Uniforms
 from lightning_kd.models.sharding import is_sharded
 
@@ -93,7 +94,7 @@ def sample(
     together = any(is_sharded(model) for model in mixed)
     # The whole weights of a shard are allocated once, and the backward pass would refuse them.
     mode = torch.no_grad() if together else torch.inference_mode()
-    with evaluating(*mixed), mode:
+    with evaluating(*mixed), mode, tall_heads(*mixed):
         decoders = [Decoder(model, prompt_ids, prompt_mask) for model in mixed]
         active, ends = (
             torch.arange(rows, device=device),

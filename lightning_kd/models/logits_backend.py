@@ -117,9 +117,8 @@ class FusedLogits(LogitsBackend):
     A model with another kind of head falls back to :class:`DenseLogits`, with a warning.
 
     Args:
-        chunk_megabytes: Logits of student and teacher that may be alive at once. Defaults to half of
-            what the gradient of the student's head takes in float32, on an accelerator all of it; at
-            least 128.
+        chunk_megabytes: Logits of student and teacher that may be alive at once. Defaults to three
+            quarters of what the gradient of the student's head takes in float32, and at least 64.
         compile: Whether ``torch.compile`` makes one piece of code of all terms of a pass. ``auto``
             does so on CUDA, and on a CPU in a run of 5e10 logits or more, and goes on without where
             it fails; ``always`` does so everywhere, and refuses where no code can be made. A term

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_kd.fused import LazyHeadLogits
-from lightning_kd.models.modes import evaluating
+from lightning_kd.models.modes import evaluating, in_place_of
 from lightning_kd.strategies import gathered_copy, is_partitioned, shape_of
 
 _SCALES: dict[str, Callable[[float], float]] = {
@@ -81,7 +81,7 @@ class OutputHead:
             versions.append(states._version)
             return states
 
-        with _in_place_of(self.module, hand_on):
+        with in_place_of(self.module, hand_on):
             yield seen
         if versions and [states._version for states in seen] != versions:
             raise RuntimeError(
@@ -105,7 +105,7 @@ def find_head(model: PreTrainedModel) -> OutputHead:
     _check_kind(module)
     ids = torch.arange(8, device=module.weight.device)[None] % shape_of(module.weight)[0]
     probe = _Probe(module)
-    with evaluating(model), torch.no_grad(), _in_place_of(module, probe):
+    with evaluating(model), torch.no_grad(), in_place_of(module, probe):
         logits = model(input_ids=ids, use_cache=False).logits
     if probe.is_understood:
         for scale, softcap in _candidates(core.config.get_text_config(), core.config):
@@ -208,19 +208,6 @@ def _bound(head_logits: LazyHeadLogits) -> Tensor:
         for states, weight in head_logits.factors
     ]
     return torch.stack(norms).sum(0)
-
-
-@contextmanager
-def _in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Replace a module's forward pass while the context is open."""
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _check_kind(module: nn.Module | None) -> None:

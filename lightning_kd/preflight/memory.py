@@ -195,7 +195,7 @@ def _logits(
     # Chunks are planned by the student's width, and hold what each model has.
     own = widths[0] * 4
     of_head = 4 * weight.numel() if weight.requires_grad else 0
-    allowed = backend.chunk_bytes or default_chunk_bytes(of_head, setting.device)
+    allowed = backend.chunk_bytes or default_chunk_bytes(of_head)
     length = chunk_size(positions, len(widths) * own, allowed)
     part = min(length, part_size(length, own, setting.device)) * own
     gradients = of_head + 4 * positions * int(weight.shape[1])

@@ -91,7 +91,7 @@ def products(x: Inputs, shape: Shape) -> None:
         student, teacher = x.student[x.scored], x.teacher[x.scored]
         narrow = student.dtype
         of_states, of_weight = torch.empty_like(student), torch.empty_like(x.student_weight)
-        allowed = default_chunk_bytes(4 * of_weight.numel(), student.device)
+        allowed = default_chunk_bytes(4 * of_weight.numel())
         size = chunk_size(len(student), 8 * shape.vocabulary, allowed)
         own, other = (
             torch.empty(size, shape.vocabulary, dtype=narrow, device=student.device) for _ in "st"
