@@ -20,6 +20,8 @@ from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
+from lightning_kd.devices import clone
+
 IGNORE_INDEX = -100
 """Label of a token that is not trained on: prompts, padding, filler rows."""
 
@@ -158,7 +160,7 @@ def check_contents(batch: Batch) -> None:
 
 def copy_of(batch: _Batch) -> _Batch:
     """Return a batch that may be changed, with tensors of its own."""
-    return cast(_Batch, apply_to_collection(batch, Tensor, Tensor.clone))
+    return cast(_Batch, apply_to_collection(batch, Tensor, clone))
 
 
 def has_prompts(batch: Batch) -> TypeGuard[PromptBatch]:

@@ -1,5 +1,6 @@
 """Which positions of a batch enter a loss."""
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
+from lightning_kd.devices import KnownPlaces, note_copy, origin_of, to_device
 
 
 @dataclass(frozen=True)
@@ -25,25 +27,44 @@ class ScoredPositions:
     """True where the logits are scored, ``(B, T)``."""
     targets: Tensor
     """The token each scored position predicts, ``(N,)``; ``IGNORE_INDEX`` where it has no label."""
+    known_places: Tensor | None = None
+    """:attr:`places`, where somebody has found them already."""
+    key: Hashable = None
+    """Equal keys are those of equal positions; None where nothing is known of them."""
 
     @classmethod
     def from_labels(cls, labels: Tensor) -> "ScoredPositions":
         """Score what ``labels`` (unshifted, ``(B, T)``) do not ignore."""
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        mask = following != IGNORE_INDEX
-        return cls(mask, following[mask])
+        following = _following(labels)
+        places = _LABELED.of(labels)
+        key = ("labeled", origin_of(labels))
+        return cls(following != IGNORE_INDEX, following.flatten()[places], places, key)
 
     @classmethod
     def everywhere(cls, labels: Tensor, attention_mask: Tensor) -> "ScoredPositions":
         """Score every real token, the last one and the prompt included, labeled or not."""
-        following = F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-        mask = attention_mask.bool()
-        return cls(mask, following[mask])
+        places = _REAL.of(attention_mask)
+        key = ("real", origin_of(attention_mask), origin_of(labels))
+        return cls(attention_mask.bool(), _following(labels).flatten()[places], places, key)
+
+    @cached_property
+    def places(self) -> Tensor:
+        """The index of each scored position in a flattened ``(B, T)``, ``(N,)``."""
+        if self.known_places is not None:
+            return self.known_places
+        return self.mask.flatten().nonzero()[:, 0]
 
     @cached_property
     def rows(self) -> Tensor:
         """The row of each scored position, ``(N,)``."""
-        return self.mask.nonzero()[:, 0]
+        return self.places // self.mask.shape[1]
+
+    def on(self, device: torch.device) -> "ScoredPositions":
+        """Return the positions on another device."""
+        mask, targets, places = (
+            to_device(each, device) for each in (self.mask, self.targets, self.places)
+        )
+        return ScoredPositions(mask, targets, places, self.key)
 
     @cached_property
     def tokens_per_row(self) -> Tensor:
@@ -52,7 +73,27 @@ class ScoredPositions:
 
     def scattered(self, values: Tensor) -> Tensor:
         """Put values of the scored positions in their places, 0 elsewhere: ``(N,) -> (B, T)``."""
-        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+        zeros = values.new_zeros(self.mask.numel())
+        return zeros.index_copy(0, self.places, values).view(self.mask.shape)
+
+    def pick(self, values: Tensor) -> Tensor:
+        """Return the values at the scored positions: ``(B, T, ...) -> (N, ...)``.
+
+        Raises:
+            ValueError: If there is not one for each token.
+
+        Example:
+            >>> scored = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8]]))
+            >>> scored.pick(torch.tensor([[0.0, 0.5, 0.25]]))
+            tensor([0.0000, 0.5000])
+        """
+        if values.shape[:2] != self.mask.shape:
+            raise ValueError(
+                f"values of shape {tuple(values.shape)} came for tokens {tuple(self.mask.shape)}; "
+                "give one for each token of each row"
+            )
+        # Not by the mask: how many there are is known, and a device would be asked again.
+        return values.flatten(0, 1).index_select(0, self.places)
 
     def at_tokens(self, values: Tensor) -> Tensor:
         """Put values in the places of the predicted tokens, one to the right: ``(N,) -> (B, T)``.
@@ -82,7 +123,7 @@ class ScoredPositions:
             >>> scored.of_tokens(torch.tensor([[0.0, 0.5, 0.25]]))
             tensor([0.5000, 0.2500])
         """
-        return F.pad(values[:, 1:], (0, 1))[self.mask]
+        return self.pick(F.pad(values[:, 1:], (0, 1)))
 
     def select(self, logits: Tensor) -> Tensor:
         """The scored rows of ``logits``: ``(B, T, V) -> (N, V)``, float32 or wider.
@@ -90,5 +131,34 @@ class ScoredPositions:
         The upcast comes before any softmax: rounding a log-softmax to bfloat16 costs more than
         the divergences that are measured.
         """
-        chosen = logits[self.mask]
+        chosen = self.pick(logits)
         return chosen if chosen.dtype == torch.float64 else chosen.float()
+
+
+def find_places(batch: object, moved: object) -> None:
+    """Find on the host where positions of a batch are scored, for its copy on a device.
+
+    What is no batch, or is on a device already, is left alone.
+
+    Args:
+        batch: As a loader gave it.
+        moved: The same on a device; may be the same tensors.
+    """
+    if not (isinstance(batch, Mapping) and isinstance(moved, Mapping)):
+        return
+    for name, here in batch.items():
+        if not isinstance(here, Tensor):
+            find_places(here, moved[name])  # the second stream
+            continue
+        known = {"labels": _LABELED, "attention_mask": _REAL}.get(name)
+        if known is not None and here.ndim == 2 and here.device.type == "cpu":
+            known.of(here)
+        note_copy(here, moved[name])
+
+
+def _following(labels: Tensor) -> Tensor:
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+_LABELED = KnownPlaces(lambda labels: _following(labels) != IGNORE_INDEX)
+_REAL = KnownPlaces(lambda attention_mask: attention_mask.bool())

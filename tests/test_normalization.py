@@ -4,7 +4,8 @@ import torch
 
 from lightning_kd.fused import CrossEntropy, LazyHeadLogits, MaterializedLogits, TokenTerm
 from lightning_kd.models import DenseLogits, FusedLogits
-from lightning_kd.modules.loss import LossSums, LossTerm, Scores, evaluate
+from lightning_kd.modules.loss import LossTerm, Scores, evaluate
+from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.normalization import (
     BatchMean,
     ConstantLength,

@@ -306,7 +306,7 @@ def test_a_step_is_divided_once(strategy, loss, gradient):
 
     def step_scale():
         closed.append(True)
-        return 10.0
+        return torch.tensor(10.0, dtype=torch.float64)
 
     gradients = [torch.tensor([0.5])]
     assert adapter.scale_loss(torch.tensor(3.0), lambda: 1.0, step_scale) == loss
@@ -318,7 +318,7 @@ def test_a_step_is_divided_once(strategy, loss, gradient):
 def test_a_step_without_gradients_is_closed():
     closed = []
     adapter = adapter_of(with_strategy(SingleDeviceStrategy("cpu")))
-    adapter.scale_gradients([], lambda: closed.append(True) or 1.0)
+    adapter.scale_gradients([], lambda: closed.append(True) or torch.ones(()))
     assert closed == [True]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_kd.devices import is_queued
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused.chunked_pass import ChunkedPass, Weights
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
@@ -105,7 +106,8 @@ def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     if _keeps_graph():  # another backward pass finds what this one has found
         return gradient * factor
     # Elsewhere the comparison would wait for the device.
-    return gradient if factor.is_cpu and factor == 1 else gradient.mul_(factor)
+    looks = not is_queued(factor.device)
+    return gradient if looks and factor == 1 else gradient.mul_(factor)
 
 
 def _refuse_second_derivative() -> None:

@@ -7,6 +7,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from lightning_kd.devices import is_queued
 from lightning_kd.fused.answers import TeacherAnswer
 from lightning_kd.fused.compilation import CompiledTerms
 from lightning_kd.fused.compile_choice import Compile
@@ -78,8 +79,11 @@ class ChunkedPass:
             torch.empty(size, source.shape[1], dtype=source.dtype, device=device)
             for source in teachers
         ]
-        # Asked once for all chunks: on an accelerator every answer waits for what was launched.
-        muting = [weight is not None and bool((weight == 0).any()) for weight in weights]
+        # To look whether one is 0 saves a sweep on the CPU; a device would have to be waited for.
+        muting = [
+            weight is not None and (is_queued(device) or bool((weight == 0).any()))
+            for weight in weights
+        ]
         compiled = CompiledTerms(
             student, teacher, self.token_terms, weights, self.compile, self.planned_logits
         )

@@ -1,6 +1,5 @@
 """The three matrix products of an output head, in float32 or wider whatever the operands are."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -25,7 +24,7 @@ def to_states(gradient: Tensor, weight: Tensor, out: Tensor) -> None:
     if _is_native(gradient, weight, out):
         narrow, scale = _narrowed(gradient, weight.dtype)
         _product(narrow, weight, out, add=False)
-        if scale != 1:
+        if scale is not None:
             out.div_(scale)
     else:
         for number, tile in enumerate(_tiles(weight)):
@@ -36,28 +35,28 @@ def to_weight(gradient: Tensor, states: Tensor, out: Tensor, *, add: bool) -> No
     """``out (+)= gradient^T states``: ``(n, V), (n, H) -> (V, H)``."""
     if _is_native(gradient, states, out):
         narrow, scale = _narrowed(gradient, states.dtype)
-        if scale != 1 and add:
+        if scale is not None and add:
             out.mul_(scale)
         _product(narrow.t(), states, out, add)
-        if scale != 1:
+        if scale is not None:
             out.div_(scale)
     else:
         _product(gradient.t(), states.to(out.dtype), out, add)
 
 
-def _narrowed(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """A gradient in a narrower type, and the power of two that it was multiplied by for it.
+def _narrowed(gradient: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """A gradient in a narrower type, and the power of two that it was multiplied by for it, if any.
 
     Float16 ends at 6e-8, which a softmax over a large vocabulary reaches by itself, and the more so
     the smaller the weight of its token. The largest entry is brought to 8,192 or more, far below the
     largest number. The other types have the range of float32.
     """
-    if dtype != torch.float16:
-        return gradient.to(dtype), 1.0
-    largest = gradient.abs().amax().item() if gradient.numel() else 0.0
-    if not (0 < largest < math.inf):
-        return gradient.to(dtype), 1.0
-    scale = 2.0 ** min(14 - math.frexp(largest)[1], 60)
+    if dtype != torch.float16 or not gradient.numel():
+        return gradient.to(dtype), None
+    # A tensor, for which the host does not wait.
+    largest = gradient.abs().amax()
+    scale = (torch.frexp(largest).mantissa / largest * 2.0**14).clamp(max=2.0**60)
+    scale = torch.where((largest > 0) & largest.isfinite(), scale, 1.0)
     return (gradient * scale).to(dtype), scale
 
 

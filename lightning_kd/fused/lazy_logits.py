@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_kd.devices import to_device
 from lightning_kd.fused.head_matmul import project, to_states, to_weight
 
 
@@ -81,7 +82,7 @@ class MaterializedLogits(LazyLogits):
 
     def detached_to(self, device: torch.device) -> "MaterializedLogits":
         """A copy, where they are elsewhere."""
-        return MaterializedLogits(self.logits.detach().to(device))
+        return MaterializedLogits(to_device(self.logits.detach(), device))
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ class LazyHeadLogits(LazyLogits):
 
     def detached_to(self, device: torch.device) -> "LazyHeadLogits":
         """Copies of what is elsewhere."""
-        return self.with_inputs([tensor.detach().to(device) for tensor in self.inputs])
+        return self.with_inputs([to_device(tensor.detach(), device) for tensor in self.inputs])
 
     def slope(self, logits: Tensor) -> Tensor | float:
         """Return the factor of a gradient in the backward pass of soft cap and scale."""
@@ -232,7 +233,7 @@ class RoutedLogits(LazyLogits):
     def detached_to(self, device: torch.device) -> "RoutedLogits":
         """Every source, and the routes."""
         sources = tuple(source.detached_to(device) for source in self.sources)
-        return RoutedLogits(sources, self.routes.to(device))
+        return RoutedLogits(sources, to_device(self.routes, device))
 
 
 @dataclass(frozen=True)

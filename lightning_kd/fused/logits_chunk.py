@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightning_kd.devices import is_queued
 from lightning_kd.divergences import Divergence
 from lightning_kd.divergences.log_space import expectation, value_and_gradient
 from lightning_kd.fused.sparse_rows import SampledRows
@@ -170,7 +171,8 @@ class LogitsChunk:
         Not even that of an infinite value, which times 0 would be NaN.
         """
         muted = weight == 0
-        if not torch.compiler.is_compiling() and not muted.any():
+        looks = not torch.compiler.is_compiling() and not is_queued(muted.device)
+        if looks and not muted.any():
             return self
         logits = self.student_logits
         return self.on(torch.where(muted[:, None], logits.detach(), logits))

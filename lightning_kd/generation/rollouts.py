@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, PromptBatch, Rollout
 from lightning_kd.generation.completions import Completions
+from lightning_kd.scoring import ScoredPositions
 
 Truncation = Literal["keep", "mask", "drop"]
 """Treatment of completions that reached their maximum length without an EOS. ``keep`` trains on them;
@@ -63,6 +64,8 @@ def rollout_batch(
         "completion_mask": generated,
         "group": batch["sample"] // group_size,
     }
+    # Found here, once for a window: in each step the host would wait for the device.
+    ScoredPositions.from_labels(written["labels"])
     rewritten = cast(Rollout, {**batch, **written})
     if completions.log_probs is not None and completions.sampling_log_probs is not None:
         zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lightning_kd.devices import to_device
+
 DRAWN_AT_ONCE = 256
 """Random numbers of a row that are drawn together."""
 
@@ -39,7 +41,4 @@ class Uniforms:
                 for row in rows
             ]
         )
-        if self._device.type != "cuda":
-            return drawn.to(self._device)
-        # From pinned memory the copy is only queued.
-        return drawn.pin_memory().to(self._device, non_blocking=True)
+        return to_device(drawn, self._device)

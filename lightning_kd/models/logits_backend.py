@@ -153,7 +153,7 @@ class FusedLogits(LogitsBackend):
             return self._dense.read(model, batch, scored)
         with head.bypassed() as seen:
             _forward(model, batch)
-        return head.project(seen[0][scored.mask])
+        return head.project(scored.pick(seen[0]))
 
     def evaluate(
         self,

@@ -74,6 +74,26 @@ def place_model(
             ) from error
 
 
+def own_device(placement: str, device: torch.device) -> torch.device | None:
+    """Return the device of a model, if it is another than the student's.
+
+    Args:
+        placement: Of the model.
+        device: Of the student, on this process.
+
+    Example:
+        >>> own_device("cuda:1", torch.device("cuda:0"))
+        device(type='cuda', index=1)
+        >>> own_device("cuda:0", torch.device("cuda:0")), own_device("offloaded", torch.device("cuda"))
+        (None, None)
+    """
+    if placement in KINDS:
+        return None
+    own = torch.device(placement)
+    shared = own.type == device.type and own.index in (None, device.index or 0)
+    return None if shared else own
+
+
 @contextmanager
 def on_compute_device(
     model: PreTrainedModel, placement: str, device: torch.device

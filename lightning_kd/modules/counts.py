@@ -2,19 +2,25 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.core.hooks import DataHooks
 from torch import Tensor
 
 from lightning_kd.batch import Batch, Rollout
+from lightning_kd.devices import LateCopy, pinned, to_device
 from lightning_kd.modules.half_precision import ScaledSumModule
-from lightning_kd.modules.loss import ReducedLoss
+from lightning_kd.modules.loss_sums import ReducedSums
 from lightning_kd.normalization import BatchMean, Normalization, constant_ratio, divisor
-from lightning_kd.scoring import ScoredPositions
+from lightning_kd.scoring import ScoredPositions, find_places
 from lightning_kd.strategies import searches_of
+
+_MOVE = "transfer_batch_to_device"
+_PLAIN = DataHooks.transfer_batch_to_device
+"""Moves a batch as it is, which a hook of the user's own need not."""
 
 
 @runtime_checkable
@@ -41,8 +47,22 @@ class StepCountingModule(ScaledSumModule):
     terms: tuple[str, ...]
     """Names of the loss's terms, as methods return them and as loggers show them."""
 
-    _step_means: ReducedLoss
+    _step_sums: ReducedSums
+    _late_sums = LateCopy()
+    _late_counts = LateCopy()
     _count_ratios: Mapping[str, Tensor | float] | None = None
+    _counted: Sequence[str] = ()
+
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """Find on the host where a batch is scored, and move it without waiting."""
+        # Lightning warns of a module with the hook itself that comes with a data module.
+        owners = self, getattr(self._trainer, "datamodule", None) or self
+        if hook_name != _MOVE or any(getattr(type(o), _MOVE) is not _PLAIN for o in owners):
+            return super()._call_batch_hook(hook_name, *args)
+        batch, device, number = args
+        moved = super()._call_batch_hook(hook_name, pinned(batch, device), device, number)
+        find_places(batch, moved)
+        return moved
 
     def positions(self, batch: Batch) -> ScoredPositions:
         """Return which logits are scored: those that predict a label."""
@@ -126,19 +146,60 @@ class StepCountingModule(ScaledSumModule):
         return [batch, *window[place + 1 : place + accumulate]]
 
     def check_counts(self) -> None:
-        """Compare what was counted ahead with what was scored.
+        """Compare what was counted ahead with what was scored, off the CPU of the step before.
 
         Raises:
             ValueError: If it differs, so that the gradient of the step was wrong.
         """
-        step, ratios = self._step_means, self._count_ratios or {}
-        self._count_ratios = None
-        for name, ratio in ratios.items():
+        sums, ratios = self._step_sums.sums, self._count_ratios or {}
+        self._count_ratios, self._counted = None, list(ratios)
+        if not ratios:
+            return
+        told = [r if isinstance(r, Tensor) else sums.new_full((), r) for r in ratios.values()]
+        self._compare_counts(self._late_counts.exchange(torch.cat([sums, torch.stack(told)])))
+
+    def check_sums(self) -> None:
+        """Check counts and tokens of the step, off the CPU those of the step before.
+
+        Raises:
+            ValueError: If a normalization counts wrongly, or many steps have trained on nothing.
+        """
+        self._look_at_sums(self._late_sums.exchange(self._step_sums.sums))
+
+    def check_last_step(self) -> None:
+        """Check the last step, where only those before it have been.
+
+        Raises:
+            ValueError: As :meth:`check_sums` and :meth:`check_counts`.
+        """
+        self._look_at_sums(self._late_sums.flush())
+        self._compare_counts(self._late_counts.flush())
+
+    def on_train_epoch_end(self) -> None:
+        """Check the last step, and see :class:`ReadsOwnBatches`."""
+        self.check_last_step()
+        super().on_train_epoch_end()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save nothing of a step that was divided wrongly."""
+        self.check_last_step()
+        super().on_save_checkpoint(checkpoint)
+
+    def _look_at_sums(self, sums: Tensor | None) -> None:
+        if sums is not None:
+            self.check_trained(self._step_sums.on_host(sums).read().tokens)
+
+    def _compare_counts(self, row: Tensor | None) -> None:
+        if row is None:
+            return
+        start = len(row) - len(self._counted)
+        step = self._step_sums.on_host(row[:start]).read()
+        for name, ratio in zip(self._counted, row[start:].tolist(), strict=True):
             own = step.counts[name]
-            if own > 0 and not math.isclose(float(ratio) * own, step.divisor, rel_tol=1e-6):
+            if own > 0 and not math.isclose(ratio * own, step.divisor, rel_tol=1e-6):
                 raise ValueError(
                     f"the step was divided by {step.divisor:g}, its term {name} by {own:g}, but "
-                    f"{type(self).__name__} had expected a ratio of {float(ratio):g} before it: the "
+                    f"{type(self).__name__} had expected a ratio of {ratio:g} before it: the "
                     "positions of the term must be those that term_positions returns, and "
                     "constant_count_ratios must hold for every step"
                 )
@@ -168,7 +229,7 @@ class StepCountingModule(ScaledSumModule):
             for name in names
         ]
         of_module = self.normalization.count(self.positions(batch).tokens_per_row)
-        return torch.stack([of_module, *own]).to(self.device)
+        return to_device(torch.stack([of_module, *own]), self.device)
 
     def _refusal(self, loader: object, accumulate: int) -> str:
         (name, *_) = self._counted_ahead()
@@ -197,7 +258,9 @@ class _StepCounter(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module = _counting(pl_module)
-        module._count_ratios = None  # a run that was broken off has left those of its last step
+        # A run that was broken off has left those of its last step.
+        module._count_ratios = None
+        module._late_sums, module._late_counts = LateCopy(), LateCopy()
         unknown = [name for name in module.term_normalizations if name not in module.terms]
         if unknown:
             raise ValueError(

@@ -17,8 +17,9 @@ from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import TokenTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import FusedLogits, LogitsBackend, StudentLike
-from lightning_kd.modules.loss import LossSums, LossTerm, MicroBatchLoss, Scores, evaluate
-from lightning_kd.modules.measured import MeasuredModule
+from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores, evaluate
+from lightning_kd.modules.loss_sums import LossSums
+from lightning_kd.modules.measured import MeasuredModule, narrow
 from lightning_kd.modules.optimization import (
     WarmupCosine,
     built_optimizer,
@@ -125,11 +126,11 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         micro_batch = batch_idx % self.trainer.accumulate_grad_batches
         if micro_batch == 0:
             self._window = LossSums(self.terms)  # a step that was broken off has left its sums
-            self.train_distribution.reset()
+            if self._logs_this_step():  # each time, a device would be given zeros of the host
+                self.train_distribution.reset()
         # Dropout comes from counters, so that a resumed run repeats it.
-        torch.manual_seed(
-            derive_seed(run_seed(), "step", self.global_step, micro_batch, self.global_rank)
-        )
+        place = self.global_step, micro_batch, self.global_rank
+        torch.manual_seed(derive_seed(run_seed(), "step", *place))
         self.check_rows(batch, batch_idx)
         scores = self.score(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
@@ -144,15 +145,15 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the count of the whole step: once, unscaled, before clipping."""
         self._adapter.scale_gradients(self._gradients(), self._close_step)
-        step = self._step_means
-        self.check_trained(step.tokens)
-        self.log("train/loss", step.means["loss"], prog_bar=True)
-        self.log("train/tokens", float(step.tokens))
-        self.log("train/lr", optimizer.param_groups[0]["lr"])
+        self.check_sums()
+        means = {name: narrow(mean) for name, mean in self._step_sums.means().items()}
+        self.log("train/loss", means["loss"], prog_bar=True)
+        self.log("train/tokens", narrow(self._step_sums.sums[1]))
+        self.log("train/lr", narrow(optimizer.param_groups[0]["lr"]))
         shown = set()
         if self._logs_this_step():
             shown = self._log_distribution("train", self.train_distribution)
-        self._log_terms("train", step.means, self.terms, shown)
+        self._log_terms("train", means, self.terms, shown)
 
     def configure_gradient_clipping(
         self,
@@ -237,16 +238,15 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
     def _adapter(self) -> StrategyAdapter[Any]:
         return adapter_of(self.trainer)
 
-    def _close_step(self) -> float:
+    def _close_step(self) -> Tensor:
         """Return the factor that makes the sums of this step its loss.
 
-        Lightning divides a sum by the number of micro-batches, and the strategy by the number of
-        ranks; both are taken back here.
+        Lightning divides by the micro-batches and the strategy by the ranks: that is taken back.
         """
-        self._step_means = self._window.close(self.sum_over_ranks)
+        self._step_sums = self._window.reduce(self.sum_over_ranks)
         number = self.trainer.accumulate_grad_batches * self.trainer.world_size
         factor = self._sum_scale.gradient_factor(self.trainer, number)
-        return factor * number / self._step_means.divisor
+        return factor * number / self._step_sums.divisor
 
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

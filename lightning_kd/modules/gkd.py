@@ -11,7 +11,8 @@ from lightning_kd.divergences import Divergence, ReverseKL, make_divergence
 from lightning_kd.fused import AnswerKind, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
-from lightning_kd.modules.loss import LossSums, LossTerm, Scores
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.modules.policy_gradient import as_rollout
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES
 from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK, SampledPositions

@@ -1,6 +1,6 @@
-"""From what models say to a loss: named terms per token, and the sums that a step adds up."""
+"""From what models say to a loss: named terms per token."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused import LazyLogits, TeacherAnswer, TokenTerm, total_of
 from lightning_kd.models import LogitsBackend
-from lightning_kd.normalization import Normalization, check_counts, divisor
+from lightning_kd.normalization import Normalization
 from lightning_kd.scoring import ScoredPositions
 
 
@@ -198,77 +198,3 @@ def _places(name: str, term: LossTerm, scores: Scores, *, has_own: bool) -> Scor
             "it the coefficient 0"
         )
     return places
-
-
-class LossSums:
-    """Sums over the micro-batches of one optimizer step, or of one evaluation.
-
-    Args:
-        terms: Names of the terms.
-
-    Raises:
-        ValueError: If two have one name, or one has the name of the whole.
-    """
-
-    def __init__(self, terms: tuple[str, ...]) -> None:
-        if len({"loss", *terms}) <= len(terms):
-            raise ValueError(
-                f"the terms are {terms}; give each a name of its own, and not loss, which is the "
-                "name of their sum"
-            )
-        self.terms = terms
-        self._sums: Tensor | None = None
-
-    def add(self, loss: MicroBatchLoss) -> None:
-        """Add a micro-batch; nothing is copied off its device.
-
-        The sums are float64, so that their order (which a different cut into micro-batches changes)
-        does not show.
-        """
-        tokens = loss.positions.tokens_per_row.sum()
-        head = torch.stack([loss.count.double(), tokens.double()])
-        row = torch.cat([head, *(loss.terms[name].sums() for name in self.terms)])
-        self._sums = row if self._sums is None else self._sums + row
-
-    def open(self, device: torch.device) -> None:
-        """Let a rank to which nothing was added take part with zeros."""
-        if self._sums is None:
-            self._sums = torch.zeros(2 + 3 * len(self.terms), dtype=torch.float64, device=device)
-
-    def close(self, all_reduce: Callable[[Tensor], Tensor]) -> "ReducedLoss":
-        """Add up over all ranks, in one call, and start again from zero.
-
-        Raises:
-            RuntimeError: If nothing was added.
-            ValueError: If a normalization has counted nothing where there is something to divide.
-        """
-        if self._sums is None:
-            raise RuntimeError(
-                "nothing was added up in this optimizer step: an own training_step has to call "
-                "super().training_step(batch, batch_idx); a method writes loss_terms or score instead"
-            )
-        reduced = all_reduce(self._sums).cpu()
-        self._sums = None
-        sums, parts, counts = reduced[2:].reshape(-1, 3).unbind(-1)
-        check_counts("the loss", *reduced[:2, None])
-        check_counts(f"the terms {', '.join(self.terms)}", counts, sums)
-        counts = divisor(counts)
-        step = torch.stack([divisor(reduced[0]), reduced[1], (parts / counts).sum()])
-        count, tokens, loss, *of_terms = torch.cat([step, sums / counts, counts]).tolist()
-        means = dict(zip(self.terms, of_terms, strict=False))
-        own = dict(zip(self.terms, of_terms[len(self.terms) :], strict=True))
-        return ReducedLoss(count, int(tokens), {"loss": loss, **means}, own)
-
-
-@dataclass(frozen=True)
-class ReducedLoss:
-    """Loss and terms of one optimizer step, or one evaluation, over all ranks."""
-
-    divisor: float
-    """The count; 1 where nothing was scored, so that the loss is 0 and not 0/0."""
-    tokens: int
-    """Scored tokens."""
-    means: dict[str, float]
-    """The loss and each term, divided."""
-    counts: dict[str, float]
-    """The divisor of each term."""

@@ -85,7 +85,7 @@ class MeasuredModule(L.LightningModule):
         self.label_likelihood = LabelLikelihood(positions, self.label_nats, size)
 
     def _log_terms(
-        self, stage: str, means: Mapping[str, float], names: Sequence[str], shown: set[str]
+        self, stage: str, means: Mapping[str, Tensor | float], names: Sequence[str], shown: set[str]
     ) -> None:
         # Lightning would average two values of one name, so a metric of that name stands alone: it
         # means the same in every run.
@@ -101,6 +101,11 @@ class MeasuredModule(L.LightningModule):
         self.log_dict(values, sync_dist=stage != "train")
         metrics.reset()
         return set(values)
+
+
+def narrow(value: Tensor | float) -> Tensor:
+    """Return a value as it is logged: Lightning would copy a number to the device, and wait for it."""
+    return torch.as_tensor(value).to(torch.get_default_dtype())
 
 
 def _begins_text(batch: Batch) -> Tensor | None:

@@ -8,6 +8,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents
+from lightning_kd.devices import is_queued
 from lightning_kd.own_batches import evaluated, is_own, without_repetitions
 
 _UNLABELED = 16
@@ -52,7 +53,7 @@ class ReadsOwnBatches(L.LightningModule):
                 "callback OnPolicyGeneration with lmbda: 1 (in training)"
             )
         check_batch(batch)
-        if batch_idx == 0 or batch["input_ids"].device.type == "cpu":
+        if batch_idx == 0 or not is_queued(batch["input_ids"].device):
             check_contents(batch)
         self._trains_on_own = self.trainer.training and is_own(batch)
 

@@ -23,7 +23,8 @@ from lightning_kd.fused import (
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, training
-from lightning_kd.modules.loss import LossSums, LossTerm, Scores
+from lightning_kd.modules.loss import LossTerm, Scores
+from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.teacher_module import TeacherModule, require_positive
 from lightning_kd.normalization import Normalization

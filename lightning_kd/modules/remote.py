@@ -1,15 +1,16 @@
 """Teachers outside of a process: they fail on all processes of a run or on none, and look ahead."""
 
 from collections.abc import Callable
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Protocol, TypeVar, cast, runtime_checkable
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.batch import Batch
 from lightning_kd.collectives import any_process, gather_objects
 from lightning_kd.modules.student_module import generates_completions
-from lightning_kd.teachers import TeacherUnavailableError
+from lightning_kd.teachers import Teacher, TeacherUnavailableError
 
 _T = TypeVar("_T")
 
@@ -37,6 +38,35 @@ def following_batch(trainer: L.Trainer) -> Batch | None:
     if generates_completions(trainer) or not isinstance(loader, ForesightedLoader):
         return None
     return loader.following()
+
+
+class LookingAhead(Callback):
+    """Tells a teacher that looks ahead which micro-batch comes next, and when a run is over."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        """Look ahead in the data; what callbacks generate they tell by themselves."""
+        module = cast(_Taught, pl_module)
+        if module.teacher.looks_ahead and not generates_completions(trainer):
+            module.coming = following_batch(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let go of what comes: nothing does."""
+        module = cast(_Taught, pl_module)
+        module.coming = None
+        module.teacher.forget()
+
+    def on_exception(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of what comes: nothing does."""
+        self.on_fit_end(trainer, pl_module)
+
+
+class _Taught(Protocol):
+    teacher: Teacher
+    coming: Batch | None
 
 
 def ask_together(ask: Callable[[], _T], device: torch.device) -> _T:

@@ -80,7 +80,7 @@ class SampledPositions:
             log_probs=own,
             sampling_log_probs=of_tokens(scores, rollout["sampling_log_probs"]),
             teacher_log_probs=teacher,
-            later=later[scored.mask],
+            later=scored.pick(later),
             answer=scores.teacher,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,

@@ -5,6 +5,7 @@ from functools import partial
 from typing import ClassVar, get_args
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
@@ -33,7 +34,7 @@ from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.dropped_mass import DroppedMass
 from lightning_kd.modules.loss import Scores
 from lightning_kd.modules.origin import check_origin
-from lightning_kd.modules.remote import ask_together, following_batch
+from lightning_kd.modules.remote import LookingAhead, ask_together
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.normalization import Normalization
@@ -128,10 +129,9 @@ class TeacherModule(DistillationModule):
         """Divergences from the teacher, by the name of their option."""
         return {}
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Look ahead in the data, for a teacher that wants to hear of it."""
-        if self.teacher.looks_ahead:
-            self.coming = following_batch(self.trainer)
+    def configure_callbacks(self) -> list[Callback]:
+        """Add the callback that tells the teacher what comes next."""
+        return [*super().configure_callbacks(), LookingAhead()]
 
     def setup(self, stage: str) -> None:
         """Load the teacher, if it is needed.

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch
+from lightning_kd.devices import to_device
 from lightning_kd.fused import FullDistribution
 from lightning_kd.generation import Completions, GenerationOptions
 from lightning_kd.models.logits_backend import FusedLogits
@@ -264,10 +265,11 @@ def _batch_of(question: Question, device: torch.device) -> tuple[Batch, ScoredPo
     """Return a question as a micro-batch with its scored positions, on a device."""
     positions = question.positions
     following = positions.scattered(positions.targets).masked_fill(~question.mask, IGNORE_INDEX)
+    labels = F.pad(following[:, :-1], (1, 0), value=IGNORE_INDEX)
     batch: Batch = {
-        "input_ids": question.input_ids.to(device),
-        "attention_mask": question.attention_mask.to(device),
-        "labels": F.pad(following[:, :-1], (1, 0), value=IGNORE_INDEX).to(device),
+        "input_ids": to_device(question.input_ids, device),
+        "attention_mask": to_device(question.attention_mask, device),
+        "labels": to_device(labels, device),
         "row": torch.arange(len(following), device=device),
     }
-    return batch, ScoredPositions(positions.mask.to(device), positions.targets.to(device))
+    return batch, positions.on(device)

@@ -10,7 +10,10 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+from lightning_kd.devices import to_device
 
 S = TypeVar("S", bound=Strategy)
 A = TypeVar("A", bound="type[StrategyAdapter[Any]]")
@@ -62,19 +65,22 @@ class StrategyAdapter(Generic[S]):
     # known after its last micro-batch. An adapter says where that division takes place.
 
     def scale_loss(
-        self, total: Tensor, sum_scale: Callable[[], float], step_scale: Callable[[], float]
+        self, total: Tensor, sum_scale: Callable[[], float], step_scale: Callable[[], Tensor]
     ) -> Tensor:
         """Scale the weighted sum of a micro-batch for its backward pass.
 
         Args:
             total: The weighted sum, undivided.
             sum_scale: Returns the factor of an undivided sum, which keeps it in fp16's range.
-            step_scale: Closes the step and returns the factor that makes its sum the loss. Call it
-                once per optimizer step: here, or in :meth:`scale_gradients`.
+            step_scale: Closes the step and returns the factor that makes its sum the loss, ``()``,
+                float64, on the device of the loss. Call it once per optimizer step: here, or in
+                :meth:`scale_gradients`.
         """
         return total * sum_scale()
 
-    def scale_gradients(self, gradients: Sequence[Tensor], step_scale: Callable[[], float]) -> None:
+    def scale_gradients(
+        self, gradients: Sequence[Tensor], step_scale: Callable[[], Tensor]
+    ) -> None:
         """Divide the gradients of a step in place, unscaled and before clipping.
 
         Args:
@@ -82,8 +88,15 @@ class StrategyAdapter(Generic[S]):
             step_scale: See :meth:`scale_loss`.
         """
         factor = step_scale()
-        if gradients:
-            torch._foreach_mul_(list(gradients), factor)
+        local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+        for device, dtype in {(gradient.device, gradient.dtype) for gradient in local}:
+            alike = [g for g in local if (g.device, g.dtype) == (device, dtype)]
+            there = to_device(factor, device)
+            if dtype.itemsize >= 4:
+                torch._foreach_mul_(alike, there.to(dtype))
+                continue
+            for gradient in alike:  # a factor of 8 bits would be another one
+                gradient.copy_(gradient.float().mul_(there.float()))
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor | None:
         """Return the norm of the whole gradient before clipping; None if it is not known yet."""

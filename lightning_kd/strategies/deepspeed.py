@@ -151,12 +151,14 @@ class DeepSpeedAdapter(StrategyAdapter[DeepSpeedStrategy]):
             )
 
     def scale_loss(
-        self, total: Tensor, sum_scale: Callable[[], float], step_scale: Callable[[], float]
+        self, total: Tensor, sum_scale: Callable[[], float], step_scale: Callable[[], Tensor]
     ) -> Tensor:
         """Divide the weighted sum by the count of its step."""
         return total * step_scale()
 
-    def scale_gradients(self, gradients: Sequence[Tensor], step_scale: Callable[[], float]) -> None:
+    def scale_gradients(
+        self, gradients: Sequence[Tensor], step_scale: Callable[[], Tensor]
+    ) -> None:
         """Do nothing: the loss is divided already."""
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> None:

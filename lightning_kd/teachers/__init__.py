@@ -8,13 +8,13 @@ from lightning_kd.teachers.contract import (
     TeacherUnavailableError,
     checked_answer,
     choose_kind,
-    temperatures_of,
 )
 from lightning_kd.teachers.ensemble import TeacherEnsemble
 from lightning_kd.teachers.given import TeachersLike
 from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.teachers.served import ServedTeacher
+from lightning_kd.teachers.temperatures import temperatures_of
 from lightning_kd.teachers.top_k import TopKTeacher
 
 TEACHERS: tuple[type[Teacher], ...] = (

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch, has_prompts
 from lightning_kd.cache import CacheReader, MissingRowError, row_keys
+from lightning_kd.devices import to_device
 from lightning_kd.fused import AnswerKind, TeacherAnswer
 from lightning_kd.models.logits_backend import LogitsBackend
 from lightning_kd.models.vocabulary import VocabularyPolicy
@@ -101,7 +102,7 @@ class CachedTeacher(Teacher):
             )
         self._tokenizer = tokenizer
         self._reader.open()
-        self._shared = {name: t.to(device) for name, t in self._reader.head().items()}
+        self._shared = {name: to_device(t, device) for name, t in self._reader.head().items()}
 
     @torch.no_grad()
     def answer(
@@ -123,7 +124,7 @@ class CachedTeacher(Teacher):
                 planes = self._reader.planes_of(row_keys(batch, positions, self.columns))
         except ValueError as error:
             raise TeacherUnavailableError(str(error)) from error
-        planes = {name: plane.to(device) for name, plane in planes.items()}
+        planes = {name: to_device(plane, device) for name, plane in planes.items()}
         layout = self._reader.manifest.about["layout"]
         return self._payload.answer(planes, self._shared, layout, kind)
 

@@ -106,6 +106,11 @@ class CompositeTeacher(Teacher):
         """Those that any member reads."""
         return frozenset().union(*(member.columns for member in self.named_members.values()))
 
+    def forget(self) -> None:
+        """Tell every member."""
+        for member in self.named_members.values():
+            member.forget()
+
     def check_precision(self, precision: str) -> None:
         """Tell every member."""
         for member in self.named_members.values():

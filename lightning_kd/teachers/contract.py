@@ -170,6 +170,9 @@ class Teacher(Resumable, TextCoverage, ABC):
             kind: Kind of the answer.
         """
 
+    def forget(self) -> None:
+        """Let go of what was announced: a run has ended, or failed."""
+
     def check_generation(self, engine: Engine | None = None) -> None:
         """Validate, before the first step, that completions can be generated from here.
 
@@ -218,23 +221,6 @@ class Teacher(Resumable, TextCoverage, ABC):
             device: Of the student; the model is there while the context is open.
         """
         raise NotImplementedError
-
-
-def temperatures_of(teacher: Teacher, kind: AnswerKind) -> frozenset[float] | None:
-    """Return the temperatures at which a kind of a teacher's answers holds; None for any.
-
-    Example:
-        >>> class Softened(Teacher):
-        ...     answers = frozenset({"top_k", "sampled"})
-        ...     temperatures = frozenset({1.0, 2.0})
-        ...     vocabulary_size = 18
-        ...     def answer(self, batch, positions, *, kind, logits_backend): ...
-        >>> sorted(temperatures_of(Softened(), "top_k")), sorted(temperatures_of(Softened(), "sampled"))
-        ([1.0, 2.0], [1.0])
-    """
-    if kind == "full_distribution":
-        return None
-    return teacher.temperatures if kind in ("top_k", "top_k_and_token") else frozenset({1.0})
 
 
 def choose_kind(

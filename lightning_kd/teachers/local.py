@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -10,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch
+from lightning_kd.devices import is_queued
 from lightning_kd.fused import AnswerKind, FullDistribution
 from lightning_kd.generation import Completions, Engine, GenerationOptions, generate
 from lightning_kd.models.logits_backend import LogitsBackend
@@ -18,6 +20,7 @@ from lightning_kd.models.placement import (
     KINDS,
     check_placement,
     on_compute_device,
+    own_device,
     place_model,
 )
 from lightning_kd.models.sharding import is_sharded
@@ -29,6 +32,7 @@ from lightning_kd.models.vocabulary import (
 )
 from lightning_kd.resuming import weights_digest
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers.announced import Announced
 from lightning_kd.teachers.contract import Ability, Teacher
 
 
@@ -75,6 +79,9 @@ class LocalTeacher(ModelSpec, Teacher):
         self.placement = placement
         self._model: PreTrainedModel | None = None
         self._role, self._weights = "teacher", ""
+        self._own_device: torch.device | None = None
+        self._backend: LogitsBackend | None = None
+        self._announced: Announced | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel, *, placement: str = "replicated") -> Self:
@@ -122,6 +129,8 @@ class LocalTeacher(ModelSpec, Teacher):
         """
         if self._model is None:
             self._role, self._model = role, self._loaded(tokenizer, role, policy)
+        self.forget()
+        self._own_device = own_device(self.placement, device)
         self._model.requires_grad_(False)
         self._model.eval()
         if not is_sharded(self._model):
@@ -150,18 +159,49 @@ class LocalTeacher(ModelSpec, Teacher):
         kind: AnswerKind = "full_distribution",
         logits_backend: LogitsBackend,
     ) -> FullDistribution:
-        """Run the model on a batch and return its logits at the scored positions."""
+        """Run the model on a batch and return its logits at the scored positions.
+
+        What was announced has been computed meanwhile, on a device of the model's own.
+        """
         here = batch["input_ids"].device
+        self._backend, announced = logits_backend, self._announced
         # It runs where it is kept; its logits come back to the batch.
         with on_compute_device(self.model, self.placement, here) as there:
-            moved: Batch = {
-                **batch,
-                "input_ids": batch["input_ids"].to(there),
-                "attention_mask": batch["attention_mask"].to(there),
-            }
-            scored = ScoredPositions(positions.mask.to(there), positions.targets)
-            logits = logits_backend.read(self.model, moved, scored).detached_to(here)
-        return FullDistribution((logits,))
+            if announced is not None and announced.is_about(batch, positions, logits_backend):
+                self.forget()
+            else:  # what was announced comes later: a validation may come first
+                announced = Announced.of(batch, positions, logits_backend, there)
+            logits = announced.logits or announced.read(self.model)
+            return FullDistribution((logits.detached_to(here),))
+
+    @property
+    def looks_ahead(self) -> bool:  # type: ignore[override]
+        """Whether the model has a device of its own: beside the student nothing would be free."""
+        return self._own_device is not None
+
+    @torch.no_grad()
+    def announce(self, batch: Batch, positions: ScoredPositions, *, kind: AnswerKind) -> None:
+        """Run the model on the micro-batch that comes next, while the student trains on this one.
+
+        The work is queued on the model's own device, and its result stays there until it is asked for:
+        to copy it before would make the student's device wait. A model on the CPU is run later, when it
+        is asked, for the host has to do it; but it keeps the host's ids, which then need not come from
+        the student's device. One micro-batch at a time is kept.
+        """
+        self.forget()
+        there, backend = self._own_device, self._backend
+        if there is None or backend is None:
+            return
+        if not is_queued(there) and batch["input_ids"].device != there:
+            return
+        announced = Announced.of(batch, positions, backend, there)
+        if is_queued(there):
+            announced = replace(announced, logits=announced.read(self.model))
+        self._announced = announced
+
+    def forget(self) -> None:
+        """Let go of what was announced."""
+        self._announced = None
 
     def check_generation(self, engine: Engine | None = None) -> None:
         """Refuse a device of its own.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import FILLER_ROW, Batch
+from lightning_kd.devices import to_device
 from lightning_kd.fused import (
     AnswerKind,
     DistributionRows,
@@ -196,7 +197,7 @@ class RoutedTeacher(CompositeTeacher):
                     f"row {row} asks for the teacher {name!r}; there are {', '.join(numbers)}"
                 )
         routes = [numbers.get(name, 0) for name in names]
-        return torch.tensor(routes, device=batch["input_ids"].device)
+        return to_device(torch.tensor(routes), batch["input_ids"].device)
 
 
 @dataclass(frozen=True)

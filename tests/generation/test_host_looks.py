@@ -2,42 +2,15 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_kd.generation import GenerationOptions, SamplingOptions, decoder, sample
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
 from tests.generation.test_sampler import BATCH, PROMPTS, other_models
+from tests.support.looks import Looks
 from tests.support.toys import tiny_llama
 
 NEVER = {"eos_ids": {17}, "pad_id": 0, "width": 17}
 """An end that is beyond the width, and so is never drawn."""
-
-READS = {"_local_scalar_dense", "item", "is_nonzero", "equal"}
-SIZED_BY_VALUES = {
-    "nonzero",
-    "masked_select",
-    "_unique",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "repeat_interleave",
-}
-
-
-class Looks(TorchDispatchMode):
-    """Counts operations whose result the host waits for, on a GPU."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        masks = name in {"index", "index_put", "index_put_"} and any(
-            index is not None and index.dtype in {torch.bool, torch.uint8} for index in args[1]
-        )
-        self.count += name in READS | SIZED_BY_VALUES or masks
-        return func(*args, **(kwargs or {}))
 
 
 def looks(generate):

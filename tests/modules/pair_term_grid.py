@@ -128,7 +128,7 @@ class LossesAndGradients(Steps):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
         super().on_train_batch_end(trainer, pl_module, *rest)
         if trainer.global_step > self.before:
-            self.losses.append(pl_module._step_means.means["loss"])
+            self.losses.append(pl_module._step_sums.read().means["loss"])
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from lightning_kd.modules import (
     SequenceKD,
     SupervisedKD,
 )
-from lightning_kd.modules.loss import LossSums
+from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.normalization import ConstantLength
 from lightning_kd.teachers import LocalTeacher, TeacherEnsemble
 from tests.support.harness import BatchList, Letters, trainer
@@ -195,14 +195,14 @@ def fitted(
     """The trainer after two optimizer steps, and their losses."""
     world, window, size = cut
     losses: list[float] = []
-    close = LossSums.close
+    reduce = LossSums.reduce
 
     def recording(self: LossSums, all_reduce: Any) -> Any:
-        reduced = close(self, all_reduce)
-        losses.append(reduced.means["loss"])
+        reduced = reduce(self, all_reduce)
+        losses.append(reduced.read().means["loss"])
         return reduced
 
-    LossSums.close = recording
+    LossSums.reduce = recording
     try:
         steps = {"max_steps": 2, "max_epochs": -1} if method in ON_POLICY else {}
         defaults = {"devices": world, "accumulate_grad_batches": window, "log_every_n_steps": 100}
@@ -212,7 +212,7 @@ def fitted(
             data = BatchList(micro_batches(world, window, size, rank))
         fit.fit(module, datamodule=data)
     finally:
-        LossSums.close = close
+        LossSums.reduce = reduce
     return fit, losses
 
 

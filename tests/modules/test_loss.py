@@ -19,12 +19,11 @@ from lightning_kd.modules import (
 )
 from lightning_kd.modules.loss import (
     EvaluatedTerm,
-    LossSums,
     MicroBatchLoss,
-    ReducedLoss,
     Scores,
     evaluate,
 )
+from lightning_kd.modules.loss_sums import LossSums, ReducedLoss
 from lightning_kd.normalization import BatchMean, SequenceMean, TokenMean
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers import LocalTeacher

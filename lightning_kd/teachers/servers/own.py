@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
+from lightning_kd.devices import to_device
 from lightning_kd.fused import (
     FullDistribution,
     TeacherAnswer,
@@ -100,7 +101,7 @@ class OwnServer(Backend):
         reply = ask(request)
         tensors = self._tensors(reply, "an answer of lightning-kd serve", question.digest())
         _check_lengths(reply, tensors, count)
-        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        moved = {name: to_device(tensor, device) for name, tensor in tensors.items()}
         try:
             if question.payload == "hidden":
                 return self._distribution(ask, reply, question, moved)
@@ -142,7 +143,7 @@ class OwnServer(Backend):
                 "order"
             )
         try:
-            moved = {name: tensor.to(prompt_ids.device) for name, tensor in made.items()}
+            moved = {name: to_device(tensor, prompt_ids.device) for name, tensor in made.items()}
             completions = Completions(
                 moved["ids"],
                 moved["mask"],
@@ -199,7 +200,7 @@ class OwnServer(Backend):
             held = self._tensors(reply, "an output head, as safetensors,", None)
             for name, tensor in held.items():
                 finite(reply, f"the head's {name}", tensor)
-            self._head[device] = {name: tensor.to(device) for name, tensor in held.items()}
+            self._head[device] = {name: to_device(tensor, device) for name, tensor in held.items()}
         return self._head[device]
 
 

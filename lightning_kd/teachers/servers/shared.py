@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
+from lightning_kd.devices import to_device
 from lightning_kd.fused import TeacherAnswer, TokenLogProbs, TopKAndToken
 from lightning_kd.wire import Question, Reply, WireError
 
@@ -109,8 +110,8 @@ def sparse_answer(
     Raises:
         WireError: If they are no log-probabilities.
     """
-    unlabeled = (question.targets == IGNORE_INDEX).to(device)
-    of_labels = torch.tensor(labels, dtype=torch.float32, device=device)
+    unlabeled = to_device(question.targets == IGNORE_INDEX, device)
+    of_labels = to_device(torch.tensor(labels, dtype=torch.float32), device)
     of_labels = of_labels.masked_fill(unlabeled, 0.0)
     finite(reply, "log-probabilities", of_labels)
     if question.payload == "token_log_probs":
@@ -118,10 +119,10 @@ def sparse_answer(
     ids = [[token for token, _ in top] for top in tops]
     log_probs = [[value for _, value in top] for top in tops]
     shape = (len(tops), question.k)
-    values = torch.tensor(log_probs, dtype=torch.float32, device=device).reshape(shape)
+    values = to_device(torch.tensor(log_probs, dtype=torch.float32).reshape(shape), device)
     finite(reply, "log-probabilities", values)
     return TopKAndToken(
-        torch.tensor(ids, dtype=torch.long, device=device).reshape(shape),
+        to_device(torch.tensor(ids, dtype=torch.long).reshape(shape), device),
         values,
         label_log_probs=of_labels,
     )
