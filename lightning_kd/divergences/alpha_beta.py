@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_kd.divergences.base import Divergence, register_divergence
-from lightning_kd.divergences.log_space import LIMIT_WIDTH, kl_terms, softmax_gradient
+from lightning_kd.divergences.log_space import LIMIT_WIDTH, expm1_, kl_terms, softmax_gradient
 
 
 @register_divergence("alpha_beta")
@@ -129,7 +129,7 @@ def _difference(log_first: Tensor, log_second: Tensor, log_ratio: Tensor) -> Ten
     larger = torch.maximum(log_first, log_second).exp()
     # Not sign() and abs(), whose derivative at 0 is 0: agreement would lose half of its gradient.
     direction = torch.ones_like(log_ratio).copysign(log_ratio.detach())
-    return -larger * direction * (-direction * log_ratio).expm1()
+    return -larger * direction * expm1_(-direction * log_ratio)
 
 
 def _tempered_kl(log_probs: Tensor, log_reference: Tensor, exponent: float) -> Tensor:
@@ -147,4 +147,4 @@ def _scale_free(student: Tensor, teacher: Tensor, alpha: float) -> Tensor:
         return 0.5 * log_ratio.square().sum(-1)
     log_power = alpha * log_ratio
     # Past 50 the subtrahend is below the round-off of exp, while inf - inf would be NaN.
-    return (log_power.expm1() - log_power.clamp_max(50.0)).sum(-1) / alpha**2
+    return (expm1_(log_power.clone()) - log_power.clamp_max(50.0)).sum(-1) / alpha**2

@@ -82,12 +82,27 @@ def mixture_log_ratios(
     gap = teacher_log_probs.clamp_min(floor).sub_(student_log_probs.clamp_min(floor))
     # log(m / q) = log1p(beta expm1(gap)) overflows for a large gap, log(m / p) for a small one; with
     # the larger side taken out, what is left over has an exponent that is never positive.
-    rest = gap.abs().neg_().expm1_()
+    rest = expm1_(gap.abs().neg_())
     # The share of the smaller side, by sign: a torch.where costs more than all of the logarithms.
     share = gap.sign().mul_(0.5 - beta).add_(0.5)
     rest = rest.mul_(share).log1p_()
     to_student = gap.clamp_min(0).add_(rest).neg_()
     return to_student, gap.clamp_max_(0).sub_(rest)
+
+
+def expm1_(x: Tensor) -> Tensor:
+    r"""Return :math:`e^x - 1` without cancellation near 0; it may take the place of ``x``.
+
+    In compiled code it is :math:`\tanh(x / 2) (e^x + 1)`: what PyTorch makes of ``expm1`` on a CPU is a
+    difference, which is 0 for an ``x`` of 1e-8.
+
+    Example:
+        >>> expm1_(torch.tensor([-1e-8, 1.0]))
+        tensor([-1.0000e-08,  1.7183e+00])
+    """
+    if torch.compiler.is_compiling():
+        return (x / 2).tanh() * (x.exp() + 1)
+    return x.expm1_()
 
 
 def value_and_gradient(

@@ -13,6 +13,7 @@ from scipy.special import log_softmax, rel_entr
 from torch._dynamo.utils import counters
 
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
+from lightning_kd.divergences.log_space import expm1_
 from lightning_kd.fused import (
     ChunkedPass,
     CrossEntropy,
@@ -341,6 +342,37 @@ def test_a_machine_without_a_cpp_compiler_goes_on(monkeypatch):
         check=True,
     )
     assert done.stderr.count("the fused evaluation goes on without a compiler: InvalidCxxComp") == 1
+
+
+@pytest.mark.processes
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")  # inductor's own
+def test_real_code_keeps_its_digits_near_agreement():
+    """Where both sides nearly agree, a difference of 1 and an exponential would be all round-off."""
+    draws = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 64, generator=draws, dtype=torch.float64)
+    near = logits + 1e-4 * torch.randn(4, 64, generator=draws, dtype=torch.float64)
+    exact = [log_softmax(side.numpy(), -1) for side in (near, logits)]
+    sides = [torch.tensor(side, dtype=torch.float32) for side in exact]
+    own, other = (side.double().numpy() for side in sides)
+    mean = np.logaddexp(own, other) - np.log(2)
+    jsd = (rel_entr(np.exp(own), np.exp(mean)) + rel_entr(np.exp(other), np.exp(mean))).sum(-1) / 2
+    # The paper's formula; its terms cancel to second order, which float64 bears.
+    powers = [np.exp(0.9 * other) * 0.2 / 0.9, np.exp(0.9 * own) * 0.7 / 0.9]
+    alpha_beta = (sum(powers) - np.exp(0.2 * other + 0.7 * own)).sum(-1) / (0.2 * 0.7)
+    names = ("generalized_jsd", "alpha_beta")
+
+    def evaluate(student, teacher, x):
+        values = [
+            make_divergence(name).value_and_logit_gradient(student, teacher)[0] for name in names
+        ]
+        return [*values, expm1_(x.clone())]
+
+    x = -torch.logspace(-9, 2, 80)
+    *values, differences = torch.compile(evaluate)(*sides, x)
+    np.testing.assert_allclose(differences, np.expm1(x.double().numpy()), rtol=1e-6)
+    # Rounded to float32 the probabilities do not add up to 1, which the formulas see differently.
+    np.testing.assert_allclose(values[0], jsd, rtol=1e-2)
+    np.testing.assert_allclose(values[1], alpha_beta, rtol=1e-2)
 
 
 @pytest.mark.processes
