@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lightning_kd.generation.static_cache import FixedLayer
+
 
 class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
     """Keys and values of a layer in larger tensors, with room for more tokens behind them.
@@ -60,20 +62,20 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in trans
 
     def _move(self, keys: Tensor, values: Tensor) -> None:
         self._end = length = keys.shape[-2]
-        self._all_keys, self._all_values = _with_spare_length(keys), _with_spare_length(values)
+        self._all_keys, self._all_values = _withspare_length(keys), _withspare_length(values)
         self.keys = self._all_keys[..., :length, :]
         self.values = self._all_values[..., :length, :]
 
 
-def _with_spare_length(values: Tensor) -> Tensor:
+def _withspare_length(values: Tensor) -> Tensor:
     """Return values at the beginning of a tensor with room for more."""
     *outer, length, width = values.shape
-    larger = values.new_empty(*outer, _spare_length(length), width)
+    larger = values.new_empty(*outer, spare_length(length), width)
     larger[..., :length, :] = values
     return larger
 
 
-def _spare_length(length: int) -> int:
+def spare_length(length: int) -> int:
     """Return a length that is half as long again, by at least 64 tokens."""
     return length + max(64, length // 2)
 
@@ -89,9 +91,9 @@ def allocated_length(prompt: int, generated: int) -> int:
         >>> allocated_length(10, 20), allocated_length(10, 200)
         (74, 310)
     """
-    length = _spare_length(prompt)
+    length = spare_length(prompt)
     while length < prompt + generated - 1:
-        length = _spare_length(length)
+        length = spare_length(length)
     return length
 
 
@@ -102,7 +104,7 @@ def longest_allocation(prompt: int, generated: int) -> int:
         >>> longest_allocation(10, 20), longest_allocation(10, 200)
         (93, 313)
     """
-    return _spare_length(prompt + generated - 1)
+    return spare_length(prompt + generated - 1)
 
 
 def preallocated(cache: Any) -> Any:
@@ -129,7 +131,7 @@ def masks_unseen(cache: Any) -> None:
 
 def can_drop_rows(cache: Any) -> bool:
     """Return whether rows can be removed; from a recurrent state they cannot."""
-    plain = {PreallocatedLayer, DynamicLayer, DynamicSlidingWindowLayer}
+    plain = {PreallocatedLayer, FixedLayer, DynamicLayer, DynamicSlidingWindowLayer}
     return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
 
 

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating, tokens_between_looks
-from lightning_kd.generation.drawing import check_mixture, draw, next_token
+from lightning_kd.generation.decoding import Decoding
+from lightning_kd.generation.drawing import check_mixture, draw_next
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
-from lightning_kd.generation.sampler import IDLE_SHARE
 from lightning_kd.generation.slots import SlotDecoder
 from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
+from lightning_kd.models.rotary import within_own_length
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.option_checks import is_number
 
@@ -77,7 +78,9 @@ class ContinuousBatchingSampler(Engine):
                     "with ContinuousBatchingSampler each takes the steps that its own rows need; "
                     "choose engine: CachedSampler"
                 )
-        with evaluating(*mixed), torch.inference_mode(), tall_heads(*mixed):
+        longest = int(prompts.mask.sum(-1).max()) + options.max_new_tokens
+        own_length, heads = within_own_length(mixed, longest), tall_heads(*mixed)
+        with evaluating(*mixed), own_length, torch.inference_mode(), heads:
             batch = _Slots(models, prompts, options, seeds, self.slots)
             batch.generate()
         for model in mixed:
@@ -128,7 +131,7 @@ class _Slots:
                 waiting, slots = len(self._lengths) - self._next, len(self._started)
                 if waiting and len(free) >= max(1, _FREE_SHARE * slots):
                     self._enter(free[:waiting], set(free[waiting:]))
-                elif not waiting and len(free) > IDLE_SHARE * slots:
+                elif not waiting and len(free) > Decoding.idle_share * slots:
                     self._leave(set(free))
                 elif free:
                     columns = self._columns(set(free))
@@ -179,14 +182,11 @@ class _Slots:
         options = self._options
         if options.max_new_tokens > DRAWN_AT_ONCE:
             self._draw_further_numbers()
-        of_first, of_mixture = next_token(
-            self._decoders, self._weights, options, self._prompts.width
-        )
         place = (self._places % DRAWN_AT_ONCE)[:, None]
-        tokens = draw(of_mixture, self._numbers.gather(1, place)[:, 0], options)
-        chosen = tokens[:, None]
-        log_probs = (values.gather(-1, chosen)[:, 0] for values in (of_first, of_mixture))
-        self._drawn.append((self._rows, self._places, ~self._ended, tokens, *log_probs))
+        numbers = self._numbers.gather(1, place)[:, 0]
+        drawn = draw_next(self._decoders, self._weights, options, self._prompts.width, numbers)
+        self._drawn.append((self._rows, self._places, ~self._ended, *drawn))
+        tokens = drawn[0]
         ends = is_end(tokens, self._ends) | (self._places == options.max_new_tokens - 1)
         self._ended = self._ended | ends
         self._places = self._places + 1

@@ -47,9 +47,8 @@ class Decoder:
         first = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         self.logits = self._forward(prompt_ids, first)
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
-        self._cache = preallocated(self._cache)
-        if self._mask is not None and tokens_between_looks(prompt_ids.device) > 1:
-            masks_unseen(self._cache)
+        self._check_numbers()
+        self._make_room()
 
     def append(self, tokens: Tensor) -> None:
         """Read one more token of each row, ``(rows,)``."""
@@ -69,6 +68,23 @@ class Decoder:
         self._position = self._position[rows]
         if self._mask is not None:
             self._mask = self._mask[rows]
+
+    def _make_room(self) -> None:
+        """Make room in the cache for tokens behind the prompts."""
+        self._cache = preallocated(self._cache)
+        if self._mask is not None and tokens_between_looks(self.logits.device) > 1:
+            masks_unseen(self._cache)
+
+    def _check_numbers(self) -> None:
+        """Refuse a model in float64 whose attention takes softmax in float32: padding makes it NaN."""
+        padded = self._mask is not None and self.logits.dtype == torch.float64
+        if padded and bool(self.logits.isnan().any()):
+            raise ValueError(
+                f"{type(self.model).__name__} is in float64 and gives NaN for prompts that are padded, "
+                "as models of transformers do whose attention (attn_implementation: eager, or the only "
+                "one they have) takes its softmax in float32; generate in float32, or prompts of one "
+                "length at a time"
+            )
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         options = {"position_ids": positions, "logits_to_keep": 1}

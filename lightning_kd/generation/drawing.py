@@ -45,6 +45,32 @@ def next_token(
     return each[0], torch.stack(weighted).logsumexp(0)
 
 
+def draw_next(
+    decoders: Sequence[Decoder],
+    weights: Sequence[float],
+    options: GenerationOptions,
+    width: int | None,
+    uniforms: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw the next token of each row.
+
+    Args:
+        decoders: One of each model.
+        weights: Of the models in the mixture.
+        options: Sampling.
+        width: Tokens from here on are never drawn.
+        uniforms: A number in [0, 1) for each row, ``(rows,)``.
+
+    Returns:
+        Tokens, and their log-probabilities under the first model and under the mixture, ``(rows,)``
+        each.
+    """
+    of_first, of_mixture = next_token(decoders, weights, options, width)
+    tokens = draw(of_mixture, uniforms, options)
+    first, mixture = (v.gather(-1, tokens[:, None])[:, 0] for v in (of_first, of_mixture))
+    return tokens, first, mixture
+
+
 def draw(log_probs: Tensor, uniforms: Tensor, options: GenerationOptions) -> Tensor:
     """Return the most likely token, or the one at which the cumulative distribution passes a number."""
     if options.temperature == 0:

@@ -1,6 +1,7 @@
 """Batched sampling from one causal language model, or from a mixture of several."""
 
 from collections.abc import Collection, Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -8,29 +9,53 @@ from transformers import PreTrainedModel
 
 from lightning_kd.collectives import any_process
 from lightning_kd.generation.cache import leave_inference_mode
-from lightning_kd.generation.completions import Completions, is_end
-from lightning_kd.generation.decoder import Decoder, evaluating, tokens_between_looks
-from lightning_kd.generation.drawing import check_mixture, draw, next_token
+from lightning_kd.generation.completions import Completions, completion_mask, is_end
+from lightning_kd.generation.decoder import evaluating, tokens_between_looks
+from lightning_kd.generation.decoding import CacheKind, decoding_of
+from lightning_kd.generation.drawing import check_mixture
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.recording import Tensors
 from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import Uniforms
+from lightning_kd.models.rotary import within_own_length
 from lightning_kd.models.sharding import is_sharded
-
-IDLE_SHARE = 1 / 16
-"""Ended rows are taken out of the batch when they are more than this share of it: more often costs
-copies of the cache, less often forward passes for nobody."""
+from lightning_kd.option_checks import check_choice
 
 
 class CachedSampler(Engine):
     """The library's own batched sampler, with a key-value cache.
 
-    A row's completion depends on its prompt and seed alone, never on the batch it is in.
+    A row's completion depends on its prompt and seed alone, never on the batch it is in (but of
+    rotary embeddings that follow the length, it is that of the longest row).
+
+    With a ``static`` cache, keys and values stay where they are, and on a CUDA device a step, from
+    reading a token to drawing the next one, is recorded once as a graph and repeated: its hundreds of
+    kernels are then launched at once. A step is recorded anew, which costs about two steps, when the
+    cache grows by half (at least 64 tokens) and when half of the rows have ended and leave. A layer
+    with a sliding window keeps all tokens. The graphs and the cache are released when the completions
+    are done, so that training has their memory, and weights may be anywhere else the next time. Not
+    measured on a GPU.
+
+    Args:
+        cache: ``dynamic`` appends to the cache kernel by kernel; ``static`` is as above; ``auto`` is
+            ``static`` on a CUDA device where the models allow it (not in shards or on several devices,
+            with keys and values alone, without flash attention), and else ``dynamic``. The text is the
+            same, up to round-off.
+
+    Raises:
+        ValueError: If there is no such ``cache``; when it generates with ``static``, if a model does
+            not allow it.
     """
 
     gives_log_probs = True
     supports_mixtures = True
     seeds_rows = True
+    may_change_on_resume = frozenset({"cache"})
+
+    def __init__(self, cache: CacheKind = "auto") -> None:
+        check_choice("cache", cache, get_args(CacheKind))
+        self.cache = cache
 
     def generate(
         self,
@@ -50,6 +75,7 @@ class CachedSampler(Engine):
             pad_id=prompts.pad_id,
             seeds=seeds,
             width=prompts.width,
+            cache=self.cache,
         )
 
 
@@ -63,6 +89,7 @@ def sample(
     pad_id: int,
     seeds: Sequence[int],
     width: int | None = None,
+    cache: CacheKind = "auto",
 ) -> Completions:
     r"""Complete prompts, each row from its own random numbers.
 
@@ -79,40 +106,33 @@ def sample(
         pad_id: Fills up rows that have ended.
         seeds: One for each row. A completion depends on its prompt and its seed, not on its batch.
         width: Tokens from here on are never drawn. Defaults to the narrowest model's vocabulary.
+        cache: Kind of key-value cache; see :class:`CachedSampler`.
 
     Raises:
-        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary.
+        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary, or a static
+            cache is asked for and a model does not allow it.
     """
     check_mixture(models, options)
-    mixed, weights = [model for model, _ in models], [weight for _, weight in models]
+    mixed = [model for model, _ in models]
     rows, longest, device = len(prompt_ids), options.max_new_tokens, prompt_ids.device
     uniforms, between = Uniforms(seeds, device), tokens_between_looks(device)
-    # A column for each token that is generated: a limit that is never reached takes no memory.
-    ids: list[Tensor] = []
-    log_probs_of_first: list[Tensor] = []
-    log_probs_of_mixture: list[Tensor] = []
     together = any(is_sharded(model) for model in mixed)
     # The whole weights of a shard are allocated once, and the backward pass would refuse them.
     mode = torch.no_grad() if together else torch.inference_mode()
-    with evaluating(*mixed), mode, tall_heads(*mixed):
-        decoders = [Decoder(model, prompt_ids, prompt_mask) for model in mixed]
+    own_length = within_own_length(mixed, int(prompt_mask.sum(-1).max()) + longest)
+    with evaluating(*mixed), own_length, mode, tall_heads(*mixed):
+        decoding = decoding_of(models, prompt_ids, prompt_mask, options, width, cache)
         active, ends = (
             torch.arange(rows, device=device),
             torch.tensor(sorted(eos_ids), device=device),
         )
         ended = torch.zeros_like(active, dtype=torch.bool)
+        # Of each batch of rows, what is drawn: a limit that is never reached takes no memory.
+        batches: list[tuple[Tensor, list[Tensors]]] = [(active, [])]
         for place in range(longest):
-            of_first, of_mixture = next_token(decoders, weights, options, width)
-            tokens = draw(of_mixture, uniforms.at(place)[active], options)
-            chosen = tokens[:, None]
-            for columns, values, fill in (
-                (ids, tokens, pad_id),
-                (log_probs_of_first, of_first.gather(-1, chosen)[:, 0], 0),
-                (log_probs_of_mixture, of_mixture.gather(-1, chosen)[:, 0], 0),
-            ):
-                column = values.new_full((rows,), fill)
-                column[active] = values.masked_fill(ended, fill)
-                columns.append(column)
+            drawn = decoding.draw(uniforms.at(place)[active])
+            batches[-1][1].append(drawn)
+            tokens = drawn[0]
             ended = ended | is_end(tokens, ends)
             looks = (place + 1) % between == 0
             idle = int(ended.sum()) if looks else 0
@@ -121,20 +141,47 @@ def sample(
                 done = not any_process(not done, device)
             if done or place == longest - 1:
                 break
-            for decoder in decoders:
-                decoder.append(tokens)
-            worth_it = IDLE_SHARE * len(ended) < idle < len(ended)
-            if worth_it and all(d.can_drop_rows for d in decoders):
+            decoding.append(tokens)
+            if decoding.idle_share * len(ended) < idle < len(ended) and decoding.can_drop_rows:
                 kept = (~ended).nonzero()[:, 0]
-                for decoder in decoders:
-                    decoder.keep(kept)
-                    decoder.logits = decoder.logits[kept]
+                decoding.keep(kept)
                 active, ended = active[kept], ended[kept]
+                batches.append((active, []))
     for model in mixed:
         leave_inference_mode(model)
     # Outside of inference mode, where stacking makes ordinary tensors that can be trained on.
-    columns_of_rows = (ids, log_probs_of_first, log_probs_of_mixture)
-    generated, log_probs, sampling_log_probs = (torch.stack(c, 1) for c in columns_of_rows)
-    completions = Completions.of_columns(generated, log_probs, sampling_log_probs, eos_ids)
+    completions = _laid_out(batches, rows, eos_ids=eos_ids, pad_id=pad_id)
     # In shards, the columns of other processes too; else none that came before a look at the ends.
     return completions if together else completions.trimmed()
+
+
+def _laid_out(
+    batches: Sequence[tuple[Tensor, list[Tensors]]],
+    rows: int,
+    *,
+    eos_ids: Collection[int],
+    pad_id: int,
+) -> Completions:
+    """Return completions of what batches of fewer and fewer rows have drawn, padded behind their ends.
+
+    Args:
+        batches: Their rows, and of each token what :func:`draw_next` has returned.
+        rows: Of the first batch.
+        eos_ids: Tokens that end a completion.
+        pad_id: Fills up rows that have ended.
+    """
+
+    def columns(place: int, fill: int) -> Tensor:
+        parts = []
+        for active, drawn in batches:
+            values = torch.stack([of_token[place] for of_token in drawn], 1)
+            part = values.new_full((rows, len(drawn)), fill)
+            part[active] = values
+            parts.append(part)
+        return torch.cat(parts, 1)
+
+    ids = columns(0, pad_id)
+    mask = completion_mask(ids, eos_ids)
+    ids = ids.masked_fill(~mask, pad_id)
+    log_probs, sampling_log_probs = (columns(n, 0).masked_fill(~mask, 0) for n in (1, 2))
+    return Completions.of_columns(ids, log_probs, sampling_log_probs, eos_ids)

@@ -25,6 +25,25 @@ def every_8(monkeypatch):
     monkeypatch.setitem(decoder._BETWEEN_LOOKS, "cpu", 8)
 
 
+ROPE = {"rope_theta": 10_000.0, "factor": 2.0}
+LONG = ROPE | {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 16,
+}
+
+
+def rotary():
+    """Embeddings that follow the length: beyond what a model was trained on, or not as far as that."""
+    for name, own, rope in (
+        ("dynamic NTK", 256, ROPE | {"rope_type": "dynamic"}),
+        ("long rotary", 64, LONG),
+    ):
+        model = tiny_llama(3, max_position_embeddings=own, rope_parameters=rope).eval()
+        yield pytest.param(model, id=name)
+
+
 OPTIONS = {
     "greedy": GenerationOptions,
     "sampled": SamplingOptions,
@@ -35,7 +54,9 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
-@pytest.mark.parametrize("model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models()])
+@pytest.mark.parametrize(
+    "model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models(), *rotary()]
+)
 def test_the_host_looks_once_in_eight_tokens(every_8, model, kind):
     """Also where prompts are padded, and the masks of transformers have something to mask."""
     assert not BATCH["prompt_mask"].all()
@@ -46,6 +67,18 @@ def test_the_host_looks_once_in_eight_tokens(every_8, model, kind):
 
     few, many = (looks(lambda tokens=tokens: generated(tokens)) for tokens in (9, 41))
     assert many - few == (41 - 9) // 8
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models()])
+def test_a_static_cache_is_looked_at_no_more_often(every_8, model, kind):
+    def generated(tokens):
+        options = OPTIONS[kind](max_new_tokens=tokens)
+        given = [(model, 1.0)], *PROMPTS, options
+        return sample(*given, seeds=range(6), cache="static", **NEVER)
+
+    few, many = (looks(lambda tokens=tokens: generated(tokens)) for tokens in (9, 57))
+    assert many - few == (57 - 9) // 8
 
 
 def test_looks_are_counted():

@@ -285,6 +285,21 @@ def test_a_model_without_a_cache_is_sent_to_transformers():
         sample([(model, 1.0)], *PROMPTS, SamplingOptions(max_new_tokens=4), seeds=range(6), **ENDS)
 
 
+def test_padding_that_makes_nan_in_float64_is_refused_by_name():
+    """Attention of Bloom takes its softmax in float32, where the lowest float64 is minus infinity."""
+    config = BloomConfig(vocab_size=18, hidden_size=16, n_layer=2, n_head=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).double().eval()
+    options = SamplingOptions(max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"BloomForCausalLM is in float64 and gives NaN.*float32"):
+        sample([(model, 1.0)], *PROMPTS, options, seeds=range(6), **ENDS)
+    alone = PROMPTS[0][1:2], PROMPTS[1][1:2]
+    assert alone[1].all()
+    written = sample([(model, 1.0)], *alone, options, seeds=[1], **ENDS)
+    expected = sample([(model.float(), 1.0)], *alone, options, seeds=[1], **ENDS)
+    assert torch.equal(written.ids, expected.ids)
+
+
 def test_no_token_beyond_the_shared_vocabulary_is_drawn():
     written = sample(
         [(tiny_llama(0).eval(), 1.0)],

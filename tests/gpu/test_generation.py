@@ -10,6 +10,7 @@ from lightning_kd.generation import (
     SamplingOptions,
     sample,
 )
+from tests.generation.test_sampler import other_models
 from tests.support.toys import tiny_llama
 
 NEW = 24
@@ -49,6 +50,43 @@ def test_what_is_sampled_is_what_the_cpu_samples(device):
     came = written(model.to(device), device, options)
     assert came.ids.tolist() == expected.ids.tolist()
     torch.testing.assert_close(came.log_probs.cpu(), expected.log_probs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["one model", "mixture", "sliding window", "ends far apart"])
+def test_a_static_cache_writes_what_a_dynamic_one_does(device, kind):
+    """Through several shapes: the cache grows, and rows leave."""
+    model = tiny_llama().double().eval().to(device)
+    other = tiny_llama(1).double().eval().to(device)
+    weighted = [(model, 0.7), (other, 0.3)] if kind == "mixture" else [(model, 1.0)]
+    if kind == "sliding window":
+        window = next(p.values[0] for p in other_models() if p.id == "sliding window")
+        weighted = [(window.double().to(device), 1.0)]
+    ids, mask = prompts(device)
+    rows = 40 if kind == "ends far apart" else 6
+    ids, mask = ids.repeat(7, 1)[:rows], mask.repeat(7, 1)[:rows]
+    options = SamplingOptions(max_new_tokens=100)
+    expected, came = (
+        sample(weighted, ids, mask, options, eos_ids={1}, pad_id=0, seeds=range(rows), cache=cache)
+        for cache in ("dynamic", "static")
+    )
+    assert came.ids.tolist() == expected.ids.tolist()
+    for name in ("log_probs", "sampling_log_probs"):
+        got, wanted = getattr(came, name), getattr(expected, name)
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9)
+
+
+def test_what_is_not_recorded_is_an_error_on_a_device(device):
+    """No warning comes: a step that could not be recorded would be one."""
+    model = tiny_llama().to(device)
+    given = [(model, 1.0)], *prompts(device), SamplingOptions(max_new_tokens=NEW)
+    for dtype in (torch.bfloat16, torch.float32):
+        model.to(dtype)
+        came = sample(*given, eos_ids={17}, pad_id=0, seeds=range(6), width=17, cache="static")
+        assert came.ids.shape == (6, NEW)
+    # In mixed precision weights are cast once, outside of what is recorded.
+    with torch.autocast(device, torch.bfloat16):
+        came = sample(*given, eos_ids={17}, pad_id=0, seeds=range(6), width=17, cache="static")
+    assert came.ids.shape == (6, NEW)
 
 
 def test_continuous_batching_samples_the_same(device):
