@@ -33,6 +33,7 @@ from lightning_kd.generation import (
     GenerationOptions,
     Prompts,
     SamplingOptions,
+    TransformersContinuousBatching,
     TransformersEngine,
 )
 from lightning_kd.models import DenseLogits, FusedLogits, LoRA, ModelSpec, StudentSpec
@@ -143,6 +144,7 @@ __all__ = [
     "TeacherModule",
     "TokenMean",
     "TopKTeacher",
+    "TransformersContinuousBatching",
     "TransformersEngine",
     "WarmupCosine",
     "arithmetic_tokenizer",

@@ -23,7 +23,10 @@ pytestmark = [
 ]
 
 KD = ["--model.teacher.name_or_path", "teacher"]
-ENGINES = "choose CachedSampler or ContinuousBatchingSampler or TransformersEngine"
+ENGINES = (
+    "choose CachedSampler or ContinuousBatchingSampler or TransformersContinuousBatching or "
+    "TransformersEngine"
+)
 JSONL = [*KD, "--data", "PromptCompletionData", "--data.tokenizer", "teacher"]
 CHAT = [*KD, "--data", "ChatData", "--data.tokenizer", "chat"]
 TEXT = [*KD, "--data", "PackedTextData", "--data.tokenizer", "teacher"]
@@ -480,7 +483,7 @@ TABLE = {
         [
             "engine",
             "transformers",
-            "choose CachedSampler or ContinuousBatchingSampler or TransformersEngine",
+            ENGINES,
         ],
     ),
     "engine of the module": (

@@ -38,21 +38,7 @@ class TransformersEngine(Engine):
         """Generate with one model; all seeds together decide the samples."""
         ((model, _),) = models
         prompt_ids, prompt_mask, width = prompts.ids, prompts.mask, prompts.width
-        beyond = [] if width is None else list(range(width, vocabulary_size(model)))
-        sampling = (
-            {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
-            if options.temperature > 0
-            else {}
-        )
-        config = GenerationConfig(
-            max_new_tokens=options.max_new_tokens,
-            do_sample=options.temperature > 0,
-            num_beams=options.num_beams,
-            eos_token_id=sorted(prompts.eos_ids),
-            pad_token_id=prompts.pad_id,
-            suppress_tokens=beyond or None,
-            **sampling,
-        )
+        config = generation_config(model, prompts, options)
         devices = [prompt_ids.device] if prompt_ids.is_cuda else []
         with (
             evaluating(model),
@@ -77,3 +63,30 @@ class TransformersEngine(Engine):
         chosen = log_probs.gather(-1, ids[:, :, None])[:, :, 0] * mask
         ended = (is_end(ids, prompts.eos_ids) & mask).any(-1)
         return Completions(ids, mask, chosen, chosen, ended)
+
+
+def generation_config(
+    model: PreTrainedModel, prompts: Prompts, options: GenerationOptions
+) -> GenerationConfig:
+    """Return options of generation as transformers has them.
+
+    Args:
+        model: Has tokens that may have to be left out.
+        prompts: Know which, and which ones are special.
+        options: Length and sampling.
+    """
+    beyond = [] if prompts.width is None else list(range(prompts.width, vocabulary_size(model)))
+    sampling = (
+        {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
+        if options.temperature > 0
+        else {}
+    )
+    return GenerationConfig(
+        max_new_tokens=options.max_new_tokens,
+        do_sample=options.temperature > 0,
+        num_beams=options.num_beams,
+        eos_token_id=sorted(prompts.eos_ids),
+        pad_token_id=prompts.pad_id,
+        suppress_tokens=beyond or None,
+        **sampling,
+    )

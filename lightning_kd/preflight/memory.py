@@ -12,8 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.fused.chunked_pass import chunk_size, default_chunk_bytes, part_size
-from lightning_kd.generation import CachedSampler, ContinuousBatchingSampler, TransformersEngine
+from lightning_kd.generation import (
+    CachedSampler,
+    ContinuousBatchingSampler,
+    TransformersContinuousBatching,
+    TransformersEngine,
+)
 from lightning_kd.generation.cache import allocated_length, longest_allocation
+from lightning_kd.generation.transformers_batching import paged_length
 from lightning_kd.models import FusedLogits, ModelSpec, vocabulary_size
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.preflight.cache_sizes import cache_bytes, kept_types
@@ -214,6 +220,8 @@ def _caches(
         length = allocated_length(prompt, new)
     elif isinstance(setting.engine, ContinuousBatchingSampler):
         length, together = longest_allocation(prompt, new), min(together, setting.engine.slots)
+    elif isinstance(setting.engine, TransformersContinuousBatching):
+        length, together = paged_length(prompt, new), min(together, setting.engine.slots)
     elif isinstance(setting.engine, TransformersEngine):
         length = (prompt + new) * setting.beams
     else:

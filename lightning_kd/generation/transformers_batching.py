@@ -1,0 +1,206 @@
+"""Completions by the continuous batching of Hugging Face transformers."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from math import ceil, inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.generation import ContinuousBatchingConfig
+
+from lightning_kd.generation.completions import Completions
+from lightning_kd.generation.decoder import evaluating
+from lightning_kd.generation.engine import Engine, Prompts
+from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.transformers_engine import generation_config
+from lightning_kd.models.sharding import is_sharded
+from lightning_kd.option_checks import is_number
+from lightning_kd.seeding import derive_seed
+
+_PAGE = 256
+"""Tokens of a page of the cache: what kernels of flash attention read."""
+
+_STOPPING = 30.0
+"""Seconds that the thread of transformers has to end."""
+
+
+class TransformersContinuousBatching(Engine):
+    """Engine that calls the continuous batching of transformers, with its paged key-value cache.
+
+    Of the rows of a window, ``slots`` are generated at once, and where some have ended, the next ones
+    enter. With the student's ``attn_implementation: flash_attention_2`` (or 3) it reads pages in place
+    and records CUDA graphs; with another one it copies them at each token. It runs on a CPU too, and
+    everywhere in the type of the weights: a ``mixed`` precision of the trainer does not reach it. All
+    rows are drawn from one generator, so a row's completion depends on the rows beside it. Not measured
+    on a GPU.
+
+    Args:
+        slots: Largest number of rows that are generated at once; the cache has room for them.
+        timeout: Seconds without a further completion after which generation has failed.
+
+    Raises:
+        ValueError: If ``slots`` or ``timeout`` is no positive number; when it generates, if tokens are
+            cut off by ``top_k`` or ``top_p``, whose log-probabilities it would record, or if the model
+            is in shards.
+        RuntimeError: If transformers fails, or takes longer than ``timeout``.
+    """
+
+    gives_log_probs = True
+    may_change_on_resume = frozenset({"timeout"})
+
+    def __init__(self, slots: int = 64, timeout: float = 600.0) -> None:
+        if not is_number(slots, whole=True) or slots < 1:
+            raise ValueError(f"slots is {slots!r}; it must be a whole number, 1 or more")
+        if not is_number(timeout) or not 0 < timeout < inf:
+            raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds above 0")
+        self.slots, self.timeout = slots, timeout
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Prompts,
+        options: GenerationOptions,
+        *,
+        seeds: Sequence[int],
+        models: Sequence[tuple[PreTrainedModel, float]],
+    ) -> Completions:
+        """Generate with one model; all seeds together decide the samples."""
+        ((model, _),) = models
+        _check(model, options)
+        whole: Any = model
+        inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else model
+        rows = [
+            ids[mask.bool()].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)
+        ]
+        device = prompts.ids.device
+        with (
+            evaluating(model),
+            torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        ):
+            manager = inner.init_continuous_batching(
+                generation_config=generation_config(inner, prompts, options),
+                continuous_batching_config=self._config(max(map(len, rows)), options, seeds),
+            )
+            with _running(manager):
+                names = manager.add_requests(rows, max_new_tokens=options.max_new_tokens)
+                # Only now, so that the same rows are always there in the first step.
+                manager.start()
+                results = self._collect(manager, len(names))
+        done = [results[name] for name in names]
+        return _completions(done, prompts, device)
+
+    def _config(
+        self, prompt: int, options: GenerationOptions, seeds: Sequence[int]
+    ) -> ContinuousBatchingConfig:
+        """Return settings with room for the rows that are generated at once, and for no more."""
+        slots = min(self.slots, len(seeds))
+        length = paged_length(prompt, options.max_new_tokens)
+        return ContinuousBatchingConfig(
+            page_size=_PAGE,
+            num_blocks=slots * length // _PAGE,
+            max_batch_tokens=max(slots, prompt),
+            max_requests_per_batch=slots,
+            return_logprobs=True,
+            seed=derive_seed(*seeds),
+            # Another kernel than that of training is for the student's options to choose.
+            auto_switch_to_flash=False,
+        )
+
+    def _collect(self, manager: Any, count: int) -> Mapping[str, Any]:
+        """Wait for so many results, by name; each within the timeout of the one before."""
+        results: dict[str, Any] = {}
+        last = time.monotonic()
+        while len(results) < count:
+            result = manager.get_result(timeout=min(1.0, self.timeout))
+            if result is None:
+                running = manager.is_running()
+                if running and time.monotonic() - last < self.timeout:
+                    continue
+                why = (
+                    f"gave no further completion within {self.timeout:g} s"
+                    if running
+                    else f"ended early ({manager.background_thread_status.fatal_error})"
+                )
+                raise RuntimeError(
+                    f"continuous batching of transformers {why}, with {len(results)} of {count} done; "
+                    "choose engine: ContinuousBatchingSampler, or a longer timeout"
+                )
+            if result.error is not None:
+                raise RuntimeError(
+                    f"continuous batching of transformers failed: {result.error}; choose engine: "
+                    "ContinuousBatchingSampler"
+                )
+            if result.is_finished():
+                results[result.request_id] = result
+                last = time.monotonic()
+        return results
+
+
+def paged_length(prompt: int, generated: int) -> int:
+    """Return the tokens of a row that the paged cache has room for.
+
+    Args:
+        prompt: Tokens of the longest prompt.
+        generated: Tokens that follow at most.
+
+    Example:
+        >>> paged_length(10, 20), paged_length(300, 200)
+        (512, 768)
+    """
+    return _PAGE * (ceil((prompt + generated) / _PAGE) + 1)
+
+
+def _check(model: PreTrainedModel, options: GenerationOptions) -> None:
+    """Refuse what transformers would do otherwise than it is told.
+
+    Raises:
+        ValueError: If the options cut off tokens, or the model is in shards.
+    """
+    if options.temperature > 0 and (options.top_k > 0 or options.top_p < 1):
+        raise ValueError(
+            f"top_k {options.top_k} and top_p {options.top_p}: TransformersContinuousBatching records "
+            "log-probabilities of what they leave over, not of the model; set top_k: 0 and top_p: 1, "
+            "or choose engine: ContinuousBatchingSampler"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            f"{type(model).__name__} is in shards, so all processes must run it together, and with "
+            "TransformersContinuousBatching each takes the steps that its own rows need; choose "
+            "engine: CachedSampler"
+        )
+
+
+@contextmanager
+def _running(manager: Any) -> Iterator[None]:
+    """Stop a manager's thread in the end, also where something fails.
+
+    Raises:
+        RuntimeError: If it does not stop.
+    """
+    try:
+        yield
+    finally:
+        manager.stop(block=True, timeout=_STOPPING, hard_stop=True)
+        if manager.is_running():
+            raise RuntimeError(
+                f"continuous batching of transformers did not stop within {_STOPPING:g} s; the process "
+                "must be ended"
+            )
+        manager.destroy()
+
+
+def _completions(results: Sequence[Any], prompts: Prompts, device: torch.device) -> Completions:
+    """Return the completions of rows and their log-probabilities."""
+    tokens = [result.generated_tokens for result in results]
+    completions = Completions.of_tokens(
+        tokens, eos_ids=prompts.eos_ids, pad_id=prompts.pad_id, device=device
+    )
+    log_probs: Tensor = torch.zeros(completions.ids.shape, device=device)
+    log_probs[completions.mask] = torch.tensor(
+        [value for result in results for value in result.logprobs], device=device
+    )
+    return replace(completions, log_probs=log_probs, sampling_log_probs=log_probs)
