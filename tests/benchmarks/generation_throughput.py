@@ -127,20 +127,25 @@ def measured(ways: dict[str, Callable[[], int]]) -> dict[str, float]:
     return {name: median(values) for name, values in found.items()}
 
 
+def ends_by_chance(model: LlamaForCausalLM, mean: int, eos: int) -> None:
+    """Have a model end at any token with the same probability, after so many tokens in the mean."""
+    old = model.lm_head.weight
+    head = torch.nn.Linear(old.shape[1], old.shape[0], device=old.device, dtype=old.dtype)
+    with torch.no_grad():
+        head.weight.copy_(0.3 * old)
+        head.weight[eos] = 0.0
+        head.bias.zero_()
+        head.bias[eos] = math.log(old.shape[0] / mean)
+    model.lm_head = head
+
+
 def unequal_rates(shape: dict[str, int]) -> dict[str, float]:
     """Median tokens per second of a window whose rows end at any token with the same probability.
 
     Half of the rows have fewer than 17 tokens, one in a hundred more than 110.
     """
-    model = llama(shape)
-    width, eos = shape["vocab_size"], 7
-    head = torch.nn.Linear(shape["hidden_size"], width)
-    with torch.no_grad():
-        head.weight.copy_(0.3 * model.lm_head.weight)
-        head.weight[eos] = 0.0
-        head.bias.zero_()
-        head.bias[eos] = math.log(width / MEAN)
-    model.lm_head = head
+    model, eos = llama(shape), 7
+    ends_by_chance(model, MEAN, eos)
     ids = torch.randint(8, 500, (WINDOW, START), generator=torch.Generator().manual_seed(0))
 
     def in_parts(engine: Engine, rows: int) -> int:

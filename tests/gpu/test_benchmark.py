@@ -39,3 +39,73 @@ def test_the_table_takes_the_place_of_the_one_before(tmp_path):
 def test_the_docs_page_has_a_place_for_it():
     page = (ROOT / "docs/benchmarks.md").read_text()
     assert all(mark in page for mark in gpu.MARKS)
+
+
+TOY = gpu.Sizes(
+    device="cpu",
+    dtype="float32",
+    shape=(16, 32, 2, 2),
+    vocabulary=32,
+    prompt=4,
+    new=12,
+    rows=(4,),
+    window=12,
+    slots=4,
+    mean=4,
+    student=(16, 32, 1, 2),
+    teacher=(32, 32, 1, 2),
+    most=2,
+)
+
+
+def test_every_way_of_generation_is_a_line_of_the_table():
+    rows = list(gpu.generation(TOY))
+    assert [row.what for row in rows] == [
+        "4 rows: generate",
+        "4 rows: CachedSampler, dynamic cache",
+        "4 rows: CachedSampler, static cache",
+        "4 rows: ContinuousBatchingSampler",
+        "4 rows: TransformersContinuousBatching",
+        "4 rows: generate, static cache",
+    ]
+    assert all(row.value.endswith("tokens/s") for row in rows)
+    assert rows[0].ratio == "1.00 of generate"
+
+
+def test_rows_of_unequal_length_are_generated_in_every_way():
+    rows = list(gpu.unequal(TOY))
+    assert len(rows) == 6
+    assert all(row.value.endswith("tokens/s") for row in rows)
+
+
+class Broken(gpu.Generate):
+    def generate(self, *_, **__):
+        raise RuntimeError("out of memory\nand more")
+
+
+def test_a_way_that_fails_is_a_line_and_the_others_go_on():
+    model = gpu.llama(TOY, TOY.shape)
+    ways = {"generate": (Broken(), 4), "CachedSampler": (gpu.CachedSampler(), 4)}
+    rows = list(gpu.rates(ways, model, gpu._prompts(TOY, 4, 1), 8, "4 rows"))
+    assert rows[0] == gpu.Row("4 rows: generate", "failed", "out of memory")
+    assert rows[1].value.endswith("tokens/s")
+
+
+def test_models_are_doubled_until_a_step_fails_or_there_is_no_time(monkeypatch):
+    rows = list(gpu.scale(TOY, seconds=1000))
+    assert [row.what.rpartition(" ")[2] for row in rows] == ["replicated", "offloaded"]
+    assert all(", 2 layers" in row.value for row in rows)
+    assert "no time for 2 layers" in next(gpu.scale(TOY, seconds=0)).ratio
+
+    def too_large(sizes, layers, placement):
+        if layers > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return f"{layers} layers"
+
+    monkeypatch.setattr(gpu, "_one_step", too_large)
+    row = next(gpu.scale(TOY, seconds=1000))
+    assert (row.value, row.ratio) == ("1 layers", "2 layers: CUDA out of memory")
+
+
+def test_the_parts_leave_time_for_the_tests():
+    assert sum(seconds for _, seconds in gpu.PARTS.values()) <= 520
