@@ -8,11 +8,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-REFUSED = {
-    *("_local_scalar_dense", "item", "is_nonzero", "equal"),
-    *("nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "repeat_interleave"),
-    "lift_fresh",
-}
+from tests.support.looks import READS, SIZED_BY_VALUES
+
+REFUSED = READS | SIZED_BY_VALUES | {"lift_fresh"}
 """What a CUDA device cannot record: reading a value, results whose shape depends on values, and tensors
 made from numbers of the host."""
 
