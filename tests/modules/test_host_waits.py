@@ -203,3 +203,19 @@ def test_a_callback_may_change_labels_in_place():
     run.fit(module, datamodule=BatchList([ragged_batch([(1, 5), (2, 4)])]))
     # Six tokens a row, of which three have labels no more: two of five are left, and one of four.
     assert run.callback_metrics["train/tokens"] == 2 + 1
+
+
+class TakesLabels(BatchList):
+    """Data that moves batches by itself, and with fewer labels."""
+
+    def transfer_batch_to_device(self, batch, device, dataloader_idx):
+        labels = batch["labels"].clone()
+        labels[:, -3:] = IGNORE_INDEX
+        return {**batch, "labels": labels}
+
+
+def test_what_moves_batches_by_itself_may_change_them():
+    module = SFT(student=StudentSpec.of(tiny_llama(0)))
+    run = trainer(max_steps=1)
+    run.fit(module, datamodule=TakesLabels([ragged_batch([(1, 5), (2, 4)])]))
+    assert len(module.micro_batch_loss.positions.places) == 2 + 1
