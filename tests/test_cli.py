@@ -432,10 +432,19 @@ def test_how_logits_come_about_by_flags(cli, teacher, logits):
     assert saved["model"]["init_args"]["logits_backend"]["class_path"].endswith(logits[0])
 
 
-def test_engines_by_flags(cli, teacher):
+@pytest.mark.parametrize(
+    ("rollouts", "more"),
+    [
+        ("TransformersEngine", ["--model.engine.cache", "dynamic"]),
+        ("TransformersContinuousBatching", ["--on_policy.engine.slots", "3"]),
+        ("CachedSampler", ["--on_policy.engine.cache", "static"]),
+    ],
+)
+def test_engines_by_flags(cli, teacher, rollouts, more):
     config = ["gkd", "--model.teacher.name_or_path", teacher]
-    engines = [("on_policy", "TransformersEngine"), ("model", "CachedSampler")]
-    cli(*fit(*config, *(x for name, engine in engines for x in (f"--{name}.engine", engine))))
+    engines = [("on_policy", rollouts), ("model", "CachedSampler")]
+    flags = [x for name, engine in engines for x in (f"--{name}.engine", engine)]
+    cli(*fit(*config, *flags, *more))
     saved = yaml.safe_load(Path("runs/version_0/config.yaml").read_text())
     options = {name: saved[name]["init_args"] for name, _ in engines}
     for name, engine in engines:

@@ -1,5 +1,6 @@
 """Generation with a static cache, recorded or not, against the dynamic one and transformers."""
 
+import copy
 import gc
 import weakref
 from collections import Counter
@@ -7,6 +8,8 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, MambaConfig
 
 from lightning_kd import CachedSampler, GenerationOptions, Prompts, SamplingOptions
@@ -128,22 +131,31 @@ def test_a_static_cache_writes_what_a_dynamic_one_writes(model):
     assert got.ids.shape[1] == 90
 
 
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("kind", ["greedy", "sampled"])
 @pytest.mark.parametrize("model", [*models()])
 def test_a_recording_repeats_what_it_does(tapes, model, kind):
     """Of 90 tokens all but the first two of each shape are repeated, with the tensors of the second."""
     model, atol = in_double(model)
-    for ends in (ENDS, NO_END):
-        expected, got = (
-            generated([(model, 1.0)], OPTIONS[kind], cache=c, ends=ends)
-            for c in ("dynamic", "static")
-        )
-        assert_same(expected, got, atol)
-    tokens = OPTIONS[kind].max_new_tokens
-    last = tapes[-2:] if tokens > 64 else tapes[-1:]  # six rows that do not end
-    assert [tape.recorded for tape in last] == [1] * len(last)
+    expected, got = (
+        generated([(model, 1.0)], OPTIONS[kind], cache=cache, ends=NO_END)
+        for cache in ("dynamic", "static")
+    )
+    assert_same(expected, got, atol)
+    assert [tape.recorded for tape in tapes] == [1, 1]
     # Each shape is warmed up by a token, and the first token is drawn from the prompts' scores.
-    assert sum(tape.replayed + tape.warmed_up for tape in last) == tokens - 1
+    assert [tape.replayed for tape in tapes] == [64 - 1, 90 - 1 - 64 - 1]
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_rows_leave_recordings(tapes, kind):
+    model = tiny_llama(3).double().eval()
+    for ends in (ENDS, {"eos_ids": {1, 5, 9}, "pad_id": 0}):
+        expected, got = (
+            generated([(model, 1.0)], OPTIONS[kind], cache=cache, ends=ends)
+            for cache in ("dynamic", "static")
+        )
+        assert_same(expected, got, 1e-12)
+        assert got.ended.any()
 
 
 @pytest.mark.parametrize("ends", [{1}, {1, 5, 9}], ids=["one end", "several"])
@@ -577,3 +589,39 @@ def test_a_capture_that_fails_leaves_its_stream(cuda):
     assert cuda.calls == RECORDING
     assert recorded(torch.ones(1))[0].item() == 2
     assert cuda.calls == RECORDING
+
+
+class HostTensors(TorchDispatchMode):
+    """Names of operations with a tensor of the host, which would be copied to the device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        if any(tensor.device.type == "cpu" for tensor in tensors):
+            self.found.add(func.overloadpacket.__name__)
+        return out
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize("model", [*models()])
+def test_no_tensor_of_the_host_takes_part_in_a_step(monkeypatch, model, kind):
+    """On a device without numbers, where a copy from the host is seen as on any other."""
+    device = torch.device("meta")
+    model = copy.deepcopy(model).to(device)
+    ids = torch.ones(3, 5, dtype=torch.long, device=device)
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "__bool__", lambda tensor: False)  # is all of a mask 1?
+            decoder = static_decoder.StaticDecoder(model, ids, torch.ones_like(ids), 20)
+        numbers = torch.zeros(3, dtype=torch.float64, device=device)
+        state = [decoder], [1.0], OPTIONS[kind], None
+        with HostTensors() as seen:
+            decoding._read_and_draw(*state, ids[:, 0], numbers)
+    assert seen.found == set()
+    with HostTensors() as seen:
+        ids + torch.ones(1, dtype=torch.long).to(device)
+    assert "_to_copy" in seen.found

@@ -18,6 +18,7 @@ from lightning_kd import (
     LocalTeacher,
     StudentSpec,
     SupervisedKD,
+    TransformersContinuousBatching,
     check,
 )
 from lightning_kd.callbacks import OnPolicyGeneration
@@ -201,6 +202,19 @@ def test_the_cache_of_continuous_batching_is_of_its_slots():
         fit = trainer_of(callbacks=[rollouts], accumulate_grad_batches=2)
         # As above, with room for 64 tokens behind the longest completion but its last token.
         expected = rows * (8 + 5 + 64) * 2 * 2 * 6 * 4 * 2
+        assert parts(check(module, data, fit))["key-value cache of the student"] == expected
+
+
+def test_the_paged_cache_is_of_its_slots_in_whole_pages():
+    module = GKD(student=StudentSpec(config=CONFIG), teacher=LocalTeacher(config=CONFIG))
+    data = ArithmeticData(train_size=64, batch_size=4)
+    for slots, rows, new, pages in ((3, 3, 6, 2), (64, 8, 248, 2), (64, 8, 249, 3)):
+        engine = TransformersContinuousBatching(slots)
+        generation = SamplingOptions(max_new_tokens=new)
+        rollouts = OnPolicyGeneration(generation=generation, engine=engine)
+        fit = trainer_of(callbacks=[rollouts], accumulate_grad_batches=2)
+        # Of 8 + new tokens, and a page more.
+        expected = rows * 256 * pages * 2 * 2 * 6 * 4 * 2
         assert parts(check(module, data, fit))["key-value cache of the student"] == expected
 
 
