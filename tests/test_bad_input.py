@@ -203,6 +203,14 @@ TABLE = {
         ],
         ["chunk_megabytes is 0", "positive"],
     ),
+    "option of a class that is not named": (
+        [*KD, "--model.logits_backend.compile", "always"],
+        [
+            "--model.logits_backend.compile is an option of a class: name it before, "
+            "--model.logits_backend CLASS",
+            "choose DenseLogits or FusedLogits",
+        ],
+    ),
     "unknown optimizer": ([*KD, "--model.optimizer", "torch.optim.Adamant"], ["Adamant"]),
     "unknown optimizer option": ([*KD, "--model.optimizer.lr2", "1"], ["lr2"]),
     "negative learning rate": (

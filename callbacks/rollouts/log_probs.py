@@ -45,7 +45,8 @@ class LogProbDifference:
             return
         positions = module.positions(batch)
         recorded = positions.of_tokens(cast(Rollout, batch)["log_probs"]).double()
-        difference = (recorded + module.label_nats).abs()[positions.targets != IGNORE_INDEX]
+        nats = module.compared_label_nats
+        difference = (recorded + nats).abs()[positions.targets != IGNORE_INDEX]
         total = torch.stack([difference.sum(), difference.new_tensor(len(difference))])
         largest = module.trainer.strategy.all_gather(torch.cat([difference, total[:1] * 0]).max())
         added = torch.cat([module.sum_over_ranks(total), largest.max()[None]])

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Sequence
 from difflib import get_close_matches
 
 import lightning_kd.callbacks
@@ -48,6 +49,27 @@ def classes_to_choose(message: str) -> list[str]:
     near = get_close_matches(given[1], names, n=1)
     hint = f"did you mean {near[0]}? choose" if near else "choose"
     return [f"{hint} {' or '.join(names)}, or your own by its path"]
+
+
+def class_comes_first(message: str, arguments: Sequence[str]) -> list[str]:
+    """Return lines for an option of a class that is not named before it.
+
+    Example:
+        >>> import lightning_kd
+        >>> print(*class_comes_first(
+        ...     "Expected an instantiatable class, but lightning_kd.generation.Engine is abstract; "
+        ...     "Given value: NestedArg(key='slots', val='4')", ["--model.engine.slots", "4"]
+        ... ))  # doctest: +ELLIPSIS
+        --model.engine.slots is an option of a class: name it before, --model.engine CLASS choose ...
+    """
+    found = re.search(r"but ([\w.]+) is abstract[\s\S]*?NestedArg\(key='([\w.]+)'", message)
+    if found is None:
+        return []
+    options = (argument.split("=")[0] for argument in arguments)
+    full = next((o for o in options if o.endswith(f".{found[2]}")), found[2])
+    before = full.removesuffix(f".{found[2]}")
+    named = f"{full} is an option of a class: name it before, {before} CLASS"
+    return [named, *classes_to_choose(f"{NO_CLASS}. <class '{found[1]}'>")]
 
 
 def _is_choice(cls: type) -> bool:

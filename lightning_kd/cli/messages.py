@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 import lightning_kd.callbacks
 import lightning_kd.public
-from lightning_kd.cli.class_choices import NO_CLASS, classes_to_choose
+from lightning_kd.cli.class_choices import NO_CLASS, class_comes_first, classes_to_choose
 from lightning_kd.cli.habits import ELSEWHERE, OF_EVALUATE
 from lightning_kd.imports import why_no_class
 
@@ -67,6 +67,7 @@ class ShortErrors(ArgumentParser):
             text = f"{text.splitlines()[0]}\n  {reason}"
         lines = [text, *(suggestion(name, self._options(), sys.argv[1:]) for name in names)]
         lines += [*classes_to_choose(message + self._types_of_help(message)), *forms(message)]
+        lines += class_comes_first(message, sys.argv[1:])
         given = [f".{word}" for word in re.findall(r"[\w.]+", " ".join(sys.argv))]
         elsewhere = [n for n in names if not any(word.endswith(f".{n}") for word in given)]
         if elsewhere or re.match("Problems parsing config|Unexpected config", text):

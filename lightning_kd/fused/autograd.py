@@ -103,7 +103,8 @@ class _PerToken(torch.autograd.Function):
 
 def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
     """Return the product; in place, which spares a second gradient of the head, where that is safe."""
-    if _keeps_graph():  # another backward pass finds what this one has found
+    several = torch._C._functorch.is_legacy_batchedtensor(factor)  # is_grads_batched
+    if several or _keeps_graph():  # another backward pass finds what this one has found
         return gradient * factor
     # Elsewhere the comparison would wait for the device.
     looks = not is_queued(factor.device)

@@ -123,6 +123,9 @@ class ChunkedPass:
         done = compiled.numbers
         rest = [number for number in range(len(weights)) if number not in done]
         gradients = self._evaluate_terms(chunk, rest, weights, muting, values, last=not done)
+        if done:  # compiled code writes over the logits, which a gradient may be
+            logits = chunk.student_logits
+            gradients = [(g.clone() if _share_memory(g, logits) else g, w) for g, w in gradients]
         if not compiled.evaluate(chunk.rows, chunk.student_logits, theirs, values):
             gradients += self._evaluate_terms(chunk, done, weights, muting, values, last=False)
         return gradients

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_kd.divergences import Divergence
 from lightning_kd.fused.answers import FullDistribution, TeacherAnswer
 from lightning_kd.fused.compile_choice import Compile, pays
+from lightning_kd.fused.compiled_kinds import described, kind_of
 from lightning_kd.fused.lazy_logits import LazyHeadLogits, LazyLogits, slope_of_head
 from lightning_kd.fused.logits_chunk import LogitsChunk, TokenTerm, checked, values_of
 from lightning_kd.fused.teacher_rows import Combine, DistributionRows
@@ -156,7 +156,7 @@ class CompiledTerms:
         self.numbers = [
             number
             for number, term in enumerate(self._terms)
-            if _kind(term) not in _given_up and self._has_all_it_reads(term)
+            if kind_of(term) not in _given_up and self._has_all_it_reads(term)
         ]
         if self._key(self.numbers) in _given_up:
             self.numbers = []
@@ -172,7 +172,7 @@ class CompiledTerms:
 
     def _key(self, numbers: Sequence[int]) -> Any:
         return tuple(
-            (_kind(self._terms[number]), self._weights[number] is not None) for number in numbers
+            (kind_of(self._terms[number]), self._weights[number] is not None) for number in numbers
         )
 
     def _arguments(self, rows: slice, own: Tensor, theirs: Sequence[Tensor]) -> _Arguments:
@@ -191,10 +191,27 @@ class CompiledTerms:
             None if head is None else head.softcap,
         )
 
+    def _stop_at_limit(self, terms: Sequence[TokenTerm]) -> None:
+        limit = torch._dynamo.config.recompile_limit
+        what = (
+            f"{' and '.join(map(described, terms))} came with over {limit} settings in this process, "
+            "each of which needs code of its own (a width of the vocabulary, a type, a number such as "
+            "a temperature or a beta)"
+        )
+        advice = "Keep numbers constant over a run, or raise torch._dynamo.config.recompile_limit"
+        if self._mode == "always":
+            raise ValueError(f"compile is always, and {what}. {advice}; or set compile to auto")
+        _given_up.add(self._key(self.numbers))
+        _say(f"these terms go on without a compiler: {what}. {advice}")
+        self._choose()
+
     def _fall_back(self, error: Exception, arguments: _Arguments) -> None:
-        from torch._dynamo.exc import BackendCompilerFailed
+        from torch._dynamo.exc import BackendCompilerFailed, FailOnRecompileLimitHit
 
         why = _reason(error)
+        if isinstance(error, FailOnRecompileLimitHit):
+            self._stop_at_limit(arguments.token_terms)
+            return
         if isinstance(error, BackendCompilerFailed) and self._mode == "always":
             raise ValueError(
                 f"compile is always, and no code can be made on {arguments.own.device.type}: {why}. "
@@ -208,8 +225,8 @@ class CompiledTerms:
                 if not _is_traced(term, weight, arguments)
             ]
         for term in refused:
-            _given_up.add(_kind(term))
-            _say(f"{_described(term)} is not compiled: it cannot be traced ({why})")
+            _given_up.add(kind_of(term))
+            _say(f"{described(term)} is not compiled: it cannot be traced ({why})")
         if not refused:
             _given_up.add(self._key(self.numbers))
             _say(f"the fused evaluation goes on without a compiler: {why}")
@@ -257,31 +274,16 @@ def _first_rows(arguments: _Arguments) -> _Arguments:
 def _is_traced(term: TokenTerm, weight: Tensor | None, arguments: _Arguments) -> bool:
     alone = _first_rows(arguments)._replace(token_terms=[term], weights=[weight])
     try:
-        _run(_compiled((_kind(term), weight is not None), "eager"), alone)
+        _run(_compiled((kind_of(term), weight is not None), "eager"), alone)
     except Exception:
         return False
     return True
-
-
-def _kind(value: object) -> Any:
-    """What of a term decides its code, but for numbers and shapes."""
-    if isinstance(value, TokenTerm | Divergence):
-        return (type(value), *(_kind(own) for own in vars(value).values()))
-    if isinstance(value, tuple):
-        return tuple(_kind(part) for part in value)
-    return value.__code__ if isinstance(value, FunctionType) else type(value)
 
 
 def _reason(error: Exception) -> str:
     """The first line that says something; a backend's error begins with the backend's name."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [repr(error)]
     return lines[1] if lines[0].endswith("raised:") and len(lines) > 1 else lines[0]
-
-
-def _described(term: TokenTerm) -> str:
-    divergence = getattr(term, "divergence", None)
-    name = type(term).__name__
-    return f"{name} of {divergence!r}" if isinstance(divergence, Divergence) else name
 
 
 def _say(line: str) -> None:

@@ -36,7 +36,8 @@ class ContinuousBatchingSampler(Engine):
     completion and half as much again (at least 64 tokens).
 
     A row's completion depends on its prompt and seed alone, never on the number of slots: it is that
-    of :class:`~lightning_kd.CachedSampler`, up to round-off.
+    of :class:`~lightning_kd.CachedSampler`, up to round-off. Rotary embeddings that follow the length
+    (dynamic NTK, longrope) are those of the longest row that is generated beside it.
 
     Args:
         slots: Largest number of rows that are generated at once.

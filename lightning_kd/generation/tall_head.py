@@ -22,7 +22,7 @@ def tall_heads(*models: PreTrainedModel) -> Iterator[None]:
 
     Few rows times a large weight, :math:`h W^\top`, takes several threads up to three times as long
     as :math:`(W h^\top)^\top`, which is the same number up to the order of the summands. So this is
-    done for 2 to 32 rows, several threads, and a plain float32 head of 16 MiB or more.
+    done for 2 to 32 rows, several threads, no autocast, and a plain float32 head of 16 MiB or more.
 
     Args:
         models: Whose heads; any other head stays as it is.
@@ -71,4 +71,7 @@ def _pays(head: object) -> bool:
         and head.weight.dtype == torch.float32
         and head.weight.nbytes >= LEAST_BYTES
         and torch.get_num_threads() > 1
+        and not torch.is_autocast_enabled(
+            "cpu"
+        )  # which multiplies in fewer bits, whatever the rows
     )

@@ -25,7 +25,7 @@ from lightning_kd.fused.chunked_pass import Weights
 from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.logits_chunk import values_of
 from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
-from lightning_kd.option_checks import check_choice
+from lightning_kd.option_checks import check_choice, is_number
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
 
@@ -125,8 +125,8 @@ class FusedLogits(LogitsBackend):
             that cannot be traced is evaluated without, as a warning says.
 
     Raises:
-        ValueError: If ``chunk_megabytes`` is not positive, or ``compile`` is another word; later, if
-            it is ``always`` where nothing can be compiled.
+        ValueError: If ``chunk_megabytes`` is no positive whole number, or ``compile`` is another word;
+            later, if it is ``always`` where nothing can be compiled.
     """
 
     def __init__(
@@ -134,8 +134,12 @@ class FusedLogits(LogitsBackend):
         chunk_megabytes: int | None = None,
         compile: Compile = "auto",  # noqa: A002  as in Lightning and PyTorch
     ) -> None:
-        if chunk_megabytes is not None and chunk_megabytes < 1:
-            raise ValueError(f"chunk_megabytes is {chunk_megabytes}; it must be positive")
+        is_whole = is_number(chunk_megabytes, whole=True)
+        if chunk_megabytes is not None and not (is_whole and chunk_megabytes >= 1):
+            raise ValueError(
+                f"chunk_megabytes is {chunk_megabytes!r}; it must be a positive whole number, or None "
+                "for three quarters of the head's gradient"
+            )
         check_choice("compile", compile, get_args(Compile))
         self.chunk_megabytes, self.compile = chunk_megabytes, compile
         self._heads: list[tuple[PreTrainedModel, OutputHead | None]] = []

@@ -30,6 +30,7 @@ from lightning_kd.modules.planned_work import PlanningModule
 from lightning_kd.modules.term_checks import by_name, term_names
 from lightning_kd.modules.tuning import TunableModule
 from lightning_kd.normalization import Normalization, make_normalization
+from lightning_kd.option_checks import check_instance
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import StrategyAdapter, adapter_of
 from lightning_kd.tokenization import TokenizerLike
@@ -87,7 +88,8 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         super().__init__(student=student, tokenizer=tokenizer, generation=generation, engine=engine)
         self.normalization = make_normalization(normalization)
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self.logits_backend = logits_backend or FusedLogits()
+        self.logits_backend = FusedLogits() if logits_backend is None else logits_backend
+        check_instance("logits_backend", self.logits_backend, LogitsBackend, "FusedLogits()")
         self._window = LossSums(term_names(type(self), getattr(self, "terms", None)))
         self._evaluation = LossSums(self.evaluation_terms or self.terms)
         self.train_distribution = DistributionMetrics()
@@ -248,10 +250,6 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         factor = self._sum_scale.gradient_factor(self.trainer, number)
         return factor * number / self._step_sums.divisor
 
-    def _logs_this_step(self, *, taken: int = 0) -> bool:
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        return every > 0 and (self.global_step + 1 - taken) % every == 0
-
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters() if p.grad is not None]
 
@@ -273,6 +271,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
             metric_terms=metric_terms,
         )
         if metrics is not None:
+            self.compared_label_nats = watched[0]
             self._measure(metrics, scores, watched)
         return total, loss
 

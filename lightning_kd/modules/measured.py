@@ -50,7 +50,10 @@ class MeasuredModule(L.LightningModule):
     tokenizer: PreTrainedTokenizerBase
 
     label_nats: Tensor
-    """Of the last micro-batch that was measured, ``(N,)``."""
+    """Of the last micro-batch that was measured, over all tokens of the student, ``(N,)``."""
+
+    compared_label_nats: Tensor
+    """The same over the tokens that student and teacher share, of which completions are sampled."""
 
     label_likelihood: LabelLikelihood
     """Of the last evaluated batch, for callbacks."""
@@ -83,6 +86,10 @@ class MeasuredModule(L.LightningModule):
         if size is not None:
             self.eval_distribution.update_bytes(self.label_nats[labeled], size[labeled])
         self.label_likelihood = LabelLikelihood(positions, self.label_nats, size)
+
+    def _logs_this_step(self, *, taken: int = 0) -> bool:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every > 0 and (self.global_step + 1 - taken) % every == 0
 
     def _log_terms(
         self, stage: str, means: Mapping[str, Tensor | float], names: Sequence[str], shown: set[str]

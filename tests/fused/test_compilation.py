@@ -259,6 +259,68 @@ def test_a_sparse_answer_leaves_the_other_terms_compiled():
     assert number_of_graphs() == 1
 
 
+class Squares(TokenTerm):
+    """Its gradient is the logits themselves, and it decides by value, so that it is not compiled."""
+
+    def values(self, chunk):
+        return 0.5 * chunk.student_logits.square().sum(-1)
+
+    def values_and_gradient(self, chunk):
+        if float(chunk.student_logits.sum()) > 1e30:
+            raise ValueError("far too large")
+        return self.values(chunk), chunk.student_logits
+
+
+@pytest.mark.filterwarnings("ignore:Squares is not compiled")
+def test_a_gradient_that_is_the_logits_is_not_overwritten_by_compiled_code():
+    weight, labels, teacher, weights = draw(14)
+    terms = [DivergenceTerm("forward_kl"), Squares()]
+    logits = weight[labels] @ weight.T
+    exact = weights * (
+        make_divergence("forward_kl")(logits.log_softmax(-1), teacher.log_softmax(-1))
+        + 0.5 * logits.square().sum(-1)
+    )
+    (expected,) = torch.autograd.grad(exact.sum(), weight)
+    for _ in range(2):  # the first falls back on the way
+        total, _ = weighted_sum(
+            passed(weight, labels, teacher, terms, "always"), [weights, weights]
+        )
+        (found,) = torch.autograd.grad(total, weight)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["auto", "always"])
+def test_more_settings_than_pytorch_makes_code_for(mode, monkeypatch, recwarn):
+    """Said by name, and refused where everything is to be compiled."""
+    monkeypatch.setattr(compilation, "pays", lambda device, planned_logits: True)
+    weight, labels, teacher, weights = draw(14)
+
+    def evaluate(beta):
+        divergence = make_divergence("generalized_jsd", beta=beta)
+        chunks = passed(weight, labels, teacher, [DivergenceTerm(divergence)], mode)
+        with torch._dynamo.config.patch(recompile_limit=3):
+            return weighted_sum(chunks, [weights])[1][0]
+
+    for beta in (0.2, 0.3, 0.4):
+        evaluate(beta)
+    if mode == "always":
+        for _ in range(2):
+            with pytest.raises(
+                ValueError, match=r"always, and Div.*GeneralizedJSD.* over 3 settings"
+            ):
+                evaluate(0.5)
+        evaluate(0.2)  # for which there is code
+        return
+    exact = make_divergence("generalized_jsd", beta=0.5)(
+        (weight[labels] @ weight.T).log_softmax(-1), teacher.log_softmax(-1)
+    )
+    torch.testing.assert_close(evaluate(0.5), exact, rtol=1e-11, atol=1e-12)
+    evaluate(0.6)
+    (line,) = [str(w.message) for w in recwarn if "without a compiler" in str(w.message)]
+    assert "GeneralizedJSD" in line
+    assert "raise torch._dynamo.config.recompile_limit" in line
+
+
 class Whole(TokenTerm):
     """A wrong one: one number for all positions."""
 

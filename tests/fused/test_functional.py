@@ -272,6 +272,16 @@ def test_a_kept_graph_gives_the_same_twice():
         assert torch.equal(one, other)
 
 
+def test_gradients_of_several_factors_at_once():
+    student, teacher = heads(bias=False)
+    total, factors = fused(student, teacher).total, torch.tensor([1.0, -2.0], dtype=torch.float64)
+    found = torch.autograd.grad(total, student[:2], factors, is_grads_batched=True)
+    exact = dense(student, teacher, "forward_kl").sum()
+    for factor, *of_factor in zip(factors, *found, strict=True):
+        assert_equal(of_factor, gradients(exact * factor, student))
+        exact = dense(student, teacher, "forward_kl").sum()
+
+
 def test_a_small_divisor_flushes_nothing_in_half_precision():
     """One over the count is applied to the gradient in float32, not to logits in float16."""
     student, teacher = heads(dtype=torch.float16)

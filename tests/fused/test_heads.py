@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
-from lightning_kd.fused import compilation
+from lightning_kd.fused import compilation, fused_linear_divergence
 from lightning_kd.models import DenseLogits, FusedLogits, LoRA, StudentSpec
 from lightning_kd.models.output_head import find_head
 from lightning_kd.modules import SFT, BabyLlama, SupervisedKD
@@ -247,6 +247,18 @@ def test_looking_for_the_head_leaves_the_model_as_it_was():
         assert torch.equal(value, before[name])
 
 
-def test_a_budget_must_be_positive():
-    with pytest.raises(ValueError, match="chunk_megabytes is 0"):
-        FusedLogits(chunk_megabytes=0)
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "64", float("nan"), float("inf")])
+def test_a_budget_must_be_positive(size):
+    with pytest.raises(ValueError, match=rf"chunk_megabytes is {size!r}; .* positive whole number"):
+        FusedLogits(chunk_megabytes=size)
+    states, weight = torch.zeros(2, 3), torch.zeros(4, 3)
+    with pytest.raises(ValueError, match=rf"chunk_bytes is {size!r}; .* positive whole number"):
+        fused_linear_divergence(states, weight, states, weight, chunk_bytes=size)
+
+
+@pytest.mark.parametrize(
+    ("given", "came"), [(FusedLogits, "the class FusedLogits"), ("FusedLogits", "'FusedLogits'")]
+)
+def test_a_backend_is_an_object(given, came):
+    with pytest.raises(ValueError, match=rf"logits_backend is {came}; .* such as FusedLogits\(\)"):
+        SFT(student="./student", logits_backend=given)

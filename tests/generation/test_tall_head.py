@@ -76,6 +76,13 @@ def test_completions_are_what_they_were(options, pays, monkeypatch):
         assert torch.equal(found.ids[:, : theirs.shape[1]], theirs)
 
 
+def test_under_autocast_the_product_is_the_models_own(pays):
+    """Which is in bfloat16, whatever the number of rows."""
+    model = tiny_llama(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16), tall_heads(model):
+        assert "forward" not in vars(model.get_output_embeddings())
+
+
 def test_continuous_batches_have_it_too(pays, monkeypatch):
     model, prompts = tiny_llama(3).eval(), Prompts(*PROMPTS, eos_ids=EOS, pad_id=0)
     asked = []

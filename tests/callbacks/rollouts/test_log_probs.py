@@ -62,6 +62,20 @@ def test_in_float32_there_is_round_off_alone():
         assert 0 <= mean <= largest < 1e-4
 
 
+@pytest.mark.parametrize("method", [GKD, OnPolicyDistillation])
+@pytest.mark.filterwarnings("ignore:the student gives")
+def test_tokens_that_only_the_student_has_are_in_neither(method):
+    module = method(
+        student=StudentSpec.of(tiny_llama(0, vocab_size=24)),
+        teacher=LocalTeacher.of(tiny_llama(1)),
+        vocabulary="shared",
+    )
+    logged = run(module, 1).steps[0]
+    assert logged["train/student_dropped_mass"] > 0.1
+    mean, largest = difference(logged)
+    assert 0 <= mean <= largest < 1e-4
+
+
 def test_in_bfloat16_it_is_of_its_precision():
     module = module_of(GKD, LocalTeacher.of(tiny_llama(1)))
     mean, largest = difference(run(module, 1, precision="bf16-mixed").steps[0])
