@@ -110,7 +110,8 @@ class CompletionSamples(EvaluationCallback):
         """Validate that prompts and completions fit into the student's positions, and references.
 
         Raises:
-            ValueError: If they are longer, or a metric cannot be computed, or two have one name.
+            ValueError: If they are longer, the module's engine cannot generate with the student, a
+                metric cannot be computed, or two have one name.
         """
         seen = {*self._cut.names}
         for metric in self.metrics:
@@ -118,6 +119,7 @@ class CompletionSamples(EvaluationCallback):
             seen |= {*_told_names(metric)}
         if not isinstance(module, DistillationModule):
             return
+        module.check_generation()
         prompt = longest_rows(trainer).get(SPLITS[stage], (0, 0))[1]
         if prompt > 0:
             length = prompt + self.options.max_new_tokens

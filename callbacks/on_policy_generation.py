@@ -19,11 +19,11 @@ from lightning_kd.callbacks.rollouts.checks import (
     check_lengths,
     check_module,
     check_ranges,
+    check_rows_at_once,
     check_sampling,
-    check_shards,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
-from lightning_kd.callbacks.rollouts.generation import check_teacher, complete
+from lightning_kd.callbacks.rollouts.generation import check_models, check_teacher, complete
 from lightning_kd.callbacks.rollouts.health import HealthOptions, RolloutHealth
 from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
@@ -58,11 +58,10 @@ class OnPolicyGeneration(Resumable, Callback):
     ``passes``, each window is trained on several times before the next is generated; a checkpoint in
     the middle of a window contains it.
 
-    Logs under ``rollout/``, at logged steps: ``on_policy`` (1 if the student generated), the
-    completions' lengths, ends and repetition, each teacher's share of their tokens, ``distinct_1`` and
-    ``distinct_2`` (share of distinct n-grams, first rank), ``tokens_per_second`` of generation and its
-    ``time_share`` of the window; histograms (TensorBoard), a table. Warns when lengths run away.
-    ``docs/on_policy.md`` (Health) says what each number is.
+    Logs under ``rollout/``, at logged steps, what ``docs/on_policy.md`` (Health) says: completions'
+    lengths, ends and repetition, each teacher's share of their tokens, ``on_policy`` (1 if the student
+    generated); ``tokens_per_second`` of generation and its ``time_share`` of the window; histograms
+    (TensorBoard), a table. Warns when lengths run away.
 
     Args:
         lmbda: Share of windows that the student generates (GKD's :math:`\lambda`), in [0, 1], or a
@@ -79,11 +78,10 @@ class OnPolicyGeneration(Resumable, Callback):
         truncated: Treatment of completions without an EOS: ``keep`` trains on them; ``mask`` removes
             their tokens from the loss and its count; ``drop`` also from baselines and statistics.
         health: What is looked at to tell whether the student does well.
-        rows_at_once: Largest number of rows that a rank generates together. Defaults to a whole window.
+        rows_at_once: Most rows that a rank generates together. Defaults to all; not with ``slots``.
         table_every: Optimizer steps between histograms and tables; 0 for none.
         table_rows: Rows of the table.
-        unshard: Gather the weights of sharded models on every process while completions are generated:
-            faster, if there is memory for it.
+        unshard: Gather sharded weights on every process to generate: faster, if there is memory for it.
         path: JSONL file that every generated completion is appended to, with the columns that
             :class:`~lightning_kd.callbacks.JsonlPredictions` writes. Only a resumed run goes on in
             one that exists.
@@ -126,6 +124,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self.off_policy: OffPolicy = off_policy
         self.generation = generation or SamplingOptions()
         self.engine = engine_for(self.generation, engine, mixture=mixture_alpha > 0)
+        check_rows_at_once(self.engine, rows_at_once)
         self.mixture_alpha = mixture_alpha
         self.steps_per_window = steps_per_window
         self.plan = RolloutPlan(1, passes, group_size)
@@ -166,7 +165,6 @@ class OnPolicyGeneration(Resumable, Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse module, options and engine that do not go together, before the first step."""
         self.check(pl_module)
-        check_shards(pl_module, unshard=self.unshard)
         self.records.check(trainer)
 
     def check(self, pl_module: L.LightningModule) -> None:
@@ -175,7 +173,9 @@ class OnPolicyGeneration(Resumable, Callback):
         self.health.check(module)
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         check_sampling(module, self.generation, always=always)
-        check_teacher(module, self.mixture_alpha, self.off_policy, self.lmbda, self.engine)
+        generating = self.mixture_alpha, self.off_policy, self.lmbda, self.engine
+        check_teacher(module, *generating)
+        check_models(module, *generating, unshard=self.unshard)
         from_data = not always and self.off_policy == "dataset"
         check_lengths(module, self.generation.max_new_tokens, from_data=from_data)
 

@@ -111,7 +111,8 @@ class OwnCompletions(EvaluationCallback):
         """Validate the teacher, and that prompts and completions fit.
 
         Raises:
-            ValueError: If the teacher cannot be asked, or they are too long for a model.
+            ValueError: If the teacher cannot be asked, they are too long for a model, or the module's
+                engine cannot generate with the student.
         """
         own = type(self).__name__
         if not isinstance(module, TeacherModule):
@@ -120,6 +121,7 @@ class OwnCompletions(EvaluationCallback):
                 "take a method with one, such as SupervisedKD, or leave the callback out"
             )
         self.check_teacher(module)
+        module.check_generation()
         if self.overlap is not None and self.overlap.k > module.width:
             raise ValueError(
                 f"overlap_k is {self.overlap.k}, and there are {module.width} tokens; lower it"

@@ -514,6 +514,10 @@ TABLE = {
         gkd("--on_policy.engine", "TransformersEngine", "--on_policy.mixture_alpha", "0.2"),
         ["TransformersEngine cannot sample from a mixture", "CachedSampler"],
     ),
+    "rows at once for slots": (
+        gkd("--on_policy.engine", "ContinuousBatchingSampler", "--on_policy.rows_at_once", "4"),
+        ["rows_at_once is 4", "ContinuousBatchingSampler", "leave rows_at_once out"],
+    ),
     "no group": (gkd("--on_policy.group_size", "0"), ["group_size", "0"]),
     "odd group": (
         gkd("--on_policy.group_size", "3", "--data.batch_size", "4"),

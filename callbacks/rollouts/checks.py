@@ -34,6 +34,21 @@ def check_ranges(
         raise ValueError(f"mixture_alpha is {mixture_alpha}; it must lie in [0, 1)")
 
 
+def check_rows_at_once(engine: Engine, rows_at_once: int | None) -> None:
+    """Refuse parts of a window for an engine that takes parts of what it is given by itself.
+
+    Raises:
+        ValueError: If the window is to be cut up, and the engine refills its slots.
+    """
+    if rows_at_once is not None and engine.refills_slots:
+        raise ValueError(
+            f"rows_at_once is {rows_at_once}, and {type(engine).__name__} would be given that many "
+            "rows at a time, with no further one to enter where a row has ended; leave rows_at_once "
+            "out (slots of the engine is the number of rows that are generated together), or choose "
+            "engine: CachedSampler"
+        )
+
+
 def check_module(module: L.LightningModule, engine: Engine) -> DistillationModule:
     """Return a module that uses completions, for which the engine gives what it needs.
 

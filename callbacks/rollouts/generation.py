@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_kd.batch import PromptBatch
+from lightning_kd.callbacks.rollouts.checks import check_shards
 from lightning_kd.generation import (
     Completions,
     Engine,
@@ -131,6 +132,37 @@ def check_teacher(
         teacher_with("mixture", module)
     if off_policy == "teacher" and share != 1:
         teacher_with("generation", module).check_generation(engine)
+
+
+def check_models(
+    module: DistillationModule,
+    mixture_alpha: float,
+    off_policy: str,
+    lmbda: Schedule,
+    engine: Engine,
+    *,
+    unshard: bool,
+) -> None:
+    """Validate that the engine can generate with the models that it will be given.
+
+    Args:
+        module: The method, with its models.
+        mixture_alpha: Share of the teacher in the distribution that the student samples from.
+        off_policy: Source of what the student does not generate: ``dataset`` or ``teacher``.
+        lmbda: Share of windows that the student generates.
+        engine: Of the run.
+        unshard: Whether weights in shards are gathered meanwhile.
+
+    Raises:
+        ValueError: If it cannot, or nothing is in shards that could be gathered.
+    """
+    check_shards(module, unshard=unshard)
+    share = lmbda.value if isinstance(lmbda, Constant) else None
+    models: list[Any] = [] if share == 0 else [module.student]
+    teacher_generates = off_policy == "teacher" and share != 1
+    if isinstance(module, TeacherModule) and (teacher_generates or (mixture_alpha > 0 and models)):
+        models += module.teacher.local_models.values()
+    engine.check_models(models, gathered=unshard)
 
 
 def _on_all(

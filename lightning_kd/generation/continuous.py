@@ -14,11 +14,11 @@ from lightning_kd.generation.decoding import Decoding
 from lightning_kd.generation.drawing import check_mixture, draw_next
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
-from lightning_kd.generation.slots import SlotDecoder
+from lightning_kd.generation.slots import SlotDecoder, check_slots
 from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
 from lightning_kd.models.rotary import within_own_length
-from lightning_kd.models.sharding import is_sharded
+from lightning_kd.models.sharding import is_fsdp2_sharded, is_gathered, is_sharded
 from lightning_kd.option_checks import is_number
 
 _FREE_SHARE = 1 / 8
@@ -43,8 +43,10 @@ class ContinuousBatchingSampler(Engine):
         slots: Largest number of rows that are generated at once.
 
     Raises:
-        ValueError: If ``slots`` is no positive number; when it generates, if a model is in shards,
-            which all processes must run together, or keeps a sliding window or a recurrent state.
+        ValueError: If ``slots`` is no positive number; before the first step, if a model is in shards
+            that are not gathered (``on_policy.unshard``), which all processes must run together, keeps
+            a sliding window or a recurrent state, or has no ``position_ids`` and counts the columns of
+            its cache.
 
     References:
         Yu et al., *Orca: A Distributed Serving System for Transformer-Based Generative Models*, OSDI
@@ -54,12 +56,20 @@ class ContinuousBatchingSampler(Engine):
     gives_log_probs = True
     supports_mixtures = True
     seeds_rows = True
+    refills_slots = True
     may_change_on_resume = frozenset({"slots"})
 
     def __init__(self, slots: int = 64) -> None:
         if not is_number(slots, whole=True) or slots < 1:
             raise ValueError(f"slots is {slots!r}; it must be a whole number, 1 or more")
         self.slots = slots
+
+    def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
+        """Refuse models in shards that are not gathered, and those that no row can enter late."""
+        for model in models:
+            if is_sharded(model) and not (gathered and is_fsdp2_sharded(model)):
+                raise _needs_all_processes(model)
+            check_slots(model)
 
     def generate(
         self,
@@ -73,21 +83,30 @@ class ContinuousBatchingSampler(Engine):
         check_mixture(models, options)
         mixed = [model for model, _ in models]
         for model in mixed:
-            if is_sharded(model):
-                raise ValueError(
-                    f"{type(model).__name__} is in shards, so all processes must run it together, and "
-                    "with ContinuousBatchingSampler each takes the steps that its own rows need; "
-                    "choose engine: CachedSampler"
-                )
+            if is_sharded(model) and not is_gathered(model):
+                raise _needs_all_processes(model)
+        # Weights that were gathered outlive the context, and the backward pass would refuse what
+        # inference mode has made of them.
+        gathered = any(is_sharded(model) for model in mixed)
+        mode = torch.no_grad() if gathered else torch.inference_mode()
         longest = int(prompts.mask.sum(-1).max()) + options.max_new_tokens
         own_length, heads = within_own_length(mixed, longest), tall_heads(*mixed)
-        with evaluating(*mixed), own_length, torch.inference_mode(), heads:
+        with evaluating(*mixed), own_length, mode, heads:
             batch = _Slots(models, prompts, options, seeds, self.slots)
             batch.generate()
         for model in mixed:
             leave_inference_mode(model)
         # Outside of inference mode, where joining makes ordinary tensors that can be trained on.
         return batch.completions()
+
+
+def _needs_all_processes(model: PreTrainedModel) -> ValueError:
+    """Return the error for a model that a process cannot run alone."""
+    return ValueError(
+        f"{type(model).__name__} is in shards, so all processes must run it together, and with "
+        "ContinuousBatchingSampler each takes the steps that its own rows need; choose engine: "
+        "CachedSampler, or for rollouts under fsdp2 gather the weights (on_policy.unshard: true)"
+    )
 
 
 class _Slots:

@@ -1,6 +1,5 @@
 """A causal language model that reads its prompts once and then one token at a time."""
 
-import inspect
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.generation.cache import can_drop_rows, masks_unseen, preallocated
+from lightning_kd.generation.token_positions import accepted_arguments, check_padding, no_cache
 from lightning_kd.models.modes import evaluating
 
 __all__ = ["Decoder", "evaluating", "tokens_between_looks"]
@@ -33,13 +33,14 @@ class Decoder:
         model: Any causal language model of transformers with a key-value cache.
         prompt_ids: Prompts padded on the left, ``(B, P)``.
         prompt_mask: 1 on real tokens, ``(B, P)``.
+
+    Raises:
+        ValueError: If the model keeps no cache, or prompts are padded and it takes padding for tokens.
     """
 
     def __init__(self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
         self.model = model
-        whole: Any = model
-        of_model = whole.get_base_model() if hasattr(whole, "get_base_model") else model
-        self._accepted = inspect.signature(of_model.forward).parameters.keys()
+        self._accepted = accepted_arguments(model)
         self._cache: Any = None
         # Without padding there is nothing to mask, and the attention kernel need not look.
         self._mask = None if bool(prompt_mask.all()) else prompt_mask
@@ -47,6 +48,8 @@ class Decoder:
         first = (prompt_mask.cumsum(-1) - 1).clamp(min=0)
         self.logits = self._forward(prompt_ids, first)
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
+        if self._mask is not None:
+            check_padding(model)
         self._check_numbers()
         self._make_room()
 
@@ -97,9 +100,6 @@ class Decoder:
         )
         self._cache = getattr(output, "past_key_values", None)
         if self._cache is None:
-            raise ValueError(
-                f"{type(self.model).__name__} keeps no key-value cache; choose engine: "
-                "TransformersEngine for its completions"
-            )
+            raise no_cache(self.model)
         logits: Tensor = output.logits[:, -1]
         return logits if logits.dtype == torch.float64 else logits.float()

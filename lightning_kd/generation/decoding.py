@@ -164,15 +164,19 @@ def decoding_of(
     weights = [weight for _, weight in models]
     device, longest = prompt_ids.device, options.max_new_tokens
     wanted = cache == "static" or (cache == "auto" and device.type in recording.RECORDED_ON)
-    if wanted and _can_be_static([model for model, _ in models], cache):
+    if wanted and can_be_static([model for model, _ in models], cache):
         decoders = [StaticDecoder(m, prompt_ids, prompt_mask, longest) for m, _ in models]
         return RecordedDecoding(decoders, weights, options, width, recording.recorder(device))
     dynamic = [Decoder(model, prompt_ids, prompt_mask) for model, _ in models]
     return Decoding(dynamic, weights, options, width)
 
 
-def _can_be_static(models: Sequence[PreTrainedModel], cache: CacheKind) -> bool:
-    """Return whether no model has an obstacle to a static cache, and say it once for each that has."""
+def can_be_static(models: Sequence[PreTrainedModel], cache: CacheKind) -> bool:
+    """Return whether no model has an obstacle to a static cache, and say it once for each that has.
+
+    Raises:
+        ValueError: If a static cache is asked for and a model has an obstacle to it.
+    """
     for model in models:
         obstacle = static_obstacle(model)
         if obstacle is None:

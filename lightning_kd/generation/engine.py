@@ -50,6 +50,10 @@ class Engine(Resumable, ABC):
     supports_beam_search: bool = False
     """Whether ``num_beams`` may be above 1."""
 
+    refills_slots: bool = False
+    """Whether it generates a part of the rows at a time by itself, so that ``rows_at_once`` would have
+    it wait for the last row of each part."""
+
     @abstractmethod
     def generate(
         self,
@@ -71,6 +75,28 @@ class Engine(Resumable, ABC):
                 weights, the student first.
         """
 
+    def check_options(self, options: GenerationOptions) -> None:
+        """Refuse options that it does not support, before anything is loaded.
+
+        Does nothing by default.
+
+        Raises:
+            ValueError: If it does not support them.
+        """
+
+    def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
+        """Refuse models that it cannot generate with, before the first step; called on every process.
+
+        Does nothing by default.
+
+        Args:
+            models: Those that it will be given.
+            gathered: Whether weights in shards of FSDP2 will be whole on every process meanwhile.
+
+        Raises:
+            ValueError: If it cannot generate with one of them.
+        """
+
     def update(self, student: PreTrainedModel) -> None:
         """Take the student's weights, which have changed; called on every process.
 
@@ -78,12 +104,18 @@ class Engine(Resumable, ABC):
         """
 
 
-def check_engine(engine: Engine, options: GenerationOptions, *, mixture: bool = False) -> None:
-    """Validate options against what an engine can do.
+def check_engine(engine: object, options: GenerationOptions, *, mixture: bool = False) -> None:
+    """Validate an engine, and options against what it can do.
 
     Raises:
-        ValueError: If they need beam search or mixtures, and the engine has none.
+        ValueError: If it is no engine, or the options need what it does not have.
     """
+    if not isinstance(engine, Engine):
+        came = f"the class {engine.__name__}" if isinstance(engine, type) else repr(engine)
+        raise ValueError(
+            f"engine is {came}; give an instance of an Engine, such as CachedSampler() or "
+            "ContinuousBatchingSampler(slots=64)"
+        )
     name = type(engine).__name__
     if options.num_beams > 1 and not engine.supports_beam_search:
         raise ValueError(
@@ -95,6 +127,7 @@ def check_engine(engine: Engine, options: GenerationOptions, *, mixture: bool = 
             f"{name} cannot sample from a mixture of two models; set mixture_alpha: 0, or choose an "
             "engine that can, such as CachedSampler, and num_beams: 1"
         )
+    engine.check_options(options)
 
 
 def check_log_probs(engine: Engine, method: str) -> None:

@@ -32,7 +32,7 @@ def engine_for(
         mixture: Whether a mixture of two models is sampled from.
 
     Raises:
-        ValueError: If the options need beam search or mixtures, and the engine has none.
+        ValueError: If the engine is none, or the options need what it does not have.
     """
     if engine is None:
         engine = TransformersEngine() if options.num_beams > 1 else CachedSampler()

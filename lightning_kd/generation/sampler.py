@@ -11,12 +11,13 @@ from lightning_kd.collectives import any_process
 from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import evaluating, tokens_between_looks
-from lightning_kd.generation.decoding import CacheKind, decoding_of
+from lightning_kd.generation.decoding import CacheKind, can_be_static, decoding_of
 from lightning_kd.generation.drawing import check_mixture
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.recording import Tensors
 from lightning_kd.generation.tall_head import tall_heads
+from lightning_kd.generation.token_positions import check_cache
 from lightning_kd.generation.uniforms import Uniforms
 from lightning_kd.models.rotary import within_own_length
 from lightning_kd.models.sharding import is_sharded
@@ -44,8 +45,9 @@ class CachedSampler(Engine):
             same, up to round-off.
 
     Raises:
-        ValueError: If there is no such ``cache``; when it generates with ``static``, if a model does
-            not allow it.
+        ValueError: If there is no such ``cache``; before the first step, if a model has no key-value
+            cache, or with ``static`` does not allow it; when it generates, if prompts are padded and a
+            model has no ``position_ids`` and counts the padding.
     """
 
     gives_log_probs = True
@@ -56,6 +58,13 @@ class CachedSampler(Engine):
     def __init__(self, cache: CacheKind = "auto") -> None:
         check_choice("cache", cache, get_args(CacheKind))
         self.cache = cache
+
+    def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
+        """Refuse models without a key-value cache, and obstacles to a static one that is asked for."""
+        for model in models:
+            check_cache(model)
+        if self.cache == "static":
+            can_be_static(models, self.cache)
 
     def generate(
         self,
@@ -109,8 +118,9 @@ def sample(
         cache: Kind of key-value cache; see :class:`CachedSampler`.
 
     Raises:
-        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary, or a static
-            cache is asked for and a model does not allow it.
+        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary, a static
+            cache is asked for and a model does not allow it, or prompts are padded and a model counts
+            the padding.
     """
     check_mixture(models, options)
     mixed = [model for model, _ in models]

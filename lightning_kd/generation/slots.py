@@ -1,5 +1,8 @@
 """A causal language model that rows enter and leave at different times."""
 
+from collections.abc import Collection
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -7,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lightning_kd.generation.cache import PreallocatedLayer, masks_unseen
 from lightning_kd.generation.decoder import Decoder, tokens_between_looks
+from lightning_kd.generation.token_positions import check_cache, check_late_rows
 
 
 class SlotDecoder(Decoder):
@@ -22,25 +26,23 @@ class SlotDecoder(Decoder):
         last_position: Of any row's tokens. A row that has ended and still is in its slot stays there.
 
     Raises:
-        ValueError: If a layer keeps something else, such as a window or a recurrent state.
+        ValueError: If a layer keeps something else, such as a window or a recurrent state, or a
+            token's place is told from its column.
     """
 
     def __init__(
         self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor, last_position: int
     ) -> None:
         super().__init__(model, prompt_ids, prompt_mask)
+        check_late_rows(model)
         self._last_position = last_position
         layers = self._cache.layers if isinstance(self._cache, DynamicCache) else [self._cache]
         # Of a layer that reads another one's keys there is nothing.
         empty = [x for x in layers if type(x) is DynamicLayer and not x.is_initialized]
         self._layers = [x for x in layers if type(x) is PreallocatedLayer]
         if len(self._layers) + len(empty) < len(layers):
-            plain = {PreallocatedLayer, DynamicLayer}
-            others = sorted({type(x).__name__ for x in layers if type(x) not in plain})
-            raise ValueError(
-                "ContinuousBatchingSampler puts a row's keys and values behind those of the row that "
-                f"had its slot before, and {type(model).__name__} keeps {' and '.join(others)} (a "
-                "sliding window, or a recurrent state); choose engine: CachedSampler"
+            raise _other_layers(
+                model, {type(x) for x in layers} - {PreallocatedLayer, DynamicLayer}
             )
 
     def append(self, tokens: Tensor) -> None:
@@ -83,3 +85,30 @@ class SlotDecoder(Decoder):
         """Keep these slots only."""
         super().keep(rows)
         self.logits = self.logits[rows]
+
+
+def check_slots(model: PreTrainedModel) -> None:
+    """Refuse a model that no row can enter late, before it has read anything.
+
+    Raises:
+        ValueError: If it keeps something else than the keys and values of all tokens, or a token's
+            place is told from its column.
+    """
+    check_cache(model)
+    check_late_rows(model)
+    whole: Any = model
+    inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else model
+    layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
+    others = {type(layer) for layer in layers} - {DynamicLayer}
+    if others:
+        raise _other_layers(model, others)
+
+
+def _other_layers(model: PreTrainedModel, kinds: Collection[type]) -> ValueError:
+    """Return the error for a model that does not keep the keys and values of all tokens."""
+    kept = " and ".join(sorted(kind.__name__ for kind in kinds))
+    return ValueError(
+        "ContinuousBatchingSampler puts a row's keys and values behind those of the row that "
+        f"had its slot before, and {type(model).__name__} keeps {kept} (a "
+        "sliding window, or a recurrent state); choose engine: CachedSampler"
+    )

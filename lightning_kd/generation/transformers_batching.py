@@ -43,13 +43,14 @@ class TransformersContinuousBatching(Engine):
         timeout: Seconds without a further completion after which generation has failed.
 
     Raises:
-        ValueError: If ``slots`` or ``timeout`` is no positive number; when it generates, if tokens are
-            cut off by ``top_k`` or ``top_p``, whose log-probabilities it would record, or if the model
-            is in shards.
+        ValueError: If ``slots`` or ``timeout`` is no positive number; before the first step, if tokens
+            are cut off by ``top_k`` or ``top_p``, whose log-probabilities it would record, or if the
+            model is in shards.
         RuntimeError: If transformers fails, or takes longer than ``timeout``.
     """
 
     gives_log_probs = True
+    refills_slots = True
     may_change_on_resume = frozenset({"timeout"})
 
     def __init__(self, slots: int = 64, timeout: float = 600.0) -> None:
@@ -58,6 +59,25 @@ class TransformersContinuousBatching(Engine):
         if not is_number(timeout) or not 0 < timeout < inf:
             raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds above 0")
         self.slots, self.timeout = slots, timeout
+
+    def check_options(self, options: GenerationOptions) -> None:
+        """Refuse options that cut off tokens: transformers tells no log-probabilities of all tokens."""
+        if options.temperature > 0 and (options.top_k > 0 or options.top_p < 1):
+            raise ValueError(
+                f"top_k {options.top_k} and top_p {options.top_p}: TransformersContinuousBatching "
+                "records log-probabilities of what they leave over, not of the model; set top_k: 0 and "
+                "top_p: 1, or choose engine: ContinuousBatchingSampler"
+            )
+
+    def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
+        """Refuse models in shards, gathered or not: its thread is none that FSDP2 knows."""
+        for model in models:
+            if is_sharded(model):
+                raise ValueError(
+                    f"{type(model).__name__} is in shards, so all processes must run it together, and "
+                    "with TransformersContinuousBatching each takes the steps that its own rows need; "
+                    "choose engine: CachedSampler"
+                )
 
     @torch.no_grad()
     def generate(
@@ -70,7 +90,8 @@ class TransformersContinuousBatching(Engine):
     ) -> Completions:
         """Generate with one model; all seeds together decide the samples."""
         ((model, _),) = models
-        _check(model, options)
+        self.check_options(options)
+        self.check_models([model])
         whole: Any = model
         inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else model
         rows = [
@@ -152,26 +173,6 @@ def paged_length(prompt: int, generated: int) -> int:
         (512, 768)
     """
     return _PAGE * (ceil((prompt + generated) / _PAGE) + 1)
-
-
-def _check(model: PreTrainedModel, options: GenerationOptions) -> None:
-    """Refuse what transformers would do otherwise than it is told.
-
-    Raises:
-        ValueError: If the options cut off tokens, or the model is in shards.
-    """
-    if options.temperature > 0 and (options.top_k > 0 or options.top_p < 1):
-        raise ValueError(
-            f"top_k {options.top_k} and top_p {options.top_p}: TransformersContinuousBatching records "
-            "log-probabilities of what they leave over, not of the model; set top_k: 0 and top_p: 1, "
-            "or choose engine: ContinuousBatchingSampler"
-        )
-    if is_sharded(model):
-        raise ValueError(
-            f"{type(model).__name__} is in shards, so all processes must run it together, and with "
-            "TransformersContinuousBatching each takes the steps that its own rows need; choose "
-            "engine: CachedSampler"
-        )
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from transformers import PreTrainedModel
+
+_gathered: WeakSet[nn.Module] = WeakSet()
 
 
 def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
@@ -40,16 +43,30 @@ def is_sharded(model: nn.Module) -> bool:
     return is_fsdp2_sharded(model) or flat or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
+def is_gathered(model: nn.Module) -> bool:
+    """Return whether :func:`unsharded` has gathered a model's weights, and they stay on every process.
+
+    A process can then run it alone, and as often as its own rows need.
+    """
+    return model in _gathered
+
+
 @contextmanager
 def unsharded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
-    """Gather all weights of models on every process while the context is open."""
+    """Gather all weights of models on every process while the context is open.
+
+    No unit is let go after its forward pass, so that none has to be gathered again: a forward pass in
+    the context waits for no other process.
+    """
     units = [part for model in models for part in model.modules() if isinstance(part, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    _gathered.update(models)
     try:
         yield
     finally:
+        _gathered.difference_update(models)
         roots = {id(model) for model in models}
         for unit in units:
             unit.set_reshard_after_forward(id(unit) not in roots, recurse=False)

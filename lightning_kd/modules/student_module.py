@@ -11,13 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.batch import Batch, require_prompts
 from lightning_kd.checkpoints import RUN_KEY, compare_weights
-from lightning_kd.generation import (
-    Completions,
-    Engine,
-    GenerationOptions,
-    engine_for,
-    generate,
-)
+from lightning_kd.generation import Completions, Engine, GenerationOptions, engine_for, generate
 from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import StudentLike
 from lightning_kd.models.adapters import has_adapters
@@ -212,6 +206,11 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
             engine=self.engine,
         )
 
+    def check_generation(self) -> None:
+        """Refuse models that the engine cannot generate with, if one was chosen."""
+        if self.engine is not None:
+            self.engine.check_models(list(self.generating_models.values()))
+
     def _update_engine(self) -> None:
         """Update the engine's weights, if the student's have changed since the last time."""
         step = self.global_step
@@ -258,8 +257,9 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
         self.on_validation_start()
 
     def on_predict_start(self) -> None:
-        """Refuse to generate with random weights; see :meth:`on_validation_start`."""
+        """Refuse random weights (:meth:`on_validation_start`) and models that the engine cannot run."""
         self.on_validation_start()
+        self.check_generation()
 
     @property
     def _uses_student(self) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_kd.generation import ContinuousBatchingSampler
 from tests.modules.partition_grid import METHODS, ON_POLICY, run, without_float32_islands
 
 CASES = [
@@ -36,6 +37,11 @@ def main() -> None:
     for case in UNSHARDED:
         results[case, (2, 1, 4), "unsharded"] = run(
             case, (2, 1, 4), rank, strategy="fsdp2", placement="sharded", unshard=True
+        )
+        # Each rank runs its models as often as its own rows need.
+        slots = ContinuousBatchingSampler(2)
+        results[case, (2, 1, 4), "slots"] = run(
+            case, (2, 1, 4), rank, strategy="fsdp2", placement="sharded", unshard=True, engine=slots
         )
     if rank == 0:
         torch.save(results, Path(sys.argv[1]))

@@ -76,6 +76,16 @@ def test_tokens_that_only_the_student_has_are_in_neither(method):
     assert 0 <= mean <= largest < 1e-4
 
 
+def test_greedy_completions_are_measured_at_temperature_1():
+    seen = Seen()
+    generation = SamplingOptions(max_new_tokens=24, temperature=0.0)
+    module = module_of(GKD, LocalTeacher.of(tiny_llama(1)))
+    options = {"engine": Inexact(), "generation": generation}
+    logged = run(module, 1, options=options, callbacks=[seen]).steps[0]
+    expected = by_a_forward_pass(seen.batches[0])
+    assert difference(logged) == pytest.approx(expected, rel=1e-4)
+
+
 def test_in_bfloat16_it_is_of_its_precision():
     module = module_of(GKD, LocalTeacher.of(tiny_llama(1)))
     mean, largest = difference(run(module, 1, precision="bf16-mixed").steps[0])

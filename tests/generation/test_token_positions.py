@@ -1,0 +1,140 @@
+"""Models that are told positions, and models that count columns, against each row alone."""
+
+import pytest
+import torch
+import transformers
+
+from lightning_kd import CachedSampler, ContinuousBatchingSampler, GenerationOptions, Prompts
+from lightning_kd.generation import decoder, slots
+from lightning_kd.generation.token_positions import check_cache
+
+SMALL = {"vocab_size": 18, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2}
+PLAIN = {"hidden_size": 16, "intermediate_size": 32, **LAYERS}
+DECODER = {"d_model": 16, "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+GPT = {"n_embd": 16, "n_layer": 2, "n_head": 2}
+TOLD = {
+    "Llama": PLAIN,
+    "GPTNeoX": PLAIN,
+    "Phi": PLAIN,
+    "OPT": {**LAYERS, "hidden_size": 16, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "GPTBigCode": GPT,
+    "CodeGen": {**GPT, "rotary_dim": 4, "n_head": 4},
+    "XGLM": {"d_model": 16, "num_layers": 2, "attention_heads": 2, "ffn_dim": 32},
+    "BioGpt": PLAIN,
+    "Falcon": {**LAYERS, "hidden_size": 16, "alibi": True},
+    "Bloom": {"hidden_size": 16, "n_layer": 2, "n_head": 2},
+    "Mpt": {"d_model": 16, "n_layers": 2, "n_heads": 2},
+}
+COUNTING = {"Bart": DECODER, "Pegasus": DECODER, "TrOCR": DECODER}
+DISTANCES = {"RoFormer": {**PLAIN, "embedding_size": 16, "is_decoder": True}}
+OPTIONS = GenerationOptions(max_new_tokens=9)
+SAMPLERS = [CachedSampler(), ContinuousBatchingSampler(3)]
+
+
+def model_of(kind, fields):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**SMALL, **fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():  # large, so that a token in another place is another one; sines stay
+        for parameter in model.parameters():
+            if parameter.ndim > 1 and parameter.requires_grad:
+                parameter.normal_(std=0.5)
+    return model
+
+
+def prompts_of(lengths):
+    ids, mask = torch.zeros(2, len(lengths), max(lengths), dtype=torch.long)
+    for row, length in enumerate(lengths):
+        generator = torch.Generator().manual_seed(row)
+        ids[row, -length:] = torch.randint(2, 18, (length,), generator=generator)
+        mask[row, -length:] = 1
+    return Prompts(ids, mask, eos_ids=frozenset({1, 3, 6, 9, 12, 15}), pad_id=0)
+
+
+EQUAL, PADDED = prompts_of([3] * 12), prompts_of([3, 5, 1, 6, 2, 4, 3, 2, 5, 1, 4, 3])
+
+
+def alone(model, prompts):
+    """Greedy completions of each row by itself, by forward passes over all that it has."""
+    texts = []
+    for ids, mask in zip(prompts.ids, prompts.mask, strict=True):
+        text, start = ids[mask.bool()], int(mask.sum())
+        while len(text) - start < OPTIONS.max_new_tokens and not (
+            len(text) > start and int(text[-1]) in prompts.eos_ids
+        ):
+            with torch.no_grad():
+                scores = model(text[None], use_cache=False).logits[0, -1]
+            text = torch.cat([text, scores.argmax()[None]])
+        texts.append(text[start:].tolist())
+    return texts
+
+
+def texts_of(engine, model, prompts):
+    got = engine.generate(prompts, OPTIONS, seeds=range(len(prompts.ids)), models=[(model, 1.0)])
+    return [ids[mask].tolist() for ids, mask in zip(got.ids, got.mask, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "engine", [CachedSampler(), ContinuousBatchingSampler(3)], ids=["all", "slots"]
+)
+@pytest.mark.parametrize(("kind", "fields"), TOLD.items(), ids=TOLD)
+def test_what_is_accepted_is_right(engine, kind, fields):
+    model = model_of(kind, fields)
+    engine.check_models([model])
+    for prompts in (EQUAL, PADDED):
+        assert texts_of(engine, model, prompts) == alone(model, prompts)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"), (COUNTING | DISTANCES).items(), ids=COUNTING | DISTANCES
+)
+def test_rows_that_would_be_completed_wrongly_are_refused_by_name(monkeypatch, kind, fields):
+    model, engine = model_of(kind, fields), ContinuousBatchingSampler(3)
+    said = f"{kind}ForCausalLM takes no position_ids.*engine: CachedSampler"
+    with pytest.raises(ValueError, match=said):
+        engine.check_models([model])
+    with pytest.raises(ValueError, match=said):
+        texts_of(engine, model, EQUAL)
+    assert texts_of(CachedSampler(), model, EQUAL) == alone(model, EQUAL)
+    monkeypatch.setattr(slots, "check_late_rows", lambda model: None)
+    assert texts_of(engine, model, EQUAL) != alone(model, EQUAL)
+
+
+@pytest.mark.parametrize(("kind", "fields"), COUNTING.items(), ids=COUNTING)
+def test_padding_that_would_be_counted_is_refused_by_name(monkeypatch, kind, fields):
+    model = model_of(kind, fields)
+    said = f"{kind}ForCausalLM takes no position_ids.*prompts of one length"
+    with pytest.raises(ValueError, match=said):
+        texts_of(CachedSampler(), model, PADDED)
+    monkeypatch.setattr(decoder, "check_padding", lambda model: None)
+    assert texts_of(CachedSampler(), model, PADDED) != alone(model, PADDED)
+
+
+def test_distances_alone_may_be_padded():
+    ((kind, fields),) = DISTANCES.items()
+    model = model_of(kind, fields)
+    assert texts_of(CachedSampler(), model, PADDED) == alone(model, PADDED)
+
+
+def test_a_model_without_a_cache_is_known_before_it_reads():
+    config = transformers.MambaConfig(vocab_size=18, hidden_size=16, num_hidden_layers=1)
+    model = transformers.MambaForCausalLM(config)
+    with pytest.raises(ValueError, match="MambaForCausalLM keeps no key-value cache"):
+        check_cache(model)
+    for engine in (CachedSampler(), ContinuousBatchingSampler()):
+        with pytest.raises(ValueError, match=r"keeps no key-value cache.*TransformersEngine"):
+            engine.check_models([model])
+
+
+@pytest.mark.parametrize(
+    "engine", [CachedSampler(), ContinuousBatchingSampler(2)], ids=["all", "slots"]
+)
+def test_rotary_embeddings_that_follow_the_length_are_those_of_the_longest_row(engine):
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
+    model = model_of("Llama", {**PLAIN, "max_position_embeddings": 6, "rope_parameters": rope})
+    short, beside = prompts_of([2]), prompts_of([2, 12])
+    weighted = {"models": [(model, 1.0)]}
+    own = engine.generate(short, GenerationOptions(1), seeds=[0], **weighted)
+    both = engine.generate(beside, GenerationOptions(1), seeds=[0, 1], **weighted)
+    assert (own.log_probs[0, 0] - both.log_probs[0, 0]).abs() > 1e-4
