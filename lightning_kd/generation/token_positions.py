@@ -2,8 +2,8 @@
 
 Most models of transformers are told positions, as ``position_ids``. The others count the columns of
 their key-value cache, which are those of a row alone only where nothing stands in front of it, or they
-have no positions but distances between columns. Numbers do not show which: of a model that is not
-trained yet, or is in bfloat16, logits in the wrong place differ by less than round-off.
+have no positions but distances between columns. Numbers do not always show which: in bfloat16, a small
+RoFormer that is not trained yet gives the same logits in the wrong place.
 """
 
 import inspect
