@@ -60,7 +60,7 @@ class LogitsBackend(Resumable, ABC):
         """
 
     def plan(self, logits: float) -> None:
-        """Hear, before the first step of a run, how many logits of the student it will evaluate.
+        """Hear, once a run has trained on a micro-batch, how many logits of the student it evaluates.
 
         Args:
             logits: In all its steps, as far as the first micro-batch tells; 0 if nobody knows.

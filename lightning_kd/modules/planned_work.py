@@ -9,31 +9,30 @@ from lightning.pytorch.callbacks import Callback
 from lightning_kd.batch import Batch
 from lightning_kd.models import LogitsBackend, vocabulary_size
 from lightning_kd.modules.counts import StepCountingModule
+from lightning_kd.modules.loss import MicroBatchLoss
 
 
 class PlanningModule(StepCountingModule):
     """A module whose logits backend hears how much it will have to do."""
 
     logits_backend: LogitsBackend
+    micro_batch_loss: MicroBatchLoss
 
     def configure_callbacks(self) -> list[Callback]:
         """Add the callback that tells it."""
         return [*super().configure_callbacks(), _Planner()]
 
-    def planned_logits(self, batch: Batch) -> float:
+    def planned_logits(self) -> float:
         """Return how many logits of the student this rank evaluates until the end of the run.
 
-        That is as many as in the first micro-batch, on the average of all ranks, times the
+        That is as many as in the last micro-batch, on the average of all ranks, times the
         micro-batches of the run; 0 where a run ends by time alone. All ranks call it together.
-
-        Args:
-            batch: The first micro-batch.
         """
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             return 0.0
-        positions = self.positions(batch).tokens_per_row.sum()[None].double().to(self.device)
-        mean = self.sum_over_ranks(positions).item() / self.trainer.world_size
+        positions = self.micro_batch_loss.positions.tokens_per_row.sum()[None].double()
+        mean = self.sum_over_ranks(positions.to(self.device)).item() / self.trainer.world_size
         rows = mean * steps * self.trainer.accumulate_grad_batches
         return rows * vocabulary_size(self.student)
 
@@ -57,10 +56,15 @@ class _Planner(Callback):
         assert isinstance(pl_module, PlanningModule)  # it has brought this callback
         pl_module.logits_backend.plan(self._logits or 0.0)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    def on_train_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         assert isinstance(pl_module, PlanningModule)  # it has brought this callback
         if self._logits is None:
-            self._logits = pl_module.planned_logits(batch)
+            self._logits = pl_module.planned_logits()
             pl_module.logits_backend.plan(self._logits)
