@@ -38,11 +38,33 @@ def check_instance(name: str, value: object, kind: type, example: str) -> None:
     Example:
         >>> check_instance("schedule", "Linear", int, "Linear(steps=300)")
         Traceback (most recent call last):
-        ValueError: schedule is 'Linear'; give an object, such as Linear(steps=300)
+        ValueError: schedule is 'Linear'; give an instance of int, such as Linear(steps=300)
     """
     if not isinstance(value, kind):
         came = f"the class {value.__name__}" if isinstance(value, type) else repr(value)
-        raise ValueError(f"{name} is {came}; give an object, such as {example}")
+        raise ValueError(
+            f"{name} is {came}; give an instance of {kind.__name__}, such as {example}"
+        )
+
+
+def check_whole(name: str, value: object, otherwise: str = "") -> None:
+    """Validate an option that is a whole number of 1 or more.
+
+    Args:
+        name: The option.
+        value: What came.
+        otherwise: What else the option may be, for the message.
+
+    Raises:
+        ValueError: If it is none.
+
+    Example:
+        >>> check_whole("slots", 2.5)
+        Traceback (most recent call last):
+        ValueError: slots is 2.5; it must be a whole number, 1 or more
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be a whole number, 1 or more{otherwise}")
 
 
 def is_number(value: object, *, whole: bool = False) -> bool:

@@ -201,7 +201,7 @@ TABLE = {
             "--model.logits_backend.chunk_megabytes",
             "0",
         ],
-        ["chunk_megabytes is 0", "positive"],
+        ["chunk_megabytes is 0", "a whole number, 1 or more"],
     ),
     "option of a class that is not named": (
         [*KD, "--model.logits_backend.compile", "always"],

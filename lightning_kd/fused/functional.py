@@ -12,7 +12,7 @@ from lightning_kd.fused.chunked_pass import ChunkedPass
 from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.lazy_logits import LazyHeadLogits
 from lightning_kd.fused.token_terms import DivergenceTerm
-from lightning_kd.option_checks import check_choice, is_number
+from lightning_kd.option_checks import check_choice, check_whole
 
 Mode = Literal["fused", "recompute"]
 
@@ -92,11 +92,8 @@ def fused_linear_divergence(
     if mode not in get_args(Mode):
         raise ValueError(f"unknown mode {mode!r}; choose one of {', '.join(get_args(Mode))}")
     check_choice("compile", compile, get_args(Compile))
-    if chunk_bytes is not None and not (is_number(chunk_bytes, whole=True) and chunk_bytes >= 1):
-        raise ValueError(
-            f"chunk_bytes is {chunk_bytes!r}; it must be a positive whole number, or None for the "
-            "default"
-        )
+    if chunk_bytes is not None:
+        check_whole("chunk_bytes", chunk_bytes, ", or None for the default")
     if not (student_temperature > 0 and teacher_temperature > 0):
         raise ValueError(
             f"student_temperature is {student_temperature} and teacher_temperature "

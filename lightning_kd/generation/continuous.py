@@ -19,7 +19,7 @@ from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
 from lightning_kd.models.rotary import within_own_length
 from lightning_kd.models.sharding import is_fsdp2_sharded, is_gathered, is_sharded
-from lightning_kd.option_checks import is_number
+from lightning_kd.option_checks import check_whole
 
 _FREE_SHARE = 1 / 8
 """New rows enter when this share of the slots is free: sooner costs more passes over prompts, later
@@ -60,8 +60,7 @@ class ContinuousBatchingSampler(Engine):
     may_change_on_resume = frozenset({"slots"})
 
     def __init__(self, slots: int = 64) -> None:
-        if not is_number(slots, whole=True) or slots < 1:
-            raise ValueError(f"slots is {slots!r}; it must be a whole number, 1 or more")
+        check_whole("slots", slots)
         self.slots = slots
 
     def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:

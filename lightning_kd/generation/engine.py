@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from lightning_kd.fused import are_log_probs
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.option_checks import check_instance
 from lightning_kd.resuming import Resumable
 
 
@@ -110,12 +111,10 @@ def check_engine(engine: object, options: GenerationOptions, *, mixture: bool = 
     Raises:
         ValueError: If it is no engine, or the options need what it does not have.
     """
-    if not isinstance(engine, Engine):
-        came = f"the class {engine.__name__}" if isinstance(engine, type) else repr(engine)
-        raise ValueError(
-            f"engine is {came}; give an instance of an Engine, such as CachedSampler() or "
-            "ContinuousBatchingSampler(slots=64)"
-        )
+    check_instance(
+        "engine", engine, Engine, "CachedSampler() or ContinuousBatchingSampler(slots=64)"
+    )
+    assert isinstance(engine, Engine)  # as checked
     name = type(engine).__name__
     if options.num_beams > 1 and not engine.supports_beam_search:
         raise ValueError(

@@ -1,7 +1,6 @@
 """A causal language model that rows enter and leave at different times."""
 
 from collections.abc import Collection
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +10,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from lightning_kd.generation.cache import PreallocatedLayer, masks_unseen
 from lightning_kd.generation.decoder import Decoder, tokens_between_looks
 from lightning_kd.generation.token_positions import check_cache, check_late_rows
+from lightning_kd.models.adapters import without_adapters
 
 
 class SlotDecoder(Decoder):
@@ -96,8 +96,7 @@ def check_slots(model: PreTrainedModel) -> None:
     """
     check_cache(model)
     check_late_rows(model)
-    whole: Any = model
-    inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else model
+    inner = without_adapters(model)
     layers = DynamicCache(config=inner.config.get_text_config(decoder=True)).layers
     others = {type(layer) for layer in layers} - {DynamicLayer}
     if others:

@@ -1,7 +1,5 @@
 """A decoder whose step can be recorded and repeated."""
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -10,6 +8,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 from lightning_kd.generation.cache import spare_length
 from lightning_kd.generation.decoder import Decoder
 from lightning_kd.generation.static_cache import FixedLayer, fixed
+from lightning_kd.models.adapters import without_adapters
 from lightning_kd.models.rotary import follows_length
 from lightning_kd.models.sharding import is_sharded
 
@@ -73,8 +72,7 @@ def static_obstacle(model: PreTrainedModel) -> str | None:
         >>> static_obstacle(MambaForCausalLM(config))
         'it keeps something else than keys and values'
     """
-    whole: Any = model
-    inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else model
+    inner = without_adapters(model)
     config = inner.config.get_text_config(decoder=True)
     quantizer = getattr(inner, "hf_quantizer", None)
     layers = {type(layer) for layer in DynamicCache(config=config).layers}

@@ -8,9 +8,10 @@ RoFormer that is not trained yet gives the same logits in the wrong place.
 
 import inspect
 from collections.abc import Collection
-from typing import Any
 
 from transformers import PreTrainedModel
+
+from lightning_kd.models.adapters import without_adapters
 
 _DISTANCES_OF_COLUMNS = {"bloom", "mpt"}
 """Types of model without ``position_ids`` whose keys know no position: attention is told distances."""
@@ -28,7 +29,7 @@ def accepted_arguments(model: PreTrainedModel) -> Collection[str]:
         >>> "position_ids" in accepted_arguments(model)
         False
     """
-    return inspect.signature(_inner(model).forward).parameters.keys()
+    return inspect.signature(without_adapters(model).forward).parameters.keys()
 
 
 def check_cache(model: PreTrainedModel) -> None:
@@ -80,9 +81,7 @@ def check_late_rows(model: PreTrainedModel) -> None:
 
 def _is_one_of(model: PreTrainedModel, kinds: Collection[str]) -> bool:
     """Return whether a model takes ``position_ids``, or is of a type that needs none."""
-    return "position_ids" in accepted_arguments(model) or _inner(model).config.model_type in kinds
-
-
-def _inner(model: PreTrainedModel) -> Any:
-    whole: Any = model
-    return whole.get_base_model() if hasattr(whole, "get_base_model") else model
+    return (
+        "position_ids" in accepted_arguments(model)
+        or without_adapters(model).config.model_type in kinds
+    )

@@ -17,8 +17,9 @@ from lightning_kd.generation.decoder import evaluating
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.transformers_engine import generation_config
+from lightning_kd.models.adapters import without_adapters
 from lightning_kd.models.sharding import is_sharded
-from lightning_kd.option_checks import is_number
+from lightning_kd.option_checks import check_whole, is_number
 from lightning_kd.seeding import derive_seed
 
 _PAGE = 256
@@ -54,8 +55,7 @@ class TransformersContinuousBatching(Engine):
     may_change_on_resume = frozenset({"timeout"})
 
     def __init__(self, slots: int = 64, timeout: float = 600.0) -> None:
-        if not is_number(slots, whole=True) or slots < 1:
-            raise ValueError(f"slots is {slots!r}; it must be a whole number, 1 or more")
+        check_whole("slots", slots)
         if not is_number(timeout) or not 0 < timeout < inf:
             raise ValueError(f"timeout is {timeout!r}; it must be a number of seconds above 0")
         self.slots, self.timeout = slots, timeout
@@ -92,8 +92,7 @@ class TransformersContinuousBatching(Engine):
         ((model, _),) = models
         self.check_options(options)
         self.check_models([model])
-        whole: Any = model
-        inner: Any = whole.get_base_model() if hasattr(whole, "get_base_model") else model
+        inner = without_adapters(model)
         rows = [
             ids[mask.bool()].tolist() for ids, mask in zip(prompts.ids, prompts.mask, strict=True)
         ]

@@ -13,6 +13,11 @@ def has_adapters(model: PreTrainedModel) -> bool:
     return getattr(model, "peft_config", None) is not None
 
 
+def without_adapters(model: PreTrainedModel) -> Any:
+    """Return the model of transformers that peft has wrapped; a model that is not wrapped, itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 @contextmanager
 def peft_as_it_is() -> Iterator[None]:
     """Leave out what transformers says of a name that only peft can mend."""

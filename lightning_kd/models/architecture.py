@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from lightning_kd.models.adapters import has_adapters
+from lightning_kd.models.adapters import has_adapters, without_adapters
 from lightning_kd.models.student_spec import StudentSpec
 
 _CONFIG, _GENERATION, _CLASS, _ADAPTED = "config", "generation", "class", "adapted"
@@ -14,7 +14,7 @@ _CONFIG, _GENERATION, _CLASS, _ADAPTED = "config", "generation", "class", "adapt
 
 def architecture_of(model: PreTrainedModel) -> dict[str, Any]:
     """Return what a model is built from, weights excepted: of one with adapters, of what they adapt."""
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = without_adapters(model)
     generation = core.generation_config
     return {
         _CONFIG: json.loads(core.config.to_json_string(use_diff=False)),

@@ -25,7 +25,7 @@ from lightning_kd.fused.chunked_pass import Weights
 from lightning_kd.fused.compile_choice import Compile
 from lightning_kd.fused.logits_chunk import values_of
 from lightning_kd.models.output_head import OutputHead, UnsupportedHeadError, find_head
-from lightning_kd.option_checks import check_choice, is_number
+from lightning_kd.option_checks import check_choice, check_whole
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
 
@@ -134,12 +134,9 @@ class FusedLogits(LogitsBackend):
         chunk_megabytes: int | None = None,
         compile: Compile = "auto",  # noqa: A002  as in Lightning and PyTorch
     ) -> None:
-        is_whole = is_number(chunk_megabytes, whole=True)
-        if chunk_megabytes is not None and not (is_whole and chunk_megabytes >= 1):
-            raise ValueError(
-                f"chunk_megabytes is {chunk_megabytes!r}; it must be a positive whole number, or None "
-                "for three quarters of the head's gradient"
-            )
+        if chunk_megabytes is not None:
+            otherwise = ", or None for three quarters of the head's gradient"
+            check_whole("chunk_megabytes", chunk_megabytes, otherwise)
         check_choice("compile", compile, get_args(Compile))
         self.chunk_megabytes, self.compile = chunk_megabytes, compile
         self._heads: list[tuple[PreTrainedModel, OutputHead | None]] = []

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Partial
 from transformers import PretrainedConfig, PreTrainedModel
 
 from lightning_kd.fused import LazyHeadLogits
+from lightning_kd.models.adapters import without_adapters
 from lightning_kd.models.modes import evaluating, in_place_of
 from lightning_kd.strategies import gathered_copy, is_partitioned, shape_of
 
@@ -100,7 +101,7 @@ def find_head(model: PreTrainedModel) -> OutputHead:
     Raises:
         UnsupportedHeadError: If the model does anything else to its logits.
     """
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = without_adapters(model)
     module = core.get_output_embeddings()
     _check_kind(module)
     ids = torch.arange(8, device=module.weight.device)[None] % shape_of(module.weight)[0]

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 from weakref import WeakSet
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from transformers import PreTrainedModel
+
+from lightning_kd.models.adapters import without_adapters
 
 _gathered: WeakSet[nn.Module] = WeakSet()
 
@@ -23,7 +24,7 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh) -> None:
         model: The same on every process; it is changed in place.
         mesh: One dimension, over the processes that share it.
     """
-    core: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    core = without_adapters(model)
     kinds = set(core._no_split_modules or ())
     for part in list(model.modules()):
         if type(part).__name__ in kinds:

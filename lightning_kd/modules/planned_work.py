@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_kd.batch import Batch
 from lightning_kd.models import LogitsBackend, vocabulary_size
 from lightning_kd.modules.counts import StepCountingModule
 from lightning_kd.modules.loss import MicroBatchLoss
@@ -57,12 +56,7 @@ class _Planner(Callback):
         pl_module.logits_backend.plan(self._logits or 0.0)
 
     def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object
     ) -> None:
         assert isinstance(pl_module, PlanningModule)  # it has brought this callback
         if self._logits is None:

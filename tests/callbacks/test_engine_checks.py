@@ -199,7 +199,7 @@ def test_rows_at_once_are_not_for_engines_with_slots(engine):
     ],
 )
 def test_an_engine_is_an_instance(given, came):
-    said = rf"engine is {came}; give an instance of an Engine, such as .*\(slots=64\)"
+    said = rf"engine is {came}; give an instance of Engine, such as .*\(slots=64\)"
     with pytest.raises(ValueError, match=said):
         OnPolicyGeneration(engine=given)
     with pytest.raises(ValueError, match=said):

@@ -60,20 +60,24 @@ def other_models():
     yield pytest.param(adapted, id="adapters")
 
 
+def greedy_of_transformers(model, ends, longest):
+    """What ``generate`` makes of the prompts."""
+    return model.generate(
+        input_ids=PROMPTS[0],
+        attention_mask=PROMPTS[1],
+        max_new_tokens=longest,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=sorted(ends),
+    )[:, PROMPTS[0].shape[1] :]
+
+
 @pytest.mark.parametrize("ends", [{1}, {1, 5, 9}], ids=["one end", "several"])
 @pytest.mark.parametrize("model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models()])
 def test_greedy_is_that_of_transformers_token_for_token(model, ends):
     options = GenerationOptions(max_new_tokens=12)
     ours = sample([(model, 1.0)], *PROMPTS, options, seeds=range(6), eos_ids=ends, pad_id=0)
-    theirs = model.generate(
-        input_ids=PROMPTS[0],
-        attention_mask=PROMPTS[1],
-        max_new_tokens=12,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=sorted(ends),
-    )[:, PROMPTS[0].shape[1] :]
-    assert torch.equal(ours.ids, theirs)
+    assert torch.equal(ours.ids, greedy_of_transformers(model, ends, 12))
 
 
 @torch.no_grad()

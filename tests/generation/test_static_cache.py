@@ -10,36 +10,28 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, MambaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
 from lightning_kd import CachedSampler, GenerationOptions, Prompts, SamplingOptions
 from lightning_kd.generation import decoding, recording, sample, static_decoder
 from lightning_kd.generation.recording import Recorded
-from tests.generation.test_sampler import BATCH, ENDS, PROMPTS, Forwarded, other_models
+from tests.generation.test_sampler import (
+    BATCH,
+    ENDS,
+    PROMPTS,
+    Forwarded,
+    greedy_of_transformers,
+    other_models,
+)
 from tests.support.tape import Tape
-from tests.support.toys import tiny_llama
+from tests.support.toys import tiny_gemma, tiny_llama
 
 assert not BATCH["prompt_mask"].all()
 
 
 def gemma():
     """Layers with a sliding window beside others, each kind with rotary embeddings of its own."""
-    config = Gemma3TextConfig(
-        vocab_size=18,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=4,
-        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = tiny_gemma(layer_types=["sliding_attention", "full_attention", "sliding_attention"])
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -168,15 +160,7 @@ def test_greedy_is_that_of_transformers_token_for_token(tapes, model, ends):
         cache="static",
         ends={"eos_ids": ends, "pad_id": 0},
     )
-    theirs = model.generate(
-        input_ids=PROMPTS[0],
-        attention_mask=PROMPTS[1],
-        max_new_tokens=12,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=sorted(ends),
-    )[:, PROMPTS[0].shape[1] :]
-    assert torch.equal(ours.ids, theirs)
+    assert torch.equal(ours.ids, greedy_of_transformers(model, ends, 12))
 
 
 def test_prompts_of_one_length_and_a_mixture_are_recorded_too(tapes):

@@ -14,7 +14,7 @@ from lightning_kd.generation import (
 )
 from lightning_kd.generation.engine import Prompts
 from lightning_kd.generation.tall_head import TallProduct, tall_heads
-from tests.generation.test_sampler import BATCH, PROMPTS
+from tests.generation.test_sampler import PROMPTS, greedy_of_transformers
 from tests.support.toys import tiny_llama
 
 EOS = {17}
@@ -65,15 +65,7 @@ def test_completions_are_what_they_were(options, pays, monkeypatch):
     assert torch.equal(found.ids, plain.ids)
     torch.testing.assert_close(found.log_probs, plain.log_probs)
     if not isinstance(options, SamplingOptions):
-        theirs = model.generate(
-            input_ids=BATCH["prompt_ids"],
-            attention_mask=BATCH["prompt_mask"],
-            max_new_tokens=9,
-            do_sample=False,
-            eos_token_id=17,
-            pad_token_id=0,
-        )[:, BATCH["prompt_ids"].shape[1] :]
-        assert torch.equal(found.ids[:, : theirs.shape[1]], theirs)
+        assert torch.equal(found.ids, greedy_of_transformers(model, EOS, 9))
 
 
 def test_under_autocast_the_product_is_the_models_own(pays):

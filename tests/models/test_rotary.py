@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from lightning_kd.generation import GenerationOptions, decoder, sample
 from lightning_kd.models.rotary import follows_length, within_own_length
 from tests.generation.test_host_looks import looks
 from tests.generation.test_sampler import PROMPTS
-from tests.support.toys import tiny_llama
+from tests.support.toys import tiny_gemma, tiny_llama
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
 PLAIN = {"rope_type": "default", "rope_theta": 10_000.0}
@@ -21,24 +20,11 @@ def llama(own):
 
 def gemma():
     """Two kinds of layers, of which one has embeddings that follow the length."""
-    config = Gemma3TextConfig(
-        vocab_size=18,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=4,
+    return tiny_gemma(
         layer_types=["sliding_attention", "full_attention"],
         rope_parameters={"sliding_attention": PLAIN, "full_attention": DYNAMIC},
         max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
     )
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def kinds(model):

@@ -2,7 +2,14 @@
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lightning_kd.batch import IGNORE_INDEX, Batch
 
@@ -37,6 +44,25 @@ def tiny_llama(seed: int = 0, **overrides: object) -> LlamaForCausalLM:
             if parameter.ndim > 1:
                 parameter.mul_(8)
     return model
+
+
+def tiny_gemma(*, layer_types: list[str], **changes: object) -> PreTrainedModel:
+    """A random Gemma 3 in evaluation mode, with layers of these kinds and a window of 4 tokens."""
+    shape = {
+        "vocab_size": 18,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": None,
+    }
+    layers = {"layer_types": layer_types, "num_hidden_layers": len(layer_types)}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Gemma3TextConfig(**shape | layers | changes)).eval()
 
 
 def ragged_batch(lengths: list[tuple[int, int]], seed: int = 0, vocabulary: int = 18) -> Batch:
