@@ -131,7 +131,9 @@ class KnownPlaces:
         """Return the places; the host waits for them where they are not known."""
         places: Tensor | None = self._found.get(tensor)
         if places is None:
-            places = self.condition(tensor).flatten().nonzero()[:, 0]
+            # What an evaluation finds may be trained on, as an index that is saved for backward.
+            with torch.inference_mode(False):
+                places = self.condition(tensor).flatten().nonzero()[:, 0]
             self._found.set(tensor, places)
         return places
 
@@ -139,7 +141,8 @@ class KnownPlaces:
         """Know of a copy what is known of a tensor."""
         places = self._found.get(tensor)
         if places is not None:
-            self._found.set(copy, to_device(places, copy.device))
+            with torch.inference_mode(False):
+                self._found.set(copy, to_device(places, copy.device))
 
 
 _KNOWN: list[KnownPlaces] = []

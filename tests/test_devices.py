@@ -132,3 +132,14 @@ def test_values_of_other_shape_than_the_rows_are_refused():
     scored = ScoredPositions.from_labels(ragged_batch([(2, 3)])["labels"])
     with pytest.raises(ValueError, match=r"shape \(1, 6, 2\) came for tokens \(1, 5\)"):
         scored.pick(torch.zeros(1, 6, 2))
+
+
+def test_places_that_an_evaluation_has_found_can_be_trained_on():
+    """As an index they are saved for the backward pass, which refuses tensors of inference mode."""
+    labels = torch.tensor([[-100, 3, 4], [5, -100, 6]])
+    with torch.inference_mode():
+        found = ScoredPositions.from_labels(labels).places
+    values = torch.ones(2, 3, requires_grad=True)
+    ScoredPositions.from_labels(labels).pick(values).sum().backward()
+    assert found.tolist() == [0, 1, 4]  # those that predict a label
+    assert torch.equal(values.grad.flatten().nonzero()[:, 0], found)
