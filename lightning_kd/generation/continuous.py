@@ -14,8 +14,8 @@ from lightning_kd.generation.decoding import Decoding
 from lightning_kd.generation.drawing import check_mixture, draw_next
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.packed_linears import packed_layers
 from lightning_kd.generation.slots import SlotDecoder, check_slots
-from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
 from lightning_kd.models.rotary import within_own_length
 from lightning_kd.models.sharding import is_fsdp2_sharded, is_gathered, is_sharded
@@ -89,8 +89,8 @@ class ContinuousBatchingSampler(Engine):
         gathered = any(is_sharded(model) for model in mixed)
         mode = torch.no_grad() if gathered else torch.inference_mode()
         longest = int(prompts.mask.sum(-1).max()) + options.max_new_tokens
-        own_length, heads = within_own_length(mixed, longest), tall_heads(*mixed)
-        with evaluating(*mixed), own_length, mode, heads:
+        own_length, layers = within_own_length(mixed, longest), packed_layers(*mixed)
+        with evaluating(*mixed), own_length, mode, layers:
             batch = _Slots(models, prompts, options, seeds, self.slots)
             batch.generate()
         for model in mixed:

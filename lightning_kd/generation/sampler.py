@@ -15,8 +15,8 @@ from lightning_kd.generation.decoding import CacheKind, can_be_static, decoding_
 from lightning_kd.generation.drawing import check_mixture
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.packed_linears import packed_layers
 from lightning_kd.generation.recording import Tensors
-from lightning_kd.generation.tall_head import tall_heads
 from lightning_kd.generation.token_positions import check_cache
 from lightning_kd.generation.uniforms import Uniforms
 from lightning_kd.models.rotary import within_own_length
@@ -130,7 +130,7 @@ def sample(
     # The whole weights of a shard are allocated once, and the backward pass would refuse them.
     mode = torch.no_grad() if together else torch.inference_mode()
     own_length = within_own_length(mixed, int(prompt_mask.sum(-1).max()) + longest)
-    with evaluating(*mixed), own_length, mode, tall_heads(*mixed):
+    with evaluating(*mixed), own_length, mode, packed_layers(*mixed):
         decoding = decoding_of(models, prompt_ids, prompt_mask, options, width, cache)
         active, ends = (
             torch.arange(rows, device=device),
