@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -48,13 +49,15 @@ class TokenBytes:
     """True for special tokens, ``(V,)``."""
     may_begin_with_added_space: Tensor
     """True for tokens whose first byte is not of the text if they begin one, ``(V,)``."""
+    knows_every_byte: bool
+    """Whether there is a token for each byte, so that any bytes can be written in tokens."""
 
     @classmethod
     def of_tokenizer(cls, tokenizer: PreTrainedTokenizerBase) -> "TokenBytes":
         """Read the bytes off a tokenizer, in time linear in its vocabulary.
 
-        They are known of byte-level BPE, of SentencePiece with byte fallback, and of tokenizers whose
-        tokens joined are the text.
+        They are known of byte-level BPE, of SentencePiece with byte fallback (BPE and Unigram), of
+        WordPiece that keeps white space, and of tokenizers whose tokens joined are the text.
 
         Raises:
             ValueError: If it is of another kind, changes a text before it cuts it, or leaves letters
@@ -76,19 +79,45 @@ class TokenBytes:
         for number in _special_ids(tokenizer, kind.backend):
             special[number], pieces[number] = True, b""
         model: Any = kind.backend.model
-        unknown = {tokenizer.unk_token, getattr(model, "unk_token", None)} & vocabulary.keys()
+        unknown = {tokenizer.unk_token, _unknown_token(model)} & vocabulary.keys()
         if isinstance(model, models.BPE) and not (kind.knows_every_byte or unknown):
             raise ValueError(_refused(tokenizer, "it leaves out letters that it does not know"))
         for token in () if kind.knows_every_byte else unknown:
             pieces[vocabulary[token]] = None  # any text that the tokenizer has no token for
         lengths = [UNKNOWN if piece is None else len(piece) for piece in pieces]
         begins = [kind.adds_space and piece is not None and piece[:1] == b" " for piece in pieces]
-        return cls(tuple(pieces), torch.tensor(lengths), special, torch.tensor(begins))
+        tensors = torch.tensor(lengths), special, torch.tensor(begins)
+        return cls(tuple(pieces), *tensors, kind.knows_every_byte)
 
     def to(self, device: torch.device) -> "TokenBytes":
         """Return the same on a device."""
-        tensors = (self.lengths, self.is_special, self.may_begin_with_added_space)
-        return TokenBytes(self.pieces, *(tensor.to(device) for tensor in tensors))
+        return replace(
+            self,
+            lengths=self.lengths.to(device),
+            is_special=self.is_special.to(device),
+            may_begin_with_added_space=self.may_begin_with_added_space.to(device),
+        )
+
+    def of_row(self, ids: Sequence[int], begins_text_at: int | None = None) -> list[bytes | None]:
+        """Return the bytes of each token of a row, as :meth:`of` counts them.
+
+        Args:
+            ids: The tokens.
+            begins_text_at: Where a text begins that was tokenized by itself, beside the beginning of
+                the row and what is behind special tokens.
+
+        Returns:
+            Bytes, none for special tokens; None where they are not known.
+        """
+        begins = torch.zeros(1, len(ids), dtype=torch.bool)
+        if begins_text_at is not None:
+            begins[:, begins_text_at : begins_text_at + 1] = True
+        counts = self.of(torch.tensor([ids], dtype=torch.long), begins)[0].tolist() if ids else []
+        rows = []
+        for token, count in zip(ids, counts, strict=True):
+            piece = self.pieces[token] if 0 <= token < len(self.pieces) else None
+            rows.append(None if piece is None else piece[len(piece) - count :])
+        return rows
 
     def of(self, ids: Tensor, begins_text: Tensor | None = None) -> Tensor:
         """Return the bytes of each token of some rows, ``(B, T) -> (B, T)``.
@@ -138,16 +167,22 @@ class _Kind:
             adds = any(part.get("add_prefix_space") for part in before)
             return cls(backend, _bytes_of_letters, adds, _BYTE_OF.keys() <= vocabulary)
         model: Any = backend.model
-        if getattr(model, "byte_fallback", False) and {*types} <= _SENTENCE_PIECE:
+        metaspace = [part for part in before if part["type"] == "Metaspace"]
+        in_bytes = any(part["type"] == "ByteLevel" for part in before)
+        if isinstance(model, models.WordPiece) and not in_bytes:
+            # Its own decoder puts a space between words; here they are tokens, or letters of some.
+            adds = any(part["prepend_scheme"] != "never" for part in metaspace)
+            prefix, space = model.continuing_subword_prefix, _SPACE if metaspace else " "
+            read = partial(_bytes_of_word_piece, prefix=prefix, space=space)
+            return cls(backend, read, adds, False)
+        if _falls_back_to_bytes(model) and {*types} <= _SENTENCE_PIECE:
             adds = any(
                 part.get("start", 0) > 0 or part.get("prepend_scheme", "never") != "never"
                 for part in decoders
             )
             every_byte = {f"<0x{byte:02X}>" for byte in range(256)} <= vocabulary
             return cls(backend, _bytes_of_piece, adds, every_byte)
-        if types == ["Fuse"] and not any(
-            part["type"] in {"ByteLevel", "Metaspace"} for part in before
-        ):
+        if types == ["Fuse"] and not (in_bytes or metaspace):
             return cls(backend, str.encode, False, False)
         what = " and ".join(types) or "a space between tokens"
         raise ValueError(_refused(tokenizer, f"{what} joins its tokens to a text"))
@@ -159,7 +194,7 @@ _SENTENCE_PIECE = {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
 def _refused(tokenizer: PreTrainedTokenizerBase, reason: str) -> str:
     return (
         f"the bytes of the tokens of {type(tokenizer).__name__} are not known, for {reason}; they are "
-        "of byte-level BPE and of SentencePiece with byte fallback"
+        "of byte-level BPE, of SentencePiece with byte fallback and of WordPiece that keeps white space"
     )
 
 
@@ -169,6 +204,20 @@ def _parts(component: object, several: str) -> Sequence[dict[str, Any]]:
         return []
     state = json.loads(cast(Any, component).__getstate__())
     return state[several] if state["type"] == "Sequence" else [state]
+
+
+def _falls_back_to_bytes(model: Any) -> bool:
+    if isinstance(model, models.Unigram):  # which tells it in its state alone
+        return bool(json.loads(model.__getstate__())["byte_fallback"])
+    return bool(getattr(model, "byte_fallback", False))
+
+
+def _unknown_token(model: Any) -> str | None:
+    """Return the token that a model gives for letters that it does not know."""
+    if not isinstance(model, models.Unigram):
+        return getattr(model, "unk_token", None)
+    number = json.loads(model.__getstate__())["unk_id"]
+    return None if number is None else cast(str, model.id_to_token(number))
 
 
 def _keeps_text(step: dict[str, Any]) -> bool:
@@ -208,3 +257,7 @@ def _bytes_of_piece(token: str) -> bytes:
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         return bytes([int(token[3:5], 16)])
     return token.replace(_SPACE, " ").encode()
+
+
+def _bytes_of_word_piece(token: str, prefix: str, space: str) -> bytes:
+    return token.removeprefix(prefix).replace(space, " ").encode()

@@ -20,7 +20,7 @@ LAYERS = [
         "processes",
         "integrity",
     },
-    {"rebuilding", "own_batches"},
+    {"rebuilding", "own_batches", "alignment"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
     {"checkpoints", "filesystem", "loops", "wire"},
     {"strategies", "named_checkpoints"},

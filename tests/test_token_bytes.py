@@ -17,6 +17,7 @@ from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.data.encoding import encode_documents
 from lightning_kd.data.tokenizer_training import train_tokenizer
 from lightning_kd.token_bytes import UNKNOWN, TokenBytes
+from tests.support.tokenizers import KINDS, OF_EVERY_BYTE, tokenizer_of_kind
 from tests.support.toys import letter_tokenizer
 
 TEXTS = [
@@ -139,6 +140,48 @@ def changed(**parts):
 def test_other_tokenizers_are_refused_by_name(tokenizer, reason):
     with pytest.raises(ValueError, match=reason):
         TokenBytes.of_tokenizer(tokenizer())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_bytes_of_a_row_are_as_many_as_are_counted(kind):
+    """With what is added to the beginning of a text, and behind special tokens."""
+    tokenizer = tokenizer_of_kind(kind)
+    known = TokenBytes.of_tokenizer(tokenizer)
+    for text in ("two and two", "two</s>two</s>", "two<|turn|>and"):
+        ids = [*tokenizer(text)["input_ids"], 10_000]
+        for begins in (None, 0, 1, 2):
+            apart = torch.zeros(1, len(ids), dtype=torch.bool)
+            if begins is not None:
+                apart[0, begins] = True
+            pieces = known.of_row(ids, begins)
+            sizes = [UNKNOWN if piece is None else len(piece) for piece in pieces]
+            assert sizes == known.of(torch.tensor([ids]), apart)[0].tolist()
+            plain = text.replace("</s>", "").replace("<|turn|>", "")
+            if begins is None:
+                assert b"".join(piece or b"" for piece in pieces).decode() == plain
+
+
+def test_which_tokenizers_know_every_byte():
+    known = {kind: TokenBytes.of_tokenizer(tokenizer_of_kind(kind)) for kind in KINDS}
+    assert [kind for kind, each in known.items() if each.knows_every_byte] == OF_EVERY_BYTE
+    assert all(
+        each.to(torch.device("cpu")).knows_every_byte == each.knows_every_byte
+        for each in known.values()
+    )
+
+
+def test_word_piece_that_drops_white_space_is_refused():
+    tokenizer = tokenizer_of_kind("WordPiece")
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    with pytest.raises(ValueError, match="BertPreTokenizer changes a text before it is cut"):
+        TokenBytes.of_tokenizer(wrapped(backend))
+
+
+def test_letters_that_word_piece_has_not_seen_are_unknown():
+    tokenizer = tokenizer_of_kind("WordPiece")
+    (ids,) = tokenizer(["two \u9999"])["input_ids"]
+    assert TokenBytes.of_tokenizer(tokenizer).of(torch.tensor([ids])).tolist() == [[3, 1, UNKNOWN]]
 
 
 @pytest.mark.parametrize("adds_space", [True, False])

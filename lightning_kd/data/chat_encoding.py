@@ -7,9 +7,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.data.conversations import Chat, text_of_content
-from lightning_kd.data.encoding import Encoded, end_with_eos, tokens_of
+from lightning_kd.data.encoding import Encoded, end_with_eos
 from lightning_kd.data.rendering import render_chats
 from lightning_kd.data.turns import RenderedChat
+from lightning_kd.tokenization import tokens_of
 
 CHANGED = (
     "have an answer that the chat template changes, and what is trained on is what it makes of it"

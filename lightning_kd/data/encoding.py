@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar, get_args
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.option_checks import check_choice
+from lightning_kd.tokenization import begun, special_token_frame, tokens_of
 
 TruncationPolicy = Literal["error", "drop", "left", "right"]
 DocumentPolicy = Literal["error", "drop", "right", "windows"]
@@ -160,66 +161,6 @@ class EncodedCompletion:
     after_eos: str = ""
 
 
-def special_token_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Return the special tokens that a tokenizer puts before and after a text.
-
-    Raises:
-        ValueError: If the tokenizer does more to a text than to put tokens around it.
-
-    Example:
-        >>> from lightning_kd.data import arithmetic_tokenizer
-        >>> special_token_frame(arithmetic_tokenizer())
-        ([], [])
-    """
-    text, bare = "a", _tokens(["a"], tokenizer)[0]
-    if not bare:  # none of the tokenizer's letters
-        for text in tokenizer.get_vocab():
-            bare = _tokens([text], tokenizer)[0]
-            if bare:
-                break
-    framed: list[int] = tokenizer(text)["input_ids"]
-    for start in range(len(framed) - len(bare) + 1):
-        if framed[start : start + len(bare)] == bare:
-            return framed[:start], framed[start + len(bare) :]
-    raise ValueError(
-        f"the tokenizer makes {framed} of {text!r} and {bare} without special tokens: it does more "
-        "than put tokens before and after a text, so documents and prompts cannot be framed as it "
-        "does; use a tokenizer that only adds tokens such as BOS and EOS"
-    )
-
-
-def _tokens(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return tokens of texts, nothing added; names of special tokens in the text are those tokens."""
-    # Not verbose: a tokenizer warns of texts that are longer than its model, before they are cut. Rows
-    # beyond the models' positions are refused where the models are known.
-    batch: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return batch
-
-
-def tokens_of(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return tokens of texts, nothing added; refuses those that the tokenizer turns into padding.
-
-    Raises:
-        ValueError: If the tokenizer gives padding for characters that it does not know.
-    """
-    batch = _tokens(texts, tokenizer)
-    padding = tokenizer.pad_token_id
-    if padding is not None and padding not in {tokenizer.eos_token_id, tokenizer.unk_token_id}:
-        for text, ids in zip(texts, batch, strict=True):
-            if padding in ids and tokenizer.pad_token not in text:
-                raise ValueError(
-                    f"the tokenizer does not know all characters of {text[:60]!r}, and gives "
-                    f"{tokenizer.pad_token}, its padding, for them, which would be trained on: use a "
-                    "tokenizer that was made for this text (lightning-kd tokenizer trains one)"
-                )
-    return batch
-
-
-def _begun(ids: list[int], before: list[int]) -> list[int]:
-    """Return the tokens after those that begin a text, once."""
-    return ids if before and ids[: len(before)] == before else [*before, *ids]
-
-
 def encode_documents(
     texts: list[str], tokenizer: PreTrainedTokenizerBase, *, add_eos: bool
 ) -> list[list[int]]:
@@ -236,15 +177,9 @@ def encode_documents(
     without_eos = [token for token in after if token != eos]
     with_eos = after if eos in after else [*after, eos]
     return [
-        _begun(ids, before) + (with_eos if add_eos and ids[-1:] != [eos] else without_eos)
+        begun(ids, before) + (with_eos if add_eos and ids[-1:] != [eos] else without_eos)
         for ids in tokens_of(texts, tokenizer)
     ]
-
-
-def encode_prompts(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return tokens of prompts, with the tokens that begin a text, without those that end one."""
-    before, _ = special_token_frame(tokenizer)
-    return [_begun(ids, before) for ids in tokens_of(texts, tokenizer)]
 
 
 def encode_completions(

@@ -12,7 +12,6 @@ from lightning_kd.data.encoding import (
     LengthLimit,
     TruncationPolicy,
     encode_completions,
-    encode_prompts,
 )
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
 from lightning_kd.data.objects import RowsLike, RowsSource, source_of
@@ -20,7 +19,7 @@ from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.sources import TEXTS, WHERE, Kind, digests, load_rows, texts_of
 from lightning_kd.data.templates import PromptTemplate
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
-from lightning_kd.tokenization import TokenizerLike
+from lightning_kd.tokenization import TokenizerLike, encode_prompts
 
 
 class TextData(DistillationData):

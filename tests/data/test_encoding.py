@@ -12,8 +12,8 @@ from lightning_kd.data.encoding import (
     LengthLimit,
     encode_completions,
     encode_documents,
-    encode_prompts,
 )
+from lightning_kd.tokenization import encode_prompts
 
 EOS, PAD = 1, 0
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lightning_kd.data import ChatData, DocumentData, PackedTextData, PromptCompletionData
 from lightning_kd.data.collate import Collator
-from lightning_kd.data.encoding import encode_prompts, special_token_frame
+from lightning_kd.tokenization import encode_prompts, special_token_frame
 from tests.support.toys import LETTERS, letter_tokenizer
 
 EOS, BOS, OTHER = 1, 2, 3

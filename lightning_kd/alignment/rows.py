@@ -1,0 +1,193 @@
+"""Rows of one tokenizer in the tokens of another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_kd.alignment.chunks import Chunks, align
+from lightning_kd.alignment.encoder import ByteEncoder
+from lightning_kd.token_bytes import UNKNOWN, TokenBytes
+from lightning_kd.tokenization import begun, special_token_frame, tokens_of
+
+_Part = bytes | int
+"""Bytes of text, or a special token of the other tokenizer."""
+
+_Sized = tuple[int, int]
+"""A token, and its bytes; 1 for a special one."""
+
+_ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "pad_token")
+
+
+@dataclass(frozen=True)
+class AlignedRow:
+    """A row in the tokens of another tokenizer, and what of both is the same text."""
+
+    ids: list[int]
+    """The row in the other tokens."""
+    start: int
+    """Where what is scored begins in them."""
+    chunks: Chunks
+    """Of the student's scored tokens, and of the others from ``start`` on."""
+    sizes: list[int]
+    """Bytes of each of the student's scored tokens; ``UNKNOWN`` where they are not known."""
+
+
+def counterparts(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
+) -> dict[int, int]:
+    """Return the teacher's token for each of the student's special tokens that has one.
+
+    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name. An
+    unknown token, which may stand for any text, has none.
+
+    Example:
+        >>> from lightning_kd.data import arithmetic_tokenizer
+        >>> from lightning_kd.data.tokenizer_training import train_tokenizer
+        >>> other = train_tokenizer(["12"], vocab_size=258)
+        >>> counterparts(arithmetic_tokenizer(), other), other.pad_token_id, other.eos_token_id
+        ({0: 0, 1: 1}, 0, 1)
+    """
+    theirs = {str(token): number for number, token in _special(teacher).items()}
+    ours = _special(student).items()
+    found = {number: theirs[str(token)] for number, token in ours if str(token) in theirs}
+    for role in reversed(_ROLES):  # what is EOS too is the EOS
+        own, other = (getattr(side, f"{role}_id") for side in (student, teacher))
+        if own is not None and other is not None:
+            found[own] = other
+    return found
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, object]:
+    added = tokenizer.added_tokens_decoder.items()
+    return {n: token for n, token in added if token.special and n != tokenizer.unk_token_id}
+
+
+class Retokenizer:
+    """Rows of one tokenizer, in the tokens of another.
+
+    What is scored of a row is its completion: its bytes are those of the student's tokens, and special
+    tokens among them are the other tokenizer's (:func:`counterparts`); one without a counterpart stands
+    for no text. What is before it is read as the other tokenizer reads a prompt, and both are
+    tokenized so that a token of the other side begins where the completion does.
+
+    Args:
+        student: The tokenizer of the rows.
+        teacher: The other one.
+
+    Raises:
+        ValueError: If the bytes of the tokens of one of them are not known.
+    """
+
+    def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+        self._student, self._teacher = student, teacher
+        self._known = TokenBytes.of_tokenizer(student)
+        self._encoder = ByteEncoder(teacher)
+        self._special = counterparts(student, teacher)
+        self._own_frame, self._frame = (special_token_frame(t)[0] for t in (student, teacher))
+
+    @property
+    def reads_any_text(self) -> bool:
+        """Whether the other tokenizer can write any bytes."""
+        return self._encoder.knows_every_byte
+
+    def row(
+        self,
+        ids: Sequence[int],
+        start: int,
+        *,
+        prompt: str | None = None,
+        apart: bool = False,
+        generated: bool = False,
+    ) -> AlignedRow:
+        """Return a row in the other tokens.
+
+        Args:
+            ids: The student's tokens, up to the last scored one.
+            start: Place of the first scored one.
+            prompt: Text that stands before it; None for what the student's tokens before it say.
+            apart: Whether what is scored was tokenized as a text of its own.
+            generated: Whether a model has written it: tokens of unknown text stand for none then.
+
+        Raises:
+            ValueError: If a token's bytes are not known, or the other tokenizer cannot write the text.
+        """
+        pieces = self._known.of_row(ids, start if apart else None)
+        own = [self._special.get(token) for token in ids]
+        if not generated:
+            self._check(ids, pieces, start if prompt is not None else 0)
+        completion = _parts(pieces[start:], own[start:])
+        if prompt is not None:
+            before = begun(tokens_of([prompt], self._teacher)[0], self._frame)
+            after = self._encoded(completion, begins=apart)
+        else:
+            begin = min(len(self._own_frame), start) if self._is_framed(ids) else 0
+            read = _parts(pieces[begin:start], own[begin:start])
+            before, after = self._continued(read, completion, apart=apart)
+        scored = list(zip(pieces[start:], own[start:], strict=True))
+        sizes = [len(piece or b"") if special is None else 1 for piece, special in scored]
+        chunks = align(sizes, [size for _, size in after])
+        if not before and chunks.count:  # nothing predicts its first token
+            chunks = chunks.without_first()
+        counted = [
+            UNKNOWN if piece is None and special is None else len(piece or b"")
+            for piece, special in scored
+        ]
+        return AlignedRow([*before, *(token for token, _ in after)], len(before), chunks, counted)
+
+    def _continued(
+        self, read: list[_Part], completion: list[_Part], *, apart: bool
+    ) -> tuple[list[int], list[_Sized]]:
+        """Return what is before the completion, and the completion, as one text unless it is apart."""
+        if apart or not (read and isinstance(read[-1], bytes)):
+            before, after = self._encoded(read, begins=True), self._encoded(completion, begins=True)
+        elif not (completion and isinstance(completion[0], bytes)):
+            before, after = (
+                self._encoded(read, begins=True),
+                self._encoded(completion, begins=False),
+            )
+        else:
+            whole = self._encoder.encode(read[-1] + completion[0])
+            sides = self._encoder.split(whole, len(read[-1]))
+            left, right = ([(token.id, len(token.bytes)) for token in side] for side in sides)
+            before = self._encoded(read[:-1], begins=True) + left
+            after = right + self._encoded(completion[1:], begins=True)
+        return [*self._frame, *(token for token, _ in before)], after
+
+    def _encoded(self, parts: list[_Part], *, begins: bool) -> list[_Sized]:
+        """Return the tokens of bytes and of special tokens, each of which has the size 1."""
+        sized: list[_Sized] = []
+        for number, part in enumerate(parts):
+            if isinstance(part, int):
+                sized.append((part, 1))
+                continue
+            tokens = self._encoder.encode(part, begins=begins or number > 0)
+            sized += [(token.id, len(token.bytes)) for token in tokens]
+        return sized
+
+    def _is_framed(self, ids: Sequence[int]) -> bool:
+        return list(ids[: len(self._own_frame)]) == self._own_frame
+
+    def _check(self, ids: Sequence[int], pieces: Sequence[bytes | None], begin: int) -> None:
+        """Refuse tokens of which nobody knows what text they stand for."""
+        for token, piece in zip(ids[begin:], pieces[begin:], strict=True):
+            if piece is None and token not in self._special:
+                name = self._student.convert_ids_to_tokens(token)
+                raise ValueError(
+                    f"the text of the token {token} ({name!r}) is not known, so that it cannot be read "
+                    "in the teacher's tokens: leave the row out, or take a tokenizer that knows every "
+                    "letter of the data"
+                )
+
+
+def _parts(pieces: Sequence[bytes | None], own: Sequence[int | None]) -> list[_Part]:
+    """Join the bytes between special tokens."""
+    parts: list[_Part] = []
+    for piece, special in zip(pieces, own, strict=True):
+        if special is not None:
+            parts.append(special)
+        elif piece and parts and isinstance(parts[-1], bytes):
+            parts[-1] += piece
+        elif piece:
+            parts.append(piece)
+    return parts

@@ -1,0 +1,158 @@
+"""The bytes of each token of a text, for five kinds of trained tokenizers."""
+
+from functools import cache
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import normalizers
+
+from lightning_kd.alignment import ByteEncoder, align
+from tests.support.tokenizers import (
+    KINDS,
+    OF_EVERY_BYTE,
+    TEXTS,
+    byte_level,
+    tokenizer_of_kind,
+    wrapped,
+)
+
+# Letters that tokenizers treat each in its own way: emoji of several code points, combining marks,
+# right-to-left text, composed and decomposed letters, white space, SentencePiece's letter for a space.
+LETTERS = [
+    *"ab tw.,!\n\t\u00e9\u6f22\u05e9\u0645\u0301\u200d\u2581",
+    "\U0001f642",
+    "\U0001f469\u200d\U0001f680",
+    "e\u0301",
+    "\ufb01",
+    "</s>",
+    "<|turn|>",
+    "##",
+]
+WORDS = st.sampled_from([*LETTERS, *TEXTS[1].split(" ")])
+SOME_TEXT = st.one_of(
+    st.lists(WORDS, max_size=12).map("".join), st.text(st.characters(codec="utf-8"), max_size=12)
+)
+KNOWN = st.sampled_from([" two", " and", " the", ",", "  ", " teacher", "."])
+"""What WordPiece has learned words of."""
+QUICK = settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.differing_executors]
+)
+
+
+@cache
+def encoder(kind):
+    return ByteEncoder(tokenizer_of_kind(kind))
+
+
+def joined(tokens):
+    return b"".join(token.bytes for token in tokens)
+
+
+@pytest.mark.parametrize("kind", OF_EVERY_BYTE)
+@pytest.mark.parametrize("begins", [True, False])
+@QUICK
+@given(text=SOME_TEXT)
+def test_the_bytes_of_the_tokens_are_those_of_the_text(kind, begins, text):
+    assert joined(encoder(kind).encode(text.encode(), begins=begins)) == text.encode()
+
+
+@pytest.mark.parametrize("kind", OF_EVERY_BYTE)
+@QUICK
+@given(text=st.binary(max_size=12))
+def test_broken_text_has_its_bytes_too(kind, text):
+    assert joined(encoder(kind).encode(text)) == text
+
+
+@QUICK
+@given(text=st.lists(KNOWN, max_size=12).map("".join))
+def test_word_piece_has_them_of_letters_that_it_knows(text):
+    assert joined(encoder("WordPiece").encode(text.encode())) == text.encode()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [*TEXTS[:2], "na\u00efve caf\u00e9"])
+def test_the_tokens_are_those_of_the_tokenizer(kind, text):
+    tokenizer = tokenizer_of_kind(kind)
+    found = encoder(kind).encode(text.encode())
+    assert [token.id for token in found] == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(found) < len(text.encode())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_name_of_a_special_token_in_a_text_is_text(kind):
+    if kind == "WordPiece":
+        pytest.skip("it has no token for the letters of the name")
+    tokenizer = tokenizer_of_kind(kind)
+    found = [token.id for token in encoder(kind).encode(b"a</s>b")]
+    assert tokenizer.eos_token_id in tokenizer("a</s>b")["input_ids"]
+    assert tokenizer.eos_token_id not in found
+
+
+@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize("second", KINDS)
+@settings(parent=QUICK, max_examples=5)
+@given(data=st.data())
+def test_chunks_have_the_same_bytes_on_both_sides(first, second, data):
+    known = st.lists(KNOWN, max_size=12).map("".join)
+    text = data.draw(known if "WordPiece" in (first, second) else SOME_TEXT)
+    sides = [encoder(kind).encode(text.encode()) for kind in (first, second)]
+    chunks = align(*([len(token.bytes) for token in side] for side in sides))
+    parts = []
+    for side, numbers in zip(sides, (chunks.first, chunks.second), strict=True):
+        assert numbers == sorted(numbers)
+        by_chunk = [b""] * chunks.count
+        for token, number in zip(side, numbers, strict=True):
+            if number >= 0:
+                by_chunk[number] += token.bytes
+        parts.append(by_chunk)
+        assert set(numbers) - {-1} == set(range(chunks.count))
+        assert b"".join(by_chunk) == text.encode()
+    assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("kind", OF_EVERY_BYTE)
+@settings(parent=QUICK, max_examples=10)
+@given(text=SOME_TEXT, data=st.data())
+def test_a_text_is_cut_anywhere_also_inside_a_character(kind, text, data):
+    at = data.draw(st.integers(0, len(text.encode())))
+    own = encoder(kind)
+    before, after = own.split(own.encode(text.encode()), at)
+    assert joined(before) == text.encode()[:at]
+    assert joined(after) == text.encode()[at:]
+
+
+def test_a_character_in_several_tokens_is_one_chunk_beside_a_token_of_it():
+    """What one side has in one token and the other in its four bytes."""
+    whole = ByteEncoder(
+        byte_level(
+            420, texts=["\U0001f642\U0001f642 \U0001f642 \U0001f642\U0001f642\U0001f642"] * 9
+        )
+    )
+    parts = encoder("byte-level BPE").encode("\U0001f642".encode())
+    assert len(parts) == 4
+    (one,) = whole.encode("\U0001f642".encode())
+    assert align([len(one.bytes)], [len(p.bytes) for p in parts]).second == [0, 0, 0, 0]
+
+
+def test_letters_without_a_token_are_refused():
+    with pytest.raises(ValueError, match="cannot write all of '\u9999'"):
+        encoder("WordPiece").encode("\u9999".encode())
+    with pytest.raises(ValueError, match="has no token for the byte 0xff"):
+        encoder("WordPiece").encode(b"a\xff")
+
+
+def test_a_tokenizer_that_changes_letters_is_refused():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    with pytest.raises(ValueError, match="Lowercase changes a text before it is cut"):
+        ByteEncoder(tokenizer)
+
+
+def test_letters_that_are_composed_before_they_are_cut_are_given_in_bytes():
+    backend = byte_level().backend_tokenizer
+    backend.normalizer = normalizers.NFC()
+    text = "cafe\u0301 two"
+    found = ByteEncoder(wrapped(backend)).encode(text.encode())
+    assert joined(found) == text.encode()
+    assert found[-1].bytes in (b" two", b"two")

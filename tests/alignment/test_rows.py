@@ -1,0 +1,110 @@
+"""Rows in the tokens of another tokenizer: prompts, completions and special tokens."""
+
+import pytest
+
+from lightning_kd.alignment import Retokenizer, counterparts
+from lightning_kd.data.encoding import encode_documents
+from lightning_kd.token_bytes import UNKNOWN
+from lightning_kd.tokenization import encode_prompts
+from tests.support.tokenizers import KINDS, tokenizer_of_kind
+
+BYTE_LEVEL, LLAMA = "byte-level BPE", "SentencePiece BPE with byte fallback"
+
+
+def both(student, teacher):
+    return tokenizer_of_kind(student), tokenizer_of_kind(teacher)
+
+
+def plain(tokenizer, text):
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("apart", [True, False])
+def test_one_tokenizer_on_both_sides_has_a_token_for_each_token(kind, apart):
+    """Where the student's prompt and completion are tokenized as the teacher tokenizes them."""
+    own, other = both(kind, kind)
+    prompt, completion = "two and two", "were four." if apart else " were four."
+    ids = [*encode_prompts([prompt], own)[0], *plain(own, completion), own.eos_token_id]
+    start = len(encode_prompts([prompt], own)[0])
+    if not apart:
+        ids = [*encode_documents([prompt + completion], own, add_eos=True)[0]]
+        start = 3
+    row = Retokenizer(own, other).row(ids, start, prompt=prompt if apart else None, apart=apart)
+    assert row.ids == ids
+    assert row.start == start
+    assert row.chunks.first == row.chunks.second == list(range(len(ids) - start))
+
+
+@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("teacher", KINDS)
+def test_a_prompt_and_its_completion_are_read_as_the_teachers_own_would_be(student, teacher):
+    own, other = both(student, teacher)
+    prompt, completion = "two and", "two were four"
+    ids = [*encode_prompts([prompt], own)[0], *plain(own, completion), own.eos_token_id]
+    start = len(ids) - len(plain(own, completion)) - 1
+    row = Retokenizer(own, other).row(ids, start, prompt=prompt, apart=True)
+    before = encode_prompts([prompt], other)[0]
+    assert row.ids == [*before, *plain(other, completion), other.eos_token_id]
+    assert row.start == len(before)
+    assert sum(row.sizes) == len(completion)
+    assert row.chunks.first[-1] == row.chunks.second[-1] == row.chunks.count - 1
+
+
+@pytest.mark.parametrize("teacher", [BYTE_LEVEL, LLAMA, "Unigram with byte fallback"])
+def test_a_document_goes_on_in_the_middle_of_a_word(teacher):
+    """The word that both parts share is cut there on the other side too."""
+    own, other = both("byte-level BPE with a prefix space", teacher)
+    text = "The teacher reads the text"
+    ids = [*plain(own, text), own.eos_token_id]
+    pieces = own.convert_ids_to_tokens(ids)
+    start = next(k for k in range(2, len(ids)) if not pieces[k].startswith("Ġ"))
+    row = Retokenizer(own, other).row(ids, start)
+    assert -1 not in row.chunks.first + row.chunks.second
+    assert other.decode(row.ids, skip_special_tokens=True).strip() == text
+    size = sum(row.sizes)
+    behind = other.decode(row.ids[row.start : -1])
+    assert behind.strip() == text[len(text) - size :].strip()
+
+
+def test_what_nothing_predicts_is_in_no_chunk():
+    own, other = both(BYTE_LEVEL, BYTE_LEVEL)
+    ids = plain(own, "two and two")
+    row = Retokenizer(own, other).row(ids, 0, prompt="", apart=True)
+    assert row.start == 0
+    assert row.chunks.first == [-1, *range(len(ids) - 1)]
+
+
+def test_special_tokens_are_mapped_by_role_and_by_name():
+    own, other = both(BYTE_LEVEL, LLAMA)
+    turn = own.convert_tokens_to_ids("<|turn|>")
+    mapped = counterparts(own, other)
+    assert mapped[own.eos_token_id] == other.eos_token_id
+    assert mapped[turn] == other.convert_tokens_to_ids("<|turn|>")
+    assert own.unk_token_id not in mapped
+    ids = [*plain(own, "two"), turn, *plain(own, " and"), own.eos_token_id]
+    row = Retokenizer(own, other).row(ids, 1)
+    assert row.ids.count(mapped[turn]) == 1
+    assert row.ids[-1] == other.eos_token_id
+    chunk = row.chunks.first[ids.index(turn) - 1]
+    assert [k for k, c in enumerate(row.chunks.second) if c == chunk] == [
+        row.ids.index(mapped[turn]) - row.start
+    ]
+
+
+def test_an_eos_of_another_name_is_the_eos():
+    own = tokenizer_of_kind(BYTE_LEVEL)
+    other = type(own)(
+        tokenizer_object=own.backend_tokenizer, eos_token="<|turn|>", pad_token="<pad>"
+    )
+    assert counterparts(own, other)[own.eos_token_id] == other.eos_token_id != own.eos_token_id
+
+
+def test_what_a_model_wrote_without_text_stands_for_none():
+    own, other = both(BYTE_LEVEL, BYTE_LEVEL)
+    ids = [*plain(own, "two"), own.unk_token_id, *plain(own, " and"), 10_000]
+    row = Retokenizer(own, other).row(ids, 1, generated=True)
+    assert other.decode(row.ids) == "two and"
+    assert row.sizes[-1] == UNKNOWN
+    with pytest.raises(ValueError, match="the text of the token 10000"):
+        Retokenizer(own, other).row(ids, 1)
