@@ -2,7 +2,9 @@
 
 from lightning_kd.modules.baby_llama import BabyLlama
 from lightning_kd.modules.distillation_module import DistillationModule
+from lightning_kd.modules.divergence_module import DivergenceModule
 from lightning_kd.modules.gkd import GKD
+from lightning_kd.modules.interpolation import TAID, Interpolation
 from lightning_kd.modules.loss import LossTerm, MicroBatchLoss, Scores
 from lightning_kd.modules.minillm import MiniLLM
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, OfficialCode, Paper
@@ -23,9 +25,12 @@ from lightning_kd.modules.teacher_module import TeacherModule
 __all__ = [
     "GKD",
     "SFT",
+    "TAID",
     "BabyLlama",
     "CorrectedTopK",
     "DistillationModule",
+    "DivergenceModule",
+    "Interpolation",
     "LossTerm",
     "MicroBatchLoss",
     "MiniLLM",

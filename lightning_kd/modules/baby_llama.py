@@ -83,6 +83,7 @@ class BabyLlama(SupervisedKD):
             divergence="forward_kl",
             alpha=alpha,
             temperature=temperature,
+            interpolation=None,
             teacher=teacher,
             vocabulary=vocabulary,
             student=student,

@@ -11,20 +11,22 @@ from lightning_kd.divergences import Divergence, ReverseKL, make_divergence
 from lightning_kd.fused import AnswerKind, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
+from lightning_kd.modules.divergence_module import DivergenceModule
+from lightning_kd.modules.interpolation import Interpolation
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.modules.policy_gradient import as_rollout
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES
 from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK, SampledPositions
 from lightning_kd.modules.student_module import generates_completions
-from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.modules.teacher_module import require_positive
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import ImportanceSampling
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike
 
 
-class GKD(TeacherModule):
+class GKD(DivergenceModule):
     r"""Match the teacher at every token of completions, a share of which the student generates.
 
     .. math:: L = (1 - \lambda)\, E_{(x, y) \sim data}\bigl[D(p \| q)(y | x)\bigr]
@@ -35,7 +37,7 @@ class GKD(TeacherModule):
     ``temperature`` the sampling temperature, and with ``off_policy: teacher`` the teacher generates
     what the student does not. Without the callback it is supervised distillation.
 
-    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+    The other options are those of :class:`~lightning_kd.modules.DivergenceModule`.
 
     Args:
         divergence: A registered name or a :class:`~lightning_kd.divergences.Divergence`; the
@@ -51,7 +53,7 @@ class GKD(TeacherModule):
 
     Raises:
         ValueError: If the temperature is not positive, the divergence unknown, or an estimator given
-            for another divergence than the reverse KL.
+            for another divergence than the reverse KL or beside an interpolation.
 
     References:
         Agarwal et al., *On-Policy Distillation of Language Models*, ICLR 2024, Algorithm 1.
@@ -68,6 +70,7 @@ class GKD(TeacherModule):
         divergence: Divergence | str = "generalized_jsd",
         teacher_temperature: float = 1.0,
         estimator: CorrectedTopK | None = None,
+        interpolation: Interpolation | None = None,
         teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
         student: StudentLike,
@@ -80,6 +83,7 @@ class GKD(TeacherModule):
         engine: Engine | None = None,
     ) -> None:
         super().__init__(
+            interpolation=interpolation,
             teacher=teacher,
             vocabulary=vocabulary,
             student=student,
@@ -101,6 +105,11 @@ class GKD(TeacherModule):
                     f"estimator: CorrectedTopK estimates the reverse KL, and the divergence is "
                     f"{self.divergence!r}, whose own formula it would not read; set divergence: "
                     "ReverseKL, or leave estimator out"
+                )
+            if interpolation is not None:
+                raise ValueError(
+                    "estimator: CorrectedTopK estimates the reverse KL from the teacher, and "
+                    "interpolation puts another target in its place; leave one of them out"
                 )
             self.needs, self.needs_own_samples = estimator.needs, True
             self.terms = (*self.terms, *estimator.watched)
@@ -138,7 +147,7 @@ class GKD(TeacherModule):
             ValueError: If there is an estimator, and the student has not sampled the completion.
         """
         if self.estimator is None:
-            return self.evaluation_loss(batch, scores)
+            return self._terms(self.trained_divergence(self.divergence))
         rollout = as_rollout(batch, "GKD with estimator: CorrectedTopK")
         positions = SampledPositions.of(
             rollout, scores, teacher_temperature=self.teacher_temperature
@@ -149,10 +158,11 @@ class GKD(TeacherModule):
 
     def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
         """Return the divergence at each token, as the teacher's answer tells it."""
-        divergence_term = DivergenceTerm(
-            self.divergence, teacher_temperature=self.teacher_temperature
-        )
-        return {self._measured: LossTerm(divergence_term)}
+        return self._terms(self.divergence)
+
+    def _terms(self, divergence: Divergence) -> Mapping[str, LossTerm]:
+        term = DivergenceTerm(divergence, teacher_temperature=self.teacher_temperature)
+        return {self._measured: LossTerm(term)}
 
     @property
     def _measured(self) -> str:

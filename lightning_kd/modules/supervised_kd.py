@@ -10,14 +10,16 @@ from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.fused import CrossEntropy, DivergenceTerm
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
+from lightning_kd.modules.divergence_module import DivergenceModule
+from lightning_kd.modules.interpolation import Interpolation
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.modules.teacher_module import require_positive
 from lightning_kd.normalization import Normalization
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike
 
 
-class SupervisedKD(TeacherModule):
+class SupervisedKD(DivergenceModule):
     r"""Match the teacher's distribution at every token of the data's completions.
 
     With student :math:`q`, teacher :math:`p`, both at temperature :math:`\tau` inside the divergence:
@@ -28,7 +30,7 @@ class SupervisedKD(TeacherModule):
     against the cross-entropy. :math:`k` is the divergence's
     :attr:`~lightning_kd.divergences.Divergence.order`: 2 for all but the total variation, whose is 1.
 
-    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+    The other options are those of :class:`~lightning_kd.modules.DivergenceModule`.
 
     Args:
         divergence: A registered name (``forward_kl``, ``generalized_jsd``, ...) or a
@@ -54,6 +56,7 @@ class SupervisedKD(TeacherModule):
         divergence: Divergence | str = "forward_kl",
         alpha: float = 0.5,
         temperature: float = 1.0,
+        interpolation: Interpolation | None = None,
         teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
         student: StudentLike,
@@ -66,6 +69,7 @@ class SupervisedKD(TeacherModule):
         engine: Engine | None = None,
     ) -> None:
         super().__init__(
+            interpolation=interpolation,
             teacher=teacher,
             vocabulary=vocabulary,
             student=student,
@@ -97,9 +101,16 @@ class SupervisedKD(TeacherModule):
         return {"divergence": self.divergence}
 
     def loss_terms(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
-        """Return cross-entropy with the label and divergence from the teacher, at each label."""
+        """Return cross-entropy with the label and divergence from the target, at each label."""
+        return self._terms(scores, self.trained_divergence(self.divergence))
+
+    def evaluation_loss(self, batch: Batch, scores: Scores) -> Mapping[str, LossTerm]:
+        """Return the same with the divergence from the teacher itself."""
+        return self._terms(scores, self.divergence)
+
+    def _terms(self, scores: Scores, divergence: Divergence) -> Mapping[str, LossTerm]:
         softened = DivergenceTerm(
-            self.divergence,
+            divergence,
             student_temperature=self.temperature,
             teacher_temperature=self.temperature,
         )

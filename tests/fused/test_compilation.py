@@ -13,6 +13,7 @@ from scipy.special import log_softmax, rel_entr
 from torch._dynamo.utils import counters
 
 from lightning_kd.divergences import Divergence, available_divergences, make_divergence
+from lightning_kd.divergences.interpolated import InterpolatedDivergence
 from lightning_kd.divergences.log_space import expm1_
 from lightning_kd.fused import (
     ChunkedPass,
@@ -169,6 +170,20 @@ def test_no_length_makes_new_code():
         for mode in ("always", "never"):
             chunks = passed(weight, labels, teacher, terms, mode)
             total, _ = weighted_sum(chunks, [weights, weights])
+            gradients += torch.autograd.grad(total, weight)
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
+    assert number_of_graphs() == 1
+
+
+def test_a_share_that_moves_makes_no_new_code():
+    """A target between student and teacher is at another place in every step."""
+    for step, n in enumerate((9, 14, 9, 12)):
+        weight, labels, teacher, weights = draw(n)
+        share = torch.tensor(step / 3, dtype=torch.float64)
+        terms = [DivergenceTerm(InterpolatedDivergence(make_divergence("reverse_kl"), share))]
+        gradients = []
+        for mode in ("always", "never"):
+            total, _ = weighted_sum(passed(weight, labels, teacher, terms, mode), [weights])
             gradients += torch.autograd.grad(total, weight)
         torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
     assert number_of_graphs() == 1

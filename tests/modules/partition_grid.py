@@ -22,6 +22,7 @@ from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
+    TAID,
     BabyLlama,
     DistillationModule,
     MiniLLM,
@@ -52,6 +53,8 @@ CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
 # The official scale of tokens and rows needs a step in one micro-batch.
 CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
+VARIANTS = ["taid"]
+CASES += list(itertools.product(VARIANTS, ["token", "sequence"], [None]))
 
 
 def without_float32_islands() -> None:
@@ -108,6 +111,9 @@ def build(
         return SupervisedKD(
             teacher=one, divergence="generalized_jsd", temperature=2.0, alpha=0.3, **common
         )
+    if method == "taid":
+        moving = TAID(0.2, 0.9, steps=3, rate=0.5)
+        return SupervisedKD(teacher=one, interpolation=moving, alpha=0.3, **common)
     if method == "gkd":
         return GKD(teacher=one, teacher_temperature=0.7, **common)
     if method == "on_policy_distillation":

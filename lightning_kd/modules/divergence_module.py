@@ -1,0 +1,114 @@
+"""Base of methods whose loss is a divergence from the teacher."""
+
+from typing import Any
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.optim import Optimizer
+
+from lightning_kd.divergences import Divergence
+from lightning_kd.generation import Engine, GenerationOptions
+from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
+from lightning_kd.modules.interpolation import Interpolation
+from lightning_kd.modules.measured import narrow
+from lightning_kd.modules.teacher_module import TeacherModule
+from lightning_kd.normalization import Normalization
+from lightning_kd.option_checks import check_instance
+from lightning_kd.teachers import TeachersLike
+from lightning_kd.tokenization import TokenizerLike
+
+_CHECKPOINT_KEY = "interpolation"
+
+
+class DivergenceModule(TeacherModule):
+    """A student that learns a divergence from the teacher, or from a target on the way to it.
+
+    A method takes its term ``divergence`` from :meth:`trained_divergence`. Validation is always on the
+    divergence from the teacher itself.
+
+    The other options are those of :class:`~lightning_kd.modules.TeacherModule`.
+
+    Args:
+        interpolation: Moves the target from the student to the teacher over the run:
+            :class:`Interpolation` or :class:`TAID`. Logged as ``train/interpolation``. Without it, the
+            target is the teacher.
+
+    Raises:
+        ValueError: If a value is out of its range; in a run, if the teacher's answers do not tell the
+            target.
+    """
+
+    def __init__(
+        self,
+        *,
+        interpolation: Interpolation | None = None,
+        teacher: TeachersLike,
+        vocabulary: VocabularyPolicy = "equal",
+        student: StudentLike,
+        tokenizer: TokenizerLike | None = None,
+        normalization: Normalization | str = "token",
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        logits_backend: LogitsBackend | None = None,
+        generation: GenerationOptions | None = None,
+        engine: Engine | None = None,
+    ) -> None:
+        super().__init__(
+            teacher=teacher,
+            vocabulary=vocabulary,
+            student=student,
+            tokenizer=tokenizer,
+            normalization=normalization,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            logits_backend=logits_backend,
+            generation=generation,
+            engine=engine,
+        )
+        if interpolation is not None:
+            check_instance("interpolation", interpolation, Interpolation, "TAID(steps=1000)")
+        self.interpolation = interpolation
+
+    def setup(self, stage: str) -> None:
+        """Begin with the target of a first step; a checkpoint comes later."""
+        super().setup(stage)
+        if self.interpolation is not None and stage == "fit":
+            self.interpolation.begin()
+
+    def check_answers(self) -> None:
+        """Refuse a teacher whose answers do not tell what is computed from them."""
+        super().check_answers()
+        if self.interpolation is not None and self.answer_kind == "sampled":
+            raise ValueError(
+                "model.interpolation mixes the teacher's probabilities with the student's, and "
+                f"{type(self.teacher).__name__} answers tokens drawn from its distribution, which do "
+                "not tell them. Leave interpolation out, or take a teacher that answers "
+                "full_distribution or top_k"
+            )
+
+    def trained_divergence(self, divergence: Divergence) -> Divergence:
+        """Return the divergence that the present optimizer step minimizes."""
+        if self.interpolation is None:
+            return divergence
+        return self.interpolation.between(divergence, self.global_step, self.device)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Divide the gradients; log the share of the teacher, and let it move on."""
+        super().on_before_optimizer_step(optimizer)
+        if self.interpolation is not None:
+            step = self.global_step
+            self.log("train/interpolation", narrow(self.interpolation.share(step, self.device)))
+            loss = self._step_sums.means()["divergence"]
+            self.interpolation.update(step, loss, self._step_sums.sums[1])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save where the target is."""
+        super().on_save_checkpoint(checkpoint)
+        if self.interpolation is not None:
+            checkpoint[_CHECKPOINT_KEY] = self.interpolation.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore it."""
+        super().on_load_checkpoint(checkpoint)
+        if self.interpolation is not None and _CHECKPOINT_KEY in checkpoint:
+            self.interpolation.load_state_dict(checkpoint[_CHECKPOINT_KEY])
