@@ -12,6 +12,7 @@ from lightning_kd.divergences.base import (
 from lightning_kd.divergences.forward_kl import ForwardKL
 from lightning_kd.divergences.generalized_jsd import GeneralizedJSD
 from lightning_kd.divergences.jeffreys import Jeffreys
+from lightning_kd.divergences.negative_log_acceptance import NegativeLogAcceptance
 from lightning_kd.divergences.reverse_kl import ReverseKL
 from lightning_kd.divergences.skew_kl import SkewKL, SkewReverseKL
 from lightning_kd.divergences.squared_hellinger import SquaredHellinger
@@ -25,6 +26,7 @@ __all__ = [
     "ForwardKL",
     "GeneralizedJSD",
     "Jeffreys",
+    "NegativeLogAcceptance",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",

@@ -28,7 +28,8 @@ class SupervisedKD(DivergenceModule):
 
     The gradient of a softened divergence shrinks as :math:`1/\tau^k`; the factor keeps its size
     against the cross-entropy. :math:`k` is the divergence's
-    :attr:`~lightning_kd.divergences.Divergence.order`: 2 for all but the total variation, whose is 1.
+    :attr:`~lightning_kd.divergences.Divergence.order`: 2 for all but the total variation and its
+    logarithm, whose is 1.
 
     The other options are those of :class:`~lightning_kd.modules.DivergenceModule`.
 

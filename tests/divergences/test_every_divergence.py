@@ -63,6 +63,7 @@ REFERENCES = {
     "forward_kl": lambda p, q: entropy(p, q, axis=-1),
     "generalized_jsd": jensen_shannon,
     "jeffreys": lambda p, q: ((p - q) * np.log(p / q)).sum(-1),
+    "negative_log_acceptance": lambda p, q: -np.log(np.minimum(p, q).sum(-1)),
     "reverse_kl": lambda p, q: entropy(q, p, axis=-1),
     "skew_kl": lambda p, q, alpha=0.1: entropy(p, alpha * p + (1 - alpha) * q, axis=-1),
     "skew_reverse_kl": lambda p, q, alpha=0.1: entropy(q, alpha * q + (1 - alpha) * p, axis=-1),
@@ -320,6 +321,7 @@ def test_different_shapes_are_refused(name, parameters, log_probs):
 
 ORDERS = {
     **{(name, ()): 2 for name in available_divergences()},
+    ("negative_log_acceptance", ()): 1,
     ("total_variation", ()): 1,
     **{
         ("alpha_beta", (("alpha", a), ("beta", b))): 2
