@@ -76,3 +76,14 @@ def is_number(value: object, *, whole: bool = False) -> bool:
     """
     kinds = int if whole else (int, float)
     return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def require_positive(**temperatures: float) -> None:
+    """Refuse a temperature that cannot divide logits.
+
+    Raises:
+        ValueError: If one is not positive.
+    """
+    for name, value in temperatures.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be positive")

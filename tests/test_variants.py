@@ -14,7 +14,10 @@ pytestmark = [*EXPECTED_WARNINGS, pytest.mark.command_line]
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs" / "variants.md").read_text()
 COMMANDS = [shlex.split(line) for line in re.findall(r"```bash\nlightning-kd (.*?)\n```", PAGE)]
-LOGGED = {"--model.interpolation": "train/interpolation"}
+LOGGED = {
+    "--model.interpolation": "train/interpolation",
+    "--model.reference": "train/policy_gradient",
+}
 """What shows that an option has had an effect, by the option."""
 
 

@@ -127,7 +127,8 @@ def check_teacher(
     """
     share = lmbda.value if isinstance(lmbda, Constant) else None
     if isinstance(module, TeacherModule) and share != 0:
-        check_own_samples(module, module.teacher)
+        for asked in module.teachers.values():
+            check_own_samples(module, asked)
     if mixture_alpha > 0:
         teacher_with("mixture", module)
     if off_policy == "teacher" and share != 1:

@@ -21,7 +21,7 @@ _READ = get_loader("yaml")
 _STARTS = ("name_or_path", "config")
 """What a model starts from: exactly one of them."""
 
-_BARE = re.compile(r"--model\.(student|teacher)")
+_BARE = re.compile(r"--model\.(student|teacher|reference)")
 _START = re.compile(rf"--model\.(student|teacher)\.(?:init_args\.)?({'|'.join(_STARTS)})(?:\.\w+)*")
 
 _DIRECTORY: ContextVar[Path] = ContextVar("_DIRECTORY", default=Path())
@@ -95,7 +95,7 @@ def _named(part: Any, name: str = "") -> Any:
         return [_named(member, "member") for member in part]
     if isinstance(part, list) and name == "teacher":
         return {"class_path": "TeacherEnsemble", "init_args": {"members": _named(part, "members")}}
-    if name in {"student", "teacher", "member"} and is_model_name(part):
+    if name in {"student", "teacher", "reference", "member"} and is_model_name(part):
         return {"name_or_path": part}
     return part
 

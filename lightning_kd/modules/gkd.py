@@ -19,8 +19,8 @@ from lightning_kd.modules.policy_gradient import as_rollout
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES
 from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK, SampledPositions
 from lightning_kd.modules.student_module import generates_completions
-from lightning_kd.modules.teacher_module import require_positive
 from lightning_kd.normalization import Normalization
+from lightning_kd.option_checks import require_positive
 from lightning_kd.policy import ImportanceSampling
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike

@@ -4,10 +4,13 @@ from collections.abc import Mapping
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_kd.batch import Rollout
+from lightning_kd.fused import TeacherAnswer
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
+from lightning_kd.modules.answer_checks import check_temperatures
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule
 from lightning_kd.modules.reverse_kl_estimators import (
@@ -17,8 +20,14 @@ from lightning_kd.modules.reverse_kl_estimators import (
 )
 from lightning_kd.normalization import Normalization
 from lightning_kd.policy import Surrogate
-from lightning_kd.teachers import TeachersLike
+from lightning_kd.teachers import Teacher, TeachersLike
+from lightning_kd.teachers.ensemble import teacher_of
 from lightning_kd.tokenization import TokenizerLike
+
+_EXTRAPOLATION = 1.25
+"""Of the paper."""
+
+_EVALUATING = (TrainerFn.VALIDATING, TrainerFn.TESTING, TrainerFn.PREDICTING)
 
 
 class OnPolicyDistillation(PolicyGradientModule):
@@ -46,6 +55,12 @@ class OnPolicyDistillation(PolicyGradientModule):
     KL, from a teacher in the process, has a still lower one: that is :class:`GKD` with
     ``divergence: ReverseKL`` and ``lmbda: 1``, for :math:`\gamma = 0`.
 
+    With a ``reference`` :math:`p_0`, such as what the teacher was trained from, the teacher is
+    extrapolated (ExOPD). The reward of a token is
+    :math:`\lambda \log (p / p_0) - \log (q / p_0)`: above :math:`\lambda = 1` the student goes further
+    in the direction in which the teacher has gone from the reference, and at 1 the reference is of no
+    effect. Validation measures the reverse KL from the teacher itself.
+
     The other options are those of :class:`~lightning_kd.modules.policy_gradient.PolicyGradientModule`.
 
     Args:
@@ -53,13 +68,17 @@ class OnPolicyDistillation(PolicyGradientModule):
         kl_coefficient: :math:`c`.
         estimator: How the reverse KL of a token is estimated: :class:`SampledToken` (the default) or
             :class:`CorrectedTopK`.
+        reference: A model, or any other :class:`~lightning_kd.teachers.Teacher`, from which the teacher
+            is extrapolated; asked in training alone.
+        extrapolation: :math:`\lambda`, with a reference, above 0. Defaults to 1.25.
 
     Raises:
         ValueError: If a value is out of its range.
 
     References:
         Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025.
-        https://thinkingmachines.ai/blog/on-policy-distillation/
+        https://thinkingmachines.ai/blog/on-policy-distillation/; *Learning beyond Teacher: Generalized
+        On-Policy Distillation with Reward Extrapolation*, 2026. https://arxiv.org/abs/2602.12125
     """
 
     terms: tuple[str, ...] = ("policy_gradient",)
@@ -70,6 +89,8 @@ class OnPolicyDistillation(PolicyGradientModule):
         gamma: float = 0.0,
         kl_coefficient: float = 1.0,
         estimator: ReverseKLEstimator | None = None,
+        reference: TeachersLike | None = None,
+        extrapolation: float | None = None,
         temperature: float = 1.0,
         surrogate: Surrogate | None = None,
         dropout: Dropout = "none",
@@ -107,6 +128,58 @@ class OnPolicyDistillation(PolicyGradientModule):
         self.estimator = estimator or SampledToken()
         self.needs = self.estimator.needs
         self.terms = (*self.terms, *self.estimator.watched)
+        self.reference = None if reference is None else teacher_of(reference)
+        self.extrapolation = _EXTRAPOLATION if extrapolation is None else extrapolation
+        self._check_reference(extrapolation)
+
+    def _check_reference(self, given: float | None) -> None:
+        if self.reference is None:
+            if given is not None:
+                raise ValueError(
+                    f"extrapolation is {given}, and there is no reference to extrapolate from; give "
+                    "one, or leave extrapolation out"
+                )
+            return
+        if not self.extrapolation > 0:
+            raise ValueError(f"extrapolation is {self.extrapolation}; it must be positive")
+        if not isinstance(self.estimator, SampledToken):
+            raise ValueError(
+                f"estimator: {type(self.estimator).__name__} computes the reverse KL from the teacher "
+                "over several tokens, and with a reference the reward is of the sampled token alone; "
+                "leave estimator out, or reference"
+            )
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        """The teacher, and the reference where a run trains."""
+        evaluates = self._trainer is not None and self.trainer.state.fn in _EVALUATING
+        if self.reference is None or evaluates:
+            return super().teachers
+        return {**super().teachers, "reference": self.reference}
+
+    def check_answers(self) -> None:
+        """Refuse a teacher, or a reference, that does not tell what is computed."""
+        super().check_answers()
+        for teacher in list(self.teachers.values())[1:]:
+            kind = self.kind_from(teacher)
+            check_temperatures(teacher, kind, self.teacher_temperatures)
+
+    def compare_vocabularies(self) -> None:
+        """Compare those of the reference too.
+
+        Raises:
+            ValueError: If they cannot be compared.
+        """
+        super().compare_vocabularies()
+        for teacher in list(self.teachers.values())[1:]:
+            known = teacher.vocabulary_size
+            # Only from all probabilities can those of fewer tokens be renormalized.
+            cut = self.vocabulary == "shared" and self.kind_from(teacher) == "full_distribution"
+            if known < self.width or (known > self.width and not cut):
+                raise ValueError(
+                    f"the reference has {known} tokens, and {self.width} of the student and the "
+                    "teacher are compared; give one with the teacher's vocabulary"
+                )
 
     def rollout_terms(self, rollout: Rollout, scores: Scores) -> Mapping[str, LossTerm]:
         """Return the loss of each sampled token, and what is logged of the estimator."""
@@ -116,7 +189,14 @@ class OnPolicyDistillation(PolicyGradientModule):
             gamma=self.gamma,
             student_temperature=self.temperature,
             teacher_temperature=self.temperature,
+            reference=self._reference_answer(rollout, scores),
+            extrapolation=self.extrapolation,
         )
         given = (positions, self.surrogate, self.kl_coefficient)
         loss = self.estimator.loss(*given)
         return {"policy_gradient": LossTerm(loss), **self.estimator.watch(*given)}
+
+    def _reference_answer(self, rollout: Rollout, scores: Scores) -> TeacherAnswer | None:
+        if self.reference is None:
+            return None
+        return self.answer_of(self.reference, rollout, scores.positions).narrowed(self.width)

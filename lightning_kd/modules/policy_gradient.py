@@ -26,9 +26,9 @@ from lightning_kd.models.dropout import Setting, restore, switch_off_dropout, tr
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
-from lightning_kd.modules.teacher_module import TeacherModule, require_positive
+from lightning_kd.modules.teacher_module import TeacherModule
 from lightning_kd.normalization import Normalization
-from lightning_kd.option_checks import check_choice
+from lightning_kd.option_checks import check_choice, require_positive
 from lightning_kd.policy import ImportanceSampling, Surrogate
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Self
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lightning_kd.batch import Rollout
 from lightning_kd.divergences import ReverseKL
+from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused import (
     AnswerKind,
     DivergenceTerm,
@@ -40,7 +42,8 @@ class SampledPositions:
     sampling_log_probs: Tensor
     """Of what the tokens were drawn from, ``(N,)``."""
     teacher_log_probs: Tensor
-    """At the teacher's temperature, ``(N,)``."""
+    """At the teacher's temperature, ``(N,)``; extrapolated from a reference, they need not add up to
+    1."""
     later: Tensor
     """Discounted sum of the log-ratios of later tokens, ``(N,)``."""
     answer: TeacherAnswer
@@ -57,6 +60,8 @@ class SampledPositions:
         gamma: float = 0.0,
         student_temperature: float = 1.0,
         teacher_temperature: float = 1.0,
+        reference: TeacherAnswer | None = None,
+        extrapolation: float = 1.0,
     ) -> Self:
         """Collect what is known of a rollout's tokens.
 
@@ -66,13 +71,20 @@ class SampledPositions:
             gamma: Discount of later tokens' log-ratios.
             student_temperature: Divides the student's logits.
             teacher_temperature: Divides the teacher's.
+            reference: Answer of a reference, from which the teacher is extrapolated.
+            extrapolation: How far: 0 is the reference, 1 the teacher.
         """
         assert scores.teacher is not None  # score() has put it there
         tokens, scored = scores.positions.targets, scores.positions
         own = of_tokens(scores, rollout["log_probs"])
-        teacher = teacher_log_probs_at(
-            scores.teacher, tokens, scores.student.shape[1], temperature=teacher_temperature
+        width = scores.student.shape[1]
+        at_tokens = partial(
+            teacher_log_probs_at, targets=tokens, width=width, temperature=teacher_temperature
         )
+        teacher = at_tokens(scores.teacher)
+        if reference is not None:
+            other = at_tokens(reference)
+            teacher = weighted(extrapolation, teacher) + weighted(1 - extrapolation, other)
         returns = discounted_returns(scored.scattered(own - teacher), gamma)
         later = gamma * F.pad(returns[:, 1:], (0, 1))
         return cls(

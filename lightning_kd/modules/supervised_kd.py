@@ -13,8 +13,8 @@ from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.divergence_module import DivergenceModule
 from lightning_kd.modules.interpolation import Interpolation
 from lightning_kd.modules.loss import LossTerm, Scores
-from lightning_kd.modules.teacher_module import require_positive
 from lightning_kd.normalization import Normalization
+from lightning_kd.option_checks import require_positive
 from lightning_kd.teachers import TeachersLike
 from lightning_kd.tokenization import TokenizerLike
 

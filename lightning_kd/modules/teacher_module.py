@@ -1,7 +1,8 @@
 """Base of methods with a teacher."""
 
 from collections.abc import Mapping
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import ClassVar, get_args
 
 import torch
@@ -41,7 +42,7 @@ from lightning_kd.normalization import Normalization
 from lightning_kd.option_checks import check_choice
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
-from lightning_kd.teachers import TEACHERS, TeachersLike, checked_answer, choose_kind
+from lightning_kd.teachers import TEACHERS, Teacher, TeachersLike, checked_answer, choose_kind
 from lightning_kd.teachers.ensemble import teacher_of
 from lightning_kd.tokenization import TokenizerLike
 
@@ -107,17 +108,30 @@ class TeacherModule(DistillationModule):
     """The micro-batch that comes next, where it is known and the teacher wants to hear of it."""
 
     @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        """All that the run asks, the teacher first, by their role in messages."""
+        return {"teacher": self.teacher}
+
+    @property
     def answer_kind(self) -> AnswerKind:
         """Kind of the teacher's answers in this run.
 
         Raises:
             ValueError: If the method can use none of its answers.
         """
+        return self.kind_from(self.teacher)
+
+    def kind_from(self, teacher: Teacher) -> AnswerKind:
+        """Return the kind of the answers that the method takes from a teacher.
+
+        Raises:
+            ValueError: If it can use none of them.
+        """
         tempered = any(value != 1 for value in self.teacher_temperatures.values())
         # What another temperature or a narrower vocabulary needs.
         whole_first = tempered or self.vocabulary == "shared"
         needs = sorted(self.needs, key=lambda kind: whole_first and kind != "full_distribution")
-        return choose_kind(self.teacher, needs, type(self).__name__, TEACHERS)
+        return choose_kind(teacher, needs, type(self).__name__, TEACHERS)
 
     @property
     def teacher_temperatures(self) -> Mapping[str, float]:
@@ -142,18 +156,22 @@ class TeacherModule(DistillationModule):
         super().setup(stage)
         if stage == "fit":
             self.train_distribution.overlap = None  # what an earlier run's callback has asked for
-            check_origin(self.student_spec, self.teacher, alike=self.learns_from_its_start)
+            for teacher in self.teachers.values():
+                alike = self.learns_from_its_start or teacher is not self.teacher
+                check_origin(self.student_spec, teacher, alike=alike)
         if stage != "predict":
             self.check_answers()
             self._has_teacher = True
-            self.teacher.prepare(
-                self.tokenizer,
-                self.trainer.strategy.root_device,
-                self.vocabulary,
-                adapter_of(self.trainer).shard_mesh(),
-            )
-            self.teacher.check_data(getattr(self.trainer, "datamodule", None))
-            check_texts(self, self.teacher, stage)
+            for role, teacher in self.teachers.items():
+                teacher.prepare(
+                    self.tokenizer,
+                    self.trainer.strategy.root_device,
+                    self.vocabulary,
+                    adapter_of(self.trainer).shard_mesh(),
+                    role,
+                )
+                teacher.check_data(getattr(self.trainer, "datamodule", None))
+                check_texts(self, teacher, stage)
 
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""
@@ -189,27 +207,34 @@ class TeacherModule(DistillationModule):
     @property
     def models(self) -> dict[str, PreTrainedModel]:
         """The student and the models of the teacher, by role."""
-        return super().models | dict(self.teacher.local_models)
+        of_teachers = [dict(teacher.local_models) for teacher in self.teachers.values()]
+        return reduce(or_, of_teachers, super().models)
 
     def teacher_answer(self, batch: Batch, positions: ScoredPositions) -> TeacherAnswer:
-        """Return the teacher's answer at these positions, over all tokens that it knows.
+        """Return the teacher's answer at these positions, over all tokens that it knows."""
+        return self.answer_of(self.teacher, batch, positions)
+
+    def answer_of(
+        self, teacher: Teacher, batch: Batch, positions: ScoredPositions
+    ) -> TeacherAnswer:
+        """Return the answer of one of the teachers, over all tokens that it knows.
 
         Raises:
             ValueError: If what it answers is not about these positions.
         """
         ask = partial(
             checked_answer,
-            self.teacher,
+            teacher,
             batch,
             positions,
-            kind=self.answer_kind,
+            kind=self.kind_from(teacher),
             logits_backend=self.logits_backend,
         )
-        answer = ask_together(ask, self.device) if self.teacher.is_remote else ask()
+        answer = ask_together(ask, self.device) if teacher.is_remote else ask()
         widest = max((source.shape[1] for source in answer.sources), default=0)
         if self.vocabulary == "equal" and widest > self.width:
             raise ValueError(
-                f"the vocabulary_size of {type(self.teacher).__name__} is {self.width}, and it has "
+                f"the vocabulary_size of {type(teacher).__name__} is {self.width}, and it has "
                 f"answered with logits of {widest} tokens; return as many"
             )
         return answer
@@ -272,14 +297,3 @@ class TeacherModule(DistillationModule):
                     "surplus that is padding"
                 )
         return shown
-
-
-def require_positive(**temperatures: float) -> None:
-    """Refuse a temperature that cannot divide logits.
-
-    Raises:
-        ValueError: If one is not positive.
-    """
-    for name, value in temperatures.items():
-        if not value > 0:
-            raise ValueError(f"{name} is {value}; it must be positive")

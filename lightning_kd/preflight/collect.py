@@ -173,9 +173,10 @@ def _specs(module: DistillationModule) -> Iterator[tuple[str, ModelSpec]]:
     """Yield the models that run in this process, with their roles."""
     yield "student", module.student_spec
     if isinstance(module, TeacherModule):
-        specs = module.teacher.model_specs
-        for number, spec in enumerate(specs):
-            yield "teacher" if len(specs) == 1 else f"teacher {number}", spec
+        for role, teacher in module.teachers.items():
+            specs = teacher.model_specs
+            for number, spec in enumerate(specs):
+                yield role if len(specs) == 1 else f"{role} {number}", spec
 
 
 def _describe(sized: SizedModel, tokenizer: TokenizerFacts | None) -> ModelFacts:

@@ -60,8 +60,10 @@ class Rehearsal:
             self._passes(check_limits, self._trainer)
             self._passes(check_trainer, self._trainer)
         if isinstance(self._module, TeacherModule):
-            own, alike = self._module, self._module.learns_from_its_start
-            self._passes(check_origin, own.student_spec, own.teacher, alike=alike)
+            own = self._module
+            for teacher in own.teachers.values():
+                alike = own.learns_from_its_start or teacher is not own.teacher
+                self._passes(check_origin, own.student_spec, teacher, alike=alike)
         with self._stand_in(sized) as module:
             student = sized[0].model
             ready = self._passes(check_ids, self._tokenizer, student, "student")
@@ -115,14 +117,16 @@ class Rehearsal:
                 trainer.datamodule = before  # type: ignore[attr-defined]
 
     def _teacher(self, module: TeacherModule) -> bool:
-        """Check the teacher; returns whether it could be made ready."""
-        teacher = module.teacher
-        known = self._passes(module.check_answers)
-        if not (self._prepares(module, teacher, "teacher") and known):
+        """Check the teachers; returns whether they could be made ready."""
+        ready = self._passes(module.check_answers)
+        for role, teacher in module.teachers.items():
+            ready = self._prepares(module, teacher, role) and ready
+        if not ready:
             return False
-        self._passes(teacher.check_data, self._data)
-        if self._trainer is not None:
-            self._passes(check_texts, module, teacher, "fit")
+        for teacher in module.teachers.values():
+            self._passes(teacher.check_data, self._data)
+            if self._trainer is not None:
+                self._passes(check_texts, module, teacher, "fit")
         return self._passes(module.compare_vocabularies)
 
     def _prepares(self, module: TeacherModule, teacher: Teacher, role: str) -> bool:

@@ -54,7 +54,9 @@ CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
 CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
 VARIANTS = ["taid"]
-CASES += list(itertools.product(VARIANTS, ["token", "sequence"], [None]))
+ON_POLICY_VARIANTS = ["exopd"]
+CASES += list(itertools.product([*VARIANTS, *ON_POLICY_VARIANTS], ["token", "sequence"], [None]))
+GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS]
 
 
 def without_float32_islands() -> None:
@@ -95,7 +97,7 @@ def build(
         return tiny_llama(seed, tie_word_embeddings=tied, **settings).to(dtype)
 
     # A policy gradient has no dropout in its steps: no cut and no process draws any.
-    dropout = 0.3 if method in POLICY_GRADIENTS else 0.0
+    dropout = 0.3 if method in [*POLICY_GRADIENTS, "exopd"] else 0.0
     common: dict[str, Any] = {
         "student": StudentSpec.of(llama(0, attention_dropout=dropout)),
         "normalization": ConstantLength(16) if normalization == "constant" else normalization,
@@ -118,6 +120,11 @@ def build(
         return GKD(teacher=one, teacher_temperature=0.7, **common)
     if method == "on_policy_distillation":
         return OnPolicyDistillation(teacher=one, gamma=0.9, **common)
+    if method == "exopd":
+        reference = LocalTeacher.of(llama(3), placement=placement)
+        return OnPolicyDistillation(
+            teacher=one, reference=reference, extrapolation=1.5, gamma=0.9, **common
+        )
     if method == "minillm":
         return MiniLLM(teacher=one, **common)
     if method == "minillm_code":
@@ -185,7 +192,7 @@ def run(
         strategy=strategy if world > 1 else "auto",
         precision="64-true",
         gradient_clip_val=clip,
-        callbacks=[writing(method, **rollouts), steps] if method in ON_POLICY else [steps],
+        callbacks=[writing(method, **rollouts), steps] if method in GENERATING else [steps],
     )
     weights = flat(list(module.parameters()))
     return {"losses": losses, "gradients": steps.gradients, "weights": weights}
@@ -210,11 +217,11 @@ def fitted(
 
     LossSums.reduce = recording
     try:
-        steps = {"max_steps": 2, "max_epochs": -1} if method in ON_POLICY else {}
+        steps = {"max_steps": 2, "max_epochs": -1} if method in GENERATING else {}
         defaults = {"devices": world, "accumulate_grad_batches": window, "log_every_n_steps": 100}
         fit = trainer(**(defaults | steps | settings))
         data: Any = Letters(batch_size=size)
-        if method not in ON_POLICY:
+        if method not in GENERATING:
             data = BatchList(micro_batches(world, window, size, rank))
         fit.fit(module, datamodule=data)
     finally:

@@ -24,6 +24,7 @@ from tests.support.tabular import (
     flat_gradient,
     kl_at,
     log_probs,
+    next_log_probs,
 )
 
 
@@ -142,6 +143,37 @@ def test_mixed_prefixes_have_the_token_kls_of_the_student(alpha):
         reached = ((1 - alpha) * own + alpha * other).prod() if prefix else 1.0
         total = total + reached * kl_at(student, teacher, prefix)
     close(expected_gradient(OnPolicyDistillation, alpha=alpha), flat_gradient(total, student))
+
+
+def towards(tokens, strength):
+    """What a completion's tokens are rewarded by: ``lambda log p + (1 - lambda) log p_0``, each."""
+    teacher, reference = (log_probs(Table(seed), tokens).detach() for seed in (1, 2))
+    return strength * teacher + (1 - strength) * reference
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.25, 2.0])
+def test_extrapolated_over_sequences(strength):
+    r"""The gradient of :math:`\sum_y q(y) [\log q / p_0 - \lambda \log p / p_0]`."""
+    student, total = Table(0), 0
+    for tokens in all_completions(3):
+        own = log_probs(student, tokens).sum()
+        total = total + own.exp() * (own - towards(tokens, strength).sum())
+    make = lambda **k: OnPolicyDistillation(  # noqa: E731
+        gamma=1.0, reference=LocalTeacher.of(Table(2)), extrapolation=strength, **k
+    )
+    close(expected_gradient(make), flat_gradient(total, student))
+
+
+def test_extrapolated_over_tokens():
+    """At every prefix: :math:`KL(q, p_0) - \\lambda\\, E_q \\log (p / p_0)`, of all tokens."""
+    student, total = Table(0), 0
+    for prefix in {tokens[:k] for tokens in all_completions(3) for k in range(len(tokens))}:
+        reached = log_probs(student, prefix).sum().exp().detach() if prefix else 1.0
+        own, teacher, reference = (next_log_probs(m, prefix) for m in (student, Table(1), Table(2)))
+        reward = 1.25 * (teacher - reference).detach() - (own - reference.detach())
+        total = total - reached * (own.exp() * reward).sum()
+    make = lambda **k: OnPolicyDistillation(reference=LocalTeacher.of(Table(2)), **k)  # noqa: E731
+    close(expected_gradient(make), flat_gradient(total, student))
 
 
 # A reward of whole completions, in groups.
