@@ -135,6 +135,36 @@ class ScoredPositions:
         return chosen if chosen.dtype == torch.float64 else chosen.float()
 
 
+def highest_in_rows(values: Tensor, positions: ScoredPositions, share: float) -> Tensor:
+    """Return which positions have the highest values of their row: a share of each, rounded up.
+
+    Of equal values, the earlier ones.
+
+    Args:
+        values: At each position, ``(N,)``.
+        positions: Of the values.
+        share: Above 0 and at most 1.
+
+    Returns:
+        True at these, ``(N,)``.
+
+    Example:
+        >>> scored = ScoredPositions.from_labels(torch.tensor([[-100, 7, 8, 9], [-100, 6, -100, -100]]))
+        >>> highest_in_rows(torch.tensor([0.1, 0.5, 0.5, 0.3]), scored, 0.5)
+        tensor([False,  True,  True,  True])
+    """
+    rows = positions.rows
+    sizes = positions.scattered(torch.ones_like(rows)).sum(-1)
+    # 0.1 of 30 is a little above 3, and not 4.
+    kept = (sizes * share - 1e-9).ceil()
+    ranking = values.argsort(descending=True, stable=True)
+    ranking = ranking[rows[ranking].argsort(stable=True)]
+    begins = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(rows)
+    rank[ranking] = torch.arange(len(rows), device=rows.device) - begins[rows[ranking]]
+    return rank < kept[rows]
+
+
 def find_places(batch: object, moved: object) -> None:
     """Find on the host where positions of a batch are scored, for its copy on a device.
 

@@ -24,7 +24,7 @@ OTHER_THAN_IN_THE_BASE = {
     ("RLDistillation", "normalization"),  # its objective is a mean over completions
 }
 """Options that a class knows better than its base what to default to."""
-SETTLED = {("BabyLlama", "divergence"), ("BabyLlama", "interpolation")}
+SETTLED = {("BabyLlama", name) for name in ("divergence", "interpolation", "position_share")}
 """Options of a base that a class has made up its mind about."""
 
 

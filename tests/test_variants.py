@@ -16,6 +16,7 @@ PAGE = (Path(__file__).resolve().parents[1] / "docs" / "variants.md").read_text(
 COMMANDS = [shlex.split(line) for line in re.findall(r"```bash\nlightning-kd (.*?)\n```", PAGE)]
 LOGGED = {
     "--model.interpolation": "train/interpolation",
+    "--model.position_share": "train/tokens",
     "--model.reference": "train/policy_gradient",
 }
 """What shows that an option has had an effect, by the option."""

@@ -43,7 +43,7 @@ class LogProbDifference:
         """Add a micro-batch that has been trained on; all ranks call this together."""
         if not self._is_due or "log_probs" not in batch:
             return
-        positions = module.positions(batch)
+        positions = module.micro_batch_loss.positions  # which may be some of those that have labels
         recorded = positions.of_tokens(cast(Rollout, batch)["log_probs"]).double()
         nats = module.compared_label_nats
         difference = (recorded + nats).abs()[positions.targets != IGNORE_INDEX]

@@ -24,6 +24,7 @@ from lightning_kd.fused.overlap_terms import (
     TeacherOverlapMass,
     TopKOverlap,
 )
+from lightning_kd.fused.picked import picked
 from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows, check_estimable
 from lightning_kd.fused.student_rows import StudentRows
@@ -96,6 +97,7 @@ __all__ = [
     "evaluate_no_grad",
     "fused_linear_divergence",
     "per_token",
+    "picked",
     "sampled_of",
     "single_model_log_probs",
     "tail_draws_of",

@@ -84,6 +84,7 @@ class BabyLlama(SupervisedKD):
             alpha=alpha,
             temperature=temperature,
             interpolation=None,
+            position_share=1.0,
             teacher=teacher,
             vocabulary=vocabulary,
             student=student,

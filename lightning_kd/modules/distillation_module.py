@@ -121,6 +121,10 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         positions = self.positions(batch)
         return Scores(positions, self.logits_backend.read(self.student, batch, positions))
 
+    def training_scores(self, batch: Batch) -> Scores:
+        """Run the models on a micro-batch to train on, at the positions that take part."""
+        return self.score(batch)
+
     # Steps.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -134,7 +138,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         place = self.global_step, micro_batch, self.global_rank
         torch.manual_seed(derive_seed(run_seed(), "step", *place))
         self.check_rows(batch, batch_idx)
-        scores = self.score(batch)
+        scores = self.training_scores(batch)
         metrics = self.train_distribution if self._logs_this_step() else None
         terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
         total, self.micro_batch_loss = self._evaluate(scores, terms, metrics, self.count_ratios)
@@ -283,10 +287,6 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         kind = None if scores.teacher is None else scores.teacher.kind
         metrics.update(values, scores.positions.targets, kind)
         self.label_nats = values[0]
-
-    def _log_gradient_norm(self, norm: Tensor | None) -> None:
-        if norm is not None:
-            self.log("train/grad_norm", norm)
 
     def _log_evaluation(self, stage: Literal["val", "test"]) -> None:
         self._evaluation.open(self.device)

@@ -71,6 +71,7 @@ class GKD(DivergenceModule):
         teacher_temperature: float = 1.0,
         estimator: CorrectedTopK | None = None,
         interpolation: Interpolation | None = None,
+        position_share: float = 1.0,
         teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
         student: StudentLike,
@@ -84,6 +85,7 @@ class GKD(DivergenceModule):
     ) -> None:
         super().__init__(
             interpolation=interpolation,
+            position_share=position_share,
             teacher=teacher,
             vocabulary=vocabulary,
             student=student,

@@ -23,6 +23,12 @@ class Scores:
     uncut: "Scores | None" = None
     """The same over all tokens, where both were cut to a shared vocabulary."""
 
+    def narrowed(self, width: int) -> "Scores":
+        """Return both over the first ``width`` tokens of the vocabulary, with these beside them."""
+        assert self.teacher is not None  # without one there is nothing to share
+        student, teacher = self.student.narrowed(width), self.teacher.narrowed(width)
+        return Scores(self.positions, student, teacher, self)
+
 
 @dataclass(frozen=True)
 class LossTerm:

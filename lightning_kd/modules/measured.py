@@ -100,6 +100,10 @@ class MeasuredModule(L.LightningModule):
         new = {name: value for name, value in values.items() if name not in shown}
         self.log_dict(new, sync_dist=stage != "train")
 
+    def _log_gradient_norm(self, norm: Tensor | None) -> None:
+        if norm is not None:
+            self.log("train/grad_norm", norm)
+
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         values = {f"{stage}/{name}": value for name, value in metrics.compute().items()}
         if stage == "train":

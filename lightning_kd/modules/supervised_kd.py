@@ -58,6 +58,7 @@ class SupervisedKD(DivergenceModule):
         alpha: float = 0.5,
         temperature: float = 1.0,
         interpolation: Interpolation | None = None,
+        position_share: float = 1.0,
         teacher: TeachersLike,
         vocabulary: VocabularyPolicy = "equal",
         student: StudentLike,
@@ -71,6 +72,7 @@ class SupervisedKD(DivergenceModule):
     ) -> None:
         super().__init__(
             interpolation=interpolation,
+            position_share=position_share,
             teacher=teacher,
             vocabulary=vocabulary,
             student=student,

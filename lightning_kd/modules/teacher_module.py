@@ -248,10 +248,8 @@ class TeacherModule(DistillationModule):
             # The teacher works on it while the student works on this one.
             ahead, self.coming = self.coming, None
             self.teacher.announce(ahead, self.positions(ahead), kind=self.answer_kind)
-        uncut = Scores(positions, self.logits_backend.read(self.student, batch, positions), teacher)
-        return Scores(
-            positions, uncut.student.narrowed(self.width), teacher.narrowed(self.width), uncut
-        )
+        student = self.logits_backend.read(self.student, batch, positions)
+        return Scores(positions, student, teacher).narrowed(self.width)
 
     def token_reverse_kl(self, batch: Batch) -> tuple[str, Tensor]:
         """Return the reverse KL at each scored position, as far as the teacher's answer gives it.

@@ -53,8 +53,8 @@ CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
 # The official scale of tokens and rows needs a step in one micro-batch.
 CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
-VARIANTS = ["taid"]
-ON_POLICY_VARIANTS = ["exopd"]
+VARIANTS = ["taid", "uncertain"]
+ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd"]
 CASES += list(itertools.product([*VARIANTS, *ON_POLICY_VARIANTS], ["token", "sequence"], [None]))
 GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS]
 
@@ -116,6 +116,10 @@ def build(
     if method == "taid":
         moving = TAID(0.2, 0.9, steps=3, rate=0.5)
         return SupervisedKD(teacher=one, interpolation=moving, alpha=0.3, **common)
+    if method == "uncertain":
+        return SupervisedKD(teacher=one, position_share=0.4, **common)
+    if method == "uncertain_gkd":
+        return GKD(teacher=one, position_share=0.4, **common)
     if method == "gkd":
         return GKD(teacher=one, teacher_temperature=0.7, **common)
     if method == "on_policy_distillation":
