@@ -23,7 +23,7 @@ from lightning_kd.callbacks.rollouts.checks import (
     check_sampling,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
-from lightning_kd.callbacks.rollouts.generation import check_models, check_teacher, complete
+from lightning_kd.callbacks.rollouts.generation import check_sources, complete
 from lightning_kd.callbacks.rollouts.health import HealthOptions, RolloutHealth
 from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
@@ -123,7 +123,8 @@ class OnPolicyGeneration(Resumable, Callback):
         self.lmbda = lmbda if isinstance(lmbda, Schedule) else Constant(lmbda)
         self.off_policy: OffPolicy = off_policy
         self.generation = generation or SamplingOptions()
-        self.engine = engine_for(self.generation, engine, mixture=mixture_alpha > 0)
+        mixture = mixture_alpha > 0
+        self.engine = engine_for(self.generation, engine, mixture=mixture, beside_teacher=True)
         check_rows_at_once(self.engine, rows_at_once)
         self.mixture_alpha = mixture_alpha
         self.steps_per_window = steps_per_window
@@ -174,8 +175,7 @@ class OnPolicyGeneration(Resumable, Callback):
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         check_sampling(module, self.generation, always=always)
         generating = self.mixture_alpha, self.off_policy, self.lmbda, self.engine
-        check_teacher(module, *generating)
-        check_models(module, *generating, unshard=self.unshard)
+        check_sources(module, *generating, unshard=self.unshard)
         from_data = not always and self.off_policy == "dataset"
         check_lengths(module, self.generation.max_new_tokens, from_data=from_data)
 

@@ -33,6 +33,7 @@ from lightning_kd.generation import (
     GenerationOptions,
     Prompts,
     SamplingOptions,
+    SpeculativeSampler,
     TransformersContinuousBatching,
     TransformersEngine,
 )
@@ -140,6 +141,7 @@ __all__ = [
     "SequenceKD",
     "SequenceMean",
     "ServedTeacher",
+    "SpeculativeSampler",
     "Steps",
     "StudentSpec",
     "SupervisedKD",

@@ -18,6 +18,7 @@ LOGGED = {
     "--model.interpolation": "train/interpolation",
     "--model.position_share": "train/tokens",
     "--model.reference": "train/policy_gradient",
+    "--on_policy.engine": "rollout/length_mean",
 }
 """What shows that an option has had an effect, by the option."""
 

@@ -72,6 +72,12 @@ def check_module(module: L.LightningModule, engine: Engine) -> DistillationModul
         )
     if module.needs_own_samples:
         check_log_probs(engine, type(module).__name__)
+        if engine.asks_teacher:
+            raise ValueError(
+                f"{type(module).__name__} weighs tokens by how likely the student was to sample them, "
+                f"and with {type(engine).__name__} some are never sampled; choose engine: "
+                "CachedSampler, or a method without policy gradient, such as GKD"
+            )
     return module
 
 

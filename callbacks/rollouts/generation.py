@@ -65,8 +65,8 @@ def complete(
         source: Callable[..., Completions]
         if on_policy:
             source = partial(generate, module.student, **shared)
-            if mixture_alpha > 0:
-                teacher = teacher_with("mixture", module)
+            if mixture_alpha > 0 or engine.asks_teacher:
+                teacher = teacher_with("mixture", module, engine)
                 model = stack.enter_context(teacher.model_on(prompts.device))
                 source = partial(source, mixed_with=(model, mixture_alpha))
         else:
@@ -95,47 +95,27 @@ def complete(
     return Completions.join(parts, pad_id)
 
 
-def teacher_with(ability: Ability, module: L.LightningModule) -> Teacher:
+def teacher_with(
+    ability: Ability, module: L.LightningModule, engine: Engine | None = None
+) -> Teacher:
     """Return the teacher of a module, which must be able to generate or to be mixed in.
+
+    Args:
+        ability: Which of both.
+        module: The module.
+        engine: Of the run.
 
     Raises:
         ValueError: If there is no such teacher.
     """
     option = "mixture_alpha above 0" if ability == "mixture" else "off_policy: teacher"
+    if ability == "mixture" and engine is not None and engine.asks_teacher:
+        option = f"engine: {type(engine).__name__}"
     user = f"{type(module).__name__} with {option}"
     return check_ability(getattr(module, "teacher", None), ability, user, TEACHERS)
 
 
-def check_teacher(
-    module: L.LightningModule,
-    mixture_alpha: float,
-    off_policy: str,
-    lmbda: Schedule,
-    engine: Engine,
-) -> None:
-    """Validate that the teacher can do what it is needed for.
-
-    Args:
-        module: The method.
-        mixture_alpha: Share of the teacher in the distribution that the student samples from.
-        off_policy: Source of what the student does not generate: ``dataset`` or ``teacher``.
-        lmbda: Share of windows that the student generates.
-        engine: Of the run.
-
-    Raises:
-        ValueError: If it cannot, or not with this engine.
-    """
-    share = lmbda.value if isinstance(lmbda, Constant) else None
-    if isinstance(module, TeacherModule) and share != 0:
-        for asked in module.teachers.values():
-            check_own_samples(module, asked)
-    if mixture_alpha > 0:
-        teacher_with("mixture", module)
-    if off_policy == "teacher" and share != 1:
-        teacher_with("generation", module).check_generation(engine)
-
-
-def check_models(
+def check_sources(
     module: DistillationModule,
     mixture_alpha: float,
     off_policy: str,
@@ -144,7 +124,7 @@ def check_models(
     *,
     unshard: bool,
 ) -> None:
-    """Validate that the engine can generate with the models that it will be given.
+    """Validate that teacher and engine can do what they are needed for.
 
     Args:
         module: The method, with its models.
@@ -155,13 +135,27 @@ def check_models(
         unshard: Whether weights in shards are gathered meanwhile.
 
     Raises:
-        ValueError: If it cannot, or nothing is in shards that could be gathered.
+        ValueError: If one cannot, or nothing is in shards that could be gathered.
     """
-    check_shards(module, unshard=unshard)
     share = lmbda.value if isinstance(lmbda, Constant) else None
-    models: list[Any] = [] if share == 0 else [module.student]
+    together = mixture_alpha > 0 or engine.asks_teacher
     teacher_generates = off_policy == "teacher" and share != 1
-    if isinstance(module, TeacherModule) and (teacher_generates or (mixture_alpha > 0 and models)):
+    if isinstance(module, TeacherModule) and share != 0:
+        for asked in module.teachers.values():
+            check_own_samples(module, asked)
+    if together:
+        teacher_with("mixture", module, engine)
+    if teacher_generates:
+        if engine.asks_teacher:
+            raise ValueError(
+                f"engine: {type(engine).__name__} generates with the student and the teacher together, "
+                "and with off_policy: teacher the teacher would generate alone; set lmbda: 1 or "
+                "off_policy: dataset"
+            )
+        teacher_with("generation", module).check_generation(engine)
+    check_shards(module, unshard=unshard)
+    models: list[Any] = [] if share == 0 else [module.student]
+    if isinstance(module, TeacherModule) and (teacher_generates or (together and models)):
         models += module.teacher.local_models.values()
     engine.check_models(models, gathered=unshard)
 

@@ -8,6 +8,7 @@ from lightning_kd.generation.generate import engine_for, generate
 from lightning_kd.generation.options import GenerationOptions, SamplingOptions
 from lightning_kd.generation.rollouts import Truncation, completion_texts, rollout_batch
 from lightning_kd.generation.sampler import CachedSampler, sample
+from lightning_kd.generation.speculative import SpeculativeSampler
 from lightning_kd.generation.transformers_batching import TransformersContinuousBatching
 from lightning_kd.generation.transformers_engine import TransformersEngine
 
@@ -19,6 +20,7 @@ __all__ = [
     "GenerationOptions",
     "Prompts",
     "SamplingOptions",
+    "SpeculativeSampler",
     "TransformersContinuousBatching",
     "TransformersEngine",
     "Truncation",

@@ -11,7 +11,7 @@ from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating, tokens_between_looks
 from lightning_kd.generation.decoding import Decoding
-from lightning_kd.generation.drawing import check_mixture, draw_next
+from lightning_kd.generation.drawing import Mixture, check_mixture, draw_next
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.packed_linears import packed_layers
@@ -123,7 +123,8 @@ class _Slots:
         seeds: Sequence[int],
         slots: int,
     ) -> None:
-        self._models, self._weights = [m for m, _ in models], [w for _, w in models]
+        self._models = [model for model, _ in models]
+        self._mix = Mixture(tuple(weight for _, weight in models))
         self._prompts, self._options, self._device = prompts, options, prompts.ids.device
         self._most = slots
         self._lengths: list[int] = prompts.mask.sum(-1).tolist()
@@ -203,7 +204,7 @@ class _Slots:
             self._draw_further_numbers()
         place = (self._places % DRAWN_AT_ONCE)[:, None]
         numbers = self._numbers.gather(1, place)[:, 0]
-        drawn = draw_next(self._decoders, self._weights, options, self._prompts.width, numbers)
+        drawn = draw_next(self._decoders, self._mix, options, self._prompts.width, numbers)
         self._drawn.append((self._rows, self._places, ~self._ended, *drawn))
         tokens = drawn[0]
         ends = is_end(tokens, self._ends) | (self._places == options.max_new_tokens - 1)

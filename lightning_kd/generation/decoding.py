@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from lightning_kd.generation import recording
 from lightning_kd.generation.decoder import Decoder
-from lightning_kd.generation.drawing import draw_next
+from lightning_kd.generation.drawing import Mix, draw_next
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.recording import Tensors
 from lightning_kd.generation.static_decoder import StaticDecoder, static_obstacle
@@ -27,7 +27,7 @@ class Decoding:
 
     Args:
         decoders: One of each model, which have read the prompts.
-        weights: Of the models in the mixture.
+        mix: What is drawn from.
         options: Sampling.
         width: Tokens from here on are never drawn.
     """
@@ -39,16 +39,16 @@ class Decoding:
     def __init__(
         self,
         decoders: Sequence[Decoder],
-        weights: Sequence[float],
+        mix: Mix,
         options: GenerationOptions,
         width: int | None,
     ) -> None:
-        self._decoders, self._weights = decoders, weights
+        self._decoders, self._mix = decoders, mix
         self._options, self._width = options, width
 
     def draw(self, uniforms: Tensor) -> Tensors:
         """Return a token of each row and its two log-probabilities; see :func:`draw_next`."""
-        return draw_next(self._decoders, self._weights, self._options, self._width, uniforms)
+        return draw_next(self._decoders, self._mix, self._options, self._width, uniforms)
 
     def append(self, tokens: Tensor) -> None:
         """Have the models read a token of each row, ``(rows,)``."""
@@ -74,7 +74,7 @@ class RecordedDecoding(Decoding):
 
     Args:
         decoders: One of each model, which have read the prompts.
-        weights: Of the models in the mixture.
+        mix: What is drawn from.
         options: Sampling.
         width: Tokens from here on are never drawn.
         record: Makes a recorded function of one.
@@ -86,12 +86,12 @@ class RecordedDecoding(Decoding):
     def __init__(
         self,
         decoders: Sequence[StaticDecoder],
-        weights: Sequence[float],
+        mix: Mix,
         options: GenerationOptions,
         width: int | None,
         record: Callable[[Callable[..., Tensors]], Callable[..., Tensors]],
     ) -> None:
-        super().__init__(decoders, weights, options, width)
+        super().__init__(decoders, mix, options, width)
         self._static, self._record = decoders, record
         self._room = min(decoder.room for decoder in decoders)
         self._unread: Tensor | None = None
@@ -108,7 +108,7 @@ class RecordedDecoding(Decoding):
             self._room = min(decoder.room for decoder in self._static)
         if self._step is None:
             # Not a method: a recording that refers to what holds it would wait for the collector.
-            state = self._decoders, self._weights, self._options, self._width
+            state = self._decoders, self._mix, self._options, self._width
             self._step = self._record(partial(_read_and_draw, *state))
         self._room -= 1
         return self._step(self._unread, uniforms)
@@ -128,7 +128,7 @@ class RecordedDecoding(Decoding):
 
 def _read_and_draw(
     decoders: Sequence[Decoder],
-    weights: Sequence[float],
+    mix: Mix,
     options: GenerationOptions,
     width: int | None,
     tokens: Tensor,
@@ -137,11 +137,12 @@ def _read_and_draw(
     """Have models read a token of each row, and draw the next one."""
     for decoder in decoders:
         decoder.append(tokens)
-    return draw_next(decoders, weights, options, width, uniforms)
+    return draw_next(decoders, mix, options, width, uniforms)
 
 
 def decoding_of(
-    models: Sequence[tuple[PreTrainedModel, float]],
+    models: Sequence[PreTrainedModel],
+    mix: Mix,
     prompt_ids: Tensor,
     prompt_mask: Tensor,
     options: GenerationOptions,
@@ -151,7 +152,8 @@ def decoding_of(
     """Have models read prompts, and return their decoding.
 
     Args:
-        models: Models and their weights in the mixture.
+        models: The models.
+        mix: Makes one distribution of theirs.
         prompt_ids: Prompts padded on the left, ``(B, P)``.
         prompt_mask: 1 on real tokens, ``(B, P)``.
         options: Length and sampling.
@@ -161,14 +163,13 @@ def decoding_of(
     Raises:
         ValueError: If a static cache is asked for and a model has an obstacle to it.
     """
-    weights = [weight for _, weight in models]
     device, longest = prompt_ids.device, options.max_new_tokens
     wanted = cache == "static" or (cache == "auto" and device.type in recording.RECORDED_ON)
-    if wanted and can_be_static([model for model, _ in models], cache):
-        decoders = [StaticDecoder(m, prompt_ids, prompt_mask, longest) for m, _ in models]
-        return RecordedDecoding(decoders, weights, options, width, recording.recorder(device))
-    dynamic = [Decoder(model, prompt_ids, prompt_mask) for model, _ in models]
-    return Decoding(dynamic, weights, options, width)
+    if wanted and can_be_static(models, cache):
+        decoders = [StaticDecoder(m, prompt_ids, prompt_mask, longest) for m in models]
+        return RecordedDecoding(decoders, mix, options, width, recording.recorder(device))
+    dynamic = [Decoder(model, prompt_ids, prompt_mask) for model in models]
+    return Decoding(dynamic, mix, options, width)
 
 
 def can_be_static(models: Sequence[PreTrainedModel], cache: CacheKind) -> bool:

@@ -1,7 +1,9 @@
 """The distribution of the next token, and tokens that are drawn from it."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import log
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -29,25 +31,71 @@ def check_mixture(
         )
 
 
+class Mix(Protocol):
+    """Makes one distribution of those of several models."""
+
+    def __call__(self, each: Sequence[Tensor]) -> Tensor:
+        """Return log-probabilities, ``(rows, V)``, of those of each model."""
+        ...
+
+
+@dataclass(frozen=True)
+class Mixture:
+    r"""The weighted sum :math:`\sum_k w_k p_k`."""
+
+    weights: tuple[float, ...]
+
+    def __call__(self, each: Sequence[Tensor]) -> Tensor:
+        """Add them up; one alone stays as it is."""
+        if len(each) == 1:
+            return each[0]
+        weighted = [log_probs + log(w) for log_probs, w in zip(each, self.weights, strict=True)]
+        return torch.stack(weighted).logsumexp(0)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    r"""The first model's token, replaced by the second where that ranks it below its first ``k``.
+
+    With :math:`q` the first, :math:`p` the second and :math:`S` its ``k`` most likely tokens, a token
+    outside :math:`S` is drawn again from :math:`p` over :math:`S`: together
+
+    .. math:: m(v) = q(v) + \Bigl(1 - \sum_{u \in S} q(u)\Bigr) \frac{p(v)}{\sum_{u \in S} p(u)},
+        \quad v \in S
+
+    Example:
+        >>> own, teacher = torch.tensor([[[0.5, 0.25, 0.25]], [[0.125, 0.5, 0.375]]]).log()
+        >>> Replacement(2)([own, teacher]).exp()
+        tensor([[0.0000, 0.5357, 0.4643]])
+    """
+
+    k: int
+
+    def __call__(self, each: Sequence[Tensor]) -> Tensor:
+        """Leave the first as it is where ``k`` is the whole vocabulary."""
+        own, other = each
+        if self.k >= own.shape[-1]:
+            return own
+        best = other.topk(self.k, -1)
+        outside = own.scatter(-1, best.indices, -torch.inf).logsumexp(-1, keepdim=True)
+        drawn_again = outside + best.values.log_softmax(-1)
+        kept = torch.logaddexp(own.gather(-1, best.indices), drawn_again)
+        return torch.full_like(own, -torch.inf).scatter(-1, best.indices, kept)
+
+
 def next_token(
-    decoders: Sequence[Decoder],
-    weights: Sequence[float],
-    options: GenerationOptions,
-    width: int | None,
+    decoders: Sequence[Decoder], mix: Mix, options: GenerationOptions, width: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the first model and of the mixture, ``(rows, V)`` each."""
+    """Return log-probabilities of the first model and of the mix, ``(rows, V)`` each."""
     temperature = options.temperature or 1.0
     width = min([d.logits.shape[-1] for d in decoders] + ([] if width is None else [width]))
     each = [F.log_softmax(d.logits[:, :width] / temperature, -1) for d in decoders]
-    if len(each) == 1:
-        return each[0], each[0]
-    weighted = [log_probs + log(w) for log_probs, w in zip(each, weights, strict=True)]
-    return each[0], torch.stack(weighted).logsumexp(0)
+    return each[0], mix(each)
 
 
 def draw_next(
     decoders: Sequence[Decoder],
-    weights: Sequence[float],
+    mix: Mix,
     options: GenerationOptions,
     width: int | None,
     uniforms: Tensor,
@@ -56,16 +104,16 @@ def draw_next(
 
     Args:
         decoders: One of each model.
-        weights: Of the models in the mixture.
+        mix: What is drawn from.
         options: Sampling.
         width: Tokens from here on are never drawn.
         uniforms: A number in [0, 1) for each row, ``(rows,)``.
 
     Returns:
-        Tokens, and their log-probabilities under the first model and under the mixture, ``(rows,)``
+        Tokens, and their log-probabilities under the first model and under the mix, ``(rows,)``
         each.
     """
-    of_first, of_mixture = next_token(decoders, weights, options, width)
+    of_first, of_mixture = next_token(decoders, mix, options, width)
     tokens = draw(of_mixture, uniforms, options)
     first, mixture = (v.gather(-1, tokens[:, None])[:, 0] for v in (of_first, of_mixture))
     return tokens, first, mixture

@@ -55,6 +55,10 @@ class Engine(Resumable, ABC):
     """Whether it generates a part of the rows at a time by itself, so that ``rows_at_once`` would have
     it wait for the last row of each part."""
 
+    asks_teacher: bool = False
+    """Whether it generates with the student and a teacher together: it is then given both, the student
+    first and with weight 1, and serves rollouts alone."""
+
     @abstractmethod
     def generate(
         self,
@@ -105,8 +109,20 @@ class Engine(Resumable, ABC):
         """
 
 
-def check_engine(engine: object, options: GenerationOptions, *, mixture: bool = False) -> None:
+def check_engine(
+    engine: object,
+    options: GenerationOptions,
+    *,
+    mixture: bool = False,
+    beside_teacher: bool = False,
+) -> None:
     """Validate an engine, and options against what it can do.
+
+    Args:
+        engine: The engine.
+        options: Length and sampling.
+        mixture: Whether a mixture of two models is sampled from.
+        beside_teacher: Whether there is a teacher to generate with.
 
     Raises:
         ValueError: If it is no engine, or the options need what it does not have.
@@ -125,6 +141,11 @@ def check_engine(engine: object, options: GenerationOptions, *, mixture: bool = 
         raise ValueError(
             f"{name} cannot sample from a mixture of two models; set mixture_alpha: 0, or choose an "
             "engine that can, such as CachedSampler, and num_beams: 1"
+        )
+    if engine.asks_teacher and not beside_teacher:
+        raise ValueError(
+            f"{name} generates with the student and its teacher together, which is for rollouts "
+            "alone: give it as on_policy.engine, and here an engine such as CachedSampler"
         )
     engine.check_options(options)
 

@@ -21,7 +21,11 @@ from lightning_kd.tokenization import end_of_sequence_ids, padding_id
 
 
 def engine_for(
-    options: GenerationOptions, engine: Engine | None, *, mixture: bool = False
+    options: GenerationOptions,
+    engine: Engine | None,
+    *,
+    mixture: bool = False,
+    beside_teacher: bool = False,
 ) -> Engine:
     """Return an engine that supports the options.
 
@@ -30,13 +34,14 @@ def engine_for(
         engine: The one that was chosen. Defaults to :class:`TransformersEngine` for beam search and
             to :class:`CachedSampler` otherwise.
         mixture: Whether a mixture of two models is sampled from.
+        beside_teacher: Whether there is a teacher to generate with.
 
     Raises:
         ValueError: If the engine is none, or the options need what it does not have.
     """
     if engine is None:
         engine = TransformersEngine() if options.num_beams > 1 else CachedSampler()
-    check_engine(engine, options, mixture=mixture)
+    check_engine(engine, options, mixture=mixture, beside_teacher=beside_teacher)
     return engine
 
 
@@ -62,15 +67,17 @@ def generate(
         options: Length and sampling.
         seeds: One for each row.
         engine: What generates. Defaults to that of :func:`engine_for`.
-        mixed_with: Another model and its share in the distribution that is sampled from.
+        mixed_with: Another model and its share in the distribution that is sampled from; 0 for an
+            engine that asks a teacher in another way.
         width: Tokens from here on are never generated: those that a teacher does not know.
 
     Raises:
         ValueError: If the engine does not support the options, or prompts and completions could be
             longer than the models' positions.
     """
-    engine = engine_for(options, engine, mixture=mixed_with is not None)
     share = 0.0 if mixed_with is None else mixed_with[1]
+    beside = mixed_with is not None
+    engine = engine_for(options, engine, mixture=share > 0, beside_teacher=beside)
     models = [(model, 1 - share), *([] if mixed_with is None else [mixed_with])]
     longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
     for each, _ in models:

@@ -12,7 +12,7 @@ from lightning_kd.generation.cache import leave_inference_mode
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import evaluating, tokens_between_looks
 from lightning_kd.generation.decoding import CacheKind, can_be_static, decoding_of
-from lightning_kd.generation.drawing import check_mixture
+from lightning_kd.generation.drawing import Mix, Mixture, check_mixture
 from lightning_kd.generation.engine import Engine, Prompts
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.packed_linears import packed_layers
@@ -99,6 +99,7 @@ def sample(
     seeds: Sequence[int],
     width: int | None = None,
     cache: CacheKind = "auto",
+    mix: Mix | None = None,
 ) -> Completions:
     r"""Complete prompts, each row from its own random numbers.
 
@@ -116,6 +117,7 @@ def sample(
         seeds: One for each row. A completion depends on its prompt and its seed, not on its batch.
         width: Tokens from here on are never drawn. Defaults to the narrowest model's vocabulary.
         cache: Kind of key-value cache; see :class:`CachedSampler`.
+        mix: Makes one distribution of theirs, in the place of the mixture.
 
     Raises:
         ValueError: If a mixture is to be sampled greedily or from part of its vocabulary, a static
@@ -131,7 +133,8 @@ def sample(
     mode = torch.no_grad() if together else torch.inference_mode()
     own_length = within_own_length(mixed, int(prompt_mask.sum(-1).max()) + longest)
     with evaluating(*mixed), own_length, mode, packed_layers(*mixed):
-        decoding = decoding_of(models, prompt_ids, prompt_mask, options, width, cache)
+        mix = mix or Mixture(tuple(weight for _, weight in models))
+        decoding = decoding_of(mixed, mix, prompt_ids, prompt_mask, options, width, cache)
         active, ends = (
             torch.arange(rows, device=device),
             torch.tensor(sorted(eos_ids), device=device),

@@ -73,10 +73,11 @@ def describe_rollouts(callback: OnPolicyGeneration, window: int) -> RolloutFacts
     share = callback.lmbda.value if isinstance(callback.lmbda, Constant) else None
     by_student, others = share != 0, share != 1
     taught = others and callback.off_policy == "teacher"
+    together = callback.mixture_alpha > 0 or callback.engine.asks_teacher
     return RolloutFacts(
         max_new_tokens=callback.generation.max_new_tokens,
         rows=min(window, callback.rows_at_once or window),
         trains_on_data=others and callback.off_policy == "dataset",
         by_student=by_student,
-        by_teacher=taught or (by_student and callback.mixture_alpha > 0),
+        by_teacher=taught or (by_student and together),
     )

@@ -33,7 +33,7 @@ from lightning_kd.fused import (
 )
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.generation.decoder import Decoder
-from lightning_kd.generation.drawing import draw, next_token
+from lightning_kd.generation.drawing import Mixture, draw, next_token
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.models import FusedLogits
 from lightning_kd.models.output_head import OutputHead
@@ -215,7 +215,7 @@ def test_a_decoder_looks_at_values_once(fake, monkeypatch):
         decoder = Decoder(model, ids, torch.ones_like(ids))
     for _ in range(3):
         with torch.no_grad():
-            _, log_probs = next_token([decoder], [1.0], SamplingOptions(), None)
+            _, log_probs = next_token([decoder], Mixture((1.0,)), SamplingOptions(), None)
             decoder.append(draw(log_probs, elsewhere(2, dtype=torch.float64), SamplingOptions()))
     assert decoder.logits.shape == (2, VOCABULARY)
     assert decoder.logits.device == ELSEWHERE

@@ -17,7 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks import OnPolicyGeneration
-from lightning_kd.generation import SamplingOptions
+from lightning_kd.generation import SamplingOptions, SpeculativeSampler
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
     GKD,
@@ -54,7 +54,7 @@ CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
 CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
 VARIANTS = ["taid", "uncertain"]
-ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd"]
+ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd", "speculative"]
 CASES += list(itertools.product([*VARIANTS, *ON_POLICY_VARIANTS], ["token", "sequence"], [None]))
 GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS]
 
@@ -120,7 +120,7 @@ def build(
         return SupervisedKD(teacher=one, position_share=0.4, **common)
     if method == "uncertain_gkd":
         return GKD(teacher=one, position_share=0.4, **common)
-    if method == "gkd":
+    if method in {"gkd", "speculative"}:
         return GKD(teacher=one, teacher_temperature=0.7, **common)
     if method == "on_policy_distillation":
         return OnPolicyDistillation(teacher=one, gamma=0.9, **common)
@@ -149,6 +149,8 @@ def writing(method: str, **more: Any) -> OnPolicyGeneration:
     options: dict[str, Any] = {"truncated": "mask", "table_every": 0} | more
     if method.startswith("minillm"):
         options |= {"passes": 2, "mixture_alpha": 0.2, "truncated": "keep"}
+    if method == "speculative":
+        options |= {"engine": SpeculativeSampler(3)}
     if method == "rl_distillation":
         options |= {"group_size": 4, "truncated": "drop"}
     return OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=7), **options)
