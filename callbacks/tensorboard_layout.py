@@ -72,6 +72,7 @@ LAYOUT = {
         "gradient norm": ["Multiline", [r"train/grad_norm$"]],
         "learning rate": ["Multiline", [r"train/lr$"]],
         "scored tokens per step": ["Multiline", [r"train/tokens$"]],
+        "tokens that each teacher has scored": ["Multiline", [r"train/teacher_tokens/.+$"]],
         "tokens per second": ["Multiline", [r"train/tokens_per_second$"]],
     },
 }

@@ -37,6 +37,7 @@ from lightning_kd.modules.loss import Scores
 from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.remote import LookingAhead, ask_together
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
+from lightning_kd.modules.teacher_tokens import TeacherTokens
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.normalization import Normalization
 from lightning_kd.option_checks import check_choice
@@ -144,8 +145,8 @@ class TeacherModule(DistillationModule):
         return {}
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add the callback that tells the teacher what comes next."""
-        return [*super().configure_callbacks(), LookingAhead()]
+        """Add those that tell the teacher what comes next, and count the tokens of several."""
+        return [*super().configure_callbacks(), LookingAhead(), TeacherTokens()]
 
     def setup(self, stage: str) -> None:
         """Load the teacher, if it is needed.
