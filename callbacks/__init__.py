@@ -13,6 +13,7 @@ from lightning_kd.callbacks.on_policy_generation import OnPolicyGeneration
 from lightning_kd.callbacks.own_completions import OwnCompletions
 from lightning_kd.callbacks.progress_bar import ProgressBar
 from lightning_kd.callbacks.rollouts.health import HealthOptions
+from lightning_kd.callbacks.rollouts.replay import ReplayBuffer
 from lightning_kd.callbacks.save_on_termination import SaveOnTermination
 from lightning_kd.callbacks.tensorboard_layout import TensorBoardLayout
 from lightning_kd.callbacks.throughput import TokensPerSecond
@@ -33,6 +34,7 @@ __all__ = [
     "OnPolicyGeneration",
     "OwnCompletions",
     "ProgressBar",
+    "ReplayBuffer",
     "SaveOnTermination",
     "TensorBoardLayout",
     "TimeoutReport",

@@ -1,13 +1,11 @@
 """Generation of the completions that a step is trained on."""
 
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -23,23 +21,21 @@ from lightning_kd.callbacks.rollouts.checks import (
     check_sampling,
 )
 from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
-from lightning_kd.callbacks.rollouts.generation import check_sources, complete
+from lightning_kd.callbacks.rollouts.generation import Writing, check_sources, write_window
 from lightning_kd.callbacks.rollouts.health import HealthOptions, RolloutHealth
 from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
 from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
+from lightning_kd.callbacks.rollouts.replay import ReplayBuffer
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
+from lightning_kd.callbacks.rollouts.student_windows import StudentWindows
 from lightning_kd.data import RolloutPlan, Window
-from lightning_kd.generation import Engine, SamplingOptions, engine_for, evaluating
-from lightning_kd.generation.rollouts import Truncation, rollout_batches
-from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
+from lightning_kd.generation import Engine, SamplingOptions, Truncation, engine_for
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.option_checks import check_choice
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
-from lightning_kd.strategies import adapter_of
-from lightning_kd.tokenization import padding_id
 
 OffPolicy = Literal["dataset", "teacher"]
 
@@ -77,6 +73,7 @@ class OnPolicyGeneration(Resumable, Callback):
         passes: Number of times that each window is trained on.
         truncated: Treatment of completions without an EOS: ``keep`` trains on them; ``mask`` removes
             their tokens from the loss and its count; ``drop`` also from baselines and statistics.
+        replay: Buffer of the student's completions, from which some of its windows are taken.
         health: What is looked at to tell whether the student does well.
         rows_at_once: Most rows that a rank generates together. Defaults to all; not with ``slots``.
         table_every: Optimizer steps between histograms and tables; 0 for none.
@@ -110,6 +107,7 @@ class OnPolicyGeneration(Resumable, Callback):
         steps_per_window: int = 1,
         passes: int = 1,
         truncated: Truncation = "keep",
+        replay: ReplayBuffer | None = None,
         health: HealthOptions | None = None,
         rows_at_once: int | None = None,
         unshard: bool = False,
@@ -123,14 +121,14 @@ class OnPolicyGeneration(Resumable, Callback):
         self.lmbda = lmbda if isinstance(lmbda, Schedule) else Constant(lmbda)
         self.off_policy: OffPolicy = off_policy
         self.generation = generation or SamplingOptions()
-        mixture = mixture_alpha > 0
-        self.engine = engine_for(self.generation, engine, mixture=mixture, beside_teacher=True)
+        self.engine = engine_for(self.generation, engine, mixture=mixture_alpha > 0, teacher=True)
         check_rows_at_once(self.engine, rows_at_once)
         self.mixture_alpha = mixture_alpha
         self.steps_per_window = steps_per_window
         self.plan = RolloutPlan(1, passes, group_size)
         self.truncated: Truncation = truncated
-        self._empty = EmptyWindows(truncated)
+        self._empty, self.replay = EmptyWindows(truncated), replay
+        self._own = StudentWindows(self.lmbda, replay)
         self.rows_at_once, self.unshard = rows_at_once, unshard
         self.health = RolloutHealth(health or HealthOptions(), self.generation)
         self.statistics = RolloutStatistics(table_every)
@@ -158,6 +156,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self._window, self._rollouts, self._empty.consecutive = None, [], 0
         self.records.forget_run()
         self.health.forget_run()
+        self._own.forget_run()
         if stage == "fit":
             micro_batches = self.steps_per_window * trainer.accumulate_grad_batches
             plan = replace(self.plan, micro_batches=micro_batches)
@@ -166,12 +165,14 @@ class OnPolicyGeneration(Resumable, Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse module, options and engine that do not go together, before the first step."""
         self.check(pl_module)
+        self._own.check_validation(trainer)
         self.records.check(trainer)
 
     def check(self, pl_module: L.LightningModule) -> None:
         """Refuse a module that does not go together with the options; it has its models and data."""
         module = check_module(pl_module, self.engine)
         self.health.check(module)
+        self._own.check(module)
         always = isinstance(self.lmbda, Constant) and self.lmbda.value == 1
         check_sampling(module, self.generation, always=always)
         generating = self.mixture_alpha, self.off_policy, self.lmbda, self.engine
@@ -224,17 +225,22 @@ class OnPolicyGeneration(Resumable, Callback):
             return
         steps = self.steps_per_window * self.plan.passes
         also = partial(self.health.metrics, pl_module, self._rollouts, self._on_policy)
-        self.statistics.end(trainer, self._on_policy, steps, also)
+        always = self._own.logged(trainer.global_step - 1, self._on_policy)
+        self.statistics.end(trainer, self._on_policy, steps, also, always)
         if self._rollouts and isinstance(pl_module, TeacherModule):
             self.records.log_table(trainer, pl_module, self._rollouts[0])
         self._window, self._rollouts = None, []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Let a share that follows validations hear of one."""
+        self._own.hear_of_validation(trainer)
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Save an unfinished window: later weights would generate another one."""
         saved: dict[str, Any] = {"empty_windows": self._empty.consecutive}
-        saved["health"] = self.health.state_dict()
+        saved |= {"health": self.health.state_dict(), "own": self._own.state_dict()}
         # A callback in front of this one may save when the window has ended and is still here.
         if self._window is not None and not loader_of(trainer).ends_window:
             own = {"rollouts": self._rollouts, "statistics": self.statistics.state_dict()}
@@ -257,6 +263,7 @@ class OnPolicyGeneration(Resumable, Callback):
         self._empty.consecutive = saved["empty_windows"]
         if "health" in saved:
             self.health.load_state_dict(saved["health"])
+        self._own.load_state_dict(saved.get("own", {}))
         if "window" in saved:
             own = select_rank(trainer, saved["ranks"], self.steps_per_window * self.plan.passes)
             self._window, self._on_policy = saved["window"], saved["on_policy"]
@@ -266,35 +273,28 @@ class OnPolicyGeneration(Resumable, Callback):
     def _generate_window(
         self, trainer: L.Trainer, module: DistillationModule, window: Window
     ) -> None:
-        """Generate a window's completions, and let the module prepare them."""
+        """Generate a window's completions, or take them from the buffer."""
         batches = [trainer.strategy.batch_to_device(require_prompts(batch)) for batch in window]
-        models = list(module.models.values())
-        context = trainer.precision_plugin.train_step_context()
-        sharded = [model for model in models if self.unshard and is_fsdp2_sharded(model)]
-        gathered = adapter_of(trainer).outside_of_steps()
-        with evaluating(*models), torch.no_grad(), gathered, unsharded(sharded), context:
-            started = time.perf_counter()
-            self.engine.update(module.student)
-            generated = complete(
-                module,
-                batches,
-                self.generation,
-                engine=self.engine,
-                on_policy=self._on_policy,
-                mixture_alpha=self.mixture_alpha,
-                rows_at_once=self.rows_at_once,
-            )
-            self.statistics.add(generated, time.perf_counter() - started)
-            self._rollouts = rollout_batches(
-                batches,
-                generated,
-                pad_id=padding_id(module.tokenizer),
-                group_size=self.plan.group_size,
-                truncation=self.truncated,
-            )
-            if self._on_policy:
-                module.prepare_rollouts(self._rollouts, self.generation)
+        replay = self.replay if self._on_policy else None
+        how = Writing(
+            self.generation,
+            self.engine,
+            self.mixture_alpha,
+            self.rows_at_once,
+            self.unshard,
+            self.plan.group_size,
+            self.truncated,
+        )
+        if replay is not None and replay.begin(window.number, trainer.global_step):
+            self._rollouts = replay.rollouts(module, batches, how.group_size, how.truncation)
+            return
+        generated, self._rollouts, seconds = write_window(
+            trainer, module, batches, how, on_policy=self._on_policy
+        )
+        self.statistics.add(generated, seconds)
         self._empty.add(module, self._rollouts, self.generation.max_new_tokens)
         self.records.write(trainer, module, self._rollouts, generated.ended.tolist(), window.number)
         if self._on_policy:
             self.health.add(module, generated, window.number, trainer.global_step)
+        if replay is not None:
+            replay.add(batches, generated)

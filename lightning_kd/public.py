@@ -67,7 +67,7 @@ from lightning_kd.normalization import (
 from lightning_kd.policy import CISPO, ImportanceSampling, PPOClip
 from lightning_kd.preflight import Preflight, check
 from lightning_kd.resuming import Resumable
-from lightning_kd.schedules import Constant, Cosine, Linear, Steps
+from lightning_kd.schedules import AdaptiveShare, Constant, Cosine, Linear, Steps
 from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy, FSDP2Strategy
 from lightning_kd.student_evaluation import evaluate
 from lightning_kd.teachers import (
@@ -88,6 +88,7 @@ __all__ = [
     "IGNORE_INDEX",
     "SFT",
     "TAID",
+    "AdaptiveShare",
     "ArithmeticData",
     "AtomicCheckpointIO",
     "BabyLlama",

@@ -99,6 +99,76 @@ class Steps(Schedule):
         return self.values[sum(step >= boundary for boundary in self.boundaries)]
 
 
+class AdaptiveShare(Schedule):
+    """A share that grows whenever validation has become worse: DistiLLM's adaptive scheduler.
+
+    It starts at ``start``. When a validation is worse than the last one that has made it grow, or than
+    the first, by ``tolerance`` or more, it grows by ``increase``, to 1 at most. It is in checkpoints.
+    For ``lmbda`` of ``on_policy``: the student's share of windows grows when learning from the data no
+    longer helps.
+
+    Args:
+        start: Share before anything has become worse, in [0, 1].
+        increase: What is added each time, above 0 and at most 1.
+        tolerance: Smallest rise that counts, 0 or more; in nats, of a loss.
+        monitor: What validation logs that is better the lower it is.
+
+    Raises:
+        ValueError: If a value is out of its range.
+
+    Example:
+        >>> share = AdaptiveShare(increase=0.25, tolerance=0.1)
+        >>> for loss in (2.0, 2.05, 2.2, 1.5, 2.25, 2.5):
+        ...     share.update(loss)
+        >>> share(0)
+        0.5
+
+    References:
+        Ko et al., *DistiLLM: Towards Streamlined Distillation for Large Language Models*, ICML 2024,
+        Algorithm 1. https://arxiv.org/abs/2402.03898
+    """
+
+    def __init__(
+        self,
+        start: float = 0.0,
+        increase: float = 0.1,
+        tolerance: float = 0.1,
+        monitor: str = "val/loss",
+    ) -> None:
+        _require_share(start=start, increase=increase)
+        if increase == 0 or not tolerance >= 0:
+            raise ValueError(
+                f"increase is {increase} and tolerance {tolerance}; the first must be above 0, the "
+                "second 0 or more"
+            )
+        self.start, self.increase, self.tolerance = start, increase, tolerance
+        self.monitor = monitor
+        self.forget_run()
+
+    def forget_run(self) -> None:
+        """Begin a run, with no validation seen."""
+        self.share, self._reference = self.start, math.inf
+
+    def __call__(self, step: int) -> float:
+        """What validations so far have come to."""
+        return self.share
+
+    def update(self, value: float) -> None:
+        """Hear of a validation."""
+        if self._reference == math.inf:
+            self._reference = value
+        elif value >= self._reference + self.tolerance:
+            self.share, self._reference = min(1.0, self.share + self.increase), value
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the share and what the next validation is compared with."""
+        return {"share": self.share, "reference": self._reference}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from a checkpoint."""
+        self.share, self._reference = state["share"], state["reference"]
+
+
 def _require_share(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:

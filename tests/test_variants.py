@@ -19,6 +19,7 @@ LOGGED = {
     "--model.position_share": "train/tokens",
     "--model.reference": "train/policy_gradient",
     "--on_policy.engine": "rollout/length_mean",
+    "--on_policy.replay": "rollout/replay_buffer",
 }
 """What shows that an option has had an effect, by the option."""
 

@@ -1,7 +1,9 @@
 """Generation of the completions of a window."""
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,23 +12,89 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_kd.batch import PromptBatch
+from lightning_kd.batch import PromptBatch, Rollout
 from lightning_kd.callbacks.rollouts.checks import check_shards
 from lightning_kd.generation import (
     Completions,
     Engine,
     GenerationOptions,
     check_completions,
+    evaluating,
     generate,
 )
+from lightning_kd.generation.rollouts import Truncation, rollout_batches
 from lightning_kd.models.positions import check_length
+from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.modules.remote import ask_together
 from lightning_kd.modules.texts import check_own_samples
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.strategies import adapter_of
 from lightning_kd.teachers import TEACHERS, Ability, Teacher, check_ability
 from lightning_kd.tokenization import padding_id
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the completions of a run's windows are generated."""
+
+    options: GenerationOptions
+    engine: Engine
+    mixture_alpha: float
+    rows_at_once: int | None
+    unshard: bool
+    group_size: int
+    truncation: Truncation
+
+
+def write_window(
+    trainer: L.Trainer,
+    module: DistillationModule,
+    batches: Sequence[PromptBatch],
+    how: Writing,
+    *,
+    on_policy: bool,
+) -> tuple[Completions, list[Rollout], float]:
+    """Generate a window's completions, and let the module prepare those of the student.
+
+    Args:
+        trainer: The trainer.
+        module: Module whose student or teacher generates.
+        batches: The window's micro-batches, on the device.
+        how: The options.
+        on_policy: Whether the student generates, rather than the teacher.
+
+    Returns:
+        The completions, the micro-batches with them, and the seconds that generating took.
+    """
+    models = list(module.models.values())
+    context = trainer.precision_plugin.train_step_context()
+    sharded = [model for model in models if how.unshard and is_fsdp2_sharded(model)]
+    gathered = adapter_of(trainer).outside_of_steps()
+    with evaluating(*models), torch.no_grad(), gathered, unsharded(sharded), context:
+        started = time.perf_counter()
+        how.engine.update(module.student)
+        generated = complete(
+            module,
+            batches,
+            how.options,
+            engine=how.engine,
+            on_policy=on_policy,
+            mixture_alpha=how.mixture_alpha,
+            rows_at_once=how.rows_at_once,
+        )
+        seconds = time.perf_counter() - started
+        rollouts = rollout_batches(
+            batches,
+            generated,
+            pad_id=padding_id(module.tokenizer),
+            group_size=how.group_size,
+            truncation=how.truncation,
+        )
+        if on_policy:
+            module.prepare_rollouts(rollouts, how.options)
+    return generated, rollouts, seconds
 
 
 def complete(

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -66,6 +67,7 @@ class RolloutStatistics:
         on_policy: bool,
         steps: int,
         also: Callable[[], Mapping[str, Tensor]] = dict,
+        always: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         """Log the window that ends with this optimizer step, if any of its steps is logged.
 
@@ -73,12 +75,13 @@ class RolloutStatistics:
             trainer: The trainer.
             on_policy: Whether the student has generated the window.
             steps: Optimizer steps of the window, in all of its passes.
-            also: Computes what else is logged, on all ranks together.
+            also: Computes what else is logged of a window that was generated, on all ranks together.
+            always: What else is logged of every window.
         """
         last = trainer.global_step
         if not passes_multiple(last - steps, last, trainer.log_every_n_steps):  # type: ignore[attr-defined]
             return
-        values = {"on_policy": torch.tensor(float(on_policy))}
+        values = {n: torch.tensor(v) for n, v in {"on_policy": float(on_policy), **always}.items()}
         if self._generated is not None:
             values |= {**self._metrics(trainer, self._generated), **also()}
         log_metrics(trainer, {f"rollout/{name}": v for name, v in values.items()}, last - 1)

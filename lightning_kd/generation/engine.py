@@ -114,7 +114,7 @@ def check_engine(
     options: GenerationOptions,
     *,
     mixture: bool = False,
-    beside_teacher: bool = False,
+    teacher: bool = False,
 ) -> None:
     """Validate an engine, and options against what it can do.
 
@@ -122,7 +122,7 @@ def check_engine(
         engine: The engine.
         options: Length and sampling.
         mixture: Whether a mixture of two models is sampled from.
-        beside_teacher: Whether there is a teacher to generate with.
+        teacher: Whether there is a teacher to generate with.
 
     Raises:
         ValueError: If it is no engine, or the options need what it does not have.
@@ -142,7 +142,7 @@ def check_engine(
             f"{name} cannot sample from a mixture of two models; set mixture_alpha: 0, or choose an "
             "engine that can, such as CachedSampler, and num_beams: 1"
         )
-    if engine.asks_teacher and not beside_teacher:
+    if engine.asks_teacher and not teacher:
         raise ValueError(
             f"{name} generates with the student and its teacher together, which is for rollouts "
             "alone: give it as on_policy.engine, and here an engine such as CachedSampler"

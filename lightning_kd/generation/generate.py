@@ -25,7 +25,7 @@ def engine_for(
     engine: Engine | None,
     *,
     mixture: bool = False,
-    beside_teacher: bool = False,
+    teacher: bool = False,
 ) -> Engine:
     """Return an engine that supports the options.
 
@@ -34,14 +34,14 @@ def engine_for(
         engine: The one that was chosen. Defaults to :class:`TransformersEngine` for beam search and
             to :class:`CachedSampler` otherwise.
         mixture: Whether a mixture of two models is sampled from.
-        beside_teacher: Whether there is a teacher to generate with.
+        teacher: Whether there is a teacher to generate with.
 
     Raises:
         ValueError: If the engine is none, or the options need what it does not have.
     """
     if engine is None:
         engine = TransformersEngine() if options.num_beams > 1 else CachedSampler()
-    check_engine(engine, options, mixture=mixture, beside_teacher=beside_teacher)
+    check_engine(engine, options, mixture=mixture, teacher=teacher)
     return engine
 
 
@@ -77,7 +77,7 @@ def generate(
     """
     share = 0.0 if mixed_with is None else mixed_with[1]
     beside = mixed_with is not None
-    engine = engine_for(options, engine, mixture=share > 0, beside_teacher=beside)
+    engine = engine_for(options, engine, mixture=share > 0, teacher=beside)
     models = [(model, 1 - share), *([] if mixed_with is None else [mixed_with])]
     longest = int(prompt_mask.sum(-1).max()) + options.max_new_tokens
     for each, _ in models:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from lightning_kd.batch import Batch
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import OnPolicyGeneration, ReplayBuffer
 from lightning_kd.generation import SamplingOptions, SpeculativeSampler
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import (
@@ -54,7 +54,7 @@ CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
 CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
 VARIANTS = ["taid", "uncertain"]
-ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd", "speculative"]
+ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd", "speculative", "replay"]
 CASES += list(itertools.product([*VARIANTS, *ON_POLICY_VARIANTS], ["token", "sequence"], [None]))
 GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS]
 
@@ -120,7 +120,7 @@ def build(
         return SupervisedKD(teacher=one, position_share=0.4, **common)
     if method == "uncertain_gkd":
         return GKD(teacher=one, position_share=0.4, **common)
-    if method in {"gkd", "speculative"}:
+    if method in {"gkd", "speculative", "replay"}:
         return GKD(teacher=one, teacher_temperature=0.7, **common)
     if method == "on_policy_distillation":
         return OnPolicyDistillation(teacher=one, gamma=0.9, **common)
@@ -150,7 +150,9 @@ def writing(method: str, **more: Any) -> OnPolicyGeneration:
     if method.startswith("minillm"):
         options |= {"passes": 2, "mixture_alpha": 0.2, "truncated": "keep"}
     if method == "speculative":
-        options |= {"engine": SpeculativeSampler(3)}
+        options |= {"engine": SpeculativeSampler(8), "truncated": "keep"}
+    if method == "replay":  # the second step is all of the first one's rows
+        options |= {"replay": ReplayBuffer(8, fresh=0.0), "truncated": "keep"}
     if method == "rl_distillation":
         options |= {"group_size": 4, "truncated": "drop"}
     return OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=7), **options)

@@ -41,9 +41,7 @@ def fit(module, steps=3, *, callbacks=(), resume=None, **settings):
         max_steps=steps, max_epochs=-1, callbacks=list(callbacks), **{"logger": memory} | settings
     )
     size = 8 // run_.accumulate_grad_batches
-    run_.fit(
-        module, datamodule=Routed(batch_size=size, extra_columns=["teacher"]), ckpt_path=resume
-    )
+    run_.fit(module, datamodule=Routed(batch_size=size), ckpt_path=resume)
     return run_, memory
 
 
