@@ -14,9 +14,10 @@ A *scored position* is one whose logits enter the loss. ``labels`` are unshifted
 ``t`` are scored when ``labels[:, t + 1]`` is a token and not :data:`IGNORE_INDEX`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NotRequired, TypedDict, TypeGuard, TypeVar, cast
 
+import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
@@ -55,6 +56,22 @@ class Batch(TypedDict):
 _Batch = TypeVar("_Batch", bound=Batch)
 
 
+class TeacherRows(TypedDict):
+    """Rows as a teacher reads them: other prompts before the same completions.
+
+    Their rows are those of the batch, of another length: ``T`` and ``P`` are their own.
+    """
+
+    input_ids: Tensor
+    """Prompt and completion, padded on the right, ``(B, T)``."""
+    attention_mask: Tensor
+    """1 on real tokens, ``(B, T)``."""
+    prompt_ids: Tensor
+    """The prompt alone, padded on the left, ``(B, P)``."""
+    prompt_mask: Tensor
+    """1 on the prompt's tokens, ``(B, P)``."""
+
+
 class PromptBatch(Batch):
     """A micro-batch whose rows are prompts and completions; those of packed text are not."""
 
@@ -69,6 +86,8 @@ class PromptBatch(Batch):
     references: NotRequired[list[list[str]]]
     """The texts that each row's completion is compared with, where they are others than the reference
     alone; none for a row that has no reference."""
+    teacher: NotRequired[TeacherRows]
+    """What the teacher reads, where it is told more than the student (a solution, feedback)."""
 
 
 class Rollout(PromptBatch):
@@ -156,6 +175,19 @@ def check_contents(batch: Batch) -> None:
             f"{IGNORE_INDEX} elsewhere. They are not shifted, and tokens are not masked "
             "(DataCollatorForLanguageModeling with mlm=False)"
         )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int, *, left: bool = False) -> Tensor:
+    """Return rows of numbers as one tensor, padded on the right, or on the left, to the longest.
+
+    Example:
+        >>> pad_rows([[5, 6], [7]], 0).tolist(), pad_rows([[5, 6], [7]], 0, left=True).tolist()
+        ([[5, 6], [7, 0]], [[5, 6], [0, 7]])
+    """
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(fill, rows, strict=True) if left else zip(rows, fill, strict=True)
+    return torch.tensor([[*a, *b] for a, b in pairs], dtype=torch.long)
 
 
 def copy_of(batch: _Batch) -> _Batch:

@@ -22,7 +22,7 @@ LAYERS = [
     },
     {"rebuilding", "own_batches", "alignment"},
     {"scoring", "normalization", "divergences", "policy", "rewards", "schedules"},
-    {"checkpoints", "filesystem", "loops", "wire"},
+    {"checkpoints", "filesystem", "loops", "teacher_rows", "wire"},
     {"strategies", "named_checkpoints"},
     {"fused"},
     {"models", "evaluation"},

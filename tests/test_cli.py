@@ -223,6 +223,23 @@ def test_on_policy_methods_run_from_their_configs(cli, teacher, config):
         cli("validate", "--config", "runs/version_0/config.yaml")
 
 
+@pytest.mark.parametrize("config", ["opsd", "sdft", "sdpo"])
+def test_self_distillation_runs_from_its_configs(cli, config):
+    tiny_llama(2, vocab_size=14).save_pretrained("runs/student")
+    arithmetic_tokenizer().save_pretrained("runs/student")
+    cli(
+        *("fit", "--config", CONFIGS / f"{config}.yaml", *DEBUG, *QUIET),
+        *("--data.validation_size", 20, "--data.batch_size", 8),
+        *("--trainer.max_steps", 4, "--trainer.val_check_interval", 4),
+        *("--trainer.log_every_n_steps", 1),
+    )
+    seen = scalars("runs")
+    name = {"sdft": "val/forward_kl", "sdpo": "val/reverse_kl"}.get(config, "val/loss")
+    assert {"train/loss", "rollout/on_policy", "val/loss", name} <= set(seen.Tags()["scalars"])
+    # At the start teacher and student are one model, and what it is told makes the difference.
+    assert seen.Scalars("train/divergence")[0].value > 1e-3
+
+
 def test_lmbda_and_schedules_by_flags(cli, teacher):
     arguments = fit("gkd", "--model.teacher.name_or_path", teacher)
     cli(*arguments, "--on_policy.lmbda", 0)

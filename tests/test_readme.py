@@ -31,7 +31,7 @@ def commands():
     return [shlex.split(line) for line in lines if line.startswith("lightning-kd ")]
 
 
-FROM_A_STUDENT = ("on_policy_distillation", "minillm", "rl_distillation")
+FROM_A_STUDENT = ("on_policy_distillation", "minillm", "rl_distillation", "opsd")
 
 SAVE = {
     "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",

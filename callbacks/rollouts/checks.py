@@ -11,6 +11,7 @@ from lightning_kd.generation import Engine, GenerationOptions, check_log_probs
 from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import is_fsdp2_sharded
 from lightning_kd.modules import GKD, DistillationModule, PolicyGradientModule, TeacherModule
+from lightning_kd.modules.self_taught import longest_of_teacher
 from lightning_kd.modules.student_module import longest_rows
 from lightning_kd.schedules import Schedule
 
@@ -140,6 +141,9 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
     row, prompt = longest_rows(module.trainer).get("train", (0, 0))
     what = "prompts and on_policy.generation.max_new_tokens"
     check_length(module.models, prompt + max_new_tokens, what)
+    told = longest_of_teacher(module.trainer).get("train")
+    if told is not None and isinstance(module, TeacherModule):
+        module.check_teacher_length(told[1] + max_new_tokens, what)
     if from_data and row == prompt > 0:
         raise ValueError(
             "lmbda below 1 with off_policy: dataset trains on the data's completions, and the data has "

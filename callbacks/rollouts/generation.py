@@ -27,6 +27,7 @@ from lightning_kd.models.positions import check_length
 from lightning_kd.models.sharding import is_fsdp2_sharded, unsharded
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.modules.remote import ask_together
+from lightning_kd.modules.self_taught import longest_of_teacher
 from lightning_kd.modules.texts import check_own_samples
 from lightning_kd.schedules import Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
@@ -211,6 +212,12 @@ def check_sources(
     if isinstance(module, TeacherModule) and share != 0:
         for asked in module.teachers.values():
             check_own_samples(module, asked)
+    if (together or teacher_generates) and longest_of_teacher(module.trainer).get("train"):
+        raise ValueError(
+            "the teacher would generate, or be mixed in, and reads other prompts than the student "
+            "(data.teacher_prompt_template): what follows them is another text. Set mixture_alpha: 0 "
+            "and off_policy: dataset, take another engine, or leave the template out"
+        )
     if together:
         teacher_with("mixture", module, engine)
     if teacher_generates:

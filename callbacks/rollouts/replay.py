@@ -17,9 +17,10 @@ from lightning_kd.option_checks import check_whole
 from lightning_kd.resuming import Resumable
 from lightning_kd.schedules import AdaptiveShare, Constant, Schedule
 from lightning_kd.seeding import derive_seed, run_seed
+from lightning_kd.teacher_rows import teacher_rows
 from lightning_kd.tokenization import padding_id
 
-_OF_THE_DATA = frozenset({"input_ids", "attention_mask", "labels", "text"})
+_OF_THE_DATA = frozenset({"input_ids", "attention_mask", "labels", "text", "teacher"})
 """What a row has of the data's completion, or of another stream."""
 
 _PROMPT = ("prompt_ids", "prompt_mask")
@@ -133,6 +134,9 @@ def _row_of(values: Mapping[str, Any], row: int, written: Tensor, *, ended: bool
     """Return what is kept of a row: all that is not of the data's completion."""
     kept: dict[str, Any] = {"written": written.clone(), "ended": ended}
     kept["prompt_ids"] = values["prompt_ids"][row][values["prompt_mask"][row].bool()].clone()
+    if "teacher" in values:
+        told = values["teacher"]
+        kept["told"] = told["prompt_ids"][row][told["prompt_mask"][row].bool()].clone()
     for name, value in values.items():
         if name in _OF_THE_DATA or name in _PROMPT:
             continue
@@ -156,7 +160,10 @@ def _collated(rows: Sequence[Mapping[str, Any]], pad_id: int) -> PromptBatch:
             [on_the_left(torch.ones_like(row["prompt_ids"]), 0) for row in rows]
         ),
     }
-    for name in rows[0].keys() - {"written", "ended", "prompt_ids"}:
+    if "told" in rows[0]:
+        told = [row["told"].tolist() for row in rows]
+        batch["teacher"] = teacher_rows(told, [[] for _ in rows], pad_id)
+    for name in rows[0].keys() - {"written", "ended", "prompt_ids", "told"}:
         cells = [row[name] for row in rows]
         if isinstance(cells[0], Mapping):
             batch[name] = {column: [cell[column] for cell in cells] for column in cells[0]}

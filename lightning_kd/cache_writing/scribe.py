@@ -21,6 +21,7 @@ from lightning_kd.resuming import describe, tokenizer_digest
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.seeding import derive_seed, run_seed
 from lightning_kd.strategies import adapter_of
+from lightning_kd.teacher_rows import as_teacher_reads
 from lightning_kd.teachers import checked_answer
 
 
@@ -63,7 +64,7 @@ class Scribe:
 
     def take(self, batch: Batch, number: int, loader: int) -> int:
         """Keep the rows of a batch that have not come before, and return how many."""
-        positions = self.method.positions(batch)
+        batch, positions = as_teacher_reads(batch, self.method.positions(batch))
         if self._writer is None:
             self._begin(self._answer(batch, positions), positions)
         seed = derive_seed(run_seed(), "cache", loader, number, self.trainer.global_rank)
@@ -215,7 +216,7 @@ class Scribe:
         counted = torch.zeros(3, dtype=torch.int64)
         for split in self._options.splits:
             for batch in self._data.texts(split):
-                positions = self.method.positions(batch)
+                batch, positions = as_teacher_reads(batch, self.method.positions(batch))
                 keys = self._keys(batch, positions)
                 new = torch.tensor(_first_of(keys, seen))
                 scored = torch.tensor([key is not None for key in keys])

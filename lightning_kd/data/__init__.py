@@ -4,8 +4,9 @@ from lightning_kd.data.arithmetic import ArithmeticData, arithmetic_tokenizer
 from lightning_kd.data.chat import ChatData
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.datamodule import DistillationData
-from lightning_kd.data.encoding import Example, LengthLimit
+from lightning_kd.data.encoding import Example
 from lightning_kd.data.evaluation_loader import EvaluationLoader
+from lightning_kd.data.limits import LengthLimit
 from lightning_kd.data.loader import TrainingLoader
 from lightning_kd.data.own_loader import WindowedLoader
 from lightning_kd.data.paired import PairedLoader, PromptsAndText

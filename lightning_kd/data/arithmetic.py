@@ -1,5 +1,7 @@
 """The offline task: addition, digit by digit."""
 
+from typing import Literal, get_args
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
@@ -9,10 +11,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from lightning_kd.data.datamodule import DistillationData, Split
 from lightning_kd.data.encoding import Example
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
+from lightning_kd.option_checks import check_choice
 from lightning_kd.seeding import derive_seed
 from lightning_kd.tokenization import TokenizerLike
 
 _SIGNS = "0123456789+="
+
+Hint = Literal["none", "solution", "demonstration", "feedback"]
 
 _TASK_SEED = 0
 """Of the split, not of the run: all runs have the same test problems."""
@@ -36,6 +41,9 @@ class ArithmeticData(DistillationData):
             problems and digits: data as people write it. Validation and test have none.
         validation_size: Validation problems.
         test_size: Test problems; ``predict`` completes them too.
+        hint: What the teacher reads before the prompt, and the student does not: nothing (``none``),
+            the problem with its ``solution``, another one with its (``demonstration``), or
+            ``feedback``: a wrong answer to the problem, and behind another ``=`` the right one.
         tokenizer: One that has all the signs. Defaults to the task's own.
 
     Raises:
@@ -50,6 +58,7 @@ class ArithmeticData(DistillationData):
         label_noise: float = 0.0,
         validation_size: int = 1000,
         test_size: int = 1000,
+        hint: Hint = "none",
         tokenizer: TokenizerLike | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
@@ -75,7 +84,8 @@ class ArithmeticData(DistillationData):
             )
         if not 0 <= label_noise <= 1:
             raise ValueError(f"label_noise is {label_noise}; it is a share, in [0, 1]")
-        self.digits, self.label_noise = digits, label_noise
+        check_choice("hint", hint, get_args(Hint))
+        self.digits, self.label_noise, self.hint = digits, label_noise, hint
         starts = (0, test_size, test_size + validation_size)
         sizes = (test_size, validation_size, train_size)
         test, validation, train = (slice(a, a + n) for a, n in zip(starts, sizes, strict=True))
@@ -103,19 +113,30 @@ class ArithmeticData(DistillationData):
         generator = torch.Generator().manual_seed(_TASK_SEED)
         order = torch.randperm(10 ** (2 * self.digits), generator=generator)
         noise = self.label_noise if split == "train" else 0.0
-        return ArithmeticRows(order[self._slices[split]], self.digits, self.tokenizer, noise)
+        hint = "none" if split == "predict" else self.hint
+        problems = order[self._slices[split]]
+        return ArithmeticRows(problems, self.digits, self.tokenizer, noise, hint)
 
 
 class ArithmeticRows:
     """Problems, each the number ``first * 10**digits + second``."""
 
     def __init__(
-        self, problems: Tensor, digits: int, tokenizer: PreTrainedTokenizerBase, noise: float
+        self,
+        problems: Tensor,
+        digits: int,
+        tokenizer: PreTrainedTokenizerBase,
+        noise: float,
+        hint: Hint = "none",
     ) -> None:
         self.problems, self.digits, self.tokenizer = problems, digits, tokenizer
-        self.noise = noise
+        self.noise, self.hint = noise, hint
         prompt, completion = problem_text(0, digits)
         self.max_lengths = (len(prompt + completion) + 1, len(prompt))
+        told = len(self._hint(0)) + len(prompt)
+        self.max_teacher_lengths = (
+            None if hint == "none" else (told + self.max_lengths[0] - len(prompt), told)
+        )
 
     def __len__(self) -> int:
         """Problems of the split."""
@@ -129,7 +150,28 @@ class ArithmeticRows:
         if draw % 10_000 < self.noise * 10_000:
             completion = with_a_wrong_digit(completion, draw // 10_000)
         ids = self.tokenizer.convert_tokens_to_ids(list(prompt + completion))
-        return Example([*ids, self.tokenizer.eos_token_id], len(prompt), prompt, completion)
+        told = self._hint(row)
+        return Example(
+            [*ids, self.tokenizer.eos_token_id],
+            len(prompt),
+            prompt,
+            completion,
+            teacher_prompt=self.tokenizer.convert_tokens_to_ids(list(told + prompt))
+            if told
+            else None,
+        )
+
+    def _hint(self, row: int) -> str:
+        """Return what the teacher reads before the prompt of a row."""
+        problem = int(self.problems[row])
+        draw = derive_seed(_TASK_SEED, "hint", problem)
+        if self.hint == "demonstration":
+            other = (row + 1 + draw % max(1, len(self) - 1)) % len(self)
+            problem = int(self.problems[other])
+        prompt, solution = problem_text(problem, self.digits)
+        if self.hint == "feedback":
+            return f"{prompt}{with_a_wrong_digit(solution, draw)}={solution}"
+        return "" if self.hint == "none" else prompt + solution
 
 
 def problem_text(problem: int, digits: int) -> tuple[str, str]:

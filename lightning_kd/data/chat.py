@@ -2,26 +2,31 @@
 
 import copy
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.data.chat_encoding import encode_chats
+from lightning_kd.data.chat_encoding import encode_chat_prompts, encode_chats
 from lightning_kd.data.conversations import (
     COLUMNS,
     MESSAGES,
     SHAREGPT,
     SYSTEM,
     TOOLS,
+    Chat,
     TrainOn,
     read_chats,
+    text_of_content,
 )
 from lightning_kd.data.datamodule import Split
-from lightning_kd.data.encoding import Encoded, LengthLimit, TruncationPolicy
+from lightning_kd.data.encoding import Encoded
+from lightning_kd.data.limits import LengthLimit, TruncationPolicy
 from lightning_kd.data.objects import RowsLike
-from lightning_kd.data.rows import EncodedRows
+from lightning_kd.data.rows import Encode, EncodedRows
 from lightning_kd.data.sources import WHERE, load_rows
+from lightning_kd.data.teacher_prompts import OPTION, TeacherPrompts, check_teacher_length
 from lightning_kd.data.template_variables import check_variables
 from lightning_kd.data.text import TextData
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
@@ -54,9 +59,14 @@ class ChatData(TextData):
         chat_template_kwargs: Further variables of the template, such as ``{enable_thinking: false}``.
         eos_token: Token that ends an answer, in place of the tokenizer's EOS, where the template
             ends turns with another one, as Gemma's does with ``<end_of_turn>``.
+        teacher_prompt_template: Text of the last message of the user as the teacher reads it:
+            ``{prompt}`` is the message's own, ``{name}`` the column of that name, which tells more:
+            ``"{prompt} Solution: {solution}"``. Not with ``train_on: all``.
         max_length: Longest prompt and completion together, in tokens.
         max_prompt_length: Longest prompt, in tokens.
         truncation: What happens to longer rows, as in :class:`PromptCompletionData`.
+        max_teacher_length: Longest prompt of the teacher and completion together, in tokens; never
+            cut. Defaults to ``max_length``.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -72,6 +82,8 @@ class ChatData(TextData):
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
+        teacher_prompt_template: str | list[str] | None = None,
+        max_teacher_length: int | None = None,
         train: RowsLike | None = None,
         validation: RowsLike | None = None,
         test: RowsLike | None = None,
@@ -106,7 +118,14 @@ class ChatData(TextData):
             )
         self.messages_column, self.train_on = messages_column, train_on
         self.chat_template_kwargs, self.eos_token = chat_template_kwargs or {}, eos_token
-        self.limit = LengthLimit(max_length, max_prompt_length, truncation)
+        if teacher_prompt_template is not None and train_on == "all":
+            raise ValueError(
+                f"train_on is all, which learns several answers of a row, and {OPTION} changes what "
+                "stands before the last one alone; set data.train_on: each or last"
+            )
+        self.teacher_prompts = TeacherPrompts.of(teacher_prompt_template, "prompt", known=())
+        self.limit = LengthLimit(max_length, max_prompt_length, truncation, max_teacher_length)
+        check_teacher_length(self.limit, self.teacher_prompts)
         self.roles: frozenset[str] = frozenset()
         """Who speaks in the splits that have been read."""
 
@@ -143,7 +162,13 @@ class ChatData(TextData):
         others = [TOOLS, *(COLUMNS if self.messages_column == MESSAGES else ())]
         others += [SYSTEM] if self.messages_column in {MESSAGES, SHAREGPT} else []
         optional: dict[str, type] = {self.messages_column: object, **dict.fromkeys(others, object)}
-        extra: dict[str, type] = dict.fromkeys(self.extra_columns, str)
+        told = None if split == "predict" else self.teacher_prompts
+        needed = set() if told is None else {*told.template.required}
+        columns = [*self.extra_columns, *(() if told is None else told.columns)]
+        extra: dict[str, type] = {
+            name: str for name in columns if name in needed or name in self.extra_columns
+        }
+        optional |= {name: str for name in columns if name not in extra}
         raw = load_rows(
             path,
             extra,
@@ -152,13 +177,43 @@ class ChatData(TextData):
             subset=self.subset,
         )
         train_on = "none" if split == "predict" else self.train_on
-        chats = ChatRows(raw, self.messages_column, train_on, self.extra_columns)
-        encoded = EncodedRows(chats, self._encode, self.limit, self.extra_columns)
+        chats = ChatRows(raw, self.messages_column, train_on, list(dict.fromkeys(columns)))
+        encode: Encode = self._encode
+        if told is not None:
+            told.template.check_columns(raw, [*extra, "prompt"], split)
+            encode = told.beside(encode, self._encode_teacher_prompts)
+        encoded = EncodedRows(chats, encode, self.limit, self.extra_columns)
         self.roles |= chats.roles
         return encoded
 
     def _encode(self, columns: Mapping[str, list[Any]]) -> list[Encoded]:
         return encode_chats(columns[CHAT], self.tokenizer, self.chat_template_kwargs)
+
+    def _encode_teacher_prompts(self, columns: dict[str, list[Any]]) -> list[list[int]]:
+        assert self.teacher_prompts is not None  # rows() asks for them where there are some
+        places = [_asked(chat) for chat in columns[CHAT]]
+        asked = [
+            text_of_content(chat.messages[place].get("content"))
+            for chat, place in zip(columns[CHAT], places, strict=True)
+        ]
+        chats = []
+        told = self.teacher_prompts.texts(columns, asked)
+        for chat, place, text in zip(columns[CHAT], places, told, strict=True):
+            messages = list(chat.prompt)
+            messages[place] = messages[place] | {"content": text}
+            chats.append(replace(chat, messages=messages, trained=()))
+        return encode_chat_prompts(chats, self.tokenizer, self.chat_template_kwargs)
+
+
+def _asked(chat: Chat) -> int:
+    """Return the number of the user's message that is answered."""
+    places = [n for n, message in enumerate(chat.prompt) if message["role"] == "user"]
+    if not places or chat.prompt[-1]["role"] == "assistant":
+        raise ValueError(
+            f"{chat.where}: {OPTION} changes the last message of the user before the answer, and there "
+            "is none; leave the row out"
+        )
+    return places[-1]
 
 
 CHAT = "__chat__"

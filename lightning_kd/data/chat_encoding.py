@@ -57,6 +57,15 @@ def encode_chats(
     ]
 
 
+def encode_chat_prompts(
+    chats: Sequence[Chat],
+    tokenizer: PreTrainedTokenizerBase,
+    arguments: Mapping[str, Any] | None = None,
+) -> list[list[int]]:
+    """Return the tokens of conversations that a model is to answer; see :func:`encode_chats`."""
+    return tokens_of([chat.text for chat in render_chats(chats, tokenizer, arguments)], tokenizer)
+
+
 def _encoded(
     chat: Chat, rendered: RenderedChat, whole: list[int], tokenizer: PreTrainedTokenizerBase
 ) -> Encoded:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Batch, PromptBatch, pad_rows
 from lightning_kd.data.encoding import Example
+from lightning_kd.teacher_rows import teacher_rows
 
 
 class Collator:
@@ -33,9 +33,9 @@ class Collator:
         samples, numbers, examples = zip(*rows, strict=True)
         ids = [example.input_ids for example in examples]
         batch: Batch = {
-            "input_ids": _pad(ids, self.pad_id),
-            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
-            "labels": _pad(list(map(_labels, numbers, examples)), IGNORE_INDEX),
+            "input_ids": pad_rows(ids, self.pad_id),
+            "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+            "labels": pad_rows(list(map(_labels, numbers, examples)), IGNORE_INDEX),
             "row": torch.tensor(numbers),
             "sample": torch.tensor(samples),
         }
@@ -54,8 +54,8 @@ class Collator:
         prompts = [example.input_ids[: example.prompt_length] for example in examples]
         found: dict[str, Any] = {
             **batch,
-            "prompt_ids": _pad(prompts, self.pad_id, left=True),
-            "prompt_mask": _pad([[1] * len(row) for row in prompts], 0, left=True),
+            "prompt_ids": pad_rows(prompts, self.pad_id, left=True),
+            "prompt_mask": pad_rows([[1] * len(row) for row in prompts], 0, left=True),
             "prompt": [example.prompt or "" for example in examples],
             "completion": [example.completion for example in examples],
         }
@@ -64,6 +64,10 @@ class Collator:
                 [example.completion] if example.references is None else list(example.references)
                 for example in examples
             ]
+        told = [e.teacher_prompt for e in examples if e.teacher_prompt is not None]
+        if told:
+            completions = [e.input_ids[e.prompt_length :] for e in examples]
+            found["teacher"] = teacher_rows(told, completions, self.pad_id)
         return cast(PromptBatch, found)
 
 
@@ -75,10 +79,3 @@ def _labels(number: int, example: Example) -> list[int]:
         return [IGNORE_INDEX] * prompt_length + ids[prompt_length:]
     pairs = zip(ids, example.trained, strict=True)
     return [token if trained else IGNORE_INDEX for token, trained in pairs]
-
-
-def _pad(rows: list[list[int]], value: int, *, left: bool = False) -> Tensor:
-    longest = max(map(len, rows))
-    fill = [[value] * (longest - len(row)) for row in rows]
-    pairs = zip(fill, rows, strict=True) if left else zip(rows, fill, strict=True)
-    return torch.tensor([[*a, *b] for a, b in pairs], dtype=torch.long)

@@ -12,11 +12,11 @@ from lightning_kd.batch import Batch
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.evaluation_loader import EvaluationLoader
 from lightning_kd.data.loader import TrainingLoader
+from lightning_kd.data.loading_options import check_loading
 from lightning_kd.data.plan import RolloutPlan
 from lightning_kd.data.rows import EncodedRows
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.loops import prepare_trainer
-from lightning_kd.option_checks import is_number
 from lightning_kd.resuming import Resumable
 from lightning_kd.seeding import run_seed
 from lightning_kd.tokenization import TokenizerLike, tokenizer_of
@@ -31,8 +31,6 @@ _SPLITS_OF: dict[str, tuple[Split, ...]] = {
 
 _ROWS_AT_ONCE = 64
 """Rows of a batch of texts that nobody trains on."""
-
-_MOST_ROWS, _MOST_WORKERS, _LONGEST_TIMEOUT = 2**16, 1024, 1_000_000
 
 
 class DistillationData(Resumable, L.LightningDataModule):
@@ -66,25 +64,7 @@ class DistillationData(Resumable, L.LightningDataModule):
         worker_timeout: float = WORKER_TIMEOUT,
     ) -> None:
         super().__init__()
-        sizes = (batch_size, batch_size if eval_batch_size is None else eval_batch_size)
-        if (
-            not all(is_number(size, whole=True) for size in sizes)
-            or min(sizes) < 1
-            or max(sizes) > _MOST_ROWS
-        ):
-            raise ValueError(
-                f"batch_size is {batch_size} and eval_batch_size {eval_batch_size}; "
-                f"they must be 1 or more, and at most {_MOST_ROWS:,}"
-            )
-        if not 0 <= num_workers <= _MOST_WORKERS:
-            raise ValueError(
-                f"num_workers is {num_workers}; it must be 0 or more, and at most {_MOST_WORKERS:,}"
-            )
-        if not 0 < worker_timeout <= _LONGEST_TIMEOUT:
-            raise ValueError(
-                f"worker_timeout is {worker_timeout}; it must be a number of seconds above 0, and at "
-                f"most {_LONGEST_TIMEOUT:,}"
-            )
+        check_loading(batch_size, eval_batch_size, num_workers, worker_timeout)
         self.batch_size = batch_size
         self.num_workers, self.worker_timeout = num_workers, worker_timeout
         self.eval_batch_size = eval_batch_size or batch_size
@@ -217,6 +197,13 @@ class DistillationData(Resumable, L.LightningDataModule):
         """Tokens of the longest row and of the longest prompt of each split, where they are known."""
         known = {split: getattr(rows, "max_lengths", None) for split, rows in self._rows.items()}
         return {split: longest for split, longest in known.items() if longest is not None}
+
+    def longest_of_teacher(self) -> dict[str, tuple[int, int]]:
+        """Tokens of the longest row and prompt of each split that its teacher reads in another form."""
+        found = {
+            split: getattr(rows, "max_teacher_lengths", None) for split, rows in self._rows.items()
+        }
+        return {split: longest for split, longest in found.items() if longest is not None}
 
     def column(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield the values of a further column of all rows that were read, each with its place.

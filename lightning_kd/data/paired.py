@@ -210,6 +210,10 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         text = self.text.longest().get("train")
         return self.prompts.longest() | ({} if text is None else {"text": text})
 
+    def longest_of_teacher(self) -> dict[str, tuple[int, int]]:
+        """Tokens of the longest row and prompt of each split that its teacher reads in another form."""
+        return self.prompts.longest_of_teacher()
+
     def train_dataloader(self) -> PairedLoader:
         """Both streams in step."""
         return PairedLoader(self.prompts.train_dataloader(), self.text.stream())

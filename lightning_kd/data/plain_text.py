@@ -6,7 +6,8 @@ import datasets
 import torch
 
 from lightning_kd.data.datamodule import Split
-from lightning_kd.data.encoding import DocumentPolicy, Encoded, LengthLimit, encode_documents
+from lightning_kd.data.encoding import Encoded, encode_documents
+from lightning_kd.data.limits import DocumentPolicy, LengthLimit
 from lightning_kd.data.objects import RowsLike
 from lightning_kd.data.rows import ROWS_AT_ONCE, EncodedRows, PackedRows, pack
 from lightning_kd.data.sources import load_rows

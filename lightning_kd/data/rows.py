@@ -10,7 +10,8 @@ import datasets
 import torch
 from torch import Tensor
 
-from lightning_kd.data.encoding import Encoded, Example, LengthLimit
+from lightning_kd.data.encoding import Encoded, Example
+from lightning_kd.data.limits import LengthLimit
 from lightning_kd.data.sources import WHERE
 from lightning_kd.seeding import derive_seed
 
@@ -67,6 +68,17 @@ class EncodedRows:
                         columns[name].append(value)
                 remarks += [(remark, where) for remark in encoded.remarks]
         self.max_lengths = (max(map(len, columns["input_ids"])), max(columns["prompt_length"]))
+        told = zip(
+            *(columns[name] for name in ("teacher_prompt", "input_ids", "prompt_length")),
+            strict=True,
+        )
+        lengths = [(len(p) + len(ids) - n, len(p)) for p, ids, n in told if p is not None and ids]
+        self.max_teacher_lengths = (
+            (max(row for row, _ in lengths), max(prompt for _, prompt in lengths))
+            if lengths
+            else None
+        )
+        """Tokens of the longest row and prompt that the teacher reads; None where it reads these."""
         tokenized = datasets.Dataset.from_dict(columns)
         keep = [row for row, dropped in enumerate(tokenized["dropped"]) if not dropped]
         self.dropped = len(tokenized) - len(keep)
@@ -141,6 +153,7 @@ class EncodedRows:
             found["references"],
             found["tokenized_apart"],
             found["document"] if self._numbers_differ else None,
+            found["teacher_prompt"],
         )
 
 
@@ -162,6 +175,9 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
     kept = limit.apply(tokens[: len(prompt)], tokens[len(prompt) :], where)
     if kept is not None and any(marks) and not any(mark for part in kept for _, mark in part):
         kept = None  # nothing is left to learn
+    told = encoded.teacher_prompt
+    if kept and told is not None and not limit.takes_teacher(len(told), len(kept[1]), where):
+        kept = None
     ids, trained = zip(*(kept[0] + kept[1]), strict=True) if kept else ((), ())
     return {
         "input_ids": ids,
@@ -174,6 +190,7 @@ def _limited(encoded: Encoded, limit: LengthLimit, where: str) -> dict[str, Any]
         "dropped": kept is None,
         "cut": kept is not None and len(ids) < len(prompt) + len(completion),
         "after_eos": encoded.after_eos,
+        "teacher_prompt": told,
         "where": where,
     }
 

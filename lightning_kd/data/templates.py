@@ -1,7 +1,7 @@
 """Templates of prompts: text with the names of columns in braces."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 _NAME = re.compile(r"\{([^\W\d]\w*)\}")
@@ -18,6 +18,7 @@ class PromptTemplate:
     Args:
         templates: At least one; the last is taken where no other can be.
         prompt_column: Column of the prompt.
+        option: Name of the templates in messages.
 
     Raises:
         ValueError: If a template names no column or has more than names in its braces, or none has
@@ -31,24 +32,25 @@ class PromptTemplate:
 
     templates: tuple[str, ...]
     prompt_column: str = "prompt"
+    option: str = "prompt_template"
 
     def __post_init__(self) -> None:
         """Check the templates."""
         if not self.templates:
-            raise ValueError("prompt_template is an empty list; give a text or several")
+            raise ValueError(f"{self.option} is an empty list; give a text or several")
         for text in self.templates:
             wrong = _MORE_THAN_A_NAME.search(text)
             if wrong:
                 raise ValueError(
-                    f"prompt_template has {wrong[0]}; it takes names of columns alone, as {{prompt}}"
+                    f"{self.option} has {wrong[0]}; it takes names of columns alone, as {{prompt}}"
                 )
             if not _NAME.search(text):
                 raise ValueError(
-                    f"prompt_template {text!r} lacks the place of {{prompt}}, or of another column"
+                    f"{self.option} {text!r} lacks the place of {{prompt}}, or of another column"
                 )
         if self.prompt_column not in {"prompt", *self.columns}:
             raise ValueError(
-                f"prompt_column is {self.prompt_column!r}, and prompt_template has neither {{prompt}} "
+                f"prompt_column is {self.prompt_column!r}, and {self.option} has neither {{prompt}} "
                 f"nor {{{self.prompt_column}}}; put it in, or leave prompt_column out"
             )
 
@@ -68,16 +70,43 @@ class PromptTemplate:
         Args:
             row: Text of each column; None where a row has none.
         """
+        text = self.chosen(row)
+        return _NAME.sub(lambda found: row[self._column(found[1])] or "", text)
+
+    def chosen(self, row: Mapping[str, str | None]) -> str:
+        """Return the template of a row, the last one where no other has all its columns."""
         for text in self.templates[:-1]:
-            if all(row.get(name) for name in self._named(text)):
-                return self._filled(text, row)
-        return self._filled(self.templates[-1], row)
+            if not self.missing(text, row):
+                return text
+        return self.templates[-1]
+
+    def missing(self, text: str, row: Mapping[str, str | None]) -> list[str]:
+        """Return the columns of a template that have no text in a row."""
+        return [name for name in self._named(text) if not row.get(name)]
+
+    def check_columns(
+        self, rows: Mapping[str, Sequence[str | None]], required: Container[str], split: str
+    ) -> None:
+        """Validate that the columns that a row may do without have text in one.
+
+        Args:
+            rows: All columns.
+            required: Those that every row has.
+            split: Of the data, for the message.
+
+        Raises:
+            ValueError: If none has.
+        """
+        maybe = sorted(set(self.columns) - {name for name in self.columns if name in required})
+        unknown = [name for name in maybe if not any(rows[name])]
+        if unknown:
+            raise ValueError(
+                f"no row of data.{split} has text in the column {unknown[0]!r}, which "
+                f"data.{self.option} names; correct it, or leave that template out"
+            )
 
     def _named(self, text: str) -> Iterable[str]:
         return (self._column(name) for name in _NAME.findall(text))
 
     def _column(self, name: str) -> str:
         return self.prompt_column if name == "prompt" else name
-
-    def _filled(self, text: str, row: Mapping[str, str | None]) -> str:
-        return _NAME.sub(lambda found: row[self._column(found[1])] or "", text)

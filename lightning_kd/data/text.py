@@ -7,16 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning_kd.data.datamodule import DistillationData, Split
-from lightning_kd.data.encoding import (
-    Encoded,
-    LengthLimit,
-    TruncationPolicy,
-    encode_completions,
-)
+from lightning_kd.data.encoding import Encoded, encode_completions
 from lightning_kd.data.generated import COMPLETION_IDS, ENDED, FINGERPRINT, PROMPT_IDS, given_ids
+from lightning_kd.data.limits import LengthLimit, TruncationPolicy
 from lightning_kd.data.objects import RowsLike, RowsSource, source_of
-from lightning_kd.data.rows import EncodedRows
+from lightning_kd.data.rows import Encode, EncodedRows
 from lightning_kd.data.sources import TEXTS, WHERE, Kind, digests, load_rows, texts_of
+from lightning_kd.data.teacher_prompts import TeacherPrompts, check_teacher_length
 from lightning_kd.data.templates import PromptTemplate
 from lightning_kd.data.workers import WORKER_TIMEOUT, Rows
 from lightning_kd.tokenization import TokenizerLike, encode_prompts
@@ -122,10 +119,14 @@ class PromptCompletionData(TextData):
         prompt_template: Text around the prompt, which takes the place of ``{prompt}``; ``{name}``
             is the column of that name. Of a list, the first whose columns all have text in the row,
             as ``["{instruction}: {input}", "{instruction}"]``. Other braces stand for themselves.
+        teacher_prompt_template: What the teacher reads before the completion in place of the prompt,
+            with columns that tell it more: ``"{question} Solution: {answer} Again: {question}"``.
         max_length: Longest prompt and completion together, in tokens.
         max_prompt_length: Longest prompt, in tokens.
         truncation: What happens to longer rows: ``error``, ``drop`` (the row), ``left`` (cut the
             beginning of the prompt) or ``right`` (cut the end of the completion). Counted and logged.
+        max_teacher_length: Longest prompt of the teacher and completion together, in tokens; never
+            cut. Defaults to ``max_length``.
 
     Raises:
         ValueError: If a value is out of its range.
@@ -143,6 +144,8 @@ class PromptCompletionData(TextData):
         max_length: int = 1024,
         max_prompt_length: int | None = None,
         truncation: TruncationPolicy = "error",
+        teacher_prompt_template: str | list[str] | None = None,
+        max_teacher_length: int | None = None,
         train: RowsLike | None = None,
         validation: RowsLike | None = None,
         test: RowsLike | None = None,
@@ -173,7 +176,11 @@ class PromptCompletionData(TextData):
         self.ended_column, self.use_token_ids = ended_column, use_token_ids
         templates = [prompt_template] if isinstance(prompt_template, str) else prompt_template
         self.template = PromptTemplate(tuple(templates), prompt_column)
-        self.limit = LengthLimit(max_length, max_prompt_length, truncation)
+        self.teacher_prompts = TeacherPrompts.of(
+            teacher_prompt_template, prompt_column, known=self.template.columns
+        )
+        self.limit = LengthLimit(max_length, max_prompt_length, truncation, max_teacher_length)
+        check_teacher_length(self.limit, self.teacher_prompts)
 
     def rows(self, split: Split) -> Rows | None:
         """Return prompts and completions of a split, or prompts alone."""
@@ -181,11 +188,13 @@ class PromptCompletionData(TextData):
         if path is None:
             return None
         completed = self.completion_column is not None and split != "predict"
+        told = None if split == "predict" else self.teacher_prompts
+        templates = [self.template] if told is None else [self.template, told.template]
         required: dict[str, Kind] = dict.fromkeys(
-            [*self.template.required, *self.extra_columns], str
+            [*(name for each in templates for name in each.required), *self.extra_columns], str
         )
-        optional: dict[str, Kind] = {FINGERPRINT: str}
-        optional |= dict.fromkeys([self.prompt_column, *self.template.columns], str)
+        optional: dict[str, Kind] = {FINGERPRINT: str, self.prompt_column: str}
+        optional |= dict.fromkeys([name for each in templates for name in each.columns], str)
         if self.use_token_ids:
             optional[PROMPT_IDS] = list
         if self.completion_column is not None and completed:
@@ -203,15 +212,17 @@ class PromptCompletionData(TextData):
             split=split,
             subset=self.subset,
         )
-        maybe = set(self.template.columns) - set(required)
-        unknown = [name for name in sorted(maybe) if not any(raw[name])]
-        if unknown:
-            raise ValueError(
-                f"no row of data.{split} has text in the column {unknown[0]!r}, which "
-                "data.prompt_template names; correct it, or leave that template out"
-            )
-        encode = self._encode if completed else self._encode_prompts
+        self.template.check_columns(raw, required, split)
+        encode: Encode = self._encode if completed else self._encode_prompts
+        if told is not None:
+            told.template.check_columns(raw, required, split)
+            encode = told.beside(encode, self._encode_teacher_prompts)
         return EncodedRows(raw, encode, self.limit, self.extra_columns)
+
+    def _encode_teacher_prompts(self, columns: dict[str, list[Any]]) -> list[list[int]]:
+        assert self.teacher_prompts is not None  # rows() asks for them where there are some
+        texts = self.teacher_prompts.texts(columns, columns[self.prompt_column])
+        return encode_prompts(texts, self.tokenizer)
 
     def _encode(self, columns: dict[str, list[Any]]) -> list[Encoded]:
         ended = columns.get(self.ended_column or "", [None] * len(columns[WHERE]))
@@ -262,6 +273,7 @@ class PromptCompletionData(TextData):
     def _kind(self, column: str) -> Kind:
         """Return the type of a column of texts: one text where it is also read as another column."""
         others = {self.prompt_column, *self.template.columns, *self.extra_columns}
+        others |= set() if self.teacher_prompts is None else {*self.teacher_prompts.columns}
         return str if column in others else TEXTS
 
     def _texts(self, columns: dict[str, list[Any]], column: str | None) -> list[list[str]]:

@@ -1,13 +1,14 @@
 """Rollouts: completions as batches to train on."""
 
 from collections.abc import Sequence
-from typing import Literal, cast
+from dataclasses import dataclass
+from typing import Literal, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, PromptBatch, Rollout
+from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, PromptBatch, Rollout, TeacherRows
 from lightning_kd.generation.completions import Completions
 from lightning_kd.scoring import ScoredPositions
 
@@ -39,43 +40,66 @@ def rollout_batch(
         A new batch, prompts and completions padded on the right. ``log_probs`` and
         ``sampling_log_probs`` stand where their tokens stand, if the completions have them.
     """
-    mask = batch["prompt_mask"]
-    starts, lengths = mask.sum(-1), completions.mask.sum(-1)
-    rows, width = len(mask), int((starts + lengths).max())
-    # Row by row: leave out the padding on the left, read on to the end of the completion.
-    place = torch.arange(width, device=mask.device).expand(rows, -1)
-    source = (place + (mask.shape[1] - starts)[:, None]).clamp(
-        max=mask.shape[1] + completions.ids.shape[1] - 1
-    )
-    real = place < (starts + lengths)[:, None]
-    generated = real & (place >= starts[:, None])
+    rows = _JoinedRows.of(batch["prompt_mask"], completions)
     lost = ~completions.ended & (truncation != "keep")
-    labeled = generated & ~lost[:, None]
-
-    def scattered(of_prompt: Tensor, of_completion: Tensor, fill: float, where: Tensor) -> Tensor:
-        values = torch.cat([of_prompt, of_completion], -1).gather(-1, source)
-        return values.masked_fill(~where, fill)
-
-    ids = scattered(batch["prompt_ids"], completions.ids, pad_id, real)
+    labeled = rows.completion & ~lost[:, None]
+    ids = rows.join(batch["prompt_ids"], completions.ids, pad_id, rows.real)
     written = {
         "input_ids": ids,
-        "attention_mask": real.long(),
+        "attention_mask": rows.real.long(),
         "labels": ids.masked_fill(~labeled, IGNORE_INDEX),
-        "completion_mask": generated,
+        "completion_mask": rows.completion,
         "group": batch["sample"] // group_size,
     }
     # Found here, once for a window: in each step the host would wait for the device.
     ScoredPositions.from_labels(written["labels"])
     rewritten = cast(Rollout, {**batch, **written})
     if completions.log_probs is not None and completions.sampling_log_probs is not None:
-        zeros = torch.zeros_like(mask, dtype=completions.log_probs.dtype)
-        rewritten["log_probs"] = scattered(zeros, completions.log_probs, 0, labeled)
-        rewritten["sampling_log_probs"] = scattered(
+        zeros = torch.zeros_like(batch["prompt_mask"], dtype=completions.log_probs.dtype)
+        rewritten["log_probs"] = rows.join(zeros, completions.log_probs, 0, labeled)
+        rewritten["sampling_log_probs"] = rows.join(
             zeros, completions.sampling_log_probs, 0, labeled
         )
     if truncation == "drop":
         rewritten["row"] = batch["row"].masked_fill(lost, FILLER_ROW)
+    if "teacher" in batch:
+        rewritten["teacher"] = _as_teacher_reads(batch["teacher"], completions, pad_id)
     return rewritten
+
+
+def _as_teacher_reads(rows: TeacherRows, completions: Completions, pad_id: int) -> TeacherRows:
+    """Return the teacher's prompts with other completions."""
+    joined = _JoinedRows.of(rows["prompt_mask"], completions)
+    ids = joined.join(rows["prompt_ids"], completions.ids, pad_id, joined.real)
+    return {**rows, "input_ids": ids, "attention_mask": joined.real.long()}
+
+
+@dataclass(frozen=True)
+class _JoinedRows:
+    """Rows of a prompt, padded on the left, and a completion, padded on the right, without a gap."""
+
+    source: Tensor
+    """Where each token of a row stands in both beside each other, ``(B, T)``."""
+    real: Tensor
+    """True on tokens, ``(B, T)``."""
+    completion: Tensor
+    """True on those of the completion, ``(B, T)``."""
+
+    @classmethod
+    def of(cls, prompt_mask: Tensor, completions: Completions) -> Self:
+        starts, lengths = prompt_mask.sum(-1), completions.mask.sum(-1)
+        rows, width = len(prompt_mask), int((starts + lengths).max())
+        # Row by row: leave out the padding on the left, read on to the end of the completion.
+        place = torch.arange(width, device=prompt_mask.device).expand(rows, -1)
+        source = (place + (prompt_mask.shape[1] - starts)[:, None]).clamp(
+            max=prompt_mask.shape[1] + completions.ids.shape[1] - 1
+        )
+        real = place < (starts + lengths)[:, None]
+        return cls(source, real, real & (place >= starts[:, None]))
+
+    def join(self, of_prompt: Tensor, of_completion: Tensor, fill: float, where: Tensor) -> Tensor:
+        values = torch.cat([of_prompt, of_completion], -1).gather(-1, self.source)
+        return values.masked_fill(~where, fill)
 
 
 def rollout_batches(

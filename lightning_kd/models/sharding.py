@@ -52,6 +52,16 @@ def is_gathered(model: nn.Module) -> bool:
     return model in _gathered
 
 
+def reshard(model: nn.Module) -> None:
+    """Let each process keep its share alone of a model in shards of FSDP2, between two forward passes.
+
+    The unit of embedding and output head stays gathered after a forward pass without a backward pass.
+    """
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+
+
 @contextmanager
 def unsharded(models: Sequence[PreTrainedModel]) -> Iterator[None]:
     """Gather all weights of models on every process while the context is open.

@@ -1,7 +1,7 @@
 """Batches of loaders of the user's own, where completions are generated or compared."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lightning_kd.batch import IGNORE_INDEX, Batch, check_batch, check_contents
 from lightning_kd.devices import is_queued
 from lightning_kd.own_batches import evaluated, is_own, without_repetitions
+from lightning_kd.teacher_rows import has_teacher_rows
 
 _UNLABELED = 16
 """Optimizer steps one after the other without a label, after which a run is given up."""
@@ -30,6 +31,9 @@ class ReadsOwnBatches(L.LightningModule):
     """
 
     tokenizer: PreTrainedTokenizerBase
+
+    reads_teacher_rows: ClassVar[bool] = False
+    """Whether the method asks a teacher about rows, which may have other prompts for it."""
 
     _own_rows = 0
     _before_loader = 0
@@ -53,9 +57,23 @@ class ReadsOwnBatches(L.LightningModule):
                 "callback OnPolicyGeneration with lmbda: 1 (in training)"
             )
         check_batch(batch)
+        self.check_told(batch)
         if batch_idx == 0 or not is_queued(batch["input_ids"].device):
             check_contents(batch)
         self._trains_on_own = self.trainer.training and is_own(batch)
+
+    def check_told(self, batch: Batch) -> None:
+        """Validate that what a batch tells a teacher is read by one.
+
+        Raises:
+            ValueError: If the method has no teacher that reads rows.
+        """
+        if has_teacher_rows(batch) and not self.reads_teacher_rows:
+            raise ValueError(
+                f"the data tells a teacher more than the student (data.teacher_prompt_template, or "
+                f"data.hint of ArithmeticData), and {type(self).__name__} asks none about its rows, so "
+                "that it would change nothing; leave it out, or take a method with a teacher (GKD)"
+            )
 
     def check_trained(self, tokens: int) -> None:
         """Validate that optimizer steps on a loader of the user's own train on something.

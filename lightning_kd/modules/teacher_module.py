@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from functools import partial, reduce
 from operator import or_
-from typing import ClassVar, get_args
+from typing import get_args
 
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -31,19 +31,21 @@ from lightning_kd.models import (
     vocabulary_size,
 )
 from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
-from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.dropped_mass import DroppedMass
 from lightning_kd.modules.loss import Scores
 from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.remote import LookingAhead, ask_together
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
+from lightning_kd.modules.self_taught import SelfTaughtModule
 from lightning_kd.modules.teacher_tokens import TeacherTokens
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.normalization import Normalization
 from lightning_kd.option_checks import check_choice
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import adapter_of
+from lightning_kd.teacher_rows import as_teacher_reads
 from lightning_kd.teachers import TEACHERS, Teacher, TeachersLike, checked_answer, choose_kind
+from lightning_kd.teachers.composite import CompositeTeacher
 from lightning_kd.teachers.ensemble import teacher_of
 from lightning_kd.tokenization import TokenizerLike
 
@@ -51,7 +53,7 @@ _LARGE_MASS = 0.01
 """A probability beyond the shared vocabulary that padding does not have."""
 
 
-class TeacherModule(DistillationModule):
+class TeacherModule(SelfTaughtModule):
     """A student that is compared with a frozen teacher on the same tokens.
 
     The other options are those of :class:`~lightning_kd.modules.DistillationModule`.
@@ -65,9 +67,6 @@ class TeacherModule(DistillationModule):
             ``student_dropped_mass`` or ``teacher_dropped_mass``. ``perplexity``, ``bits_per_byte`` and
             nats of documents are of the student over all its tokens.
     """
-
-    learns_from_its_start: ClassVar[bool] = False
-    """Whether the method learns anything if the teacher is the student as it starts."""
 
     needs: tuple[AnswerKind, ...] = ("full_distribution",)
     """Kinds of the teacher's answers that the method can learn from, the best first."""
@@ -100,18 +99,12 @@ class TeacherModule(DistillationModule):
         self.teacher = teacher_of(teacher)
         self.vocabulary: VocabularyPolicy = vocabulary
         self._warned_of: set[str] = set()
-        self._has_teacher = False
 
     width: int
     """Logits of student and teacher that are compared."""
 
     coming: Batch | None = None
     """The micro-batch that comes next, where it is known and the teacher wants to hear of it."""
-
-    @property
-    def teachers(self) -> Mapping[str, Teacher]:
-        """All that the run asks, the teacher first, by their role in messages."""
-        return {"teacher": self.teacher}
 
     @property
     def answer_kind(self) -> AnswerKind:
@@ -191,6 +184,9 @@ class TeacherModule(DistillationModule):
         Raises:
             ValueError: If they cannot be compared.
         """
+        for teacher in self.teachers.values() if self.vocabulary == "equal" else ():
+            if isinstance(teacher, CompositeTeacher):
+                teacher.check_vocabularies("vocabulary: equal")
         known = self.teacher.vocabulary_size
         if not isinstance(known, int) or known < 1:
             raise ValueError(
@@ -248,7 +244,8 @@ class TeacherModule(DistillationModule):
         if self.coming is not None:
             # The teacher works on it while the student works on this one.
             ahead, self.coming = self.coming, None
-            self.teacher.announce(ahead, self.positions(ahead), kind=self.answer_kind)
+            rows, positions_ahead = as_teacher_reads(ahead, self.positions(ahead))
+            self.teacher.announce(rows, positions_ahead, kind=self.answer_kind)
         student = self.logits_backend.read(self.student, batch, positions)
         return Scores(positions, student, teacher).narrowed(self.width)
 

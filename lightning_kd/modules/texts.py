@@ -9,6 +9,7 @@ from lightning_kd.batch import Batch
 from lightning_kd.collectives import gather_objects
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.resuming import describe
+from lightning_kd.teacher_rows import as_teacher_reads
 from lightning_kd.teachers import Teacher
 
 
@@ -60,7 +61,9 @@ def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> Non
     try:
         for split in _splits(module, stage):
             data.check_repeats(split)
-            texts = ((batch, module.positions(batch)) for batch in data.texts(split))
+            texts = (
+                as_teacher_reads(batch, module.positions(batch)) for batch in data.texts(split)
+            )
             teacher.check_texts(texts, describe(data))
     except ValueError as error:
         said = f"data.{split}: {error}"

@@ -21,6 +21,7 @@ from lightning_kd.generation import (
 from lightning_kd.generation.cache import allocated_length, longest_allocation
 from lightning_kd.generation.transformers_batching import paged_length
 from lightning_kd.models import FusedLogits, ModelSpec, vocabulary_size
+from lightning_kd.models.adapters import has_adapters
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.preflight.cache_sizes import cache_bytes, kept_types
 from lightning_kd.preflight.facts import MemoryFacts, MemoryPart, RowFacts
@@ -84,6 +85,7 @@ def describe_memory(
         for part in _weights(each, setting, is_student=each is student)
     ]
     parts += _training(module, student, setting)
+    parts += _copies(module, student, setting)
     if rows is not None:
         parts.append(
             MemoryPart(
@@ -173,6 +175,22 @@ def _training(
     yield MemoryPart(f"states of the optimizer{share}", states // setting.shards, here)
 
 
+def _copies(
+    module: DistillationModule, student: SizedModel, setting: Setting
+) -> Iterator[MemoryPart]:
+    """Yield the weights of teachers that are copies of the student."""
+    teachers = module.followers if isinstance(module, TeacherModule) else []
+    shares = setting.shards == 1 and has_adapters(student.model)
+    copied = [p for p in student.model.parameters() if p.requires_grad or not shares]
+    for teacher in teachers:
+        types = [teacher.copy_dtype(_TRUE.get(setting.precision, p.dtype)) for p in copied]
+        pairs = zip(copied, types, strict=True)
+        size = sum(p.numel() * dtype.itemsize for p, dtype in pairs if dtype is not None)
+        share = ", a share" if setting.shards > 1 else ""
+        what = f"{type(teacher).__name__}, a copy of the student{share}"
+        yield MemoryPart(what, size // setting.shards, str(setting.device))
+
+
 def _logits(
     module: DistillationModule,
     student: SizedModel,
@@ -190,7 +208,9 @@ def _logits(
     given = rows.most_labels if rollouts is None or rollouts.trains_on_data else 0
     positions = batch_size * max(generated, given, 1)
     told = isinstance(module, TeacherModule) and module.answer_kind == "full_distribution"
-    widths = [vocabulary_size(each.model) for each in (student, *(teachers if told else ()))]
+    itself = module.followers if isinstance(module, TeacherModule) else []
+    others = [*teachers, *(student for _ in itself)] if told else []
+    widths = [vocabulary_size(each.model) for each in (student, *others)]
     row = sum(widths) * 4
     backend = module.logits_backend
     if not isinstance(backend, FusedLogits):

@@ -18,6 +18,7 @@ from lightning_kd.models.vocabulary import check_ids
 from lightning_kd.modules import DistillationModule, TeacherModule
 from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.policy_gradient import as_rollout
+from lightning_kd.modules.self_taught import check_strategy
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.preflight.memory import SizedModel
 from lightning_kd.strategies import check_trainer
@@ -64,6 +65,10 @@ class Rehearsal:
             for teacher in own.teachers.values():
                 alike = own.learns_from_its_start or teacher is not own.teacher
                 self._passes(check_origin, own.student_spec, teacher, alike=alike)
+            if self._trainer is not None:
+                self._passes(check_strategy, self._trainer, own.followers)
+        if some:
+            self._passes(self._module.check_told, some[0])
         with self._stand_in(sized) as module:
             student = sized[0].model
             ready = self._passes(check_ids, self._tokenizer, student, "student")
@@ -104,15 +109,21 @@ class Rehearsal:
             for each in sized[1:]
             if isinstance(each.spec, LocalTeacher) and not each.spec.local_models
         ]
+        own = module.followers if isinstance(module, TeacherModule) else []
+        following = [each for each in own if not each.local_models]
         try:
             for teacher, each in empty:
                 teacher._model, teacher._role = each.model, each.role
+            for follower in following:
+                follower._model = module.student
             if trainer is not None:
                 trainer.datamodule = self._data  # type: ignore[attr-defined]
             yield module
         finally:
             for teacher, _ in empty:
                 teacher._model = None
+            for follower in following:
+                follower._model = None
             if trainer is not None:
                 trainer.datamodule = before  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Teachers: one model, several averaged, one for each row, one on disk, k tokens of one, or others."""
+"""Teachers: one model, several, one for each row, one on disk, k tokens of one, the student itself."""
 
 from lightning_kd.teachers.abilities import check_ability
 from lightning_kd.teachers.cached import CachedTeacher
@@ -11,9 +11,11 @@ from lightning_kd.teachers.contract import (
 )
 from lightning_kd.teachers.ensemble import TeacherEnsemble
 from lightning_kd.teachers.given import TeachersLike
+from lightning_kd.teachers.itself import LiveStudent, SelfTeacher, self_teachers
 from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.teachers.served import ServedTeacher
+from lightning_kd.teachers.student_copies import EMAStudent, FrozenStudent
 from lightning_kd.teachers.temperatures import temperatures_of
 from lightning_kd.teachers.top_k import TopKTeacher
 
@@ -24,6 +26,9 @@ TEACHERS: tuple[type[Teacher], ...] = (
     TopKTeacher,
     ServedTeacher,
     CachedTeacher,
+    LiveStudent,
+    FrozenStudent,
+    EMAStudent,
 )
 """The teachers of the library."""
 
@@ -31,8 +36,12 @@ __all__ = [
     "TEACHERS",
     "Ability",
     "CachedTeacher",
+    "EMAStudent",
+    "FrozenStudent",
+    "LiveStudent",
     "LocalTeacher",
     "RoutedTeacher",
+    "SelfTeacher",
     "ServedTeacher",
     "Teacher",
     "TeacherEnsemble",
@@ -42,5 +51,6 @@ __all__ = [
     "check_ability",
     "checked_answer",
     "choose_kind",
+    "self_teachers",
     "temperatures_of",
 ]

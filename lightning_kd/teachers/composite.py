@@ -97,6 +97,11 @@ class CompositeTeacher(Teacher):
         return any(member.is_remote for member in self.named_members.values())
 
     @property
+    def follows_student(self) -> bool:  # type: ignore[override]
+        """Whether a member does."""
+        return any(member.follows_student for member in self.named_members.values())
+
+    @property
     def answers_any_text(self) -> bool:
         """Whether all members can be asked about any."""
         return all(member.answers_any_text for member in self.named_members.values())
@@ -140,7 +145,7 @@ class CompositeTeacher(Teacher):
         """
         for name, member in self.named_members.items():
             member.prepare(tokenizer, device, policy, mesh, f"{role} {name}")
-        if policy == "equal":
+        if policy == "equal" and not self.follows_student:
             self.check_vocabularies("vocabulary: equal")
 
     def check_data(self, data: object) -> None:

@@ -19,6 +19,7 @@ from lightning_kd.models.model_spec import ModelSpec
 from lightning_kd.models.vocabulary import VocabularyPolicy
 from lightning_kd.resuming import Resumable
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teacher_rows import as_teacher_reads
 from lightning_kd.teachers.text_coverage import TextCoverage
 from lightning_kd.teachers.told_kinds import how_it_could
 
@@ -155,6 +156,9 @@ class Teacher(Resumable, TextCoverage, ABC):
         """Return names of several teachers, and the number of each row's, ``(B,)``; None of one."""
         return None
 
+    follows_student: bool = False
+    """Whether its weights come from the student, so that its vocabulary is known when that is built."""
+
     is_remote: bool = False
     """Whether answers come from outside of this process: all processes of a run fail together then."""
 
@@ -265,9 +269,12 @@ def checked_answer(
 ) -> TeacherAnswer:
     """Return a teacher's answer, over all tokens that it knows.
 
+    It is asked about the rows as it reads them: behind prompts of its own, where the batch has some.
+
     Raises:
         ValueError: If it is of another kind, or not about these positions.
     """
+    batch, positions = as_teacher_reads(batch, positions)
     # A teacher may change its batch, to mask something for its own model.
     answer = teacher.answer(copy_of(batch), positions, kind=kind, logits_backend=logits_backend)
     if not isinstance(answer, TeacherAnswer):

@@ -9,10 +9,10 @@ from lightning_kd.data import arithmetic_tokenizer
 from lightning_kd.data.collate import Collator
 from lightning_kd.data.encoding import (
     Example,
-    LengthLimit,
     encode_completions,
     encode_documents,
 )
+from lightning_kd.data.limits import LengthLimit
 from lightning_kd.tokenization import encode_prompts
 
 EOS, PAD = 1, 0

@@ -13,7 +13,7 @@ from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import DenseLogits, StudentSpec
 from lightning_kd.modules import GKD, SFT, BabyLlama, MiniLLM, OnPolicyDistillation, SupervisedKD
 from lightning_kd.normalization import TokenMean
-from lightning_kd.teachers import LocalTeacher
+from lightning_kd.teachers import EMAStudent, LiveStudent, LocalTeacher
 from tests.support.harness import BatchList, Letters, trainer
 from tests.support.looks import Looks
 from tests.support.toys import LETTERS, letter_tokenizer, ragged_batch, tiny_llama
@@ -85,6 +85,8 @@ METHODS = {
     "baby_llama": (lambda: BabyLlama(**two_teachers()), []),
     "baby_llama_batchmean": (lambda: BabyLlama(**two_teachers(), kl_scale="batchmean"), []),
     "minillm": (lambda: MiniLLM(**models()), [{"steps_per_window": 2}]),
+    "sdft": (lambda: GKD(student=tiny_llama(0), teacher=EMAStudent(0.9)), [{}]),
+    "opsd": (lambda: GKD(student=tiny_llama(0), teacher=LiveStudent()), []),
 }
 
 
@@ -100,7 +102,7 @@ def test_a_step_that_is_not_logged_waits_for_nothing_that_is_avoidable(waits, na
         callbacks=[rollouts(**options) for options in generates],
         gradient_clip_val=1.0,
     )
-    run.fit(make(), datamodule=Letters(48, batch_size=2))
+    run.fit(make(), datamodule=Letters(48, batch_size=2, told=name in {"sdft", "opsd"}))
     assert not set(waits.places) - set(ALWAYS), waits.places
     assert waits.places["_look_at_sums"] > 0
     passes = waits.places["transformers/masking_utils.py:_ignore_causal_mask_sdpa"]

@@ -107,6 +107,13 @@ TESTS: dict[str, Sequence[str]] = {
     "lightning_kd/data/rows.py": _DATA,
     "lightning_kd/data/collate.py": [*_DATA, "tests/data/test_loader.py"],
     "lightning_kd/data/encoding.py": _DATA,
+    "lightning_kd/data/limits.py": [*_DATA, "tests/data/test_teacher_prompts.py"],
+    "lightning_kd/data/teacher_prompts.py": ["tests/data/test_teacher_prompts.py"],
+    "lightning_kd/teacher_rows.py": [
+        "tests/data/test_teacher_prompts.py",
+        "tests/teachers/test_itself.py",
+    ],
+    "lightning_kd/modules/self_taught.py": ["tests/teachers/test_itself.py", *_STEPS],
     "lightning_kd/functions.py": ["tests/resume/test_functions.py"],
     "lightning_kd/integrity.py": ["tests/test_checkpoints.py", "tests/test_strategies.py"],
     "lightning_kd/policy.py": ["tests/test_policy.py", "tests/modules/test_minillm.py"],

@@ -220,8 +220,11 @@ def arguments(method: str, strategy: str, folder: Path, setting: str = "plain") 
         }
         | chosen.trainer,
     }
-    if method == "minillm":
+    if method in {"minillm", "sdft"}:
         overlay["model"]["init_args"]["student"] = {"name_or_path": str(folder.parent / "student")}
+    if method == "sdft":  # whose teacher is its student's average
+        del overlay["model"]["init_args"]["teacher"]
+    elif method == "minillm":
         overlay["on_policy"] = {"steps_per_window": 2, "passes": 2}
     else:
         overlay["model"]["init_args"]["student"] = {"config": llama}

@@ -61,11 +61,17 @@ class BatchList(L.LightningDataModule):
 
 
 class Letters(DistillationData):
-    """Ragged prompts and completions of letters, through the library's own loader."""
+    """Ragged prompts and completions of letters, through the library's own loader.
 
-    def __init__(self, rows: int = 12, **base: Any) -> None:
+    Args:
+        rows: How many.
+        told: Whether the teacher reads more before each prompt.
+        base: Options of every data module.
+    """
+
+    def __init__(self, rows: int = 12, *, told: bool = False, **base: Any) -> None:
         super().__init__(tokenizer=letter_tokenizer(), **base)
-        self.size = rows
+        self.size, self.told = rows, told
 
     def rows(self, split: str) -> "Letters":
         return self
@@ -80,7 +86,14 @@ class Letters(DistillationData):
             for factor in (3, 7)
         )
         text = letter_tokenizer().decode(completion)
-        return Example([*prompt, *completion, 1], len(prompt), f"prompt {row}", text)
+        more = [2 + row % 16] * (1 + row % 3) if self.told else None
+        return Example(
+            [*prompt, *completion, 1],
+            len(prompt),
+            f"prompt {row}",
+            text,
+            teacher_prompt=None if more is None else [*more, *prompt],
+        )
 
 
 def trainer(**settings: Any) -> L.Trainer:

@@ -1,0 +1,212 @@
+"""A module whose teacher may be its student: copied, averaged after each step, and saved."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, cast
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from torch.optim import Optimizer
+
+from lightning_kd.batch import Batch, PromptBatch
+from lightning_kd.devices import is_queued
+from lightning_kd.models.positions import check_length
+from lightning_kd.modules.distillation_module import DistillationModule
+from lightning_kd.strategies import adapter_of
+from lightning_kd.teacher_rows import check_teacher_rows, has_teacher_rows
+from lightning_kd.teachers import LiveStudent, SelfTeacher, Teacher, self_teachers
+
+_STATES = "self_teachers"
+"""Key of a checkpoint for the weights of teachers that follow the student."""
+
+
+class SelfTaughtModule(DistillationModule):
+    """A module with a teacher that may follow the student, and may read more than it does.
+
+    The options are those of :class:`~lightning_kd.modules.DistillationModule`.
+    """
+
+    teacher: Teacher
+
+    reads_teacher_rows: ClassVar[bool] = True
+
+    learns_from_its_start: ClassVar[bool] = False
+    """Whether the method learns anything if the teacher is the student as it starts."""
+
+    _has_teacher = False
+    _step_begun: tuple[int, float] | None = None
+
+    @property
+    def teachers(self) -> Mapping[str, Teacher]:
+        """All that the run asks, the teacher first, by their role in messages."""
+        return {"teacher": self.teacher}
+
+    @property
+    def followers(self) -> list[SelfTeacher]:
+        """Those of the teachers, and of their members, whose weights come from the student."""
+        return [each for teacher in self.teachers.values() for each in self_teachers(teacher)]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Add the callback that tells the teacher of optimizer steps."""
+        return [*super().configure_callbacks(), _StepFollower()]
+
+    def setup(self, stage: str) -> None:
+        """Refuse a strategy under which the student cannot be its own teacher.
+
+        Raises:
+            ValueError: If it cannot.
+        """
+        super().setup(stage)
+        self._step_begun = None
+        if stage != "predict":
+            check_strategy(self.trainer, self.followers)
+
+    def configure_model(self) -> None:
+        """Build the student, and let its teacher follow it."""
+        super().configure_model()
+        self._let_follow()
+
+    def _shard(self) -> None:
+        """Let the teacher copy the student while it is whole."""
+        self._let_follow()
+        super()._shard()
+
+    def _let_follow(self) -> None:
+        for each in self.followers if self._has_teacher else ():
+            each.follow(self.student, self.trainer.precision_plugin.convert_module)
+
+    # What the teacher reads.
+
+    def check_rows(self, batch: Batch, batch_idx: int) -> None:
+        """Validate a batch, and what the teacher reads of it.
+
+        Raises:
+            ValueError: If the teacher reads other completions, or longer rows than its models take.
+        """
+        super().check_rows(batch, batch_idx)
+        if not has_teacher_rows(batch):
+            return
+        if batch_idx == 0 or not is_queued(batch["input_ids"].device):
+            check_teacher_rows(batch, self.positions(batch))
+        width = cast(PromptBatch, batch)["teacher"]["input_ids"].shape[1]
+        self.check_teacher_length(width, "the rows of a batch")
+
+    def check_told(self, batch: Batch) -> None:
+        """Validate that the teacher can teach its student something.
+
+        Raises:
+            ValueError: If it is the student, and reads no more than it does.
+        """
+        super().check_told(batch)
+        if has_teacher_rows(batch):
+            return
+        for each in self.followers:
+            alike = self.learns_from_its_start or each not in self_teachers(self.teacher)
+            if isinstance(each, LiveStudent) or not alike:
+                raise ValueError(
+                    f"the teacher is {type(each).__name__}, and reads what the student reads, so that "
+                    "there is nothing to learn from it. Give data.teacher_prompt_template, with a "
+                    "column that tells the teacher more (PromptCompletionData, ChatData; data.hint of "
+                    "ArithmeticData), or another teacher"
+                )
+
+    def check_lengths(self, *, rewritten: bool) -> None:
+        """Validate that rows fit the positions of the models, also as the teacher reads them.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        super().check_lengths(rewritten=rewritten)
+        for split, (row, _) in longest_of_teacher(self.trainer).items():
+            if split != "train" or not rewritten:
+                self.check_teacher_length(row, f"{split} rows")
+
+    def check_teacher_length(self, length: int, what: str) -> None:
+        """Validate that rows fit the positions of the teacher.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        for teacher in self.teachers.values():
+            check_length(teacher.local_models, length, f"{what}, as the teacher reads them,")
+
+    # The steps that it follows.
+
+    def begin_step(self) -> None:
+        """Note that an optimizer step is about to be taken."""
+        if self.followers:
+            self._step_begun = self.trainer.global_step, self._loss_scale()
+
+    def follow_step(self) -> None:
+        """Tell the teacher of the last step, once, if it was taken."""
+        if self._step_begun is None or self.trainer.global_step == self._step_begun[0]:
+            return
+        (_, scale), self._step_begun = self._step_begun, None
+        # A gradient scaler lowers its scale where it skips a step; whoever else skips one, as
+        # NonFiniteGuard does, takes the gradients away.
+        overflowed = self._loss_scale() < scale
+        if overflowed or all(p.grad is None for p in self.student.parameters()):
+            return
+        for each in self.followers:
+            each.after_step()
+
+    def _loss_scale(self) -> float:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return 1.0 if scaler is None else float(scaler.get_scale())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the weights of teachers that follow the student."""
+        super().on_save_checkpoint(checkpoint)
+        self.follow_step()  # a callback may save before ours has heard of the step
+        wanted = self.trainer.is_global_zero
+        states = [each.state(wanted=wanted) for each in self.followers]
+        if any(states):
+            checkpoint[_STATES] = states
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the weights of teachers that follow the student.
+
+        Raises:
+            ValueError: If they are another student's.
+        """
+        super().on_load_checkpoint(checkpoint)
+        for each, state in zip(self.followers, checkpoint.get(_STATES, ()), strict=False):
+            if state:
+                each.load_state(state)
+
+
+def check_strategy(trainer: L.Trainer, following: Sequence[SelfTeacher]) -> None:
+    """Refuse a strategy under which a student cannot be its own teacher.
+
+    Raises:
+        ValueError: If the strategy is neither one process, ddp nor fsdp2.
+    """
+    adapter = adapter_of(trainer)
+    shards = adapter.shards_weights and adapter.shard_mesh() is None
+    if following and (shards or adapter.scales_loss_before_backward):
+        raise ValueError(
+            f"{type(following[0]).__name__} has its weights from the student, and under "
+            f"{type(trainer.strategy).__name__} no process has them as they are; use one process, "
+            "--trainer.strategy ddp or fsdp2"
+        )
+
+
+def longest_of_teacher(trainer: L.Trainer) -> dict[str, tuple[int, int]]:
+    """Return the tokens of the longest row and prompt that a teacher reads in another form."""
+    longest = getattr(getattr(trainer, "datamodule", None), "longest_of_teacher", None)
+    return {} if longest is None else longest()
+
+
+class _StepFollower(Callback):
+    """Tells a module when an optimizer step begins, and when it has ended."""
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer
+    ) -> None:
+        assert isinstance(pl_module, SelfTaughtModule)  # it has brought this callback
+        pl_module.begin_step()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: object
+    ) -> None:
+        assert isinstance(pl_module, SelfTaughtModule)  # it has brought this callback
+        pl_module.follow_step()
