@@ -26,6 +26,9 @@ from lightning_kd.devices import clone
 IGNORE_INDEX = -100
 """Label of a token that is not trained on: prompts, padding, filler rows."""
 
+TEACHER_PROMPT = "teacher_prompt"
+"""Column of ``Batch["extra"]``: the prompt as the template of a teacher with other tokens has it."""
+
 FILLER_ROW = -1
 """``Batch["row"]`` of a row that only fills up a batch: nothing in it is scored or counted."""
 

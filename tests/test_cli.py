@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_kd.data import PromptCompletionData, arithmetic_tokenizer
+from lightning_kd.data import PromptCompletionData, arithmetic_tokenizer, train_tokenizer
 from tests.support.command_line import (
     CONFIGS,
     DEBUG,
@@ -238,6 +238,29 @@ def test_self_distillation_runs_from_its_configs(cli, config):
     assert {"train/loss", "rollout/on_policy", "val/loss", name} <= set(seen.Tags()["scalars"])
     # At the start teacher and student are one model, and what it is told makes the difference.
     assert seen.Scalars("train/divergence")[0].value > 1e-3
+
+
+def test_a_teacher_with_another_tokenizer(cli, capsys):
+    """From its config; with the student's own completions and as other methods, by flags alone."""
+    tokenizer = train_tokenizer(["123+456=", "12", "45", "0="] * 3, 270)
+    tiny_llama(1, vocab_size=len(tokenizer)).save_pretrained("runs/other_teacher")
+    tokenizer.save_pretrained("runs/other_teacher")
+    capsys.readouterr()
+    small = ["--data.validation_size", 20, "--data.batch_size", 8, "--trainer.log_every_n_steps", 1]
+    cli(*fit("chunk_likelihood_kd", *small))
+    names = set(scalars("runs").Tags()["scalars"])
+    assert {"train/bits_per_byte", "val/bits_per_byte", "val/label_log_ratio"} <= names
+    assert {"train/divergence", "val/divergence"} <= names
+    sampled = ["--on_policy.lmbda", 1, "--on_policy.generation.max_new_tokens", 8]
+    cli(*fit("chunk_likelihood_kd", *small, *sampled, "--trainer.logger.save_dir", "own"))
+    names = set(scalars("own").Tags()["scalars"])
+    assert {"train/bits_per_byte", "rollout/on_policy", "train/divergence"} <= names
+    cli(*fit("chunk_likelihood_kd", *small, "--model", "ULD", "--trainer.logger.save_dir", "uld"))
+    assert "val/sorted_distance" in scalars("uld").Tags()["scalars"]
+    other = ["--model.teacher", "RetokenizingTeacher"]
+    other += ["--model.teacher.teacher.name_or_path", "runs/other_teacher"]
+    said = fit("gkd", *small, *other, "--trainer.logger.save_dir", "gkd")
+    cli(*said, "--model", "ChunkLikelihoodKD", "--model.divergence", "GeneralizedJSD")
 
 
 def test_lmbda_and_schedules_by_flags(cli, teacher):

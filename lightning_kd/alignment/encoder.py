@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from tokenizers import Tokenizer
@@ -56,11 +57,28 @@ class ByteEncoder:
         for number, piece in enumerate(self._known.pieces):
             if piece:
                 self._id_of.setdefault(piece, number)
+        self._neighbours = {pair for piece in self._id_of for pair in pairwise(piece)}
+        self._goes_on = {byte for byte, _ in self._neighbours}
 
     @property
     def knows_every_byte(self) -> bool:
         """Whether any bytes can be written."""
         return self._known.knows_every_byte
+
+    def may_join(self, left: int, right: int | None = None) -> bool:
+        """Return whether a byte stands beside another inside a token, so that neither need end one.
+
+        Args:
+            left: A byte.
+            right: The one behind it; None for whichever.
+
+        Example:
+            >>> from lightning_kd.data.tokenizer_training import train_tokenizer
+            >>> encoder = ByteEncoder(train_tokenizer(["two and two is four"] * 3, vocab_size=260))
+            >>> [encoder.may_join(*pair) for pair in (b"wo", b"ow", b"w", b"o")]
+            [True, False, True, False]
+        """
+        return left in self._goes_on if right is None else (left, right) in self._neighbours
 
     def encode(self, text: bytes, *, begins: bool = True) -> list[Token]:
         """Return the tokens of a text.

@@ -29,6 +29,8 @@ class AlignedRow:
     """Where what is scored begins in them."""
     chunks: Chunks
     """Of the student's scored tokens, and of the others from ``start`` on."""
+    since: list[int]
+    """First chunk whose extent each of the student's scored tokens has a part in; -1 for none."""
     sizes: list[int]
     """Bytes of each of the student's scored tokens; ``UNKNOWN`` where they are not known."""
 
@@ -133,7 +135,39 @@ class Retokenizer:
             UNKNOWN if piece is None and special is None else len(piece or b"")
             for piece, special in scored
         ]
-        return AlignedRow([*before, *(token for token, _ in after)], len(before), chunks, counted)
+        ids_of_both = [*before, *(token for token, _ in after)]
+        since = self._since(chunks.first, scored)
+        return AlignedRow(ids_of_both, len(before), chunks, since, counted)
+
+    def _since(
+        self, numbers: Sequence[int], scored: Sequence[tuple[bytes | None, int | None]]
+    ) -> list[int]:
+        """Return the first chunk that each token has a part in: it is in it, or may have ended it.
+
+        Where the last byte before a token is at no place inside a token of the other side, a chunk has
+        ended whatever follows. Where that byte and the token's first are nowhere neighbours inside one,
+        it has ended because of the token, and for those behind it that is so. Elsewhere text that
+        follows may have moved the end.
+        """
+        since, settled = [], 0
+        left: int | None = None  # a special token, or what nothing can join
+        waiting: int | None = None
+        for place, (piece, special) in enumerate(scored):
+            number = numbers[place]
+            if place and number > numbers[place - 1] >= 0:
+                if left is None or not self._encoder.may_join(left):
+                    settled, waiting = number, None
+                else:
+                    waiting = number
+            since.append(min(settled, number))
+            if special is None and not piece:
+                continue
+            if waiting is not None and left is not None:
+                if special is not None or not self._encoder.may_join(left, (piece or b"")[0]):
+                    settled = waiting
+                waiting = None
+            left = None if special is not None else (piece or b"")[-1]
+        return since
 
     def _continued(
         self, read: list[_Part], completion: list[_Part], *, apart: bool

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import datasets
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.batch import TEACHER_PROMPT
 from lightning_kd.data.chat_encoding import encode_chat_prompts, encode_chats
 from lightning_kd.data.conversations import (
     COLUMNS,
@@ -24,6 +25,7 @@ from lightning_kd.data.datamodule import Split
 from lightning_kd.data.encoding import Encoded
 from lightning_kd.data.limits import LengthLimit, TruncationPolicy
 from lightning_kd.data.objects import RowsLike
+from lightning_kd.data.other_template import check_other_template, with_other_template
 from lightning_kd.data.rows import Encode, EncodedRows
 from lightning_kd.data.sources import WHERE, load_rows
 from lightning_kd.data.teacher_prompts import OPTION, TeacherPrompts, check_teacher_length
@@ -57,6 +59,8 @@ class ChatData(TextData):
             row; ``each``, in a row of its own with all that was before it, as a model would give it;
             or ``none``, where only a model answers.
         chat_template_kwargs: Further variables of the template, such as ``{enable_thinking: false}``.
+        teacher_tokenizer: Tokenizer of a teacher with other tokens (a directory or a hub name), whose
+            chat template renders each prompt once more, with the same further variables.
         eos_token: Token that ends an answer, in place of the tokenizer's EOS, where the template
             ends turns with another one, as Gemma's does with ``<end_of_turn>``.
         teacher_prompt_template: Text of the last message of the user as the teacher reads it:
@@ -78,6 +82,7 @@ class ChatData(TextData):
         messages_column: str = MESSAGES,
         train_on: TrainOn = "last",
         chat_template_kwargs: dict[str, Any] | None = None,
+        teacher_tokenizer: TokenizerLike | None = None,
         eos_token: str | None = None,
         max_length: int = 1024,
         max_prompt_length: int | None = None,
@@ -126,6 +131,8 @@ class ChatData(TextData):
         self.teacher_prompts = TeacherPrompts.of(teacher_prompt_template, "prompt", known=())
         self.limit = LengthLimit(max_length, max_prompt_length, truncation, max_teacher_length)
         check_teacher_length(self.limit, self.teacher_prompts)
+        self.teacher_tokenizer = teacher_tokenizer
+        check_other_template(teacher_tokenizer, self.extra_columns)
         self.roles: frozenset[str] = frozenset()
         """Who speaks in the splits that have been read."""
 
@@ -177,12 +184,16 @@ class ChatData(TextData):
             subset=self.subset,
         )
         train_on = "none" if split == "predict" else self.train_on
-        chats = ChatRows(raw, self.messages_column, train_on, list(dict.fromkeys(columns)))
+        columns = list(dict.fromkeys(columns))
+        chats = ChatRows(raw, self.messages_column, train_on, columns)
         encode: Encode = self._encode
         if told is not None:
             told.template.check_columns(raw, [*extra, "prompt"], split)
             encode = told.beside(encode, self._encode_teacher_prompts)
-        encoded = EncodedRows(chats, encode, self.limit, self.extra_columns)
+        other, kept = self.teacher_tokenizer, self.extra_columns
+        rows = with_other_template(chats, CHAT, other, self.chat_template_kwargs)
+        kept = kept if other is None else [*kept, TEACHER_PROMPT]
+        encoded = EncodedRows(rows, encode, self.limit, kept)
         self.roles |= chats.roles
         return encoded
 

@@ -12,6 +12,8 @@ from lightning_kd.divergences import ForwardKL, ReverseKL
 from lightning_kd.evaluation.overlap import Overlap
 from lightning_kd.fused import (
     AnswerKind,
+    ChunkLogProbs,
+    ChunkStartDistributions,
     CrossEntropy,
     DivergenceTerm,
     Entropy,
@@ -24,6 +26,7 @@ from lightning_kd.fused import (
     TokenTerm,
     Top1Agreement,
     TopKAndToken,
+    chunk_log_ratio,
 )
 
 
@@ -45,6 +48,7 @@ class DistributionMetrics(Metric):
     lower bounds that grow with k, so their names keep them from being compared with the others.
     From log-probabilities of single tokens there is ``label_log_ratio``, the mean of
     :math:`\log q(y) - \log p(y)` at the labels: how much less likely the text is to the teacher.
+    It is so from log-probabilities of chunks of text, too, of a teacher with other tokens.
     From tokens drawn at random there are ``sampled_forward_kl``, an unbiased estimate of the forward
     KL, and the teacher's entropy, which comes with them.
 
@@ -83,6 +87,8 @@ class DistributionMetrics(Metric):
         ),
         "sampled": ("sampled_forward_kl", "teacher_entropy"),
         "token_log_probs": ("label_log_ratio",),
+        "chunk_log_probs": ("label_log_ratio",),
+        "chunk_start_distributions": (),
     }
     """Metrics of each kind of answer, in the order of :meth:`token_terms`."""
     overlap: Overlap | None = None
@@ -126,6 +132,10 @@ class DistributionMetrics(Metric):
     def _teacher_terms(self, targets: Tensor, teacher: TeacherAnswer) -> list[TokenTerm]:
         if isinstance(teacher, TokenLogProbs):
             return [LogRatio(targets, teacher.values)]
+        if isinstance(teacher, ChunkLogProbs):
+            return [chunk_log_ratio(targets, teacher)]
+        if isinstance(teacher, ChunkStartDistributions):
+            return []
         if isinstance(teacher, SampledTokens):
             return [DivergenceTerm(ForwardKL()), TeacherEntropy()]
         both = [DivergenceTerm(ForwardKL()), DivergenceTerm(ReverseKL()), Top1Agreement()]

@@ -1,6 +1,13 @@
 """Numbers at scored positions, from logits that are never all there at once."""
 
+from lightning_kd.fused.aligned_answers import (
+    AlignedAnswer,
+    ChunkLogProbs,
+    ChunkStartDistributions,
+    chunk_log_ratio,
+)
 from lightning_kd.fused.answers import (
+    ALIGNED_KINDS,
     AnswerKind,
     FullDistribution,
     TeacherAnswer,
@@ -25,6 +32,7 @@ from lightning_kd.fused.overlap_terms import (
     TopKOverlap,
 )
 from lightning_kd.fused.picked import picked
+from lightning_kd.fused.sorted_distance import SortedDistance
 from lightning_kd.fused.sparse_answers import SampledTokens, TopK, TopKAndToken
 from lightning_kd.fused.sparse_rows import SampledRows, TopKRows, check_estimable
 from lightning_kd.fused.student_rows import StudentRows
@@ -35,6 +43,7 @@ from lightning_kd.fused.teacher_rows import (
     TeacherRows,
     single_model_log_probs,
 )
+from lightning_kd.fused.token_log_probs import token_log_probs_of
 from lightning_kd.fused.token_terms import (
     CrossEntropy,
     DivergenceTerm,
@@ -52,8 +61,12 @@ from lightning_kd.fused.token_terms import (
 )
 
 __all__ = [
+    "ALIGNED_KINDS",
     "CHUNK_BYTES",
+    "AlignedAnswer",
     "AnswerKind",
+    "ChunkLogProbs",
+    "ChunkStartDistributions",
     "ChunkedPass",
     "CrossEntropy",
     "DistributionRows",
@@ -71,6 +84,7 @@ __all__ = [
     "RoutedLogits",
     "SampledRows",
     "SampledTokens",
+    "SortedDistance",
     "SquaredScore",
     "StudentOverlapMass",
     "StudentRows",
@@ -94,6 +108,7 @@ __all__ = [
     "ZeroTerm",
     "are_log_probs",
     "check_estimable",
+    "chunk_log_ratio",
     "evaluate_no_grad",
     "fused_linear_divergence",
     "per_token",
@@ -101,6 +116,7 @@ __all__ = [
     "sampled_of",
     "single_model_log_probs",
     "tail_draws_of",
+    "token_log_probs_of",
     "top_k_of",
     "total_of",
     "weighted_sum",

@@ -16,9 +16,21 @@ from lightning_kd.fused.teacher_rows import (
     single_model_log_probs,
 )
 
-AnswerKind = Literal["full_distribution", "top_k", "top_k_and_token", "sampled", "token_log_probs"]
+AnswerKind = Literal[
+    "full_distribution",
+    "top_k",
+    "top_k_and_token",
+    "sampled",
+    "token_log_probs",
+    "chunk_log_probs",
+    "chunk_start_distributions",
+]
 """Kind of answer at a position: all probabilities; the k highest; these and that of the token that
-follows; tokens drawn at random; the probability of the token that follows alone."""
+follows; tokens drawn at random; the probability of the token that follows alone. Of a teacher with
+other tokens: how likely chunks of text are; all probabilities of its tokens where a chunk begins."""
+
+ALIGNED_KINDS: frozenset[AnswerKind] = frozenset({"chunk_log_probs", "chunk_start_distributions"})
+"""Kinds of a teacher with other tokens, about chunks of the text."""
 
 SURPLUS = 1e-2
 """Distance from a total probability of 1 that computing in half precision explains, before the

@@ -1,6 +1,7 @@
 """The methods, one page each, and what they share."""
 
 from lightning_kd.modules.baby_llama import BabyLlama
+from lightning_kd.modules.chunk_likelihood_kd import ChunkLikelihoodKD
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.divergence_module import DivergenceModule
 from lightning_kd.modules.gkd import GKD
@@ -21,12 +22,15 @@ from lightning_kd.modules.sequence_kd import SequenceKD
 from lightning_kd.modules.sft import SFT
 from lightning_kd.modules.supervised_kd import SupervisedKD
 from lightning_kd.modules.teacher_module import TeacherModule
+from lightning_kd.modules.uld import ULD
 
 __all__ = [
     "GKD",
     "SFT",
     "TAID",
+    "ULD",
     "BabyLlama",
+    "ChunkLikelihoodKD",
     "CorrectedTopK",
     "DistillationModule",
     "DivergenceModule",

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from lightning_kd.divergences import Divergence
-from lightning_kd.fused import AnswerKind, check_estimable
+from lightning_kd.fused import AnswerKind, TeacherAnswer, check_estimable
 from lightning_kd.teachers import CachedTeacher, Teacher, temperatures_of
 
 
@@ -63,3 +63,22 @@ def check_divergences(
     if kind == "sampled":
         for name, divergence in divergences.items():
             check_estimable(f"model.{name}", divergence, type(teacher).__name__)
+
+
+def check_width(teacher: Teacher, answer: TeacherAnswer, width: int) -> None:
+    """Refuse logits of more tokens than are compared.
+
+    Args:
+        teacher: The teacher.
+        answer: Its answer.
+        width: Tokens that student and teacher share.
+
+    Raises:
+        ValueError: If there are more.
+    """
+    widest = max((source.shape[1] for source in answer.sources), default=0)
+    if widest > width:
+        raise ValueError(
+            f"the vocabulary_size of {type(teacher).__name__} is {width}, and it has answered with "
+            f"logits of {widest} tokens; return as many"
+        )

@@ -78,14 +78,21 @@ class MeasuredModule(L.LightningModule):
 
     def count_bytes(self, batch: Batch, positions: ScoredPositions) -> None:
         """Add the bytes of an evaluated batch's labels to the metrics, where they are known."""
-        known, labeled = self.token_bytes(), positions.targets != IGNORE_INDEX
+        known = self.token_bytes()
         size, ids = None, batch["input_ids"]
         if known is not None:
             begins = _begins_text(batch)
             size = positions.of_tokens(known.to(ids.device).of(ids, begins))
         if size is not None:
-            self.eval_distribution.update_bytes(self.label_nats[labeled], size[labeled])
+            self.add_bytes(self.eval_distribution, positions, size)
         self.label_likelihood = LabelLikelihood(positions, self.label_nats, size)
+
+    def add_bytes(
+        self, metrics: DistributionMetrics, positions: ScoredPositions, size: Tensor
+    ) -> None:
+        """Add the bytes of the labels of the micro-batch that was measured, ``(N,)``, to metrics."""
+        labeled = positions.targets != IGNORE_INDEX
+        metrics.update_bytes(self.label_nats[labeled], size[labeled])
 
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

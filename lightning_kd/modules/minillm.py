@@ -14,6 +14,7 @@ from lightning_kd.fused import (
     TokenTerm,
     WeightedSum,
     ZeroTerm,
+    token_log_probs_of,
 )
 from lightning_kd.generation import Engine, GenerationOptions
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
@@ -21,7 +22,6 @@ from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.minillm_objective import MiniLLMObjective, Paper
 from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
-from lightning_kd.modules.reverse_kl import teacher_log_probs_at
 from lightning_kd.normalization import Normalization, TokenMean
 from lightning_kd.policy import PPOClip, Surrogate, whiten, whitening_statistics
 from lightning_kd.scoring import ScoredPositions
@@ -155,9 +155,7 @@ class MiniLLM(PolicyGradientModule):
         positions = ScoredPositions.from_labels(batch["labels"])
         logits = self.teacher_answer(batch, positions).narrowed(self.width)
         temperature = self.objective.reward_temperature or self.temperature
-        teacher = teacher_log_probs_at(
-            logits, positions.targets, self.width, temperature=temperature
-        )
+        teacher = token_log_probs_of(logits, positions.targets, self.width, temperature=temperature)
         own = positions.of_tokens(batch["log_probs"]).to(teacher.dtype)
         return positions.at_tokens(self.objective.reward(teacher - own))
 

@@ -140,6 +140,11 @@ class OnPolicyDistillation(PolicyGradientModule):
                     "one, or leave extrapolation out"
                 )
             return
+        if self.teacher.has_own_tokens or self.reference.has_own_tokens:
+            raise ValueError(
+                "reference extrapolates the teacher token by token, and one of the two has tokens of "
+                "its own; leave reference out, or give both with the student's tokenizer"
+            )
         if not self.extrapolation > 0:
             raise ValueError(f"extrapolation is {self.extrapolation}; it must be positive")
         if not isinstance(self.estimator, SampledToken):

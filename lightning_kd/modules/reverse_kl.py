@@ -2,20 +2,19 @@
 
 from torch import Tensor
 
-from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.divergences import ForwardKL, ReverseKL
 from lightning_kd.fused import (
     AnswerKind,
-    ChunkedPass,
+    ChunkLogProbs,
+    ChunkStartDistributions,
     DivergenceTerm,
     LogRatio,
     SampledTokens,
+    SortedDistance,
     TeacherAnswer,
-    TeacherTokenLogProb,
     TokenLogProbs,
     TokenTerm,
-    TopKAndToken,
-    evaluate_no_grad,
+    chunk_log_ratio,
 )
 
 REVERSE_KL_NAMES: dict[AnswerKind, str] = {
@@ -24,6 +23,8 @@ REVERSE_KL_NAMES: dict[AnswerKind, str] = {
     "top_k_and_token": "top_k_reverse_kl",
     "sampled": "sampled_forward_kl",
     "token_log_probs": "label_log_ratio",
+    "chunk_log_probs": "label_log_ratio",
+    "chunk_start_distributions": "sorted_distance",
 }
 """Name of :func:`reverse_kl_term` in logs, for each kind of the teacher's answers."""
 
@@ -35,30 +36,17 @@ def reverse_kl_term(
 
     From k tokens and a tail it is the reverse KL over these events, a lower bound; from the
     log-probabilities of the targets their log-ratio, whose mean over the student's own samples is
-    the reverse KL. Drawn tokens tell nothing of it: from them it is an estimate of the forward KL.
+    the reverse KL. So it is of chunks of text, where the teacher's part stands at the last token of
+    each. Drawn tokens tell nothing of it: from them it is an estimate of the forward KL; and of
+    distributions over other tokens it is no more than the distance of the sorted probabilities.
     """
+    if isinstance(answer, ChunkLogProbs):
+        return chunk_log_ratio(targets, answer)
+    if isinstance(answer, ChunkStartDistributions):
+        return SortedDistance(answer.begins)
     if isinstance(answer, TokenLogProbs):
         return LogRatio(targets, answer.values, temperature=temperature)
     divergence = ForwardKL() if isinstance(answer, SampledTokens) else ReverseKL()
     return DivergenceTerm(
         divergence, student_temperature=temperature, teacher_temperature=temperature
     )
-
-
-def teacher_log_probs_at(
-    answer: TeacherAnswer, targets: Tensor, width: int, *, temperature: float = 1.0
-) -> Tensor:
-    """Return the teacher's log-probabilities of given tokens, ``(N,)``.
-
-    Args:
-        answer: One that tells them: every token, k and the one that follows, or that one alone.
-        targets: The tokens, ``(N,)``; where there is ``IGNORE_INDEX``, the value is 0.
-        width: Tokens of the vocabulary.
-        temperature: Of the teacher.
-    """
-    if isinstance(answer, TokenLogProbs):
-        return answer.values.masked_fill(targets == IGNORE_INDEX, 0.0)
-    if isinstance(answer, TopKAndToken):
-        return answer.label_log_probs_at(temperature, targets, width)
-    at_tokens = TeacherTokenLogProb(targets, temperature=temperature)
-    return evaluate_no_grad(ChunkedPass(None, answer, [at_tokens]))[0]

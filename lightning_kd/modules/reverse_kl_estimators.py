@@ -15,6 +15,7 @@ from lightning_kd.divergences import ReverseKL
 from lightning_kd.divergences.log_space import weighted
 from lightning_kd.fused import (
     AnswerKind,
+    ChunkLogProbs,
     DivergenceTerm,
     SquaredScore,
     TailLoss,
@@ -23,12 +24,13 @@ from lightning_kd.fused import (
     TokenTerm,
     TopK,
     WeightedSum,
+    token_log_probs_of,
 )
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import of_tokens
-from lightning_kd.modules.reverse_kl import teacher_log_probs_at
 from lightning_kd.policy import Surrogate, discounted_returns
 from lightning_kd.resuming import Resumable
+from lightning_kd.scoring import ScoredPositions
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,12 @@ class SampledPositions:
     """Of the student that generated the rollout, ``(N,)``."""
     sampling_log_probs: Tensor
     """Of what the tokens were drawn from, ``(N,)``."""
-    teacher_log_probs: Tensor
-    """At the teacher's temperature, ``(N,)``; extrapolated from a reference, they need not add up to
-    1."""
+    log_ratios: Tensor
+    r""":math:`\log q - \log p` of the student that generated the rollout and the teacher, of each token
+    or of the chunk of text that it is in, ``(N,)``. Extrapolated from a reference, the teacher's
+    probabilities need not add up to 1."""
     later: Tensor
-    """Discounted sum of the log-ratios of later tokens, ``(N,)``."""
+    """Discounted sum of the log-ratios of later tokens, or of later chunks, ``(N,)``."""
     answer: TeacherAnswer
     """The teacher's."""
     student_temperature: float
@@ -77,26 +80,52 @@ class SampledPositions:
         assert scores.teacher is not None  # score() has put it there
         tokens, scored = scores.positions.targets, scores.positions
         own = of_tokens(scores, rollout["log_probs"])
-        width = scores.student.shape[1]
-        at_tokens = partial(
-            teacher_log_probs_at, targets=tokens, width=width, temperature=teacher_temperature
-        )
-        teacher = at_tokens(scores.teacher)
-        if reference is not None:
-            other = at_tokens(reference)
-            teacher = weighted(extrapolation, teacher) + weighted(1 - extrapolation, other)
-        returns = discounted_returns(scored.scattered(own - teacher), gamma)
-        later = gamma * F.pad(returns[:, 1:], (0, 1))
+        if isinstance(scores.teacher, ChunkLogProbs):
+            ratios, later = _of_chunks(scores.teacher, scored, own, gamma)
+        else:
+            width = scores.student.shape[1]
+            at_tokens = partial(
+                token_log_probs_of, targets=tokens, width=width, temperature=teacher_temperature
+            )
+            teacher = at_tokens(scores.teacher)
+            if reference is not None:
+                other = at_tokens(reference)
+                teacher = weighted(extrapolation, teacher) + weighted(1 - extrapolation, other)
+            ratios = own - teacher
+            later = scored.pick(_later(scored.scattered(ratios), gamma))
         return cls(
             tokens=tokens,
             log_probs=own,
             sampling_log_probs=of_tokens(scores, rollout["sampling_log_probs"]),
-            teacher_log_probs=teacher,
-            later=scored.pick(later),
+            log_ratios=ratios,
+            later=later,
             answer=scores.teacher,
             student_temperature=student_temperature,
             teacher_temperature=teacher_temperature,
         )
+
+
+def _later(ratios: Tensor, gamma: float) -> Tensor:
+    """Return the discounted sum of what comes after each place, ``(B, T)``."""
+    returns = discounted_returns(ratios, gamma)
+    return gamma * F.pad(returns[:, 1:], (0, 1))
+
+
+def _of_chunks(
+    answer: ChunkLogProbs, scored: ScoredPositions, own: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Return the log-ratio of the chunks that each token has a part in, and of later ones, ``(N,)``."""
+    ratios = (answer.sums(own) - answer.log_probs.to(own.dtype)).double()
+    rows = scored.rows[answer.ends]
+    numbers = torch.arange(len(rows), device=rows.device)
+    place = numbers - torch.searchsorted(rows, rows)  # among the chunks of the row
+    table = ratios.new_zeros(scored.mask.shape).index_put((rows, place), ratios)
+    later = _later(table, gamma)[rows, place]
+    # Sums up to each chunk: of its own, and up to it of those that the token may have ended.
+    sums = F.pad(ratios.cumsum(0), (1, 0))
+    inside = answer.chunks >= 0
+    own_part = sums[(answer.chunks + 1).clamp(min=0)] - sums[answer.since.clamp(min=0)]
+    return own_part.masked_fill(~inside, 0.0).to(own.dtype), answer.at_tokens(later).to(own.dtype)
 
 
 class ReverseKLEstimator(Resumable, ABC):
@@ -144,16 +173,20 @@ class SampledToken(ReverseKLEstimator):
     The loss is the surrogate of the advantage :math:`-c\,\sum_{k \ge t} \gamma^{k-t} l_k`, where
     :math:`l = \log q - \log p` with the student :math:`q` as it was when the completion was sampled.
     It needs no more of the teacher than the log-probability of each token.
+
+    From a teacher with other tokens, :math:`l` is that of the chunk of text that a token is in, and
+    :math:`k` counts chunks: each token of a chunk has the chunk's advantage. Where a chunk has ended
+    because of what the token is, that chunk's is added. With :math:`\gamma = 1` that is, on average,
+    the gradient of :math:`E_q[\log q(\text{tokens}) - \log p(\text{text})]`.
     """
 
-    needs = ("token_log_probs", "top_k_and_token", "full_distribution")
+    needs = ("token_log_probs", "top_k_and_token", "full_distribution", "chunk_log_probs")
 
     def loss(
         self, positions: SampledPositions, surrogate: Surrogate, coefficient: float
     ) -> TokenTerm:
         """Return the surrogate loss."""
-        own = positions.log_probs - positions.teacher_log_probs
-        advantages = -coefficient * (own + positions.later)
+        advantages = -coefficient * (positions.log_ratios + positions.later)
 
         def loss(log_probs: Tensor, rows: slice) -> Tensor:
             return surrogate(log_probs, positions.sampling_log_probs[rows], advantages[rows])
@@ -220,7 +253,7 @@ class CorrectedTopK(ReverseKLEstimator):
         self, positions: SampledPositions, surrogate: Surrogate, coefficient: float
     ) -> Mapping[str, LossTerm]:
         """Return the squared chance part of the gradient, of both estimators."""
-        rewarded = positions.log_probs - positions.teacher_log_probs
+        rewarded = positions.log_ratios
 
         def slope(log_probs: Tensor, own: Tensor, rows: slice) -> Tensor:
             advantages = -coefficient * (own + positions.later[rows])
@@ -248,7 +281,7 @@ def _tail_loss(
     return TailLoss(
         positions.tokens,
         _in_tail(positions),
-        positions.teacher_log_probs,
+        positions.log_probs - positions.log_ratios,
         function,
         student_temperature=positions.student_temperature,
         teacher_temperature=positions.teacher_temperature,

@@ -94,10 +94,18 @@ class SelfTaughtModule(DistillationModule):
         """Validate that the teacher can teach its student something.
 
         Raises:
-            ValueError: If it is the student, and reads no more than it does.
+            ValueError: If it is the student, and reads no more than it does; or if it is told more in
+                tokens that it has not.
         """
         super().check_told(batch)
         if has_teacher_rows(batch):
+            if any(teacher.has_own_tokens for teacher in self.teachers.values()):
+                raise ValueError(
+                    "the data tells the teacher more than the student (data.teacher_prompt_template, "
+                    "or data.hint of ArithmeticData) in the student's tokens, and the teacher has "
+                    "tokens of its own; leave it out, or give what the teacher reads as a column "
+                    "teacher_prompt of data.extra_columns"
+                )
             return
         for each in self.followers:
             alike = self.learns_from_its_start or each not in self_teachers(self.teacher)

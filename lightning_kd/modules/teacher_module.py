@@ -16,6 +16,7 @@ from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
+    AlignedAnswer,
     AnswerKind,
     ChunkedPass,
     TeacherAnswer,
@@ -30,7 +31,7 @@ from lightning_kd.models import (
     shared_vocabulary,
     vocabulary_size,
 )
-from lightning_kd.modules.answer_checks import check_divergences, check_temperatures
+from lightning_kd.modules.answer_checks import check_divergences, check_temperatures, check_width
 from lightning_kd.modules.dropped_mass import DroppedMass
 from lightning_kd.modules.loss import Scores
 from lightning_kd.modules.origin import check_origin
@@ -193,6 +194,9 @@ class TeacherModule(SelfTaughtModule):
                 f"the vocabulary_size of {type(self.teacher).__name__} is {known!r}; it must be the "
                 "number of tokens that have probabilities"
             )
+        if self.teacher.has_own_tokens:
+            self.width = vocabulary_size(self.student)
+            return
         self.width = shared_vocabulary(vocabulary_size(self.student), known, self.vocabulary)
         if known > self.width and self.answer_kind != "full_distribution":
             raise ValueError(
@@ -228,12 +232,8 @@ class TeacherModule(SelfTaughtModule):
             logits_backend=self.logits_backend,
         )
         answer = ask_together(ask, self.device) if teacher.is_remote else ask()
-        widest = max((source.shape[1] for source in answer.sources), default=0)
-        if self.vocabulary == "equal" and widest > self.width:
-            raise ValueError(
-                f"the vocabulary_size of {type(teacher).__name__} is {self.width}, and it has "
-                f"answered with logits of {widest} tokens; return as many"
-            )
+        if self.vocabulary == "equal" and not teacher.has_own_tokens:
+            check_width(teacher, answer, self.width)
         return answer
 
     def score(self, batch: Batch) -> Scores:
@@ -278,6 +278,9 @@ class TeacherModule(SelfTaughtModule):
             if hidden.label_nats is not None:
                 values = torch.cat([hidden.label_nats[None], values[1:]])
         super()._measure(metrics, scores, values)
+        if isinstance(scores.teacher, AlignedAnswer) and metrics is self.train_distribution:
+            # The one number that compares runs of different tokenizers; evaluations have it anyway.
+            self.add_bytes(metrics, scores.positions, scores.teacher.sizes)
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         shown = super()._log_distribution(stage, metrics)

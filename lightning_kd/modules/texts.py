@@ -35,8 +35,9 @@ def check_own_samples(module: DistillationModule, teacher: Teacher) -> None:
     if not teacher.answers_any_text:
         raise ValueError(
             f"{type(module).__name__} asks its teacher about completions that are generated on the "
-            f"way, and {type(teacher).__name__} knows only the texts that it was written for. Take a "
-            "teacher that answers for any text, such as LocalTeacher, or learn from the data's "
+            f"way, and {type(teacher).__name__} knows only some texts: those that it was written for, "
+            "or those that its tokenizer has letters for. Take a teacher that answers for any text, "
+            "such as LocalTeacher, or learn from the data's "
             "completions: SupervisedKD, or GKD with on_policy: null"
         )
 
@@ -47,14 +48,21 @@ def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> Non
     The data of a user's own data module shows its texts as they come.
 
     Raises:
-        ValueError: If the teacher cannot answer about one, on any process.
+        ValueError: If the teacher cannot answer about one, on any process, or prompts are rendered
+            for a teacher that does not read them.
     """
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
+    if getattr(data, "teacher_tokenizer", None) is not None and not teacher.has_own_tokens:
+        raise ValueError(
+            f"data.teacher_tokenizer renders prompts for a teacher with other tokens, and "
+            f"{type(teacher).__name__} reads those of the data; leave it out, or take a "
+            "RetokenizingTeacher"
+        )
     if teacher.answers_any_text:
         return
     if stage == TrainerFn.FITTING and module.needs_own_samples:
         check_own_samples(module, teacher)
     teacher.check_precision(module.trainer.precision)
-    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, KnownTexts):
         return
     said = None

@@ -27,6 +27,7 @@ from lightning_kd.preflight.rows import (
 )
 from lightning_kd.preflight.setting import Setting
 from lightning_kd.preflight.tokenizers import describe_tokenizer, saved_tokenizer
+from lightning_kd.teachers import RetokenizingTeacher
 from lightning_kd.tokenization import tokenizer_of
 
 ROWS = 256
@@ -105,17 +106,22 @@ def collect(
     texts, roles = texts_of(some, tokenizer), roles_of(datamodule)
     framed = isinstance(training_data(datamodule), DistillationData) and not roles
     compared = partial(describe_tokenizer, data=tokenizer, texts=texts, roles=roles, framed=framed)
+    retokenizes = isinstance(module, TeacherModule) and isinstance(
+        module.teacher, RetokenizingTeacher
+    )
     sized: list[SizedModel] = []
     described: list[ModelFacts] = []
     for role, spec in _specs(module):
+        apart = retokenizes and role != "student"
         try:
-            model, own = skeleton(spec, tokenizer, role), None
-            if spec.name_or_path is not None:
+            own_tokens = _teachers_tokenizer(module) if apart else tokenizer
+            model, own = skeleton(spec, own_tokens, role), None
+            if spec.name_or_path is not None and not apart:
                 own = saved_tokenizer(spec.name_or_path)
         except ValueError as error:
             refused.append(str(error))
             continue
-        held = spec.load(tokenizer, role).device.type if spec.is_given else ""
+        held = spec.load(own_tokens, role).device.type if spec.is_given else ""
         sized.append(SizedModel(role, spec, model, held))
         about = None
         if own is not None:
@@ -124,6 +130,7 @@ def collect(
     batch_size = getattr(datamodule, "batch_size", None) or len(some[0]["labels"] if some else [0])
     setting = Setting.of(trainer, batch_size)
     student = next((d for d in described if d.role == "student"), None)
+    others_described = [d for d in described if d.role != "student"]
     stops = () if student is None else student.eos_ids
     about_rows = describe_rows(datamodule, some, tokenizer, stops) if some else None
     students = [each for each in sized if each.spec is module.student_spec]
@@ -146,11 +153,12 @@ def collect(
         named=None if named is None else compared(named, _name(named)),
         policy=module.vocabulary if isinstance(module, TeacherModule) else "",
         student=student,
-        teachers=[d for d in described if d.role != "student"],
+        teachers=[] if retokenizes else others_described,
         rows=about_rows,
         rollouts=setting.rollouts,
         memory=memory,
         refused=refused,
+        with_other_tokens=others_described if retokenizes else [],
     )
 
 
@@ -177,6 +185,12 @@ def _specs(module: DistillationModule) -> Iterator[tuple[str, ModelSpec]]:
             specs = teacher.model_specs
             for number, spec in enumerate(specs):
                 yield role if len(specs) == 1 else f"{role} {number}", spec
+
+
+def _teachers_tokenizer(module: DistillationModule) -> PreTrainedTokenizerBase:
+    assert isinstance(module, TeacherModule)  # it has such a teacher
+    assert isinstance(module.teacher, RetokenizingTeacher)
+    return module.teacher.own_tokenizer
 
 
 def _describe(sized: SizedModel, tokenizer: TokenizerFacts | None) -> ModelFacts:

@@ -183,6 +183,8 @@ class Facts:
         rollouts: Completions that are generated; None without.
         memory: Memory of models, optimizer, logits and cache; None where a model could not be built.
         refused: What ``fit`` would refuse: its messages.
+        with_other_tokens: Models of a teacher that reads the text in tokens of its own: no token,
+            template or length of theirs is compared with the data's.
     """
 
     method: str
@@ -195,8 +197,9 @@ class Facts:
     rollouts: RolloutFacts | None
     memory: MemoryFacts | None
     refused: Sequence[str] = ()
+    with_other_tokens: Sequence[ModelFacts] = ()
 
     @property
     def models(self) -> Sequence[ModelFacts]:
-        """The student and the teachers, as far as they could be built."""
+        """The models that read the data's tokens, as far as they could be built."""
         return [*([] if self.student is None else [self.student]), *self.teachers]

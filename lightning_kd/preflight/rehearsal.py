@@ -22,7 +22,7 @@ from lightning_kd.modules.self_taught import check_strategy
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.preflight.memory import SizedModel
 from lightning_kd.strategies import check_trainer
-from lightning_kd.teachers import LocalTeacher, Teacher
+from lightning_kd.teachers import LocalTeacher, RetokenizingTeacher, Teacher
 from lightning_kd.teachers.composite import CompositeTeacher
 
 
@@ -131,7 +131,7 @@ class Rehearsal:
         """Check the teachers; returns whether they could be made ready."""
         ready = self._passes(module.check_answers)
         for role, teacher in module.teachers.items():
-            ready = self._prepares(module, teacher, role) and ready
+            ready = self._prepares(module, teacher, role, self._tokenizer) and ready
         if not ready:
             return False
         for teacher in module.teachers.values():
@@ -140,11 +140,19 @@ class Rehearsal:
                 self._passes(check_texts, module, teacher, "fit")
         return self._passes(module.compare_vocabularies)
 
-    def _prepares(self, module: TeacherModule, teacher: Teacher, role: str) -> bool:
-        policy, tokenizer = module.vocabulary, self._tokenizer
+    def _prepares(
+        self, module: TeacherModule, teacher: Teacher, role: str, tokenizer: PreTrainedTokenizerBase
+    ) -> bool:
+        policy = module.vocabulary
+        if isinstance(teacher, RetokenizingTeacher):
+            if not self._passes(teacher.align_with, tokenizer, policy):
+                return False
+            return self._prepares(module, teacher.teacher, role, teacher.own_tokenizer)
         if isinstance(teacher, CompositeTeacher):
             members = teacher.named_members.items()
-            prepared = [self._prepares(module, each, f"{role} {name}") for name, each in members]
+            prepared = [
+                self._prepares(module, each, f"{role} {name}", tokenizer) for name, each in members
+            ]
             if not all(prepared) or policy != "equal":
                 return all(prepared)
             return self._passes(teacher.check_vocabularies, "vocabulary: equal")

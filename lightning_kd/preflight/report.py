@@ -96,6 +96,9 @@ class Report:
         yield "tokenizer", _about_tokenizer(facts.tokenizer)
         for model in facts.models:
             yield model.role, _about_model(model, facts)
+        for model in facts.with_other_tokens:
+            said = f"{model.name}: {counted(model.parameters)} weights; frozen; tokens of its own"
+            yield model.role, Text(said)
         if facts.student is not None and facts.teachers:
             yield "vocabulary", Text(_about_vocabulary(facts))
         yield from self._memory()

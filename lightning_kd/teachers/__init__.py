@@ -1,4 +1,4 @@
-"""Teachers: one model, several, one for each row, one on disk, k tokens of one, the student itself."""
+"""Teachers: a model, several, one for each row, on disk, with other tokens, the student itself."""
 
 from lightning_kd.teachers.abilities import check_ability
 from lightning_kd.teachers.cached import CachedTeacher
@@ -13,6 +13,7 @@ from lightning_kd.teachers.ensemble import TeacherEnsemble
 from lightning_kd.teachers.given import TeachersLike
 from lightning_kd.teachers.itself import LiveStudent, SelfTeacher, self_teachers
 from lightning_kd.teachers.local import LocalTeacher
+from lightning_kd.teachers.retokenizing import RetokenizingTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.teachers.served import ServedTeacher
 from lightning_kd.teachers.student_copies import EMAStudent, FrozenStudent
@@ -29,6 +30,7 @@ TEACHERS: tuple[type[Teacher], ...] = (
     LiveStudent,
     FrozenStudent,
     EMAStudent,
+    RetokenizingTeacher,
 )
 """The teachers of the library."""
 
@@ -40,6 +42,7 @@ __all__ = [
     "FrozenStudent",
     "LiveStudent",
     "LocalTeacher",
+    "RetokenizingTeacher",
     "RoutedTeacher",
     "SelfTeacher",
     "ServedTeacher",

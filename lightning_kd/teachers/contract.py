@@ -158,6 +158,8 @@ class Teacher(Resumable, TextCoverage, ABC):
 
     follows_student: bool = False
     """Whether its weights come from the student, so that its vocabulary is known when that is built."""
+    has_own_tokens: bool = False
+    """Whether it reads the text in tokens of its own, so that vocabularies are not compared."""
 
     is_remote: bool = False
     """Whether answers come from outside of this process: all processes of a run fail together then."""
@@ -252,10 +254,16 @@ def choose_kind(
             return kind
     own, able = type(teacher).__name__, [o.__name__ for o in others if o.answers & set(needs)]
     hint = how_it_could(own, needs) if own in able else ""
+    instead = "a method that needs less"
+    if teacher.has_own_tokens:
+        instead = (
+            "a method that compares chunks of text: ChunkLikelihoodKD (which takes the student's own "
+            "completions as GKD does), OnPolicyDistillation or ULD"
+        )
     raise ValueError(
         f"{method} needs a teacher that answers {' or '.join(needs)}; {own} answers "
         f"{', '.join(sorted(teacher.answers)) or 'nothing'}. Of this library's teachers, "
-        f"{', '.join(able)} can{hint}; or choose a method that needs less"
+        f"{', '.join(able)} can{hint}; or choose {instead}"
     )
 
 

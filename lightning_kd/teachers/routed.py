@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_kd.batch import FILLER_ROW, Batch
 from lightning_kd.devices import to_device
 from lightning_kd.fused import (
+    ALIGNED_KINDS,
     AnswerKind,
     DistributionRows,
     FullDistribution,
@@ -55,7 +56,7 @@ class RoutedTeacher(CompositeTeacher):
         data set). https://thinkingmachines.ai/blog/on-policy-distillation/
     """
 
-    answers: frozenset[Ability] = frozenset(get_args(AnswerKind))
+    answers: frozenset[Ability] = frozenset(get_args(AnswerKind)) - ALIGNED_KINDS
 
     def __init__(self, members: dict[str, TeacherLike], *, column: str = "teacher") -> None:
         if not isinstance(members, Mapping) or not all(isinstance(name, str) for name in members):

@@ -27,5 +27,5 @@ def how_it_could(name: str, needs: Sequence[AnswerKind]) -> str:
     """
     if name not in _OPTIONS:
         return ""
-    values = " or ".join(dict.fromkeys(_TOLD_BY[kind] for kind in needs))
+    values = " or ".join(dict.fromkeys(_TOLD_BY[kind] for kind in needs if kind in _TOLD_BY))
     return f" (a {name} with {_OPTIONS[name]}: {values})"

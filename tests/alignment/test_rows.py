@@ -6,7 +6,7 @@ from lightning_kd.alignment import Retokenizer, counterparts
 from lightning_kd.data.encoding import encode_documents
 from lightning_kd.token_bytes import UNKNOWN
 from lightning_kd.tokenization import encode_prompts
-from tests.support.tokenizers import KINDS, tokenizer_of_kind
+from tests.support.tokenizers import KINDS, byte_level, tokenizer_of_kind
 
 BYTE_LEVEL, LLAMA = "byte-level BPE", "SentencePiece BPE with byte fallback"
 
@@ -65,6 +65,17 @@ def test_a_document_goes_on_in_the_middle_of_a_word(teacher):
     size = sum(row.sizes)
     behind = other.decode(row.ids[row.start : -1])
     assert behind.strip() == text[len(text) - size :].strip()
+
+
+def test_a_token_has_a_part_in_the_chunk_that_it_ends():
+    """The teacher joins b with what follows, and a with nothing: behind a alone an end is certain."""
+    own = byte_level(261, texts=["a"])  # a token for each byte
+    other = byte_level(263, texts=["ba bb", "bb", "ba"] * 5)
+    row = Retokenizer(own, other).row([*plain(own, "aabab"), own.eos_token_id], 1)
+    assert [other.decode(token) for token in row.ids[row.start :]] == ["a", "ba", "b", "</s>"]
+    assert row.chunks.first == [0, 1, 1, 2, 3]
+    # The last b has ended because the text has.
+    assert row.since == [0, 1, 1, 2, 2]
 
 
 def test_what_nothing_predicts_is_in_no_chunk():

@@ -25,7 +25,9 @@ def test_an_experiment_of_the_repository_runs_at_its_smaller_size(name, tmp_path
     assert Path(f"runs/{name}_quick/curves.png").exists()
 
 
-@pytest.mark.parametrize("name", ["stories", "data", "normalization", "babyllama"])
+@pytest.mark.parametrize(
+    "name", ["stories", "data", "normalization", "babyllama", "other_tokenizer"]
+)
 @pytest.mark.processes
 @pytest.mark.slow
 def test_an_experiment_on_real_text_runs_at_its_smaller_size(name, shared_data):

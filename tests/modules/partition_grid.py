@@ -23,7 +23,9 @@ from lightning_kd.modules import (
     GKD,
     SFT,
     TAID,
+    ULD,
     BabyLlama,
+    ChunkLikelihoodKD,
     DistillationModule,
     MiniLLM,
     OfficialCode,
@@ -34,9 +36,16 @@ from lightning_kd.modules import (
 )
 from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.normalization import ConstantLength
-from lightning_kd.teachers import EMAStudent, LiveStudent, LocalTeacher, TeacherEnsemble
+from lightning_kd.teachers import (
+    EMAStudent,
+    LiveStudent,
+    LocalTeacher,
+    RetokenizingTeacher,
+    TeacherEnsemble,
+)
 from tests.support.harness import BatchList, Letters, trainer
-from tests.support.toys import ragged_batch, tiny_llama
+from tests.support.tokenizers import byte_level
+from tests.support.toys import LETTERS, fused_letter_tokenizer, ragged_batch, tiny_llama
 
 # Eight rows for the first optimizer step, four for the second: where there are several
 # micro-batches, the second window is a short one. One row has nothing scored.
@@ -47,6 +56,8 @@ CUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1)]
 POLICY_GRADIENTS = ["on_policy_distillation", "minillm", "minillm_code", "rl_distillation"]
 SELF_TAUGHT = ["sdft", "opsd"]
 ON_POLICY = ["gkd", *POLICY_GRADIENTS, *SELF_TAUGHT]
+OTHER_TOKENS = ["chunk_likelihood_kd", "uld"]
+OTHER_TOKENS_ON_POLICY = ["chunk_gkd", "chunk_opd"]
 METHODS = ["sft", "sequence_kd", "supervised_kd", "baby_llama", "baby_llama_batchmean"]
 NORMALIZATIONS = ["token", "sequence", "batch", "constant"]
 CLIPS = [None, 0.01]
@@ -58,7 +69,9 @@ CASES = [case for case in CASES if case[0] != "opsd" or case[1] == "token"]
 VARIANTS = ["taid", "uncertain"]
 ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd", "speculative", "replay"]
 CASES += list(itertools.product([*VARIANTS, *ON_POLICY_VARIANTS], ["token", "sequence"], [None]))
-GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS]
+GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS, *OTHER_TOKENS_ON_POLICY]
+CASES += list(itertools.product(OTHER_TOKENS, ["token", "sequence"], [None]))
+CASES += list(itertools.product(OTHER_TOKENS_ON_POLICY, ["token", "batch"], [None]))
 
 
 def without_float32_islands() -> None:
@@ -99,7 +112,7 @@ def build(
         return tiny_llama(seed, tie_word_embeddings=tied, **settings).to(dtype)
 
     # A policy gradient has no dropout in its steps: no cut and no process draws any.
-    dropout = 0.3 if method in [*POLICY_GRADIENTS, "exopd"] else 0.0
+    dropout = 0.3 if method in [*POLICY_GRADIENTS, "exopd", "chunk_opd"] else 0.0
     common: dict[str, Any] = {
         "student": StudentSpec.of(llama(0, attention_dropout=dropout)),
         "normalization": ConstantLength(16) if normalization == "constant" else normalization,
@@ -107,6 +120,8 @@ def build(
     }
     two = TeacherEnsemble([LocalTeacher.of(llama(seed), placement=placement) for seed in (1, 2)])
     one = LocalTeacher.of(llama(1), placement=placement)
+    if method in {*OTHER_TOKENS, *OTHER_TOKENS_ON_POLICY}:
+        return of_other_tokens(method, llama, placement, common)
     if method == "sft":
         return SFT(**common)
     if method == "sequence_kd":
@@ -145,6 +160,19 @@ def build(
     return BabyLlama(teacher=two, kl_scale=scale, **common)
 
 
+def of_other_tokens(method: str, llama: Any, placement: str, common: Any) -> DistillationModule:
+    """A method whose teacher reads the letters in tokens of several."""
+    tokenizer = byte_level(290, texts=[LETTERS, LETTERS[::2], LETTERS[::3], LETTERS[::-1]] * 3)
+    wide = llama(1, vocab_size=len(tokenizer))
+    teacher = RetokenizingTeacher(LocalTeacher.of(wide, placement=placement), tokenizer=tokenizer)
+    common |= {"teacher": teacher, "tokenizer": fused_letter_tokenizer()}
+    if method == "uld":
+        return ULD(**common)
+    if method == "chunk_opd":
+        return OnPolicyDistillation(gamma=0.9, **common)
+    return ChunkLikelihoodKD(alpha=0.3, divergence="generalized_jsd", **common)
+
+
 def longer_is_better(*, completions: list[str], **_: Any) -> list[float]:
     """A reward that differs within every group."""
     return [float(len(text)) for text in completions]
@@ -159,6 +187,8 @@ def writing(method: str, **more: Any) -> OnPolicyGeneration:
         options |= {"engine": SpeculativeSampler(8), "truncated": "keep"}
     if method == "replay":  # the second step is all of the first one's rows
         options |= {"replay": ReplayBuffer(8, fresh=0.0), "truncated": "keep"}
+    if method in OTHER_TOKENS_ON_POLICY:
+        options |= {"truncated": "keep"}
     if method == "rl_distillation":
         options |= {"group_size": 4, "truncated": "drop"}
     return OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=7), **options)

@@ -65,6 +65,7 @@ _AUDIT = [
 _TEACHERS = ("tests/teachers/test_answers.py", "tests/teachers/test_contract.py")
 _ROLLOUTS = ("tests/generation/test_rollouts.py", "tests/callbacks/test_on_policy_generation.py")
 TESTS: dict[str, Sequence[str]] = {
+    "lightning_kd/alignment/*.py": ["tests/alignment"],
     "lightning_kd/divergences/*.py": ["tests/divergences"],
     "lightning_kd/fused/*.py": ["tests/fused", *_TEACHERS, *_STEPS],
     "lightning_kd/generation/sampler.py": ["tests/generation"],
@@ -92,6 +93,8 @@ TESTS: dict[str, Sequence[str]] = {
         *_STEPS,
         f"{_ROLLOUTS[1]}::test_gkd_with_on_policy_generation_does_not_warn",
     ],
+    "lightning_kd/modules/chunk_likelihood_kd.py": ["tests/modules/test_other_tokenizers.py"],
+    "lightning_kd/modules/uld.py": ["tests/modules/test_other_tokenizers.py"],
     "lightning_kd/modules/supervised_kd.py": _STEPS,
     "lightning_kd/modules/sft.py": _STEPS,
     "lightning_kd/modules/sequence_kd.py": [*_STEPS, "tests/callbacks/test_callbacks.py"],

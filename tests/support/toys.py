@@ -1,7 +1,7 @@
 """Toy models, a toy tokenizer and toy batches."""
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -116,3 +116,10 @@ def with_prompts(batch: Batch) -> Batch:
 def logit_gradient(divergence, student_log_probs, teacher_log_probs):
     """The second half of what a divergence computes at once."""
     return divergence.value_and_logit_gradient(student_log_probs, teacher_log_probs)[1]
+
+
+def fused_letter_tokenizer() -> PreTrainedTokenizerFast:
+    """The letters' tokenizer, its tokens joined to a text without anything between them."""
+    tokenizer = letter_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()
+    return tokenizer

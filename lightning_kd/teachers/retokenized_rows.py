@@ -1,0 +1,121 @@
+"""Rows of a micro-batch in the tokens of a teacher."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from lightning_kd.alignment import AlignedRow, Retokenizer
+from lightning_kd.batch import IGNORE_INDEX, TEACHER_PROMPT, Batch, has_prompts
+from lightning_kd.devices import to_device
+from lightning_kd.scoring import ScoredPositions
+
+
+def aligned_rows(
+    retokenizer: Retokenizer, batch: Batch, positions: ScoredPositions
+) -> list[AlignedRow | None]:
+    """Return each row in the teacher's tokens; None for one in which nothing is scored.
+
+    Args:
+        retokenizer: From the data's tokens to the teacher's.
+        batch: The rows.
+        positions: What is scored of them.
+
+    Raises:
+        ValueError: If a row is scored in several parts, or its text cannot be read or written.
+    """
+    ids, scored = batch["input_ids"].tolist(), positions.mask.tolist()
+    apart = batch["tokenized_apart"].tolist() if "tokenized_apart" in batch else []
+    rows: list[AlignedRow | None] = []
+    for number, mask in enumerate(scored):
+        predicted = [place + 1 for place, is_scored in enumerate(mask) if is_scored]
+        if not predicted:
+            rows.append(None)
+            continue
+        start, last = predicted[0], predicted[-1]
+        if last - start + 1 > len(predicted):
+            raise ValueError(
+                "a row is trained on in several parts, and a teacher with other tokens reads one "
+                "prompt and one completion: set data.train_on: last or each, or leave the row out"
+            )
+        is_apart = bool(apart and apart[number])
+        aligned = retokenizer.row(
+            ids[number][: last + 1],
+            start,
+            prompt=_prompt(batch, number, is_apart),
+            apart=is_apart,
+            generated="completion_mask" in batch,
+        )
+        rows.append(aligned)
+    return rows
+
+
+def _prompt(batch: Batch, number: int, apart: bool) -> str | None:
+    """Return the text that the teacher reads before a completion; None for that of the row's tokens."""
+    rendered = batch.get("extra", {}).get(TEACHER_PROMPT)
+    if rendered is not None:
+        return str(rendered[number])
+    # Of a text that goes on, the tokens say where it is cut.
+    return batch["prompt"][number] if apart and has_prompts(batch) else None
+
+
+def own_batch(
+    rows: Sequence[AlignedRow | None], batch: Batch, padding: int, *, starts_alone: bool
+) -> Batch:
+    """Return the rows as a micro-batch in the teacher's tokens, labeled where it is asked.
+
+    Args:
+        rows: The rows.
+        batch: The student's, of which further columns go along.
+        padding: Fills up the rows.
+        starts_alone: Whether the first token of each chunk alone is labeled.
+    """
+    ids = [[padding] if row is None else row.ids for row in rows]
+    width = max(map(len, ids))
+    device = batch["input_ids"].device
+    labels = torch.full((len(rows), width), IGNORE_INDEX)
+    tokens, mask = torch.full_like(labels, padding), torch.zeros_like(labels)
+    for number, row in enumerate(rows):
+        length = len(ids[number])
+        tokens[number, :length], mask[number, :length] = torch.tensor(ids[number]), 1
+        if row is not None:
+            before = [-1, *row.chunks.second[:-1]]
+            for place, (chunk, last) in enumerate(
+                zip(row.chunks.second, before, strict=True), row.start
+            ):
+                if chunk >= 0 and (not starts_alone or chunk != last):
+                    labels[number, place] = row.ids[place]
+    own: dict[str, Any] = {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "labels": labels,
+    }
+    own = {name: to_device(tensor, device) for name, tensor in own.items()}
+    also = ("row", "sample", "document", "extra")
+    return cast(Batch, own | {name: batch[name] for name in also if name in batch})  # type: ignore[literal-required]
+
+
+def chunk_numbers(rows: Sequence[AlignedRow | None]) -> tuple[list[int], ...]:
+    """Return what an answer says of chunks, numbered over all rows.
+
+    Returns:
+        The chunk of each scored token; the places of the first and of the last token of each chunk;
+        the bytes of each scored token; the chunk of each of the teacher's labeled tokens; the first
+        chunk that each scored token has a part in.
+    """
+    chunks: list[int] = []
+    sizes: list[int] = []
+    of_tokens: list[int] = []
+    since: list[int] = []
+    before = 0
+    for row in rows:
+        if row is not None:
+            chunks += [number + before if number >= 0 else -1 for number in row.chunks.first]
+            of_tokens += [number + before for number in row.chunks.second if number >= 0]
+            since += [number + before if number >= 0 else -1 for number in row.since]
+            sizes += row.sizes
+            before += row.chunks.count
+    ends = dict(zip(chunks, range(len(chunks)), strict=True))
+    starts = dict(zip(reversed(chunks), reversed(range(len(chunks))), strict=True))
+    numbers = range(before)
+    return chunks, [starts[n] for n in numbers], [ends[n] for n in numbers], sizes, of_tokens, since

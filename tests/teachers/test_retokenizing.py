@@ -1,0 +1,206 @@
+"""What a teacher with other tokens reads: prompts in its own template, rows of the data, and checks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_kd import check
+from lightning_kd.data import ChatData, DocumentData, PackedTextData, PromptCompletionData
+from lightning_kd.data.collate import Collator
+from lightning_kd.fused import TokenLogProbs
+from lightning_kd.models import DenseLogits, StudentSpec
+from lightning_kd.modules import SFT, ChunkLikelihoodKD, SupervisedKD
+from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers import LiveStudent, LocalTeacher, RetokenizingTeacher, Teacher
+from tests.support.harness import trainer
+from tests.support.templates import family_tokenizer
+from tests.support.tokenizers import byte_level, tokenizer_of_kind
+from tests.support.toys import tiny_llama
+
+CHAT = {
+    "messages": [
+        {"role": "user", "content": "what is 2+2?"},
+        {"role": "assistant", "content": "it is 4."},
+        {"role": "user", "content": "and 2+3 ?"},
+        {"role": "assistant", "content": "5, I think"},
+    ]
+}
+
+
+class Recorder(Teacher):
+    """Remembers what it was asked, and finds every token equally likely."""
+
+    answers = frozenset({"token_log_probs"})
+    vocabulary_size = 1000
+
+    def answer(self, batch, positions, *, kind, logits_backend):
+        self.batch, self.positions = batch, positions
+        return TokenLogProbs(torch.full((len(positions.targets),), -2.0))
+
+
+def asked(data, tokenizer, row=0, **batch):
+    """The row in the teacher's tokens, as text, with what it is asked about in [[ ]]; its answer."""
+    recorder = Recorder()
+    teacher = RetokenizingTeacher(recorder, tokenizer=tokenizer)
+    teacher.check_data(data)
+    teacher.prepare(data.tokenizer, torch.device("cpu"), "equal")
+    collated = Collator(0)([(row, row, data.rows("train").example(row, 0))]) | batch
+    positions = ScoredPositions.from_labels(collated["labels"])
+    answer = teacher.answer(
+        collated, positions, kind="chunk_log_probs", logits_backend=DenseLogits()
+    )
+    answer.check(len(positions.targets), 1000)
+    ids, scored = recorder.batch["input_ids"][0], recorder.batch["labels"][0] >= 0
+    assert (ids[scored] == recorder.batch["labels"][0][scored]).all()
+    first = int(scored.nonzero()[0])
+    assert scored[first:].all()
+    text = f"{tokenizer.decode(ids[:first])}[[{tokenizer.decode(ids[first:])}]]"
+    return text, answer, collated, ids
+
+
+def chats(**options):
+    Path("chats.jsonl").write_text(json.dumps(CHAT))
+    return ChatData(tokenizer=family_tokenizer("chatml"), train="chats.jsonl", **options)
+
+
+def test_each_side_reads_a_chat_in_its_own_template():
+    other = family_tokenizer("llama3")
+    text, answer, batch, _ = asked(chats(teacher_tokenizer=other), other)
+    whole = other.apply_chat_template(CHAT["messages"], tokenize=False)
+    before, completion = whole.split("5, I think")
+    assert text == f"{before}[[5, I think{other.eos_token}]]"
+    assert completion.startswith(other.eos_token)
+    assert batch["extra"]["teacher_prompt"] == [before]
+    assert answer.chunks.min() == 0
+
+
+def test_prompts_of_ones_own_come_in_a_column():
+    Path("rows.jsonl").write_text(
+        json.dumps({"prompt": "two", "completion": "four", "teacher_prompt": "Once upon"})
+    )
+    data = PromptCompletionData(
+        tokenizer=byte_level(), train="rows.jsonl", extra_columns=["teacher_prompt"]
+    )
+    other = tokenizer_of_kind("Unigram with byte fallback")
+    assert asked(data, other)[0] == "Once upon[[four</s>]]"
+
+
+@pytest.mark.parametrize("kind", ["Unigram with byte fallback", "byte-level BPE"])
+def test_the_text_of_a_prompt_is_read_as_it_is(kind):
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "two and", "completion": "four"}))
+    data = PromptCompletionData(tokenizer=byte_level(330), train="rows.jsonl")
+    assert asked(data, tokenizer_of_kind(kind))[0] == "two and[[four</s>]]"
+
+
+@pytest.mark.parametrize("prompt_length", [0, 3])
+def test_a_document_is_one_text_on_both_sides(prompt_length):
+    Path("documents.jsonl").write_text(json.dumps({"text": "The teacher reads the text"}))
+    data = DocumentData(
+        tokenizer=byte_level(), train="documents.jsonl", prompt_length=prompt_length
+    )
+    other = tokenizer_of_kind("SentencePiece BPE with byte fallback")
+    _, answer, _, ids = asked(data, other)
+    assert other.decode(ids) == "The teacher reads the text</s>"
+    assert (answer.chunks >= 0).all()
+    # Every token of the teacher has 2 nats.
+    told = sum(answer.token_chunks >= 0)
+    assert answer.log_probs.sum() == pytest.approx(-2.0 * told)
+
+
+def test_chats_without_the_teachers_prompts_are_refused():
+    other = family_tokenizer("llama3")
+    for data, message in (
+        (chats(), "data.teacher_tokenizer is None"),
+        (chats(teacher_tokenizer=family_tokenizer("gemma")), "set it to the teacher's tokenizer"),
+        (chats(teacher_tokenizer=other, train_on="all"), "data.train_on is all"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            asked(data, other)
+
+
+def test_a_template_for_the_teacher_is_refused_where_it_renders_nothing_that_is_read():
+    tokenizer = family_tokenizer("chatml")
+    module = SupervisedKD(
+        student=StudentSpec.of(tiny_llama(0, vocab_size=len(tokenizer))),
+        teacher=LocalTeacher.of(tiny_llama(1, vocab_size=len(tokenizer))),
+    )
+    with pytest.raises(ValueError, match=r"data.teacher_tokenizer renders prompts for a"):
+        trainer(max_steps=1).fit(
+            module, datamodule=chats(teacher_tokenizer=family_tokenizer("llama3"))
+        )
+    with pytest.raises(ValueError, match="has no chat template"):
+        chats(teacher_tokenizer=byte_level()).rows("train")
+    with pytest.raises(ValueError, match="give one of the two"):
+        chats(teacher_tokenizer=tokenizer, extra_columns=["teacher_prompt"])
+
+
+def test_a_teacher_that_is_told_more_in_the_students_tokens_is_refused():
+    Path("rows.jsonl").write_text(
+        json.dumps({"prompt": "two", "completion": "four", "solution": "and"})
+    )
+    own = byte_level()
+    data = PromptCompletionData(
+        tokenizer=own, train="rows.jsonl", teacher_prompt_template="{prompt} {solution}"
+    )
+    module = ChunkLikelihoodKD(
+        student=StudentSpec.of(tiny_llama(0, vocab_size=len(own))),
+        teacher=RetokenizingTeacher(
+            LocalTeacher.of(tiny_llama(1, vocab_size=len(own))), tokenizer=own
+        ),
+    )
+    with pytest.raises(ValueError, match="the teacher has tokens of its own; leave it out"):
+        trainer(max_steps=1).fit(module, datamodule=data)
+    with pytest.raises(ValueError, match="LiveStudent is the student"):
+        RetokenizingTeacher(LiveStudent(), tokenizer=own)
+
+
+def test_blocks_of_several_documents_are_refused():
+    Path("text.txt").write_text("two and two were four. " * 20)
+    data = PackedTextData(tokenizer=byte_level(), train="text.txt", block_length=8)
+    with pytest.raises(ValueError, match=r"parts of several documents.*DocumentData"):
+        RetokenizingTeacher(Recorder(), tokenizer=byte_level()).check_data(data)
+
+
+def test_letters_that_the_teacher_lacks_are_refused_before_the_first_step():
+    Path("rows.jsonl").write_text(
+        json.dumps({"prompt": "two", "completion": "four"})
+        + "\n"
+        + json.dumps({"prompt": "two", "completion": "\u9999\u9999"})
+    )
+    own, other = byte_level(), tokenizer_of_kind("WordPiece")
+    module = ChunkLikelihoodKD(
+        student=StudentSpec.of(tiny_llama(0, vocab_size=len(own))),
+        teacher=RetokenizingTeacher(
+            LocalTeacher.of(tiny_llama(1, vocab_size=len(other))), tokenizer=other
+        ),
+    )
+    data = PromptCompletionData(tokenizer=own, train="rows.jsonl")
+    with pytest.raises(ValueError, match=r"data.train: .* cannot write all of"):
+        trainer(max_steps=1).fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("teacher_is_named", [True, False])
+def test_a_check_of_such_a_run_compares_no_tokens(teacher_is_named, tmp_path):
+    Path("rows.jsonl").write_text(json.dumps({"prompt": "two", "completion": "four"}))
+    other = byte_level(400)
+    model = tiny_llama(1, vocab_size=len(other), eos_token_id=other.eos_token_id)
+    if teacher_is_named:
+        model.save_pretrained(tmp_path / "teacher")
+        other.save_pretrained(tmp_path / "teacher")
+        teacher = RetokenizingTeacher(LocalTeacher(str(tmp_path / "teacher")))
+    else:
+        teacher = RetokenizingTeacher(LocalTeacher.of(model), tokenizer=other)
+    own = byte_level()
+    student = StudentSpec.of(
+        tiny_llama(0, vocab_size=len(own), eos_token_id=own.eos_token_id, pad_token_id=0)
+    )
+    data = PromptCompletionData(tokenizer=own, train="rows.jsonl")
+    report = check(ChunkLikelihoodKD(student=student, teacher=teacher), data)
+    assert report.findings == ()
+    assert len(report.facts.with_other_tokens) == 1
+    assert not report.facts.teachers
+    refused = check(SupervisedKD(student=student, teacher=teacher), data)
+    assert any("choose a method that compares chunks" in f.says for f in refused.findings)
+    assert check(SFT(student=student), data).facts.with_other_tokens == []
