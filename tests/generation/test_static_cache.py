@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
 
 from lightning_kd import CachedSampler, GenerationOptions, Prompts, SamplingOptions
 from lightning_kd.generation import decoding, recording, sample, static_decoder
+from lightning_kd.generation.drawing import Mixture, Replacement
 from lightning_kd.generation.recording import Recorded
 from tests.generation.test_sampler import (
     BATCH,
@@ -600,11 +601,19 @@ def test_no_tensor_of_the_host_takes_part_in_a_step(monkeypatch, model, kind):
     with torch.no_grad():
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "__bool__", lambda tensor: False)  # is all of a mask 1?
-            decoder = static_decoder.StaticDecoder(model, ids, torch.ones_like(ids), 20)
+            decoders = [
+                static_decoder.StaticDecoder(each, ids, torch.ones_like(ids), 20)
+                for each in (model, copy.deepcopy(model))
+            ]
         numbers = torch.zeros(3, dtype=torch.float64, device=device)
-        state = [decoder], [1.0], OPTIONS[kind], None
         with HostTensors() as seen:
-            decoding._read_and_draw(*state, ids[:, 0], numbers)
+            for number, mix in (
+                (1, Mixture((1.0,))),
+                (2, Mixture((0.8, 0.2))),
+                (2, Replacement(3)),
+            ):
+                state = decoders[:number], mix, OPTIONS[kind], None
+                decoding._read_and_draw(*state, ids[:, 0], numbers)
     assert seen.found == set()
     with HostTensors() as seen:
         ids + torch.ones(1, dtype=torch.long).to(device)
