@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
 from lightning_kd.divergences import available_divergences
@@ -19,7 +19,13 @@ from lightning_kd.modules import (
     OnPolicyDistillation,
 )
 from lightning_kd.resuming import describe
-from lightning_kd.teachers import LocalTeacher, RetokenizingTeacher, RoutedTeacher, Teacher
+from lightning_kd.teachers import (
+    LocalTeacher,
+    RetokenizingTeacher,
+    RoutedTeacher,
+    Teacher,
+    TeacherEnsemble,
+)
 from tests.modules.partition_grid import OTHER_TOKENS, build
 from tests.support.harness import BatchList, GradientProbe, Letters, fit_one_step, trainer
 from tests.support.tabular import Expectation, Prepared
@@ -469,3 +475,45 @@ def test_a_share_of_the_completions_is_the_students_as_in_gkd():
     fit = trainer(max_steps=6, max_epochs=-1, callbacks=[writing, Seen()], **DOUBLE)
     fit.fit(module, datamodule=Letters(batch_size=4))
     assert set(seen) == {True, False}
+
+
+@pytest.mark.parametrize(
+    "several",
+    [TeacherEnsemble, lambda members: RoutedTeacher({"a": members[0], "b": members[1]})],
+    ids=["averaged", "routed"],
+)
+def test_several_teachers_with_one_other_tokenizer_are_asked_about_the_text(several):
+    """Of one model twice, they say what it says."""
+    own, other, ids, prompt, *_ = written_out()
+    batch = row_batch(ids, prompt) | {"extra": {"teacher": ["b"]}}
+    one, two = (
+        ChunkLikelihoodKD(
+            student=student(vocab_size=len(own)),
+            teacher=RetokenizingTeacher(asked, tokenizer=other),
+            tokenizer=own,
+        )
+        for asked in (
+            teacher(vocab_size=len(other)),
+            several([teacher(vocab_size=len(other)), teacher(vocab_size=len(other))]),
+        )
+    )
+    same_step(one, two, batch)
+
+
+def test_a_run_that_is_resumed_repeats_itself_bit_for_bit(tmp_path):
+    """With a share of the student's own completions, from the middle of the run."""
+
+    def fit(steps, folder, **more):
+        module = build("chunk_gkd", "token")
+        writing = OnPolicyGeneration(
+            lmbda=0.5, generation=SamplingOptions(max_new_tokens=6), table_every=0
+        )
+        save = ModelCheckpoint(tmp_path / folder, every_n_train_steps=2, save_last=True)
+        settings = {"max_steps": steps, "max_epochs": -1, "enable_checkpointing": True}
+        run = trainer(callbacks=[writing, save], **settings, **DOUBLE)
+        run.fit(module, datamodule=Letters(batch_size=4), weights_only=True, **more)
+        return torch.cat([p.detach().flatten() for p in module.student.parameters()])
+
+    whole = fit(4, "whole")
+    assert not torch.equal(whole, fit(2, "half"))
+    assert torch.equal(whole, fit(4, "rest", ckpt_path=str(tmp_path / "half" / "last.ckpt")))
