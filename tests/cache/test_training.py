@@ -57,6 +57,17 @@ def test_fifty_steps_from_hidden_states_equal_those_from_the_teacher_bit_for_bit
     assert all(map(torch.equal, cached, weights))
 
 
+def test_a_cache_is_of_what_the_teacher_reads(tmp_path):
+    """Which is another prompt than the student's, where the data tells it more."""
+    told = Letters(20, batch_size=2, told=True)
+    expected, _ = fitted(method(LocalTeacher.of(tiny_llama(2))), told, max_steps=4)
+    cache = CachedTeacher(str(written(tmp_path / "told", data=told)))
+    found, _ = fitted(method(cache), Letters(20, batch_size=2, told=True), max_steps=4)
+    assert found == expected
+    with pytest.raises(ValueError, match="not in the cache"):
+        fitted(method(cache), Letters(20, batch_size=2), max_steps=4)
+
+
 def test_members_of_an_ensemble_and_a_route_may_be_caches(tmp_path):
     def mixed(teacher):
         return TeacherEnsemble([LocalTeacher.of(tiny_llama(2)), teacher], combine="probabilities")

@@ -1,10 +1,12 @@
 """What the teacher reads in place of the prompt: privileged text, by templates."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from lightning_kd.batch import IGNORE_INDEX
 from lightning_kd.data import ArithmeticData, ChatData, PromptCompletionData
@@ -168,6 +170,19 @@ def test_a_teachers_prompt_is_never_cut():
 def test_what_cannot_be_read_is_refused_before_training(rows, options, message):
     with pytest.raises(ValueError, match=message):
         data(*rows, **options)
+
+
+def test_the_yaml_of_the_docs_tells_the_teacher_a_solution():
+    page = Path(__file__).resolve().parents[2] / "docs" / "self_distillation.md"
+    (block,) = re.findall(r"```yaml\n(.*?)```", page.read_text(), flags=re.S)
+    options = yaml.safe_load(block)["data"]["init_args"]
+    rows = [{"question": "ab", "answer": "cd"}]
+    signs = LETTERS + "\nASIabcdefghijklmnopqrstuvwxyz"
+    tokenizer = letter_tokenizer("".join(dict.fromkeys(signs)))
+    found = PromptCompletionData(**options | {"tokenizer": tokenizer, "train": rows})
+    found.read("train")
+    told = tokenizer.decode(found.batch_of("train", [0])["teacher"]["input_ids"][0])
+    assert told.replace(" ", "") == "ab\n\nAsolution:\ncd\n\nSolveitinyourownwords.\ncd<eos>"
 
 
 def chats(*rows, **options):

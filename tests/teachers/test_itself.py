@@ -302,6 +302,38 @@ def test_a_resumed_run_averages_on_bit_for_bit(tmp_path):
     assert not np.array_equal(whole.teacher[-1], whole.teacher[2])
 
 
+class SavesFirst(Callback):
+    """Saves at the end of each batch, before the teacher's own callback has heard of the step."""
+
+    def __init__(self, place):
+        self.place = place
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        trainer.save_checkpoint(self.place / f"{trainer.global_step}.ckpt")
+
+
+def test_a_checkpoint_between_a_step_and_its_average_has_the_average(tmp_path):
+    weights = Weights()
+    fit = trainer(max_steps=3, max_epochs=-1, callbacks=[SavesFirst(tmp_path), weights])
+    fit.fit(gkd(EMAStudent(0.8), student=tiny_llama(0)), datamodule=Told())
+    for step in (1, 2, 3):
+        (saved,) = torch.load(tmp_path / f"{step}.ckpt", weights_only=True)["self_teachers"]
+        parts = [average.double().flatten() for average in saved.values()]
+        assert np.array_equal(torch.cat(parts).numpy(), weights.teacher[step])
+    _, whole = run(3)
+    assert np.array_equal(whole.teacher[-1], weights.teacher[-1])
+
+
+@pytest.mark.parametrize("teacher", [FrozenStudent, lambda: EMAStudent(0.8)])
+def test_a_second_fit_goes_on_with_the_teacher_of_the_first(teacher):
+    module, weights = gkd(teacher(), student=tiny_llama(0)), Weights()
+    trainer(max_steps=2, callbacks=[weights]).fit(module, datamodule=Told())
+    again = Weights()
+    trainer(max_steps=2, callbacks=[again]).fit(module, datamodule=Told())
+    assert np.array_equal(again.teacher[0], weights.teacher[-1])
+    assert np.array_equal(again.teacher[-1], again.teacher[0]) == (teacher is FrozenStudent)
+
+
 def validated(module, ckpt_path=None):
     fit = trainer(limit_val_batches=1.0)
     (found,) = fit.validate(module, Told(validation=ROWS), ckpt_path, verbose=False)
