@@ -1,6 +1,7 @@
 """Only the positions at which the student is least sure: which, and what the loss is divided by."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -143,3 +144,13 @@ def test_every_row_keeps_its_share_also_where_values_are_equal(share):
         own = values[scored.rows == row].numpy()
         order = np.argsort(-own, kind="stable")[: math.ceil(round(share * count, 6))]
         assert sorted(order) == kept[scored.rows == row].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("share", ["0.07", "0.1", "0.2", "0.3", "0.35", "0.55", "0.7"])
+def test_the_share_is_rounded_up_and_never_round_off(share):
+    """Exactly: 0.1 of 30 positions are 3, though 0.1 * 30 is above 3 in binary."""
+    lengths = range(1, 101)
+    scored = ScoredPositions.from_labels(ragged_batch([(1, n) for n in lengths])["labels"])
+    values = torch.rand(len(scored.targets), generator=torch.Generator().manual_seed(0))
+    kept = scored.scattered(highest_in_rows(values, scored, float(share)).long()).sum(-1)
+    assert kept.tolist() == [math.ceil(Fraction(share) * n) for n in lengths]
