@@ -110,8 +110,8 @@ class CompletionSamples(EvaluationCallback):
         """Validate that prompts and completions fit into the student's positions, and references.
 
         Raises:
-            ValueError: If they are longer, the module's engine cannot generate with the student, a
-                metric cannot be computed, or two have one name.
+            ValueError: If they are longer, the module's engine cannot generate with the student or by
+                these options, a metric cannot be computed, or two have one name.
         """
         seen = {*self._cut.names}
         for metric in self.metrics:
@@ -119,10 +119,11 @@ class CompletionSamples(EvaluationCallback):
             seen |= {*_told_names(metric)}
         if not isinstance(module, DistillationModule):
             return
-        module.check_generation()
-        prompt = longest_rows(trainer).get(SPLITS[stage], (0, 0))[1]
-        if prompt > 0:
-            length = prompt + self.options.max_new_tokens
+        known = longest_rows(trainer).get(SPLITS[stage])
+        if known is None or known[1] > 0:
+            module.check_generation(self.options)
+        if known is not None and known[1] > 0:
+            length = known[1] + self.options.max_new_tokens
             what = "prompts and max_new_tokens of CompletionSamples"
             check_length({"student": module.student}, length, what)
         check_states(self.metrics, trainer.world_size)

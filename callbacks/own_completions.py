@@ -121,7 +121,7 @@ class OwnCompletions(EvaluationCallback):
                 "take a method with one, such as SupervisedKD, or leave the callback out"
             )
         self.check_teacher(module)
-        module.check_generation()
+        module.check_generation(self.options)
         if self.overlap is not None and self.overlap.k > module.width:
             raise ValueError(
                 f"overlap_k is {self.overlap.k}, and there are {module.width} tokens; lower it"

@@ -1,5 +1,7 @@
 """A preallocated key-value cache."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -135,12 +137,17 @@ def can_drop_rows(cache: Any) -> bool:
     return isinstance(cache, DynamicCache) and all(type(x) in plain for x in cache.layers)
 
 
-def leave_inference_mode(model: torch.nn.Module) -> None:
-    """Make ordinary tensors of buffers that a forward pass in inference mode has replaced.
+@contextmanager
+def ordinary_buffers(models: Sequence[torch.nn.Module]) -> Iterator[None]:
+    """Make ordinary tensors in the end of buffers that were replaced in inference mode.
 
-    Rotary embeddings that follow the length do so; the backward pass would refuse them.
+    Rotary embeddings that follow the length do so; the backward pass would refuse them. Inference mode
+    is entered inside.
     """
-    for part in model.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            if buffer.is_inference():
-                setattr(part, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for part in (part for model in models for part in model.modules()):
+            for name, buffer in part.named_buffers(recurse=False):
+                if buffer.is_inference():
+                    setattr(part, name, buffer.clone())

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lightning_kd.generation.cache import leave_inference_mode
+from lightning_kd.generation.cache import ordinary_buffers
 from lightning_kd.generation.completions import Completions, is_end
 from lightning_kd.generation.decoder import Decoder, evaluating, tokens_between_looks
 from lightning_kd.generation.decoding import Decoding
 from lightning_kd.generation.drawing import Mixture, check_mixture, draw_next
-from lightning_kd.generation.engine import Engine, Prompts
+from lightning_kd.generation.engine import Engine
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.packed_linears import packed_layers
+from lightning_kd.generation.prompts import Prompts, check_seeds
 from lightning_kd.generation.slots import SlotDecoder, check_slots
 from lightning_kd.generation.uniforms import DRAWN_AT_ONCE, Uniforms
 from lightning_kd.models.rotary import within_own_length
@@ -80,6 +81,7 @@ class ContinuousBatchingSampler(Engine):
     ) -> Completions:
         """Generate with one model or a mixture."""
         check_mixture(models, options)
+        check_seeds(seeds, len(prompts.ids))
         mixed = [model for model, _ in models]
         for model in mixed:
             if is_sharded(model) and not is_gathered(model):
@@ -90,11 +92,9 @@ class ContinuousBatchingSampler(Engine):
         mode = torch.no_grad() if gathered else torch.inference_mode()
         longest = int(prompts.mask.sum(-1).max()) + options.max_new_tokens
         own_length, layers = within_own_length(mixed, longest), packed_layers(*mixed)
-        with evaluating(*mixed), own_length, mode, layers:
+        with ordinary_buffers(mixed), evaluating(*mixed), own_length, mode, layers:
             batch = _Slots(models, prompts, options, seeds, self.slots)
             batch.generate()
-        for model in mixed:
-            leave_inference_mode(model)
         # Outside of inference mode, where joining makes ordinary tensors that can be trained on.
         return batch.completions()
 

@@ -8,7 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.generation.cache import can_drop_rows, masks_unseen, preallocated
-from lightning_kd.generation.token_positions import accepted_arguments, check_padding, no_cache
+from lightning_kd.generation.token_positions import (
+    accepted_arguments,
+    check_padded_scores,
+    check_padding,
+    check_steps,
+    check_virtual_tokens,
+    no_cache,
+)
 from lightning_kd.models.modes import evaluating
 
 __all__ = ["Decoder", "evaluating", "tokens_between_looks"]
@@ -35,10 +42,13 @@ class Decoder:
         prompt_mask: 1 on real tokens, ``(B, P)``.
 
     Raises:
-        ValueError: If the model keeps no cache, or prompts are padded and it takes padding for tokens.
+        ValueError: If the model keeps no cache, adapters put tokens in front of its own, or prompts are
+            padded and it takes padding for tokens.
     """
 
     def __init__(self, model: PreTrainedModel, prompt_ids: Tensor, prompt_mask: Tensor) -> None:
+        check_steps(model)
+        check_virtual_tokens(model)
         self.model = model
         self._accepted = accepted_arguments(model)
         self._cache: Any = None
@@ -50,7 +60,7 @@ class Decoder:
         """Scores of the next token, ``(rows, V)``, float32 or wider."""
         if self._mask is not None:
             check_padding(model)
-        self._check_numbers()
+            check_padded_scores(model, self.logits)
         self._make_room()
 
     def append(self, tokens: Tensor) -> None:
@@ -77,17 +87,6 @@ class Decoder:
         self._cache = preallocated(self._cache)
         if self._mask is not None and tokens_between_looks(self.logits.device) > 1:
             masks_unseen(self._cache)
-
-    def _check_numbers(self) -> None:
-        """Refuse a model in float64 whose attention takes softmax in float32: padding makes it NaN."""
-        padded = self._mask is not None and self.logits.dtype == torch.float64
-        if padded and bool(self.logits.isnan().any()):
-            raise ValueError(
-                f"{type(self.model).__name__} is in float64 and gives NaN for prompts that are padded, "
-                "as models of transformers do whose attention (attn_implementation: eager, or the only "
-                "one they have) takes its softmax in float32; generate in float32, or prompts of one "
-                "length at a time"
-            )
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         options = {"position_ids": positions, "logits_to_keep": 1}

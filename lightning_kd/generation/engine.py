@@ -2,33 +2,16 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.fused import are_log_probs
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.prompts import Prompts
 from lightning_kd.option_checks import check_instance
 from lightning_kd.resuming import Resumable
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """Prompts of ``B`` rows, and the tokens that are special after them."""
-
-    ids: Tensor
-    """Tokens, padded on the left, ``(B, P)``."""
-    mask: Tensor
-    """1 on real tokens, ``(B, P)``."""
-    eos_ids: frozenset[int]
-    """Tokens that end a completion."""
-    pad_id: int
-    """Fills up rows that have ended."""
-    width: int | None = None
-    """Tokens from here on are never generated: those that a teacher does not know."""
 
 
 class Engine(Resumable, ABC):

@@ -9,11 +9,11 @@ from lightning_kd.generation.checkpoint_config import say_what_is_ignored
 from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.engine import (
     Engine,
-    Prompts,
     check_completions,
     check_engine,
 )
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.prompts import Prompts, check_seeds
 from lightning_kd.generation.sampler import CachedSampler
 from lightning_kd.generation.transformers_engine import TransformersEngine
 from lightning_kd.models.positions import check_length
@@ -72,8 +72,9 @@ def generate(
         width: Tokens from here on are never generated: those that a teacher does not know.
 
     Raises:
-        ValueError: If the engine does not support the options, or prompts and completions could be
-            longer than the models' positions.
+        ValueError: If the engine does not support the options, a prompt is empty or not padded on the
+            left, there is not one seed for each row, or prompts and completions could be longer than
+            the models' positions.
     """
     share = 0.0 if mixed_with is None else mixed_with[1]
     beside = mixed_with is not None
@@ -83,6 +84,7 @@ def generate(
     for each, _ in models:
         check_length({type(each).__name__: each}, longest, "prompts and max_new_tokens")
         say_what_is_ignored(each)
+    check_seeds(seeds, len(prompt_ids))
     prompts = Prompts(
         prompt_ids,
         prompt_mask,

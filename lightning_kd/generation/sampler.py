@@ -8,14 +8,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_kd.collectives import any_process
-from lightning_kd.generation.cache import leave_inference_mode
+from lightning_kd.generation.cache import ordinary_buffers
 from lightning_kd.generation.completions import Completions, completion_mask, is_end
 from lightning_kd.generation.decoder import evaluating, tokens_between_looks
 from lightning_kd.generation.decoding import CacheKind, can_be_static, decoding_of
 from lightning_kd.generation.drawing import Mix, Mixture, check_mixture
-from lightning_kd.generation.engine import Engine, Prompts
+from lightning_kd.generation.engine import Engine
 from lightning_kd.generation.options import GenerationOptions
 from lightning_kd.generation.packed_linears import packed_layers
+from lightning_kd.generation.prompts import Prompts, check_seeds
 from lightning_kd.generation.recording import Tensors
 from lightning_kd.generation.token_positions import check_cache
 from lightning_kd.generation.uniforms import Uniforms
@@ -120,11 +121,12 @@ def sample(
         mix: Makes one distribution of theirs, in the place of the mixture.
 
     Raises:
-        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary, a static
-            cache is asked for and a model does not allow it, or prompts are padded and a model counts
-            the padding.
+        ValueError: If a mixture is to be sampled greedily or from part of its vocabulary, there is not
+            one seed for each row, a static cache is asked for and a model does not allow it, or
+            prompts are padded and a model counts the padding.
     """
     check_mixture(models, options)
+    check_seeds(seeds, len(prompt_ids))
     mixed = [model for model, _ in models]
     rows, longest, device = len(prompt_ids), options.max_new_tokens, prompt_ids.device
     uniforms, between = Uniforms(seeds, device), tokens_between_looks(device)
@@ -132,7 +134,7 @@ def sample(
     # The whole weights of a shard are allocated once, and the backward pass would refuse them.
     mode = torch.no_grad() if together else torch.inference_mode()
     own_length = within_own_length(mixed, int(prompt_mask.sum(-1).max()) + longest)
-    with evaluating(*mixed), own_length, mode, packed_layers(*mixed):
+    with ordinary_buffers(mixed), evaluating(*mixed), own_length, mode, packed_layers(*mixed):
         mix = mix or Mixture(tuple(weight for _, weight in models))
         decoding = decoding_of(mixed, mix, prompt_ids, prompt_mask, options, width, cache)
         active, ends = (
@@ -160,8 +162,6 @@ def sample(
                 decoding.keep(kept)
                 active, ended = active[kept], ended[kept]
                 batches.append((active, []))
-    for model in mixed:
-        leave_inference_mode(model)
     # Outside of inference mode, where stacking makes ordinary tensors that can be trained on.
     completions = _laid_out(batches, rows, eos_ids=eos_ids, pad_id=pad_id)
     # In shards, the columns of other processes too; else none that came before a look at the ends.

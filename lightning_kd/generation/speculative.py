@@ -7,8 +7,8 @@ from transformers import PreTrainedModel
 from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.decoding import CacheKind
 from lightning_kd.generation.drawing import Replacement
-from lightning_kd.generation.engine import Prompts
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.prompts import Prompts
 from lightning_kd.generation.sampler import CachedSampler, sample
 from lightning_kd.option_checks import check_whole
 

@@ -11,11 +11,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
+from transformers.generation.continuous_batching.cache import group_layers_by_attn_type
 
 from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.decoder import evaluating
-from lightning_kd.generation.engine import Engine, Prompts
+from lightning_kd.generation.engine import Engine
 from lightning_kd.generation.options import GenerationOptions
+from lightning_kd.generation.prompts import Prompts, check_seeds
+from lightning_kd.generation.token_positions import (
+    accepted_arguments,
+    check_steps,
+    check_virtual_tokens,
+)
 from lightning_kd.generation.transformers_engine import generation_config
 from lightning_kd.models.adapters import without_adapters
 from lightning_kd.models.sharding import is_sharded
@@ -24,6 +31,13 @@ from lightning_kd.seeding import derive_seed
 
 _PAGE = 256
 """Tokens of a page of the cache: what kernels of flash attention read."""
+
+_DO_READ_PAGES = {"biogpt"}
+"""Types of model whose attention reads pages, and of which transformers does not say so."""
+
+_DO_NOT_READ_PAGES = {"diffllama", "doge", "gemma4_text", "hrm_text", "jetmoe", "nemotron"}
+"""Those of which it says so, and which do not: attention of their own, layers that are used twice, keys
+of another width in each layer."""
 
 _STOPPING = 30.0
 """Seconds that the thread of transformers has to end."""
@@ -46,7 +60,7 @@ class TransformersContinuousBatching(Engine):
     Raises:
         ValueError: If ``slots`` or ``timeout`` is no positive number; before the first step, if tokens
             are cut off by ``top_k`` or ``top_p``, whose log-probabilities it would record, or if the
-            model is in shards.
+            model is in shards, or its attention does not read the pages of transformers.
         RuntimeError: If transformers fails, or takes longer than ``timeout``.
     """
 
@@ -70,8 +84,10 @@ class TransformersContinuousBatching(Engine):
             )
 
     def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
-        """Refuse models in shards, gathered or not: its thread is none that FSDP2 knows."""
+        """Refuse models in shards, gathered or not, and those whose attention reads no pages."""
         for model in models:
+            check_pages(model)
+            # Its thread is none that FSDP2 knows.
             if is_sharded(model):
                 raise ValueError(
                     f"{type(model).__name__} is in shards, so all processes must run it together, and "
@@ -90,6 +106,7 @@ class TransformersContinuousBatching(Engine):
     ) -> Completions:
         """Generate with one model; all seeds together decide the samples."""
         ((model, _),) = models
+        check_seeds(seeds, len(prompts.ids))
         self.check_options(options)
         self.check_models([model])
         inner = without_adapters(model)
@@ -160,6 +177,43 @@ class TransformersContinuousBatching(Engine):
         return results
 
 
+def check_pages(model: PreTrainedModel) -> None:
+    """Refuse a model whose attention does not read and write the pages.
+
+    Attention gets them as an argument of the kernels that transformers has registered. What has
+    attention of its own passes over them without an error, and sees no token before the last one.
+
+    Raises:
+        ValueError: If it is such a model, or the pages do not hold what it keeps.
+    """
+    check_steps(model)
+    check_virtual_tokens(model)
+    inner = without_adapters(model)
+    config = inner.config.get_text_config(decoder=True)
+    obstacles = {
+        "its attention is not that of registered kernels, which read the pages": not (
+            inner._supports_attention_backend or config.model_type in _DO_READ_PAGES
+        )
+        or config.model_type in _DO_NOT_READ_PAGES,
+        "it takes no position_ids": "position_ids" not in accepted_arguments(model),
+        "it keeps a recurrent state": inner._is_stateful,
+        "its keys are wider than head_dim (kv_lora_rank)": getattr(config, "kv_lora_rank", None)
+        is not None,
+        "its heads share one head of keys (multi_query)": getattr(config, "multi_query", False),
+    }
+    obstacle = next((reason for reason, there in obstacles.items() if there), None)
+    if obstacle is None:
+        try:
+            group_layers_by_attn_type(config)
+        except ValueError as error:
+            obstacle = f"the pages do not hold what its layers keep ({error})"
+    if obstacle is not None:
+        raise ValueError(
+            f"{type(model).__name__} cannot generate with TransformersContinuousBatching: {obstacle}; "
+            "choose engine: CachedSampler"
+        )
+
+
 def paged_length(prompt: int, generated: int) -> int:
     """Return the tokens of a row that the paged cache has room for.
 
@@ -199,8 +253,11 @@ def _completions(results: Sequence[Any], prompts: Prompts, device: torch.device)
     completions = Completions.of_tokens(
         tokens, eos_ids=prompts.eos_ids, pad_id=prompts.pad_id, device=device
     )
-    log_probs: Tensor = torch.zeros(completions.ids.shape, device=device)
+    # The default type may be another, by the precision of the trainer.
+    log_probs: Tensor = torch.zeros(completions.ids.shape, dtype=torch.float32, device=device)
     log_probs[completions.mask] = torch.tensor(
-        [value for result in results for value in result.logprobs], device=device
+        [value for result in results for value in result.logprobs],
+        dtype=torch.float32,
+        device=device,
     )
     return replace(completions, log_probs=log_probs, sampling_log_probs=log_probs)

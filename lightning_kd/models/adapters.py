@@ -7,6 +7,9 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+_IN_THE_CACHE = {"PREFIX_TUNING", "CARTRIDGE"}
+"""Types of adapters whose virtual tokens are keys and values, and no logits."""
+
 
 def has_adapters(model: PreTrainedModel) -> bool:
     """Return whether a model has adapters, wrapped by peft or added with ``add_adapter``."""
@@ -16,6 +19,31 @@ def has_adapters(model: PreTrainedModel) -> bool:
 def without_adapters(model: PreTrainedModel) -> Any:
     """Return the model of transformers that peft has wrapped; a model that is not wrapped, itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def virtual_tokens(model: PreTrainedModel) -> str | None:
+    """Return the type of adapters that put tokens of their own in front of each row, or None.
+
+    These are the prompts, prefixes and cartridges of peft.
+    """
+    configs = model.peft_config.values() if has_adapters(model) else ()
+    kinds = (c.peft_type.value for c in configs if getattr(c, "is_prompt_learning", False))
+    return next(kinds, None)
+
+
+def check_same_length(model: PreTrainedModel, role: str) -> None:
+    """Refuse adapters with which a model gives logits of more tokens than it was given.
+
+    Raises:
+        ValueError: If it has some, for example prompts.
+    """
+    kind = virtual_tokens(model)
+    if kind is not None and kind not in _IN_THE_CACHE:
+        raise ValueError(
+            f"the {role} has adapters of type {kind}, whose tokens come out in front of those of each "
+            "row, where no label stands; use LoRA, or PREFIX_TUNING, whose tokens are keys and values "
+            "alone"
+        )
 
 
 @contextmanager

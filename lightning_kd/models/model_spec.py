@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from lightning_kd.models.adapters import check_same_length
 from lightning_kd.models.config_fields import make_config, read_config
 from lightning_kd.models.loading import load_checkpoint
 from lightning_kd.models.positions import allow_positions
@@ -128,7 +129,8 @@ class ModelSpec(Resumable):
             role: ``student``, ``teacher 0``, ...: models of one run that start at random differ.
 
         Raises:
-            ValueError: If there is no such model, or its configuration is invalid.
+            ValueError: If there is no such model, its configuration is invalid, or it has adapters that
+                lengthen rows.
         """
         if self._given is not None:
             model = self._given
@@ -145,6 +147,7 @@ class ModelSpec(Resumable):
                 f"the {role} is a {type(model).__name__} whose config has is_decoder: false, so each "
                 "token sees those after it, which it is to predict. Use a causal language model"
             )
+        check_same_length(model, role)
         if self.max_positions is not None:
             allow_positions(model, self.max_positions, role)
         return model

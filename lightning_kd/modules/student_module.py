@@ -206,10 +206,10 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
             engine=self.engine,
         )
 
-    def check_generation(self) -> None:
-        """Refuse models that the engine cannot generate with, if one was chosen."""
-        if self.engine is not None:
-            self.engine.check_models(list(self.generating_models.values()))
+    def check_generation(self, options: GenerationOptions | None = None) -> None:
+        """Refuse models, and options (the module's own), that the engine cannot generate with."""
+        engine = engine_for(options or self.generation, self.engine)
+        engine.check_models(list(self.generating_models.values()))
 
     def _update_engine(self) -> None:
         """Update the engine's weights, if the student's have changed since the last time."""

@@ -13,6 +13,7 @@ import gc
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -76,7 +77,8 @@ def fused() -> Iterator[Row]:
             except (ImportError, RuntimeError) as error:
                 yield Row(f"{divergence}: {name}", "failed", str(error).splitlines()[0][:80])
         for name, (seconds, _) in measured.items():
-            ratio = f"{seconds / measured['products'][0]:.2f} of products"
+            beside = measured.get("products")
+            ratio = f"{seconds / beside[0]:.2f} of products" if beside else ""
             memory = f"{1e3 * seconds:.1f} ms, {peak(name, shape) / 1e3:.1f} GB"
             yield Row(f"{divergence}: {name}", memory, ratio)
 
@@ -339,20 +341,34 @@ PARTS: dict[str, tuple[Callable[[], Iterator[Row]], int]] = {
 """What is measured, and the seconds that it may take; the tests before take some too."""
 
 
-def apart(name: str, seconds: int) -> list[Row]:
+TESTING = 300
+"""Seconds that the tests may take."""
+
+
+def within(command: Sequence[str], seconds: float) -> tuple[str, int | None]:
+    """What a command has written, and its exit code; None if it took longer.
+
+    It is then ended with all that it has started: what is left would keep memory of the GPU.
+    """
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        return process.communicate(timeout=seconds)[0], process.returncode
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        written = process.communicate()[0]
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
+        return written, None
+
+
+def apart(name: str, seconds: float) -> list[Row]:
     """The rows of a part, from a process of its own."""
     command = [sys.executable, "-m", "tests.benchmarks.gpu", "--part", name]
-    try:
-        done = subprocess.run(
-            command, stdout=subprocess.PIPE, text=True, check=False, timeout=seconds
-        )
-        lines, code = done.stdout.splitlines(), done.returncode
-    except subprocess.TimeoutExpired as error:
-        written = error.stdout or b""
-        lines, code = written.decode().splitlines(), -1
-    rows = [Row(**json.loads(line)) for line in lines if line.startswith("{")]
+    written, code = within(command, seconds)
+    rows = [Row(**json.loads(line)) for line in written.splitlines() if line.startswith("{")]
     if code != 0:
-        rows.append(Row(name, "not to its end", f"exit code {code}" if code > 0 else "too long"))
+        why = "too long" if code is None else f"exit code {code}"
+        rows.append(Row(name, "not to its end", why))
     return rows
 
 
@@ -392,19 +408,17 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("There is no CUDA device here: nothing was tested and nothing measured.")
         return 0
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "cuda", *TESTS],
-        stdout=subprocess.PIPE,
-        text=True,
-        check=False,
+    written, code = within([sys.executable, "-m", "pytest", "-q", "-m", "cuda", *TESTS], TESTING)
+    print(written)
+    passed = (
+        f"not to their end in {TESTING} s" if code is None else written.strip().splitlines()[-1]
     )
-    print(tests.stdout)
     rows = [row for name, (_, seconds) in PARTS.items() for row in apart(name, seconds)]
-    text = as_markdown(rows, torch.cuda.get_device_name(), tests.stdout.strip().splitlines()[-1])
+    text = as_markdown(rows, torch.cuda.get_device_name(), passed)
     print(text)
     if arguments.write:
         write(arguments.write, text)
-    return tests.returncode
+    return 1 if code is None else code
 
 
 if __name__ == "__main__":

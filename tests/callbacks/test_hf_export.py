@@ -260,12 +260,12 @@ def test_adapters_of_a_given_model_are_merged(added):
 
 
 def test_adapters_that_cannot_be_merged_are_rejected():
-    from peft import PromptTuningConfig, get_peft_model
+    from peft import PrefixTuningConfig, get_peft_model
 
-    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     model = get_peft_model(tiny_llama(0), config)
     refused(
-        sft(StudentSpec.of(model)), HFExport("student"), "PROMPT_TUNING, which cannot be merged"
+        sft(StudentSpec.of(model)), HFExport("student"), "PREFIX_TUNING, which cannot be merged"
     )
     with pytest.raises(ValueError, match="has adapters already"):
         StudentSpec.of(LoRA(r=2).adapt(tiny_llama(0)), lora=LoRA()).build(letter_tokenizer())

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from transformers import PreTrainedModel
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from lightning_kd import (
     GKD,
+    SFT,
     CachedSampler,
     Completions,
     Engine,
@@ -22,6 +23,7 @@ from lightning_kd import (
     SequenceKD,
     StudentSpec,
     SupervisedKD,
+    TransformersContinuousBatching,
     TransformersEngine,
 )
 from lightning_kd.callbacks import CompletionSamples, OnPolicyGeneration
@@ -60,6 +62,13 @@ class ListedEngine(Engine):
 
     def update(self, student: PreTrainedModel) -> None:
         self._updates.append(weights(student))
+
+
+class Refusing(ListedEngine):
+    """Generates with no model at all."""
+
+    def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
+        raise ValueError("no student like this")
 
 
 def weights(model: PreTrainedModel) -> torch.Tensor:
@@ -161,6 +170,28 @@ def test_an_engine_of_a_teacher_does_not_get_the_student():
 
 
 # What an engine cannot do.
+
+
+@pytest.mark.parametrize(
+    ("engine", "options", "said"),
+    [
+        (TransformersContinuousBatching(), {"temperature": 1.0, "top_k": 3}, "top_k 3 and top_p"),
+        (Refusing(), {}, "no student like this"),
+        (None, {}, "keeps no key-value cache"),
+    ],
+    ids=["options", "model", "default engine"],
+)
+def test_samples_that_cannot_be_generated_are_refused_before_the_first_step(engine, options, said):
+    student = tiny_llama(0)
+    if engine is None:
+        config = MambaConfig(vocab_size=18, hidden_size=16, num_hidden_layers=1, state_size=4)
+        student = MambaForCausalLM(config)
+    module, seen = SFT(student=StudentSpec.of(student), engine=engine), Seen()
+    callbacks = [CompletionSamples(max_new_tokens=4, **options), seen]
+    run = trainer(max_steps=2, max_epochs=-1, callbacks=callbacks)
+    with pytest.raises(ValueError, match=said):
+        run.fit(module, datamodule=Letters(batch_size=4))
+    assert seen.batches == []
 
 
 def test_a_policy_gradient_without_log_probs_is_refused_before_the_first_step():

@@ -12,8 +12,8 @@ from lightning_kd.generation import (
     packed_linears,
     sample,
 )
-from lightning_kd.generation.engine import Prompts
 from lightning_kd.generation.packed_linears import PackedProduct, packed_layers
+from lightning_kd.generation.prompts import Prompts
 from tests.generation.test_sampler import PROMPTS, greedy_of_transformers
 from tests.support.toys import tiny_llama
 

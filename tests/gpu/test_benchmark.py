@@ -1,5 +1,9 @@
 """``make gpu`` where there is no GPU, and what it writes where there is one."""
 
+import sys
+import time
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -19,6 +23,54 @@ def test_a_part_that_fails_or_is_too_slow_is_a_line_of_the_table(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert gpu.apart("nothing", 240)[-1] == gpu.Row("nothing", "not to its end", "exit code 2")
     assert gpu.apart("fused", 0) == [gpu.Row("fused", "not to its end", "too long")]
+
+
+GRANDCHILD = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(child.pid, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.processes
+def test_what_a_part_has_started_ends_with_it():
+    """A process that is left would keep its memory of the GPU, which the next part measures."""
+    written, code = gpu.within([sys.executable, "-c", GRANDCHILD], 5)
+    assert code is None
+    state = Path(f"/proc/{int(written)}/stat")
+    for _ in range(100):
+        if not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("it still runs")
+
+
+def test_tests_that_hang_are_no_success(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A device")
+    monkeypatch.setattr("sys.argv", ["gpu"])
+    monkeypatch.setattr(gpu, "PARTS", {})
+    given = []
+    monkeypatch.setattr(gpu, "within", lambda *which: given.append(which) or ("... 3 of 9", None))
+    assert gpu.main() == 1
+    assert given[0][1] == gpu.TESTING
+    assert "`tests/gpu`: not to their end in 300 s" in capsys.readouterr().out
+
+
+def test_what_is_compared_with_products_that_failed_is_shown_alone(monkeypatch):
+    def times(names, shape, rounds):
+        if names == ["products"]:
+            raise RuntimeError("CUDA out of memory")
+        return dict.fromkeys(names, (0.5, None))
+
+    monkeypatch.setattr(gpu, "times", times)
+    monkeypatch.setattr(gpu, "peak", lambda name, shape: 2000.0)
+    rows = {row.what: row for row in gpu.fused()}
+    assert rows["forward_kl: products"].value == "failed"
+    others = [row for row in rows.values() if "products" not in row.what]
+    assert len(others) > 3
+    assert {(row.value, row.ratio) for row in others} == {("500.0 ms, 2.0 GB", "")}
 
 
 def test_the_table_takes_the_place_of_the_one_before(tmp_path):
