@@ -146,6 +146,7 @@ class KnownPlaces:
 
 
 _KNOWN: list[KnownPlaces] = []
+_ON_HOST = Noted()
 _ORIGINS = Noted()
 
 
@@ -176,6 +177,22 @@ def note_copy(tensor: Tensor, copy: Tensor) -> None:
         _ORIGINS.set(copy, origin_of(tensor))
         for known in _KNOWN:
             known.hand_on(tensor, copy)
+
+
+def note_values(tensor: Tensor, copy: Tensor) -> None:
+    """Know the values of a copy from the tensor on the host, ``(N,)``."""
+    _ON_HOST.set(copy, tensor.tolist())
+
+
+def values_of(tensor: Tensor) -> list[Any]:
+    """Return the values of a tensor, ``(N,)``; the host waits for those that were not noted.
+
+    Example:
+        >>> values_of(torch.tensor([2, 3]))
+        [2, 3]
+    """
+    known: list[Any] | None = _ON_HOST.get(tensor)
+    return tensor.tolist() if known is None else known
 
 
 def clone(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_kd.batch import IGNORE_INDEX
-from lightning_kd.devices import KnownPlaces, note_copy, origin_of, to_device
+from lightning_kd.devices import KnownPlaces, note_copy, note_values, origin_of, to_device
 
 
 @dataclass(frozen=True)
@@ -184,6 +184,8 @@ def find_places(batch: object, moved: object) -> None:
         if known is not None and here.ndim == 2 and here.device.type == "cpu":
             known.of(here)
         note_copy(here, moved[name])
+        if here.ndim == 1 and here.device.type == "cpu":
+            note_values(here, moved[name])
 
 
 def _following(labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from lightning_kd.data.collate import Collator
 from lightning_kd.data.plan import Epochs, RolloutPlan
 from lightning_kd.data.window import Window
 from lightning_kd.data.workers import WORKER_TIMEOUT, Key, Rows, prepared_batches
+from lightning_kd.devices import values_of
 from lightning_kd.seeding import derive_seed
 
 
@@ -150,7 +151,7 @@ class TrainingLoader:
         Raises:
             ValueError: If the batch is of another window.
         """
-        micro_batch = int(batch["sample"][0]) // self.samples_per_micro_batch
+        micro_batch = values_of(batch["sample"])[0] // self.samples_per_micro_batch
         number, place = divmod(micro_batch, self.plan.micro_batches)
         if self._window is None or self._window.number != number:
             at = "none" if self._window is None else f"window {self._window.number}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_kd.batch import Batch, Rollout
 from lightning_kd.devices import LateCopy, pinned, to_device
+from lightning_kd.loops.progress import show
 from lightning_kd.modules.half_precision import ScaledSumModule
 from lightning_kd.modules.loss_sums import ReducedSums
 from lightning_kd.normalization import BatchMean, Normalization, constant_ratio, divisor
@@ -187,7 +188,9 @@ class StepCountingModule(ScaledSumModule):
 
     def _look_at_sums(self, sums: Tensor | None) -> None:
         if sums is not None:
-            self.check_trained(self._step_sums.on_host(sums).read().tokens)
+            step = self._step_sums.on_host(sums).read()
+            show(self.trainer, "train/loss", step.means["loss"])
+            self.check_trained(step.tokens)
 
     def _compare_counts(self, row: Tensor | None) -> None:
         if row is None:

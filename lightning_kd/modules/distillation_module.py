@@ -153,7 +153,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         self._adapter.scale_gradients(self._gradients(), self._close_step)
         self.check_sums()
         means = {name: narrow(mean) for name, mean in self._step_sums.means().items()}
-        self.log("train/loss", means["loss"], prog_bar=True)
+        self.log("train/loss", means["loss"])
         self.log("train/tokens", narrow(self._step_sums.sums[1]))
         self.log("train/lr", narrow(optimizer.param_groups[0]["lr"]))
         shown = set()

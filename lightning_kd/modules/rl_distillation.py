@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_kd.batch import FILLER_ROW, IGNORE_INDEX, Rollout
 from lightning_kd.divergences import Divergence, make_divergence
 from lightning_kd.generation import Engine, GenerationOptions, completion_texts
+from lightning_kd.loops.progress import show
 from lightning_kd.models import LogitsBackend, StudentLike, VocabularyPolicy
 from lightning_kd.modules.loss import LossTerm, Scores
 from lightning_kd.modules.policy_gradient import Dropout, PolicyGradientModule, of_tokens
@@ -141,7 +142,9 @@ class RLDistillation(PolicyGradientModule):
                 "every prompt has one completion, and no baseline: its advantage is its reward, "
                 "which varies much. Give the callback OnPolicyGeneration a group_size of 2 or more"
             )
-        self.log("train/reward", pool[0].mean() if pool.numel() else 0.0, prog_bar=True)
+        reward = float(pool[0].mean()) if pool.numel() else 0.0
+        self.log("train/reward", reward)
+        show(self.trainer, "train/reward", reward)
         sizes = [len(batch["row"]) for batch in rollouts]
         for batch, of_rows in zip(rollouts, torch.split(advantages, sizes), strict=True):
             batch["advantages"] = of_rows[:, None] * (batch["labels"] != IGNORE_INDEX)

@@ -1,13 +1,15 @@
 """What the host waits for in a training step that is not logged, on a device whose work is queued."""
 
+import itertools
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loops.optimization.automatic import _AutomaticOptimization
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 
 from lightning_kd import devices
 from lightning_kd.batch import IGNORE_INDEX
-from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.callbacks import OnPolicyGeneration, TokensPerSecond
 from lightning_kd.data import PackedTextData, PromptsAndText
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import DenseLogits, StudentSpec
@@ -18,8 +20,14 @@ from tests.support.harness import BatchList, Letters, trainer
 from tests.support.looks import Looks
 from tests.support.toys import LETTERS, letter_tokenizer, ragged_batch, tiny_llama
 
-LATE = {"_look_at_sums"}
-"""It looks at the step before: at what has been copied to the host meanwhile."""
+LATE = {"_look_at_sums", "_compare_counts"}
+"""They look at the step before: at what has been copied to the host meanwhile."""
+
+NAMED = {
+    "_generate_window": "drawn texts are read",
+    "find_places": "it looks at what is on the host, before it is copied",
+}
+"""What stands for all that it calls."""
 
 ALWAYS = {
     "transformers/masking_utils.py:_ignore_causal_mask_sdpa": "transformers looks whether anything is "
@@ -29,7 +37,15 @@ ALWAYS = {
     "lightning_kd/devices.py:flush": "the wait for these copies, which are there already",
     "_look_at_sums": "the sums of the step before, copied while this one was computed: so that an "
     "error comes one step late, and not never",
+    "_compare_counts": "the same of the counts",
+    "support/harness.py:<genexpr>": "batches are made on the host",
+    "lightning_kd/data/rows.py:example": "batches are made on the host",
+    **NAMED,
 }
+
+
+COUNTED_AHEAD = {"baby_llama_batchmean": {"lightning_kd/devices.py:of"}}
+"""Batches of a step that a loader has on the host are counted there, before they are copied."""
 
 
 @pytest.fixture
@@ -40,8 +56,8 @@ def queued(monkeypatch):
 
 @pytest.fixture
 def waits(queued, monkeypatch):
-    """What is waited for within optimizer steps, but in the first, which also finds the heads."""
-    looks, run = Looks(LATE), _AutomaticOptimization.run
+    """What is waited for in micro-batches, hooks included, but in the first two steps."""
+    looks, run = Looks(LATE | set(NAMED)), _TrainingEpochLoop.advance
 
     def counting(self, *args, **kwargs):
         if self.trainer.global_step < 2:
@@ -49,7 +65,7 @@ def waits(queued, monkeypatch):
         with looks:
             return run(self, *args, **kwargs)
 
-    monkeypatch.setattr(_AutomaticOptimization, "run", counting)
+    monkeypatch.setattr(_TrainingEpochLoop, "advance", counting)
     return looks
 
 
@@ -99,11 +115,11 @@ def test_a_step_that_is_not_logged_waits_for_nothing_that_is_avoidable(waits, na
         max_epochs=-1,
         accumulate_grad_batches=accumulate,
         log_every_n_steps=1000,
-        callbacks=[rollouts(**options) for options in generates],
+        callbacks=[TokensPerSecond(), *(rollouts(**options) for options in generates)],
         gradient_clip_val=1.0,
     )
     run.fit(make(), datamodule=Letters(48, batch_size=2, told=name in {"sdft", "opsd"}))
-    assert not set(waits.places) - set(ALWAYS), waits.places
+    assert not set(waits.places) - set(ALWAYS) - COUNTED_AHEAD.get(name, set()), waits.places
     assert waits.places["_look_at_sums"] > 0
     passes = waits.places["transformers/masking_utils.py:_ignore_causal_mask_sdpa"]
     number = {"sft": 1, "baby_llama": 3, "baby_llama_batchmean": 3}.get(name, 2)
@@ -221,3 +237,34 @@ def test_what_moves_batches_by_itself_may_change_them():
     run = trainer(max_steps=1)
     run.fit(module, datamodule=TakesLabels([ragged_batch([(1, 5), (2, 4)])]))
     assert len(module.micro_batch_loss.positions.places) == 2 + 1
+
+
+def test_the_progress_bar_shows_the_loss_of_the_last_step_that_the_host_has():
+    """On the CPU that is the step itself."""
+    run = trainer(max_steps=2, max_epochs=-1, callbacks=[TokensPerSecond()])
+    run.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=Letters(8, batch_size=2))
+    shown = run.progress_bar_metrics
+    assert shown["train/loss"] == pytest.approx(float(run.callback_metrics["train/loss"]))
+    assert shown["train/tokens_per_second"] > 0
+
+
+def test_tokens_per_second_of_a_queue_are_those_of_all_steps_since_the_last_log(
+    queued, monkeypatch
+):
+    clock = itertools.count()
+    monkeypatch.setattr("lightning_kd.callbacks.throughput.time.perf_counter", lambda: next(clock))
+    rates = []
+
+    class Seen(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            rates.append(trainer.callback_metrics.get("train/tokens_per_second"))
+            tokens.append(float(trainer.callback_metrics["train/tokens"]))
+
+    tokens = []
+    run = trainer(
+        max_steps=4, max_epochs=-1, log_every_n_steps=2, callbacks=[TokensPerSecond(), Seen()]
+    )
+    run.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=Letters(16, batch_size=2))
+    # Each step takes a second of this clock.
+    first, second = sum(tokens[:2]) / 2, sum(tokens[2:]) / 2
+    assert rates == [None, first, first, second]
