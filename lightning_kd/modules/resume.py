@@ -6,6 +6,7 @@ from copy import deepcopy
 from typing import Any, TypeVar
 
 import lightning as L
+from lightning.pytorch.plugins import DoublePrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim import Optimizer
@@ -68,6 +69,9 @@ class Resumption:
         """
         if checkpoint is not None and "lr_schedulers" not in checkpoint:
             raise weights_alone()
+        if isinstance(self.module.trainer.precision_plugin, DoublePrecision):
+            # Lightning does it when the weights have been read, and rounded to float32.
+            self.module.double()
         if _SETTINGS not in saved:
             rank_zero_warn(
                 "the checkpoint does not remember what its run was told, so this run is not "
