@@ -12,6 +12,9 @@ from lightning_kd.models.adapters import without_adapters
 from lightning_kd.models.rotary import follows_length
 from lightning_kd.models.sharding import is_sharded
 
+_LOOKS = {"xglm"}
+"""Types of model whose forward pass branches on a tensor, of which transformers says nothing."""
+
 
 class StaticDecoder(Decoder):
     """A model and its key-value cache in tensors that stay where they are, for one batch of prompts.
@@ -83,6 +86,7 @@ def static_obstacle(model: PreTrainedModel) -> str | None:
             layers - {DynamicLayer, DynamicSlidingWindowLayer}
         ),
         "transformers knows it not to work with one": not inner._can_compile_fullgraph,
+        "it looks at values while it reads": config.model_type in _LOOKS,
         "its quantized weights are unpacked on the host": quantizer is not None
         and not quantizer.is_compileable,
         "its rotary embeddings follow the length": follows_length(inner),

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 
 from lightning_kd.models.context import context_length
+from lightning_kd.models.rotary import own_length
 
 
 def allow_positions(model: PreTrainedModel, count: int, role: str) -> None:
@@ -20,6 +22,24 @@ def allow_positions(model: PreTrainedModel, count: int, role: str) -> None:
             f"{context_length(model.config)} positions are all there are"
         )
     config.max_position_embeddings = count
+
+
+def check_split(models: Mapping[str, PreTrainedModel], length: int, split: str) -> None:
+    """Refuse a split's rows as :func:`check_length` does, and say what else their length does.
+
+    Raises:
+        ValueError: If they are longer than the positions of a model.
+    """
+    check_length(models, length, f"{split} rows")
+    for role, model in models.items():
+        own = own_length(model)
+        if own is not None and length > own:
+            rank_zero_warn(
+                f"{split} rows take up to {length} tokens, and beyond {own} the {role}'s rotary "
+                "embeddings follow the longest row of a micro-batch (dynamic NTK, longrope): loss and "
+                "gradient depend on which rows are together. They do not with a batch_size of 1 or "
+                f"rows of at most {own} tokens"
+            )
 
 
 def check_length(models: Mapping[str, PreTrainedModel], length: int, what: str) -> None:

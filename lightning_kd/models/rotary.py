@@ -1,4 +1,4 @@
-"""Rotary embeddings whose frequencies follow the length of the rows (dynamic NTK)."""
+"""Rotary embeddings whose frequencies follow the length of the rows (dynamic NTK, longrope)."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-_DYNAMIC = "dynamic"
+_DYNAMIC, _LONG = "dynamic", "longrope"
 _FIXED = "default"
 
 
@@ -19,7 +19,21 @@ def _kinds(part: Any) -> dict[str | None, str]:
 
 def follows_length(model: PreTrainedModel) -> bool:
     """Return whether a model's rotary embeddings look at the length of what it reads."""
-    return any(_DYNAMIC in kind for part in model.modules() for kind in _kinds(part).values())
+    return own_length(model) is not None
+
+
+def own_length(model: PreTrainedModel) -> int | None:
+    """Return the tokens beyond which a row changes the frequencies of all rows beside it.
+
+    None where none does.
+    """
+    lengths = [
+        _own_length(part, layer, kind)
+        for part in model.modules()
+        for layer, kind in _kinds(part).items()
+        if _DYNAMIC in kind or kind == _LONG
+    ]
+    return min(lengths, default=None)
 
 
 @contextmanager
@@ -48,6 +62,14 @@ def within_own_length(models: Sequence[PreTrainedModel], longest: int) -> Iterat
     finally:
         for part, kind in changed:
             part.rope_type = kind
+
+
+def _own_length(part: Any, layer: str | None, kind: str) -> int:
+    if kind != _LONG:
+        return int(part.original_max_seq_len)
+    parameters = part.config.rope_parameters
+    of_layer = parameters if layer is None else parameters[layer]
+    return int(of_layer["original_max_position_embeddings"])
 
 
 def _unchanged(part: Any, layer: str | None, longest: int) -> bool:

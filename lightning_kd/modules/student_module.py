@@ -16,7 +16,7 @@ from lightning_kd.loops import prepare_trainer
 from lightning_kd.models import StudentLike
 from lightning_kd.models.adapters import has_adapters
 from lightning_kd.models.given import student_of
-from lightning_kd.models.positions import check_length
+from lightning_kd.models.positions import check_length, check_split
 from lightning_kd.models.sharding import is_sharded, shard
 from lightning_kd.modules.evaluated_checkpoint import prepare_evaluation
 from lightning_kd.modules.own_data import ReadsOwnBatches
@@ -137,7 +137,7 @@ class StudentModule(ReadsOwnBatches, RestorableModule):
                 what = "prompts and max_new_tokens of predict"
                 check_length(self.generating_models, length, what)
             elif split != "train" or not rewritten:
-                check_length(self.models, row, f"{split} rows")
+                check_split(self.models, row, split)
                 if split == "train" and row == prompt:
                     raise ValueError(
                         "the training rows are prompts alone: give on_policy, or data with completions"

@@ -1,12 +1,16 @@
-"""Rotary embeddings that follow the length, in generation."""
+"""Rotary embeddings that follow the length, in generation and training."""
 
 import pytest
 import torch
 
 from lightning_kd.generation import GenerationOptions, decoder, sample
-from lightning_kd.models.rotary import follows_length, within_own_length
+from lightning_kd.generation.static_decoder import static_obstacle
+from lightning_kd.models import StudentSpec
+from lightning_kd.models.rotary import follows_length, own_length, within_own_length
+from lightning_kd.modules import SFT
 from tests.generation.test_host_looks import looks
 from tests.generation.test_sampler import PROMPTS
+from tests.support.harness import Letters, trainer
 from tests.support.toys import tiny_gemma, tiny_llama
 
 DYNAMIC = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10_000.0}
@@ -94,3 +98,57 @@ def test_only_what_follows_the_length_is_changed_and_it_comes_back():
     with pytest.raises(KeyError), within_own_length([model], 64):
         raise KeyError
     assert kinds(model) == ["dynamic"]
+
+
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 2.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 10,
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "own"),
+    [
+        ({"max_position_embeddings": 10, "rope_parameters": DYNAMIC}, 10),
+        ({"max_position_embeddings": 64, "rope_parameters": LONG}, 10),
+        ({"max_position_embeddings": 64, "rope_parameters": PLAIN}, None),
+    ],
+    ids=["dynamic", "longrope", "default"],
+)
+def test_a_row_beyond_the_own_length_changes_those_beside_it(options, own):
+    """What a model gives for a short row, alone and beside one of so many tokens."""
+    model = tiny_llama(3, **options).eval().double()
+    assert own_length(model) == own
+    assert (static_obstacle(model) is None) == (own is None)
+
+    def beside(length):
+        ids, mask = (
+            3 + torch.arange(length).expand(2, -1),
+            torch.zeros(2, length, dtype=torch.long),
+        )
+        mask[0, :4], mask[1] = 1, 1
+        places = torch.arange(length).expand(2, -1)
+        with torch.no_grad():
+            return model(ids, attention_mask=mask, position_ids=places).logits[0, :4]
+
+    torch.testing.assert_close(beside(10), beside(5))
+    same = torch.allclose(beside(11), beside(5), atol=1e-9)
+    assert same == (own is None)
+
+
+class Measured(Letters):
+    """Letters whose longest row is known before the first step."""
+
+    def longest(self):
+        return {"train": (10, 5)}
+
+
+def test_training_warns_of_rows_beyond_the_own_length():
+    rope = LONG | {"original_max_position_embeddings": 4}
+    student = StudentSpec.of(tiny_llama(3, max_position_embeddings=64, rope_parameters=rope))
+    with pytest.warns(UserWarning, match="beyond 4 the student's rotary embeddings follow"):
+        trainer(max_steps=1).fit(SFT(student=student), datamodule=Measured(8, batch_size=4))
