@@ -24,8 +24,8 @@ pytestmark = [
 
 KD = ["--model.teacher.name_or_path", "teacher"]
 ENGINES = (
-    "choose CachedSampler or ContinuousBatchingSampler or TransformersContinuousBatching or "
-    "TransformersEngine"
+    "choose CachedSampler or ContinuousBatchingSampler or SpeculativeSampler or "
+    "TransformersContinuousBatching or TransformersEngine"
 )
 JSONL = [*KD, "--data", "PromptCompletionData", "--data.tokenizer", "teacher"]
 CHAT = [*KD, "--data", "ChatData", "--data.tokenizer", "chat"]
