@@ -88,6 +88,8 @@ class RowFacts:
         most_labels: Most tokens of a row that are trained on.
         example: The tokens of a row.
         turn_end: The token that ends a turn of the chat template, and its id; None without template.
+        told: End of what the teacher reads before the completion of the example row; empty where it
+            reads the prompt.
     """
 
     looked_at: int
@@ -105,6 +107,7 @@ class RowFacts:
     example: Sequence[Token]
     turn_end: tuple[str, int] | None = None
     stopped: int = 0
+    told: str = ""
 
 
 @dataclass(frozen=True)

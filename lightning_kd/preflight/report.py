@@ -91,6 +91,9 @@ class Report:
             of = " (its completion will be generated)" if generated else ""
             yield "example row", example(rows.example)
             yield "", Text(f"tokens of a row; [ ] is trained on{of}", style="dim")
+            if rows.told:
+                yield "teacher reads", Text(rows.told.replace("\n", "\\n"))
+                yield "", Text("in place of the prompt of this row", style="dim")
             yield "rows", Text("; ".join(_about_rows(facts)))
             yield "completions", Text("; ".join(_about_ends(facts)))
         yield "tokenizer", _about_tokenizer(facts.tokenizer)

@@ -16,6 +16,7 @@ from lightning_kd.data.generated import real_tokens
 from lightning_kd.own_batches import is_own, with_prompts
 from lightning_kd.preflight.facts import RowFacts, Token
 from lightning_kd.preflight.tokenizers import turn_end
+from lightning_kd.teacher_rows import has_teacher_rows
 from lightning_kd.tokenization import padding_id
 
 _ROWS_AT_ONCE = 32
@@ -173,7 +174,18 @@ def describe_rows(
         example=_example(some[0], tokenizer),
         turn_end=turn_end(tokenizer) if isinstance(data, ChatData) else None,
         stopped=sum(last in stops for batch in some for last in _last_labels(batch)),
+        told=_told(some[0], tokenizer),
     )
+
+
+def _told(batch: Batch, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the end of the prompt that the teacher reads of the first row."""
+    if not (has_prompts(batch) and has_teacher_rows(batch)):
+        return ""
+    told = batch["teacher"]
+    ids = told["prompt_ids"][0][told["prompt_mask"][0].bool()].tolist()
+    shown: str = tokenizer.decode(ids[-_SHOWN:])
+    return f"... {shown}" if len(ids) > _SHOWN else shown
 
 
 def _last_labels(batch: Batch) -> Iterator[int]:

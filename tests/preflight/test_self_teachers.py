@@ -1,7 +1,10 @@
 """A run whose student teaches itself, before it starts."""
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 
 from lightning_kd import (
     GKD,
@@ -61,6 +64,19 @@ def test_a_copy_takes_what_it_takes_in_the_run(make, precision, lora):
     own = {p.data_ptr() for p in module.student.parameters()}
     copied = [p for p in module.teacher.model.parameters() if p.data_ptr() not in own]
     assert estimated == sum(p.nbytes for p in copied)
+
+
+def test_what_the_teacher_reads_is_shown():
+    console = Console(width=100, record=True, file=io.StringIO())
+    report = check(gkd(LiveStudent()), sums())
+    row = sums()
+    row.setup("fit")
+    batch = row.batch_of("train", [0])
+    expected = batch["prompt"][0] + batch["completion"][0] + batch["prompt"][0]
+    assert report.facts.rows.told == expected
+    report.show(console)
+    assert f"teacher reads  {expected}" in console.export_text()
+    assert check(SFT(student=StudentSpec(config=CONFIG)), sums("none")).facts.rows.told == ""
 
 
 def test_the_live_student_is_no_second_model():

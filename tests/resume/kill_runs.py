@@ -43,6 +43,13 @@ METHODS = ("supervised_kd", "gkd", "minillm")
 STRATEGIES = ("one", "ddp", "fsdp2")
 ALONE = {"one": "cpu", "cuda": "gpu"}
 """Strategies of one process, and where it is."""
+NAMED: dict[str, Any] = dict.fromkeys(ALONE, "auto") | {
+    "directory": {
+        "class_path": "FSDP2Strategy",
+        "init_args": {"save_distributed_checkpoint": True},
+    }
+}
+"""What the trainer is given for a strategy, if not its name; ``directory`` saves shards."""
 STEPS = 12
 CHECKPOINT_EVERY = 3
 """No multiple of MiniLLM's windows, so that some checkpoints are from the middle of one."""
@@ -209,7 +216,7 @@ def arguments(method: str, strategy: str, folder: Path, setting: str = "plain") 
         "trainer": {
             "accelerator": ALONE.get(strategy, "cpu"),
             "devices": world_size(strategy),
-            "strategy": "auto" if strategy in ALONE else strategy,
+            "strategy": NAMED.get(strategy, strategy),
             "accumulate_grad_batches": 2,
             "max_steps": -1,
             "val_check_interval": None,
