@@ -30,9 +30,9 @@ class NegativeLogAcceptance(Divergence):
         tensor(0.5108)
 
     References:
-        *LK losses: Direct Acceptance Rate Optimization for Speculative Decoding*, 2026.
-        https://arxiv.org/abs/2602.23881; the acceptance is that of Leviathan et al., *Fast Inference
-        from Transformers via Speculative Decoding*, ICML 2023, Corollary 3.6.
+        Samarin et al., *LK Losses: Direct Acceptance Rate Optimization for Speculative Decoding*,
+        2026. https://arxiv.org/abs/2602.23881; the acceptance is that of Leviathan et al., *Fast
+        Inference from Transformers via Speculative Decoding*, ICML 2023, Corollary 3.6.
         https://arxiv.org/abs/2211.17192
     """
 

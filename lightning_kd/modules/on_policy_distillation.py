@@ -77,8 +77,8 @@ class OnPolicyDistillation(PolicyGradientModule):
 
     References:
         Lu and Thinking Machines Lab, *On-Policy Distillation*, 2025.
-        https://thinkingmachines.ai/blog/on-policy-distillation/; *Learning beyond Teacher: Generalized
-        On-Policy Distillation with Reward Extrapolation*, 2026. https://arxiv.org/abs/2602.12125
+        https://thinkingmachines.ai/blog/on-policy-distillation/; Yang et al., *Learning beyond Teacher:
+        Generalized On-Policy Distillation with Reward Extrapolation*, 2026. https://arxiv.org/abs/2602.12125
     """
 
     terms: tuple[str, ...] = ("policy_gradient",)
