@@ -62,14 +62,14 @@ def test_the_most_likely_tokens_are_those_of_the_cached_sampler(name, slots):
 def test_log_probs_are_float32_under_another_default_type():
     """The trainer's precision bf16-true sets it while a window is generated."""
     model, prompts, options = tiny_llama(3).eval(), prompts_of([2, 5, 3]), GenerationOptions(6)
-    expected = generated(TransformersContinuousBatching(2), model, options, prompts)
+    expected = generated(CachedSampler(), model, options, prompts)
     torch.set_default_dtype(torch.bfloat16)
     try:
         got = generated(TransformersContinuousBatching(2), model, options, prompts)
     finally:
         torch.set_default_dtype(torch.float32)
     assert got.log_probs.dtype == torch.float32
-    torch.testing.assert_close(got.log_probs, expected.log_probs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(got.log_probs, expected.log_probs, atol=1e-4, rtol=0)
 
 
 def test_it_leaves_everything_as_it_was_and_repeats_itself():

@@ -36,7 +36,7 @@ time.sleep(60)
 @pytest.mark.processes
 def test_what_a_part_has_started_ends_with_it():
     """A process that is left would keep its memory of the GPU, which the next part measures."""
-    written, code = gpu.within([sys.executable, "-c", GRANDCHILD], 5)
+    written, code = gpu.within([sys.executable, "-c", GRANDCHILD], 3)
     assert code is None
     state = Path(f"/proc/{int(written)}/stat")
     for _ in range(100):
