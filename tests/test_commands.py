@@ -77,9 +77,15 @@ def test_the_package_has_its_public_names_when_they_are_asked_for():
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--model", "SupervisedKDD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
+        (
+            ["--model", "SupervisedKDD"],
+            "did you mean SupervisedKD? choose BabyLlama or ChunkLikelihoodKD or GKD or ",
+        ),
         (["--model", "GKD", "--data", "ChatsData"], "did you mean ChatData? choose ArithmeticData"),
-        (["--model.help", "SupervisdKD"], "did you mean SupervisedKD? choose BabyLlama or GKD or "),
+        (
+            ["--model.help", "SupervisdKD"],
+            "did you mean SupervisedKD? choose BabyLlama or ChunkLikelihoodKD or GKD or ",
+        ),
         (["--trainer.callbacks", "EarlyStop"], "did you mean EarlyStopping? choose "),
         (
             ["--trainer.logger", "TensorBoard"],
@@ -95,8 +101,15 @@ def test_an_unknown_class_comes_with_the_nearest_and_the_list(flags, said, fails
     assert said in error
     assert f"there is no class '{flags[-1]}'" in error
     assert "Expected" not in error
-    bases = ("DistillationModule", "TeacherModule", "DistillationData", "BaseFinetuning")
-    for base in (*bases, "LightningModule", " Callback ", "DataPipe"):
+    modules = ("DistillationModule", "TeacherModule", "DivergenceModule", "SelfTaughtModule")
+    for base in (
+        *modules,
+        "DistillationData",
+        "BaseFinetuning",
+        "LightningModule",
+        " Callback ",
+        "DataPipe",
+    ):
         assert base not in error.split("choose")[-1]
 
 
