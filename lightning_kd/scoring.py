@@ -155,8 +155,9 @@ def highest_in_rows(values: Tensor, positions: ScoredPositions, share: float) ->
     """
     rows = positions.rows
     sizes = positions.scattered(torch.ones_like(rows)).sum(-1)
-    # In float64 0.1 of 30 is a little above 3, and in float32 0.07 of 100 may be anything.
-    kept = (sizes.double() * share - 1e-9).ceil()
+    # In float64 0.1 of 30 is a little above 3, and in float32 0.07 of 100 may be anything. What is
+    # taken off is a part of it: of the smallest share, one position is kept.
+    kept = (sizes.double() * share * (1 - 1e-12)).ceil()
     ranking = values.argsort(descending=True, stable=True)
     ranking = ranking[rows[ranking].argsort(stable=True)]
     begins = sizes.cumsum(0) - sizes

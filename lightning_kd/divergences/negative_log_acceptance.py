@@ -53,12 +53,13 @@ class NegativeLogAcceptance(Divergence):
     ) -> tuple[Tensor, Tensor]:
         """The value and ``-[u - q sum(u)] / sum min(p, q)``, with ``u = q`` where ``q < p``, else 0."""
         value = self.value(student_log_probs, teacher_log_probs)
-        sign = (student_log_probs.exp() - teacher_log_probs.exp()).sign()
-        # Such a token's probability is in the sum, so that its share is 1 at most; that of another
-        # need not be, and the sum alone may be less than float32 holds.
-        absent = (sign > 0) | (student_log_probs == -torch.inf)
+        # By the logarithms: where both probabilities are 0 in float32, one is still the smaller. Its
+        # token is in the sum, so that its share is 1 at most; that of another need not be, and the
+        # sum alone may be less than float32 holds.
+        absent = (student_log_probs > teacher_log_probs) | (student_log_probs == -torch.inf)
         share = (student_log_probs + value.unsqueeze(-1)).masked_fill(absent, -torch.inf).exp()
-        return value, softmax_gradient(0.5 * (sign - 1) * share, student_log_probs)
+        smaller = torch.where(student_log_probs < teacher_log_probs, share, 0.5 * share)
+        return value, softmax_gradient(-smaller, student_log_probs)
 
 
 def _log_shared(student_log_probs: Tensor, teacher_log_probs: Tensor) -> Tensor:

@@ -40,8 +40,8 @@ class SupervisedKD(DivergenceModule):
         temperature: Divides the logits of student and teacher in the divergence. Metrics are at 1.
 
     Raises:
-        ValueError: If ``alpha`` lies outside [0, 1], the temperature is not positive or the
-            divergence is unknown.
+        ValueError: If ``alpha`` lies outside [0, 1], or is 1 beside an interpolation, the temperature
+            is not positive or the divergence is unknown.
 
     References:
         Hinton et al., *Distilling the Knowledge in a Neural Network*, 2015.
@@ -90,6 +90,11 @@ class SupervisedKD(DivergenceModule):
         if not 0 <= alpha <= 1:
             raise ValueError(
                 f"alpha is {alpha}; it weighs cross-entropy against the divergence, in [0, 1]"
+            )
+        if alpha == 1 and interpolation is not None:
+            raise ValueError(
+                "alpha is 1, so that the divergence is not learned, and interpolation moves the target "
+                "of the divergence; leave interpolation out, or give an alpha below 1"
             )
         self.alpha = alpha
 

@@ -42,6 +42,27 @@ def test_it_still_pulls_where_the_total_variation_is_flat():
     assert logit_gradient(TotalVariation(), student, teacher).abs().max() < 1e-20
 
 
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        ([0.0, -120.0, -105.0], [-120.0, 0.0, -130.0]),
+        ([0.0, -400.0, -150.0], [-400.0, 0.0, -410.0]),
+        ([0.0, -200.0, -203.0, -190.0], [-203.0, 0.0, -202.0, -199.0]),
+    ],
+)
+def test_where_both_probabilities_are_0_in_float32_the_smaller_still_counts(student, teacher):
+    """The formula of the gradient in logarithms, in NumPy and float64."""
+    q, p = (np.array(each) - np.logaddexp.reduce(each) for each in (student, teacher))
+    accepted = np.logaddexp.reduce(np.minimum(p, q))
+    u = np.where(q < p, np.exp(np.minimum(q - accepted, 0)), 0.0)
+    expected = np.exp(q) * u.sum() - u
+    value, gradient = NegativeLogAcceptance().value_and_logit_gradient(
+        *(torch.tensor(each).log_softmax(-1) for each in (student, teacher))
+    )
+    assert value.item() == pytest.approx(-accepted, rel=1e-6)
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_without_a_common_token_it_is_infinite_and_without_a_gradient(dtype):
     student_logits = torch.tensor([0.0, 0.0, -torch.inf, -torch.inf], dtype=dtype).requires_grad_()

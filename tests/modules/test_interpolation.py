@@ -176,6 +176,10 @@ def test_validation_measures_the_divergence_from_the_teacher_itself():
         (lambda: TAID(steps=3, momentum=1.0), r"must lie in \[0, 1\)"),
         (lambda: module(interpolation=0.5), "interpolation"),
         (
+            lambda: module(alpha=1.0, interpolation=TAID(steps=3)),
+            "alpha is 1, .* leave interpolation out",
+        ),
+        (
             lambda: module(
                 GKD,
                 divergence="reverse_kl",

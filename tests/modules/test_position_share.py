@@ -146,7 +146,7 @@ def test_every_row_keeps_its_share_also_where_values_are_equal(share):
         assert sorted(order) == kept[scored.rows == row].nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("share", ["0.07", "0.1", "0.2", "0.3", "0.35", "0.55", "0.7"])
+@pytest.mark.parametrize("share", ["1e-10", "0.07", "0.1", "0.2", "0.3", "0.35", "0.55", "0.7"])
 def test_the_share_is_rounded_up_and_never_round_off(share):
     """Exactly: 0.1 of 30 positions are 3, though 0.1 * 30 is above 3 in binary."""
     lengths = range(1, 101)
