@@ -155,6 +155,8 @@ class _Kind:
         decoders = _parts(backend.decoder, "decoders")
         before = _parts(backend.pre_tokenizer, "pretokenizers")
         lost = [part["type"] for part in before if not _keeps_text(part)]
+        others = [part["replacement"] for part in before if part["type"] == "Metaspace"]
+        lost += [f"Metaspace({other!r})" for other in others if other != _SPACE]
         changes = [p["type"] for p in _parts(backend.normalizer, "normalizers") if _changes(p)]
         if lost or changes:
             raise ValueError(

@@ -1,9 +1,10 @@
 """From bytes to tokens whose bytes they are."""
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -14,6 +15,9 @@ _BROKEN = re.compile("([\udc80-\udcff]+)")
 """Bytes that are no UTF-8, as Python shows them in a text."""
 
 _WORDS = re.compile(r"\s*\S+|\s+")
+
+_OF_A_BYTE = re.compile("<0x[0-9A-F]{2}>")
+"""What SentencePiece calls a token that is there for letters without one."""
 
 
 class Token(NamedTuple):
@@ -29,14 +33,15 @@ class ByteEncoder:
     A text is tokenized as the tokenizer does it, names of special tokens in it as other text. Bytes
     that are no UTF-8, as where half a character has been cut off, and words that the tokenizer would
     write differently (by NFC, or with the letter that SentencePiece writes for a space) are given in
-    tokens of one byte. A space that the tokenizer puts before a text is no byte of it.
+    tokens of one byte. A space that the tokenizer puts before a text is no byte of it, and what goes on
+    with a text is tokenized without it.
 
     Args:
         tokenizer: The tokenizer.
 
     Raises:
         ValueError: If the bytes of its tokens are not known
-            (:meth:`~lightning_kd.token_bytes.TokenBytes.of_tokenizer`).
+            (:meth:`~lightning_kd.token_bytes.TokenBytes.of_tokenizer`), or it cuts a text by chance.
 
     Example:
         >>> from lightning_kd.data.tokenizer_training import train_tokenizer
@@ -48,14 +53,20 @@ class ByteEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._known = TokenBytes.of_tokenizer(tokenizer)
         self._name = type(tokenizer).__name__
-        # A copy: text of a row is never a special token, is not cut and not filled up.
-        self._backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-        self._backend.encode_special_tokens = True
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        if state["model"].get("dropout"):
+            raise ValueError(
+                f"{self._name} has a dropout of {state['model']['dropout']}, which cuts a text in "
+                "other tokens each time: set it to null in the model of its tokenizer.json (in Python, "
+                "tokenizer.backend_tokenizer.model.dropout = None)"
+            )
+        self._begin, self._go_on = (_reader(part) for part in (state, _without_added_space(state)))
         self._id_of: dict[bytes, int] = {}
-        for number, piece in enumerate(self._known.pieces):
-            if piece:
+        names = {number: name for name, number in tokenizer.get_vocab().items()}
+        of_a_byte = {number for number, name in names.items() if _OF_A_BYTE.fullmatch(name)}
+        # The tokenizer takes such a token where there is no other.
+        for number in sorted(range(len(self._known.pieces)), key=of_a_byte.__contains__):
+            if piece := self._known.pieces[number]:
                 self._id_of.setdefault(piece, number)
         self._neighbours = {pair for piece in self._id_of for pair in pairwise(piece)}
         self._goes_on = {byte for byte, _ in self._neighbours}
@@ -100,7 +111,7 @@ class ByteEncoder:
         return tokens
 
     def split(self, tokens: Sequence[Token], at: int) -> tuple[list[Token], list[Token]]:
-        """Cut a text behind some of its bytes; a token across the cut is replaced by others.
+        """Cut a text behind some of its bytes; a token across the cut becomes those of its parts.
 
         Args:
             tokens: Of the text.
@@ -123,7 +134,7 @@ class ByteEncoder:
             inside = at - start
             if inside < len(token.bytes):
                 first, second = (
-                    self._shortest(part) for part in (token.bytes[:inside], token.bytes[inside:])
+                    self._part(part) for part in (token.bytes[:inside], token.bytes[inside:])
                 )
                 return [*tokens[:place], *first], [*second, *tokens[place + 1 :]]
             start += len(token.bytes)
@@ -147,7 +158,8 @@ class ByteEncoder:
 
     def _plain(self, text: str, begins: bool) -> list[Token] | None:
         """Return the tokens that the tokenizer gives; None if they are not the text's bytes."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        reader = self._begin if begins else self._go_on
+        ids = reader.encode(text, add_special_tokens=False).ids
         pieces = [self._known.pieces[number] for number in ids]
         known = [piece for piece in pieces if piece is not None]
         if len(known) < len(pieces):
@@ -155,21 +167,20 @@ class ByteEncoder:
         tokens, joined, own = list(map(Token, ids, known)), b"".join(known), text.encode()
         if joined == own:
             return tokens
-        if joined != b" " + own:
+        if not begins or joined != b" " + own:
             return None
         first = next(place for place, token in enumerate(tokens) if token.bytes)
-        rest = tokens[first].bytes[1:]
-        if begins:
-            tokens[first] = Token(tokens[first].id, rest)
-            return tokens
-        if rest not in self._id_of and rest and not self.knows_every_byte:
-            return None
-        return [*tokens[:first], *self._shortest(rest), *tokens[first + 1 :]]
+        tokens[first] = Token(tokens[first].id, tokens[first].bytes[1:])
+        return tokens
 
-    def _shortest(self, piece: bytes) -> list[Token]:
-        """Return the token of these bytes if there is one, else a token for each; none of no bytes."""
+    def _part(self, piece: bytes) -> list[Token]:
+        """Return the tokens of a part of a token: one, those of the tokenizer, or one for each byte."""
         number = self._id_of.get(piece)
-        return self._in_bytes(piece) if number is None else [Token(number, piece)]
+        if number is not None:
+            return [Token(number, piece)]
+        text = piece.decode("utf-8", "surrogateescape")
+        plain = None if _BROKEN.search(text) else self._plain(text, begins=False)
+        return self._in_bytes(piece) if plain is None else plain
 
     def _in_bytes(self, several: Iterable[int]) -> list[Token]:
         tokens = []
@@ -182,3 +193,35 @@ class ByteEncoder:
                 )
             tokens.append(Token(self._id_of[one], one))
         return tokens
+
+
+def _reader(state: dict[str, Any]) -> Tokenizer:
+    """Return a tokenizer for which text is never a special token, is not cut and not filled up."""
+    backend = Tokenizer.from_str(json.dumps(state))
+    backend.encode_special_tokens = True
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _without_added_space(state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a tokenizer that puts no space before a text."""
+    normalizer, cut = (state[name] for name in ("normalizer", "pre_tokenizer"))
+    steps = [step for step in _steps(normalizer, "normalizers") if step["type"] != "Prepend"]
+    # A Metaspace of an older file has its add_prefix_space beside its scheme.
+    cuts = [
+        step
+        | ({"prepend_scheme": "never"} if step["type"] == "Metaspace" else {})
+        | ({"add_prefix_space": False} if "add_prefix_space" in step else {})
+        for step in _steps(cut, "pretokenizers")
+    ]
+    return state | {
+        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
+    }
+
+
+def _steps(component: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:
+    if component is None:
+        return []
+    return component[several] if component["type"] == "Sequence" else [component]

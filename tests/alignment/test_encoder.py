@@ -1,16 +1,18 @@
 """The bytes of each token of a text, for five kinds of trained tokenizers."""
 
+from copy import deepcopy
 from functools import cache
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 
 from lightning_kd.alignment import ByteEncoder, align
 from tests.support.tokenizers import (
     KINDS,
     OF_EVERY_BYTE,
+    SPACE,
     TEXTS,
     byte_level,
     tokenizer_of_kind,
@@ -156,3 +158,59 @@ def test_letters_that_are_composed_before_they_are_cut_are_given_in_bytes():
     found = ByteEncoder(wrapped(backend)).encode(text.encode())
     assert joined(found) == text.encode()
     assert found[-1].bytes in (b" two", b"two")
+
+
+WITHOUT_ADDED_SPACE = {
+    "byte-level BPE with a prefix space": (
+        "pre_tokenizer",
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ),
+    "SentencePiece BPE with byte fallback": ("normalizer", normalizers.Replace(" ", SPACE)),
+    "Unigram with byte fallback": (
+        "pre_tokenizer",
+        pre_tokenizers.Metaspace(prepend_scheme="never"),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", WITHOUT_ADDED_SPACE)
+@pytest.mark.parametrize("text", ["They saw the dog", "The teacher", "four two", " and two"])
+def test_what_goes_on_is_tokenized_without_the_space_that_begins_a_text(kind, text):
+    bare = deepcopy(tokenizer_of_kind(kind))
+    part, step = WITHOUT_ADDED_SPACE[kind]
+    setattr(bare.backend_tokenizer, part, step)
+    found = encoder(kind).encode(text.encode(), begins=False)
+    assert [token.id for token in found] == bare(text, add_special_tokens=False)["input_ids"]
+
+
+def test_a_letter_with_a_token_is_never_that_of_a_byte():
+    """Those of bytes have the lower numbers, as in Llama 2."""
+    kind = "SentencePiece BPE with byte fallback"
+    names = tokenizer_of_kind(kind).convert_ids_to_tokens
+    found = encoder(kind).encode(f"two {SPACE}and".encode())  # no text has that letter for a space
+    assert [names(token.id) for token in found[-6:]] == ["<0xE2>", "<0x96>", "<0x81>", *"and"]
+
+
+def test_a_part_of_a_token_is_written_in_the_tokenizers_tokens():
+    own = encoder("SentencePiece BPE with byte fallback")
+    names = tokenizer_of_kind("SentencePiece BPE with byte fallback").convert_ids_to_tokens
+    text = b"Once the teacher"
+    for at in range(len(text)):
+        before, after = own.split(own.encode(text), at)
+        assert not [t for t in before + after if names(t.id).startswith("<0x")]
+
+
+def test_a_tokenizer_that_cuts_by_chance_is_refused():
+    tokenizer = byte_level()
+    tokenizer.backend_tokenizer.model.dropout = 0.5
+    with pytest.raises(
+        ValueError, match=r"has a dropout of 0\.5, which cuts a text in other tokens"
+    ):
+        ByteEncoder(tokenizer)
+
+
+def test_another_letter_for_a_space_is_refused():
+    tokenizer = KINDS["Unigram with byte fallback"]()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="_")
+    with pytest.raises(ValueError, match=r"Metaspace\('_'\) changes a text before it is cut"):
+        ByteEncoder(tokenizer)
