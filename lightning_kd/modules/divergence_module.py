@@ -134,11 +134,21 @@ class DivergenceModule(TeacherModule):
         return self.interpolation.between(divergence, self.global_step, self.device)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Divide the gradients; log the share of the teacher, and let it move on."""
+        """Divide the gradients; log the share of the teacher."""
         super().on_before_optimizer_step(optimizer)
         if self.interpolation is not None:
-            step = self.global_step
-            self.log("train/interpolation", narrow(self.interpolation.share(step, self.device)))
+            share = self.interpolation.share(self.global_step, self.device)
+            self.log("train/interpolation", narrow(share))
+
+    @property
+    def follows_steps(self) -> bool:
+        """Whether the teacher or the target moves on with each optimizer step that is taken."""
+        return self.interpolation is not None or super().follows_steps
+
+    def after_step(self, step: int) -> None:
+        """Let them move on."""
+        super().after_step(step)
+        if self.interpolation is not None:
             loss = self._step_sums.means()["divergence"]
             self.interpolation.update(step, loss, self._step_sums.sums[1])
 

@@ -56,7 +56,7 @@ class Interpolation(Resumable):
         return InterpolatedDivergence(divergence, self.share(step, device))
 
     def update(self, step: int, loss: Tensor, tokens: Tensor) -> None:
-        """Hear what an optimizer step has come to; the straight line does not depend on it.
+        """Hear what an optimizer step has come to, once it is taken; the straight line stays.
 
         Args:
             step: The step, counted from 0.
@@ -84,7 +84,9 @@ class TAID(Interpolation):
 
     with the straight line of :class:`Interpolation` as the least. So :math:`t` never falls. The loss is
     that of the whole step, over all ranks and micro-batches (the reference updates with each
-    micro-batch's own, so that processes would drift apart); a step that scores nothing changes nothing.
+    micro-batch's own, so that processes would drift apart). A step that scores nothing, whose loss is
+    not finite, or that is skipped, changes nothing. From a loss of 0, such as that from the student
+    itself (``start`` 0), no relative change is taken: the mean begins with the next one.
     :math:`t`, :math:`J_n` and :math:`m_n` are in checkpoints.
 
     Args:
@@ -139,15 +141,17 @@ class TAID(Interpolation):
         change = (before - loss) / (before + _EPSILON)
         mean_now = self.momentum * mean + (1 - self.momentum) * change
         moved = share + self.rate * mean_now.sigmoid() * (1 - share)
-        first = before.isnan()
+        # NaN where no loss is to be compared with; in float32 that from the student itself may be
+        # rounding alone.
+        first = ~(before > 0)
         after = torch.stack(
             [
                 torch.where(first, share, moved.clamp_max(self.end)),
-                loss.double(),
+                torch.where(share > 0, loss.double(), torch.nan),
                 torch.where(first, mean, mean_now),
             ]
         )
-        self._state = torch.where(tokens > 0, after, self._state)
+        self._state = torch.where((tokens > 0) & loss.isfinite(), after, self._state)
 
     def state_dict(self) -> dict[str, Any]:
         """Return share, last loss and mean change."""

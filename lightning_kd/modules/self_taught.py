@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.optim import Optimizer
 
 from lightning_kd.batch import Batch, PromptBatch
+from lightning_kd.collectives import any_process
 from lightning_kd.devices import is_queued
 from lightning_kd.models.positions import check_length
 from lightning_kd.modules.distillation_module import DistillationModule
@@ -139,23 +140,40 @@ class SelfTaughtModule(DistillationModule):
 
     # The steps that it follows.
 
+    @property
+    def follows_steps(self) -> bool:
+        """Whether something moves on with each optimizer step that is taken."""
+        return bool(self.followers)
+
+    def after_step(self, step: int) -> None:
+        """Move on with an optimizer step that was taken, counted from 0."""
+        for each in self.followers:
+            each.after_step()
+
     def begin_step(self) -> None:
         """Note that an optimizer step is about to be taken."""
-        if self.followers:
+        if self.follows_steps:
             self._step_begun = self.trainer.global_step, self._loss_scale()
 
     def follow_step(self) -> None:
-        """Tell the teacher of the last step, once, if it was taken."""
+        """Move on with the last step, once, if it was taken."""
         if self._step_begun is None or self.trainer.global_step == self._step_begun[0]:
             return
-        (_, scale), self._step_begun = self._step_begun, None
-        # A gradient scaler lowers its scale where it skips a step; whoever else skips one, as
-        # NonFiniteGuard does, takes the gradients away.
-        overflowed = self._loss_scale() < scale
-        if overflowed or all(p.grad is None for p in self.student.parameters()):
-            return
-        for each in self.followers:
-            each.after_step()
+        (step, scale), self._step_begun = self._step_begun, None
+        # A gradient scaler lowers its scale where it skips a step.
+        if self._loss_scale() >= scale and self._has_stepped():
+            self.after_step(step)
+
+    def _has_stepped(self) -> bool:
+        adapter = self._adapter
+        if adapter.scales_loss_before_backward:
+            return not adapter.skipped_last_step()
+        # Whoever else skips a step, as NonFiniteGuard does, takes the gradients away.
+        has_gradients = any(p.grad is not None for p in self.student.parameters())
+        if adapter.shards_weights and adapter.shard_mesh() is None:
+            # A process may hold nothing of what is trained.
+            return any_process(has_gradients, self.device)
+        return has_gradients
 
     def _loss_scale(self) -> float:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lightning_kd.callbacks import NonFiniteGuard
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD, TAID, Interpolation, SupervisedKD
 from lightning_kd.modules.reverse_kl_estimators import CorrectedTopK
@@ -62,12 +63,12 @@ def official(losses, start, end, steps, rate, momentum):
     """The update of the paper's algorithm in Python floats: the share at each step."""
     t, previous, mean, shares = start, None, 0.0, []
     for step, loss in enumerate(losses):
-        t = max(t, start + (end - start) * min(1.0, step / steps))
+        at = t = max(t, start + (end - start) * min(1.0, step / steps))
         shares.append(t)
-        if previous is not None:
+        if previous:
             mean = momentum * mean + (1 - momentum) * (previous - loss) / (previous + 1e-15)
             t = min(end, t + rate / (1 + math.exp(-mean)) * (1 - t))
-        previous = loss
+        previous = loss if at > 0 else None  # from the student itself there is none
     return shares
 
 
@@ -88,6 +89,62 @@ def test_the_share_follows_the_algorithm_of_the_paper(steps, rate):
     assert shares == pytest.approx(expected, rel=1e-6)
     assert sorted(shares) == shares
     assert shares[-1] <= 0.9
+
+
+@pytest.mark.parametrize("nothing", [0.0, 1e-12, -1e-12])
+def test_from_the_student_itself_it_begins_with_the_loss_after_the_first(nothing):
+    """Its first loss is 0, or rounding alone; a relative change of that would be kept for long."""
+    losses = [nothing, *(2.0 * 0.9**step for step in range(20))]
+    taid = TAID(0.0, steps=1000, rate=0.05, momentum=0.9)
+    shares = []
+    for step, loss in enumerate(losses):
+        shares.append(taid.share(step, torch.device("cpu")).item())
+        taid.update(step, torch.tensor(loss, dtype=torch.float64), torch.tensor(3.0))
+    assert shares == pytest.approx(official(losses, 0.0, 1.0, 1000, 0.05, 0.9), rel=1e-6)
+    assert shares[-1] > 0.3  # of the line, 0.02
+
+
+@pytest.mark.filterwarnings("ignore:optimizer step 2 was skipped")
+@pytest.mark.parametrize("broken", ["gradient", "weights"])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_step_that_is_skipped_or_not_finite_does_not_move_it(broken, guarded, tmp_path):
+    """The step may have a loss that is finite, and one that is not may be taken."""
+    built = module(interpolation=TAID(0.3, steps=1000, rate=0.5, momentum=0.5))
+    seen = Broken(broken)
+    guard = [NonFiniteGuard("skip", dirpath=str(tmp_path))] if guarded else []
+    trainer(max_steps=4, max_epochs=-1, callbacks=[seen, *guard]).fit(
+        built, datamodule=Letters(rows=8, batch_size=4)
+    )
+    states = [torch.tensor(state) for state in seen.states]
+    assert states[0].isfinite().all()
+    if guarded or broken == "weights":
+        assert torch.equal(states[1], states[0])
+    if guarded:
+        assert all(state.isfinite().all() for state in states)
+        assert states[3][0] > states[2][0] > states[1][0]
+
+
+class Broken(GradientProbe):
+    """An optimizer step, the second, whose loss, or only whose gradient, is not finite."""
+
+    def __init__(self, what):
+        self.what, self.states = what, []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 1 and self.what == "weights":
+            weight = pl_module.student.lm_head.weight
+            self.old = weight.detach().clone()
+            weight.data[0] = torch.nan
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 1 and self.what == "gradient":
+            pl_module.student.lm_head.weight.grad[0] = torch.inf
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and self.what == "weights":
+            pl_module.student.lm_head.weight.data.copy_(self.old)
+        pl_module.follow_step()  # a checkpoint may be saved here, before others have heard of it
+        self.states.append(pl_module.interpolation.state_dict()["taid"])
 
 
 @pytest.mark.usefixtures("float64_norms")
