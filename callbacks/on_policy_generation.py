@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lightning_kd.batch import Batch, Rollout, copy_of, require_prompts
+from lightning_kd.batch import Batch, Rollout, require_prompts
 from lightning_kd.callbacks.rollouts.checkpoints import gather_ranks, select_rank
 from lightning_kd.callbacks.rollouts.checks import (
     check_cut,
@@ -24,7 +24,7 @@ from lightning_kd.callbacks.rollouts.empty_windows import EmptyWindows
 from lightning_kd.callbacks.rollouts.generation import Writing, check_sources, write_window
 from lightning_kd.callbacks.rollouts.health import HealthOptions, RolloutHealth
 from lightning_kd.callbacks.rollouts.looking_ahead import tell_what_comes
-from lightning_kd.callbacks.rollouts.planning import give_plan, loader_of
+from lightning_kd.callbacks.rollouts.planning import give_plan, give_rollout, loader_of
 from lightning_kd.callbacks.rollouts.records import RolloutRecords
 from lightning_kd.callbacks.rollouts.replay import ReplayBuffer
 from lightning_kd.callbacks.rollouts.statistics import RolloutStatistics
@@ -206,7 +206,7 @@ class OnPolicyGeneration(Resumable, Callback):
             self._window = window.number
         self.health.compare(pl_module, self._on_policy)
         if self._rollouts:
-            batch.update(copy_of(self._rollouts[place]))
+            give_rollout(batch, self._rollouts[place])
             pl_module.count_rollouts(batch, self._rollouts, place)
         tell_what_comes(pl_module, self._rollouts or window, place, loader_of(trainer).ends_window)
 

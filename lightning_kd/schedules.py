@@ -153,12 +153,19 @@ class AdaptiveShare(Schedule):
         """What validations so far have come to."""
         return self.share
 
+    @property
+    def has_heard(self) -> bool:
+        """Whether any validation has measured what it follows."""
+        return self._reference != math.inf
+
     def update(self, value: float) -> None:
-        """Hear of a validation."""
-        if self._reference == math.inf:
-            self._reference = value
-        elif value >= self._reference + self.tolerance:
-            self.share, self._reference = min(1.0, self.share + self.increase), value
+        """Hear of a validation that has measured what it follows; NaN is neither better nor worse."""
+        if math.isfinite(self._reference):
+            if not value >= self._reference + self.tolerance:
+                return
+            self.share = min(1.0, self.share + self.increase)
+        # Nothing compares with a value that is not finite: the next one is as the first.
+        self._reference = value if math.isfinite(value) else math.nan
 
     def state_dict(self) -> dict[str, float]:
         """Return the share and what the next validation is compared with."""

@@ -1,12 +1,13 @@
 """The plan of a run's rollouts, and the loader that keeps it."""
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning as L
 from lightning.pytorch.trainer.connectors.data_connector import _process_dataloader
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 
+from lightning_kd.batch import Batch, Rollout, copy_of
 from lightning_kd.data import PairedLoader, RolloutPlan, TrainingLoader, WindowedLoader
 from lightning_kd.modules import DistillationModule
 
@@ -75,3 +76,14 @@ def loader_of(trainer: L.Trainer) -> TrainingLoader | PairedLoader | WindowedLoa
             "do not replace it in between, and derive a data module of yours from DistillationData"
         )
     return loader
+
+
+def give_rollout(batch: Batch, rollout: Rollout) -> None:
+    """Give a batch the rows of a rollout, and nothing of its own but the text of another stream.
+
+    Replayed rows are others than the batch has: what it says of its own is not so of them.
+    """
+    values = cast(dict[str, Any], batch)
+    for name in values.keys() - {"text"}:
+        del values[name]
+    values.update(copy_of(rollout))

@@ -163,13 +163,26 @@ def _collated(rows: Sequence[Mapping[str, Any]], pad_id: int) -> PromptBatch:
     if "told" in rows[0]:
         told = [row["told"].tolist() for row in rows]
         batch["teacher"] = teacher_rows(told, [[] for _ in rows], pad_id)
-    for name in rows[0].keys() - {"written", "ended", "prompt_ids", "told"}:
-        cells = [row[name] for row in rows]
+    names = {name for row in rows for name in row}
+    for name in names - {"written", "ended", "prompt_ids", "told"}:
+        cells = [row[name] if name in row else _lacked(row, name) for row in rows]
         if isinstance(cells[0], Mapping):
             batch[name] = {column: [cell[column] for cell in cells] for column in cells[0]}
         else:
             batch[name] = torch.stack(cells) if isinstance(cells[0], Tensor) else cells
     return cast(PromptBatch, batch)
+
+
+def _lacked(row: Mapping[str, Any], name: str) -> Any:
+    """Return what a collator writes for a row that has no such field, beside one that has it."""
+    if name == "references":
+        return [row["completion"]]
+    if name == "tokenized_apart":
+        return torch.tensor(False)
+    raise ValueError(
+        f"on_policy.replay joins rows of several batches, and some of these have {name} while others "
+        "have not; give it in every batch, or leave replay out"
+    )
 
 
 def _completions(rows: Sequence[Mapping[str, Any]], pad_id: int) -> Completions:

@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_kd.callbacks.rollouts.replay import ReplayBuffer
+from lightning_kd.loops import is_measured
 from lightning_kd.modules import DistillationModule
 from lightning_kd.schedules import AdaptiveShare, Constant, Schedule
 
@@ -60,21 +61,22 @@ class StudentWindows:
             )
 
     def hear_of_validation(self, trainer: L.Trainer) -> None:
-        """Let the share follow what a validation has measured.
+        """Let the share follow what a validation has measured; one that has not leaves it as it is.
 
         Raises:
-            ValueError: If it has not measured what the share follows.
+            ValueError: If the first one of a run has not measured what the share follows.
         """
         share, found = self._adaptive, trainer.callback_metrics
         if share is None or trainer.state.fn is not TrainerFn.FITTING:
             return
-        if share.monitor not in found:
-            measured = ", ".join(sorted(name for name in found if name.startswith("val/")))
+        if share.monitor not in found and not share.has_heard:
+            names = ", ".join(sorted(name for name in found if name.startswith("val/")))
             raise ValueError(
                 f"lmbda.monitor is {share.monitor!r}, and validation has measured "
-                f"{measured or 'nothing'}; choose one of these"
+                f"{names or 'nothing'}; choose one of these"
             )
-        if not trainer.sanity_checking:
+        measured = share.monitor in found and is_measured(trainer, share.monitor)
+        if measured and not trainer.sanity_checking:
             share.update(float(found[share.monitor]))
 
     def logged(self, step: int, on_policy: bool) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from lightning_kd.loops.callback_states import for_evaluation
 from lightning_kd.loops.checks import check_validates
 from lightning_kd.loops.fit import EpochLoader, FitTrainer, estimated_steps
+from lightning_kd.loops.measurements import is_measured
 from lightning_kd.loops.monitors import watchers
 from lightning_kd.loops.requeue import SavesAfterStep, requeues
 from lightning_kd.loops.resume import prepare_trainer
@@ -19,6 +20,7 @@ __all__ = [
     "estimated_steps",
     "for_evaluation",
     "has_trained",
+    "is_measured",
     "prepare_trainer",
     "requeues",
     "watchers",

@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_kd.loops.fit import checkpoint_callbacks, early_stoppings
+from lightning_kd.schedules import AdaptiveShare
 
 
 class MonitorChecks(Callback):
@@ -49,5 +50,7 @@ def watchers(trainer: L.Trainer) -> list[tuple[str, str]]:
     """Return what decides by a metric in a run, each with the name of the metric."""
     found = [(type(c).__name__, c.monitor) for c in early_stoppings(trainer)]
     found += [(type(c).__name__, c.monitor or "") for c in checkpoint_callbacks(trainer)]
+    shares = [getattr(c, "lmbda", None) for c in trainer.callbacks]  # type: ignore[attr-defined]
+    found += [("on_policy.lmbda", s.monitor) for s in shares if isinstance(s, AdaptiveShare)]
     scheduled = [c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau]
     return found + [("model.lr_scheduler", str(config.monitor)) for config in scheduled]

@@ -14,10 +14,13 @@ from lightning_kd.models.positions import check_length
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teacher_rows import check_teacher_rows, has_teacher_rows
-from lightning_kd.teachers import LiveStudent, SelfTeacher, Teacher, self_teachers
+from lightning_kd.teachers import CopyOfStudent, LiveStudent, SelfTeacher, Teacher, self_teachers
 
 _STATES = "self_teachers"
 """Key of a checkpoint for the weights of teachers that follow the student."""
+
+_KINDS = "self_teacher_kinds"
+"""Key of a checkpoint for the names of the classes of these teachers."""
 
 
 class SelfTaughtModule(DistillationModule):
@@ -43,8 +46,12 @@ class SelfTaughtModule(DistillationModule):
 
     @property
     def followers(self) -> list[SelfTeacher]:
-        """Those of the teachers, and of their members, whose weights come from the student."""
-        return [each for teacher in self.teachers.values() for each in self_teachers(teacher)]
+        """Those of the teachers, and of their members, whose weights come from the student; each once.
+
+        One may be asked in two roles, and has one step to follow.
+        """
+        found = [each for teacher in self.teachers.values() for each in self_teachers(teacher)]
+        return list({id(each): each for each in found}.values())
 
     def configure_callbacks(self) -> list[Callback]:
         """Add the callback that tells the teacher of optimizer steps."""
@@ -185,6 +192,8 @@ class SelfTaughtModule(DistillationModule):
         self.follow_step()  # a callback may save before ours has heard of the step
         wanted = self.trainer.is_global_zero
         states = [each.state(wanted=wanted) for each in self.followers]
+        if states:
+            checkpoint[_KINDS] = self._kinds
         if any(states):
             checkpoint[_STATES] = states
 
@@ -192,12 +201,28 @@ class SelfTaughtModule(DistillationModule):
         """Restore the weights of teachers that follow the student.
 
         Raises:
-            ValueError: If they are another student's.
+            ValueError: If they are another student's, or those of other teachers.
         """
         super().on_load_checkpoint(checkpoint)
-        for each, state in zip(self.followers, checkpoint.get(_STATES, ()), strict=False):
+        found = checkpoint.get(_KINDS, [])
+        if not any(isinstance(each, CopyOfStudent) for each in self.followers):
+            return
+        # An evaluation may ask fewer than the run, which come first.
+        if found[: len(self._kinds)] != self._kinds:
+            raise ValueError(
+                f"model.teacher and what else is asked here are copies of the student "
+                f"({', '.join(self._kinds)}), and the checkpoint has those of "
+                f"{', '.join(found) or 'none'}; give model.teacher, and model.reference, as the "
+                "run of the checkpoint had them"
+            )
+        states = checkpoint.get(_STATES, [{} for _ in found])
+        for each, state in zip(self.followers, states, strict=False):
             if state:
                 each.load_state(state)
+
+    @property
+    def _kinds(self) -> list[str]:
+        return [type(each).__name__ for each in self.followers]
 
 
 def check_strategy(trainer: L.Trainer, following: Sequence[SelfTeacher]) -> None:

@@ -16,7 +16,7 @@ from lightning_kd.teachers.local import LocalTeacher
 from lightning_kd.teachers.retokenizing import RetokenizingTeacher
 from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.teachers.served import ServedTeacher
-from lightning_kd.teachers.student_copies import EMAStudent, FrozenStudent
+from lightning_kd.teachers.student_copies import CopyOfStudent, EMAStudent, FrozenStudent
 from lightning_kd.teachers.temperatures import temperatures_of
 from lightning_kd.teachers.top_k import TopKTeacher
 
@@ -38,6 +38,7 @@ __all__ = [
     "TEACHERS",
     "Ability",
     "CachedTeacher",
+    "CopyOfStudent",
     "EMAStudent",
     "FrozenStudent",
     "LiveStudent",

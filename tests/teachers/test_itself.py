@@ -378,6 +378,55 @@ def test_a_start_that_a_checkpoint_does_not_have_is_not_made_up(tmp_path):
     assert validated(anew, tmp_path / "one.ckpt")["val/reverse_kl"] > 0
 
 
+def test_copies_of_another_kind_or_number_are_not_taken_from_a_checkpoint(tmp_path):
+    fit, _ = run(1)
+    fit.save_checkpoint(tmp_path / "average.ckpt")
+    fit, _ = run(1, teacher=LiveStudent())
+    fit.save_checkpoint(tmp_path / "live.ckpt")
+    frozen, average = (gkd(t, student=tiny_llama(0)) for t in (FrozenStudent(), EMAStudent(0.8)))
+    for module, place, said in (
+        (frozen, "average.ckpt", r"model\.teacher .*\(FrozenStudent\).* has those of EMAStudent;"),
+        (average, "live.ckpt", r"model\.teacher .*\(EMAStudent\).* has those of LiveStudent;"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            validated(module, tmp_path / place)
+    with pytest.raises(ValueError, match=r"model\.teacher"):
+        run(2, tmp_path / "average.ckpt", teacher=FrozenStudent())
+    two = gkd(TeacherEnsemble([EMAStudent(0.8), FrozenStudent()]), student=tiny_llama(0))
+    with pytest.raises(ValueError, match=r"\(EMAStudent, FrozenStudent\).* those of EMAStudent;"):
+        validated(two, tmp_path / "average.ckpt")
+
+
+def test_an_evaluation_without_the_reference_has_the_average(tmp_path):
+    """A run asks its reference as well: an evaluation takes the average of the teacher alone."""
+
+    def distilled(teacher, start=0):
+        student = tiny_llama(start)
+        return OnPolicyDistillation(
+            student=student, teacher=teacher, reference=FrozenStudent(), optimizer=sgd
+        )
+
+    writes, average = (
+        OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=3)),
+        EMAStudent(0.5),
+    )
+    fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writes])
+    fit.fit(distilled(average), datamodule=Told(batch_size=4))
+    fit.save_checkpoint(tmp_path / "one.ckpt")
+    again = EMAStudent(0.5)
+    validated(distilled(again, start=4), tmp_path / "one.ckpt")
+    assert np.array_equal(flat(again.model), flat(average.model))
+
+
+def test_a_teacher_that_is_asked_twice_follows_a_step_once():
+    teacher, weights = EMAStudent(0.5), Weights()
+    fit = trainer(max_steps=1, callbacks=[weights])
+    fit.fit(gkd(TeacherEnsemble([teacher, teacher]), student=tiny_llama(0)), datamodule=Told())
+    half = 0.5 * weights.student[0] + 0.5 * weights.student[1]
+    assert np.abs(weights.student[1] - weights.student[0]).max() > 1e-3
+    np.testing.assert_allclose(weights.teacher[1], half, rtol=0, atol=1e-6)
+
+
 def test_another_decay_is_refused_on_a_resume(tmp_path):
     fit, _ = run(1)
     fit.save_checkpoint(tmp_path / "one.ckpt")

@@ -1,9 +1,14 @@
 """Windows of the student's earlier completions, and a share of windows that follows validations."""
 
+import math
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lightning_kd.batch import references_of
 from lightning_kd.callbacks import OnPolicyGeneration, ReplayBuffer
+from lightning_kd.callbacks.occasional import OccasionalEvaluation
 from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import GKD, OnPolicyDistillation
@@ -119,6 +124,75 @@ def test_columns_of_a_row_come_along():
         wanted = ["b" if row % 3 == 0 else "a" for row in batch["row"].tolist()]
         assert batch["extra"]["teacher"] == wanted
         assert batch["prompt"] == [f"prompt {row}" for row in batch["row"].tolist()]
+
+
+class Mixed(Letters):
+    """Some rows have several references, and some were tokenized in parts, beside others."""
+
+    def example(self, row, pass_):
+        found = super().example(row, pass_)
+        more = {"references": [f"r{row}", f"s{row}"]} if row % 3 == 0 else {}
+        return replace(found, tokenized_apart=row % 4 == 1, **more)
+
+
+def test_a_replayed_batch_has_the_fields_of_its_own_rows():
+    data = Mixed(rows=12, batch_size=1)
+    seen, _ = fit(40, data=data, replay=ReplayBuffer(12, fresh=0.0))
+    pairs, _ = fit(16, data=Mixed(batch_size=2), replay=ReplayBuffer(12, fresh=0.0))
+    replayed = [*seen.batches[12:], *pairs.batches[6:]]
+    drawn = [tuple(batch["row"].tolist()) for batch in replayed]
+    assert len(set(drawn)) > 12
+    for batch, rows in zip(replayed, drawn, strict=True):
+        examples = [data.example(row, 0) for row in rows]
+        assert batch["completion"] == [example.completion for example in examples]
+        expected = [example.references or [example.completion] for example in examples]
+        assert references_of(batch) == expected
+        apart = batch.get("tokenized_apart", torch.zeros(len(rows), dtype=torch.bool))
+        assert apart.tolist() == [example.tokenized_apart for example in examples]
+
+
+class Sometimes(OccasionalEvaluation):
+    """Measures ``val/x``, always the same."""
+
+    def evaluate(self, module, *, is_trial):
+        return {"x": 1.0}
+
+    def measures(self, name):
+        return name == "x"
+
+
+def of_x(folder=None, resume=None, occasional=None):
+    share = AdaptiveShare(start=0.1, increase=0.2, tolerance=0.0, monitor="val/x")
+    generation = OnPolicyGeneration(
+        generation=SamplingOptions(max_new_tokens=3), table_every=0, lmbda=share
+    )
+    callbacks = [generation, occasional or Sometimes(3), Seen(folder)]
+    run = trainer(max_steps=8, max_epochs=-1, callbacks=callbacks, **VALIDATED)
+    module = GKD(student=StudentSpec.of(tiny_llama(0)), teacher=LocalTeacher.of(tiny_llama(1)))
+    run.fit(module, datamodule=Letters(batch_size=4), ckpt_path=resume)
+    return share.share
+
+
+def test_a_share_follows_those_validations_that_have_measured_what_it_follows(tmp_path):
+    """Of four validations the first and the last have: it grows once, also in a resumed run."""
+    assert of_x(tmp_path) == pytest.approx(0.3)
+    assert of_x(resume=tmp_path / "step3.ckpt") == pytest.approx(0.3)
+
+
+def test_a_share_of_what_no_validation_measures_is_refused():
+    with pytest.raises(ValueError, match=r"on_policy\.lmbda monitors val/x; set it to 1 or more"):
+        of_x(occasional=Sometimes(0))
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_a_share_grows_on_behind_a_value_that_is_not_finite(broken):
+    share = AdaptiveShare(increase=0.25, tolerance=0.1)
+    for value, expected in ((broken, 0), (2.0, 0), (2.05, 0), (2.2, 0.25), (math.nan, 0.25)):
+        share.update(value)
+        assert share(0) == expected
+    share.update(2.4)
+    assert share(0) == 0.5
+    assert share.has_heard
 
 
 def adaptive():
