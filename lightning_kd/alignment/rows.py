@@ -40,8 +40,9 @@ def counterparts(
 ) -> dict[int, int]:
     """Return the teacher's token for each of the student's special tokens that has one.
 
-    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name. An
-    unknown token, which may stand for any text, has none.
+    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name; of
+    the same name first where the teacher's chat template has it, as where that ends turns with another
+    token than EOS. An unknown token, which may stand for any text, has none, also if it is padding.
 
     Example:
         >>> from lightning_kd.data import arithmetic_tokenizer
@@ -52,12 +53,15 @@ def counterparts(
     """
     theirs = {str(token): number for number, token in _special(teacher).items()}
     ours = _special(student).items()
-    found = {number: theirs[str(token)] for number, token in ours if str(token) in theirs}
+    named = {number: theirs[str(token)] for number, token in ours if str(token) in theirs}
+    found = dict(named)
     for role in reversed(_ROLES):  # what is EOS too is the EOS
         own, other = (getattr(side, f"{role}_id") for side in (student, teacher))
-        if own is not None and other is not None:
+        is_unknown = role == "pad_token" and own == student.unk_token_id
+        if own is not None and other is not None and not is_unknown:
             found[own] = other
-    return found
+    template = str(teacher.chat_template or "")
+    return found | {n: named[n] for n, token in ours if n in named and str(token) in template}
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, object]:
@@ -85,7 +89,10 @@ class Retokenizer:
         self._student, self._teacher = student, teacher
         self._known = TokenBytes.of_tokenizer(student)
         self._encoder = ByteEncoder(teacher)
-        self._special = counterparts(student, teacher)
+        # A token of unknown text is none that stands for itself.
+        pieces = self._known.pieces
+        found = counterparts(student, teacher).items()
+        self._special = {own: other for own, other in found if pieces[own] is not None}
         self._own_frame, self._frame = (special_token_frame(t)[0] for t in (student, teacher))
 
     @property
@@ -120,7 +127,9 @@ class Retokenizer:
             self._check(ids, pieces, start if prompt is not None else 0)
         completion = _parts(pieces[start:], own[start:])
         if prompt is not None:
-            before = begun(tokens_of([prompt], self._teacher)[0], self._frame)
+            read_whole = tokens_of([prompt], self._teacher)[0]
+            self._encoder.check_known(read_whole, prompt)
+            before = begun(read_whole, self._frame)
             after = self._encoded(completion, begins=apart)
         else:
             begin = min(len(self._own_frame), start) if self._is_framed(ids) else 0
@@ -131,10 +140,7 @@ class Retokenizer:
         chunks = align(sizes, [size for _, size in after])
         if not before and chunks.count:  # nothing predicts its first token
             chunks = chunks.without_first()
-        counted = [
-            UNKNOWN if piece is None and special is None else len(piece or b"")
-            for piece, special in scored
-        ]
+        counted = [UNKNOWN if piece is None else len(piece) for piece, _ in scored]
         ids_of_both = [*before, *(token for token, _ in after)]
         since = self._since(chunks.first, scored)
         return AlignedRow(ids_of_both, len(before), chunks, since, counted)
