@@ -40,9 +40,8 @@ def counterparts(
 ) -> dict[int, int]:
     """Return the teacher's token for each of the student's special tokens that has one.
 
-    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name; of
-    the same name first where the teacher's chat template has it, as where that ends turns with another
-    token than EOS. An unknown token, which may stand for any text, has none, also if it is padding.
+    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name. An
+    unknown token, which may stand for any text, has none.
 
     Example:
         >>> from lightning_kd.data import arithmetic_tokenizer
@@ -53,15 +52,12 @@ def counterparts(
     """
     theirs = {str(token): number for number, token in _special(teacher).items()}
     ours = _special(student).items()
-    named = {number: theirs[str(token)] for number, token in ours if str(token) in theirs}
-    found = dict(named)
+    found = {number: theirs[str(token)] for number, token in ours if str(token) in theirs}
     for role in reversed(_ROLES):  # what is EOS too is the EOS
         own, other = (getattr(side, f"{role}_id") for side in (student, teacher))
-        is_unknown = role == "pad_token" and own == student.unk_token_id
-        if own is not None and other is not None and not is_unknown:
+        if own is not None and other is not None:
             found[own] = other
-    template = str(teacher.chat_template or "")
-    return found | {n: named[n] for n, token in ours if n in named and str(token) in template}
+    return found
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, object]:
@@ -89,10 +85,7 @@ class Retokenizer:
         self._student, self._teacher = student, teacher
         self._known = TokenBytes.of_tokenizer(student)
         self._encoder = ByteEncoder(teacher)
-        # A token of unknown text is none that stands for itself.
-        pieces = self._known.pieces
-        found = counterparts(student, teacher).items()
-        self._special = {own: other for own, other in found if pieces[own] is not None}
+        self._special = counterparts(student, teacher)
         self._own_frame, self._frame = (special_token_frame(t)[0] for t in (student, teacher))
 
     @property
@@ -127,9 +120,7 @@ class Retokenizer:
             self._check(ids, pieces, start if prompt is not None else 0)
         completion = _parts(pieces[start:], own[start:])
         if prompt is not None:
-            read_whole = tokens_of([prompt], self._teacher)[0]
-            self._encoder.check_known(read_whole, prompt)
-            before = begun(read_whole, self._frame)
+            before = begun(tokens_of([prompt], self._teacher)[0], self._frame)
             after = self._encoded(completion, begins=apart)
         else:
             begin = min(len(self._own_frame), start) if self._is_framed(ids) else 0
@@ -140,7 +131,10 @@ class Retokenizer:
         chunks = align(sizes, [size for _, size in after])
         if not before and chunks.count:  # nothing predicts its first token
             chunks = chunks.without_first()
-        counted = [UNKNOWN if piece is None else len(piece) for piece, _ in scored]
+        counted = [
+            UNKNOWN if piece is None and special is None else len(piece or b"")
+            for piece, special in scored
+        ]
         ids_of_both = [*before, *(token for token, _ in after)]
         since = self._since(chunks.first, scored)
         return AlignedRow(ids_of_both, len(before), chunks, since, counted)

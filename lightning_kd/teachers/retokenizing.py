@@ -178,7 +178,6 @@ class RetokenizingTeacher(CompositeTeacher):
                 "the text in its own here; take a teacher that answers for any text, such as "
                 "LocalTeacher or ServedTeacher"
             )
-        padding_id(self.own_tokenizer)
         self._retokenizer = Retokenizer(tokenizer, self.own_tokenizer)
 
     def check_data(self, data: object) -> None:

@@ -1,14 +1,11 @@
 """Rows in the tokens of another tokenizer: prompts, completions and special tokens."""
 
-from copy import deepcopy
-
 import pytest
-from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.alignment import Retokenizer, counterparts
 from lightning_kd.data.encoding import encode_documents
 from lightning_kd.token_bytes import UNKNOWN
-from lightning_kd.tokenization import encode_prompts, padding_id
+from lightning_kd.tokenization import encode_prompts
 from tests.support.tokenizers import KINDS, byte_level, tokenizer_of_kind
 
 BYTE_LEVEL, LLAMA = "byte-level BPE", "SentencePiece BPE with byte fallback"
@@ -122,38 +119,3 @@ def test_what_a_model_wrote_without_text_stands_for_none():
     assert row.sizes[-1] == UNKNOWN
     with pytest.raises(ValueError, match="the text of the token 10000"):
         Retokenizer(own, other).row(ids, 1)
-
-
-def test_unknown_text_is_refused_also_where_its_token_is_padding():
-    own, other = KINDS["WordPiece"](), tokenizer_of_kind(BYTE_LEVEL)
-    own.pad_token = own.unk_token
-    assert own.pad_token_id not in counterparts(own, other)
-    ids = plain(own, "two \u9999 and")
-    with pytest.raises(ValueError, match=r"'<unk>'\) is not known"):
-        Retokenizer(own, other).row(ids, 1)
-    row = Retokenizer(own, other).row(ids, 1, generated=True)
-    assert row.sizes[ids.index(own.unk_token_id) - 1] == UNKNOWN
-    assert other.pad_token_id not in row.ids
-
-
-def test_a_prompt_that_the_teacher_cannot_write_is_refused():
-    own, other = both(BYTE_LEVEL, "WordPiece")
-    ids = plain(own, "\u9999 two")
-    with pytest.raises(ValueError, match="cannot write all of '\u9999'"):
-        Retokenizer(own, other).row(ids, len(ids) - 1, prompt="\u9999", apart=True)
-
-
-def test_the_name_wins_over_the_role_where_the_teachers_template_has_it():
-    own = deepcopy(tokenizer_of_kind(BYTE_LEVEL))
-    own.eos_token = "<|turn|>"
-    other = deepcopy(tokenizer_of_kind(LLAMA))
-    assert counterparts(own, other)[own.eos_token_id] == other.eos_token_id
-    other.chat_template = "{{ messages[0].content }}<|turn|>"
-    turn = other.convert_tokens_to_ids("<|turn|>")
-    assert counterparts(own, other)[own.eos_token_id] == turn != other.eos_token_id
-
-
-def test_a_tokenizer_that_cannot_fill_up_rows_is_refused():
-    backend = tokenizer_of_kind(BYTE_LEVEL).backend_tokenizer
-    with pytest.raises(ValueError, match="neither padding nor EOS to fill up rows"):
-        padding_id(PreTrainedTokenizerFast(tokenizer_object=backend))
