@@ -626,13 +626,26 @@ def test_sums_with_a_hint_are_read_by_the_average():
 
 
 def test_replayed_completions_stand_behind_the_teachers_prompt():
-    """Each micro-batch on the CPU is compared with what the teacher reads of it."""
-    replay = ReplayBuffer(capacity=4, fresh=0.0)
+    """What the teacher reads of each row is its own prompt, and what the row was completed with."""
+    replay, tokenizer, seen = ReplayBuffer(capacity=4, fresh=0.0), letter_tokenizer(), []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(batch)
+
     writes = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=4), replay=replay)
-    fit = trainer(max_steps=4, max_epochs=-1, callbacks=[writes])
+    fit = trainer(max_steps=4, max_epochs=-1, callbacks=[writes, Look()])
     fit.fit(gkd(LiveStudent(), student=tiny_llama(0)), datamodule=Told(batch_size=4))
     assert replay.replaying
     assert fit.callback_metrics["train/loss"].item() > 0
+    for batch in seen:
+        read = batch["teacher"]
+        for number, row in enumerate(batch["row"].tolist()):
+            prompt = tokenizer(ROWS[row]["solution"] + ROWS[row]["prompt"])["input_ids"]
+            written = batch["input_ids"][number][batch["completion_mask"][number]].tolist()
+            real, told = read["attention_mask"][number].bool(), read["prompt_mask"][number].bool()
+            assert read["prompt_ids"][number][told].tolist() == prompt
+            assert read["input_ids"][number][real].tolist() == [*prompt, *written]
 
 
 def test_a_reference_may_be_the_student_as_it_started():
