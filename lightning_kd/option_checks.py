@@ -78,12 +78,12 @@ def is_number(value: object, *, whole: bool = False) -> bool:
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
-def require_positive(**temperatures: float) -> None:
-    """Refuse a temperature that cannot divide logits.
+def require_positive(**options: float) -> None:
+    """Refuse an option that must be above 0, such as a temperature.
 
     Raises:
         ValueError: If one is not positive.
     """
-    for name, value in temperatures.items():
+    for name, value in options.items():
         if not value > 0:
             raise ValueError(f"{name} is {value}; it must be positive")

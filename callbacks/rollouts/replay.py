@@ -4,11 +4,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from lightning_kd.batch import PromptBatch, Rollout
+from lightning_kd.batch import PromptBatch, Rollout, pad_rows
 from lightning_kd.collectives import gather_objects
 from lightning_kd.generation import Completions
 from lightning_kd.generation.rollouts import Truncation, rollout_batches
@@ -149,16 +148,10 @@ def _row_of(values: Mapping[str, Any], row: int, written: Tensor, *, ended: bool
 
 def _collated(rows: Sequence[Mapping[str, Any]], pad_id: int) -> PromptBatch:
     """Return rows as a batch of prompts, without the completions of the data."""
-    width = max(len(row["prompt_ids"]) for row in rows)
-
-    def on_the_left(ids: Tensor, fill: int) -> Tensor:
-        return F.pad(ids, (width - len(ids), 0), value=fill)
-
+    prompts = [row["prompt_ids"].tolist() for row in rows]
     batch: dict[str, Any] = {
-        "prompt_ids": torch.stack([on_the_left(row["prompt_ids"], pad_id) for row in rows]),
-        "prompt_mask": torch.stack(
-            [on_the_left(torch.ones_like(row["prompt_ids"]), 0) for row in rows]
-        ),
+        "prompt_ids": pad_rows(prompts, pad_id, left=True),
+        "prompt_mask": pad_rows([[1] * len(ids) for ids in prompts], 0, left=True),
     }
     if "told" in rows[0]:
         told = [row["told"].tolist() for row in rows]
@@ -186,9 +179,6 @@ def _lacked(row: Mapping[str, Any], name: str) -> Any:
 
 
 def _completions(rows: Sequence[Mapping[str, Any]], pad_id: int) -> Completions:
-    lengths = torch.tensor([len(row["written"]) for row in rows])
-    ids = torch.nn.utils.rnn.pad_sequence(
-        [row["written"] for row in rows], batch_first=True, padding_value=pad_id
-    )
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    written = [row["written"].tolist() for row in rows]
+    ids, mask = pad_rows(written, pad_id), pad_rows([[1] * len(each) for each in written], 0).bool()
     return Completions(ids, mask, None, None, torch.tensor([row["ended"] for row in rows]))

@@ -69,7 +69,7 @@ def _pays(layer: nn.Module) -> TypeGuard[nn.Linear]:
         # A shard is a part of it, which has another shape.
         and layer.weight.shape == (layer.out_features, layer.in_features)
         and layer.weight.nbytes >= LEAST_BYTES
-        # Adapters and tests put passes of their own in the place of a layer's.
+        # What has been put in the place of a layer's own pass stays there.
         and "forward" not in vars(layer)
     )
 

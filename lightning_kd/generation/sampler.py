@@ -60,6 +60,11 @@ class CachedSampler(Engine):
         check_choice("cache", cache, get_args(CacheKind))
         self.cache = cache
 
+    @property
+    def mix(self) -> Mix | None:
+        """What makes one distribution of those of several models; None for their mixture."""
+        return None
+
     def check_models(self, models: Sequence[PreTrainedModel], *, gathered: bool = False) -> None:
         """Refuse models without a key-value cache, and obstacles to a static one that is asked for."""
         for model in models:
@@ -86,6 +91,7 @@ class CachedSampler(Engine):
             seeds=seeds,
             width=prompts.width,
             cache=self.cache,
+            mix=self.mix,
         )
 
 

@@ -1,15 +1,9 @@
 """Sampling from the student, with the teacher in the place of what it would not say."""
 
-from collections.abc import Sequence
-
-from transformers import PreTrainedModel
-
-from lightning_kd.generation.completions import Completions
 from lightning_kd.generation.decoding import CacheKind
-from lightning_kd.generation.drawing import Replacement
+from lightning_kd.generation.drawing import Mix, Replacement
 from lightning_kd.generation.options import GenerationOptions
-from lightning_kd.generation.prompts import Prompts
-from lightning_kd.generation.sampler import CachedSampler, sample
+from lightning_kd.generation.sampler import CachedSampler
 from lightning_kd.option_checks import check_whole
 
 
@@ -61,24 +55,7 @@ class SpeculativeSampler(CachedSampler):
                 "temperature above 0, top_k 0 and top_p 1"
             )
 
-    def generate(
-        self,
-        prompts: Prompts,
-        options: GenerationOptions,
-        *,
-        seeds: Sequence[int],
-        models: Sequence[tuple[PreTrainedModel, float]],
-    ) -> Completions:
-        """Generate with the student and the teacher, in this order."""
-        return sample(
-            models,
-            prompts.ids,
-            prompts.mask,
-            options,
-            eos_ids=prompts.eos_ids,
-            pad_id=prompts.pad_id,
-            seeds=seeds,
-            width=prompts.width,
-            cache=self.cache,
-            mix=Replacement(self.k),
-        )
+    @property
+    def mix(self) -> Mix:
+        """The student's distribution, and the teacher's in the place of what it does not accept."""
+        return Replacement(self.k)

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from typing import Any, cast
 
-import torch
-
 from lightning_kd.alignment import AlignedRow, Retokenizer
-from lightning_kd.batch import IGNORE_INDEX, TEACHER_PROMPT, Batch, has_prompts
+from lightning_kd.batch import IGNORE_INDEX, TEACHER_PROMPT, Batch, has_prompts, pad_rows
 from lightning_kd.devices import to_device
 from lightning_kd.scoring import ScoredPositions
 
@@ -71,28 +69,27 @@ def own_batch(
         starts_alone: Whether the first token of each chunk alone is labeled.
     """
     ids = [[padding] if row is None else row.ids for row in rows]
-    width = max(map(len, ids))
-    device = batch["input_ids"].device
-    labels = torch.full((len(rows), width), IGNORE_INDEX)
-    tokens, mask = torch.full_like(labels, padding), torch.zeros_like(labels)
-    for number, row in enumerate(rows):
-        length = len(ids[number])
-        tokens[number, :length], mask[number, :length] = torch.tensor(ids[number]), 1
-        if row is not None:
-            before = [-1, *row.chunks.second[:-1]]
-            for place, (chunk, last) in enumerate(
-                zip(row.chunks.second, before, strict=True), row.start
-            ):
-                if chunk >= 0 and (not starts_alone or chunk != last):
-                    labels[number, place] = row.ids[place]
+    labels = [[IGNORE_INDEX] if row is None else _labels(row, starts_alone) for row in rows]
     own: dict[str, Any] = {
-        "input_ids": tokens,
-        "attention_mask": mask,
-        "labels": labels,
+        "input_ids": pad_rows(ids, padding),
+        "attention_mask": pad_rows([[1] * len(row) for row in ids], 0),
+        "labels": pad_rows(labels, IGNORE_INDEX),
     }
+    device = batch["input_ids"].device
     own = {name: to_device(tensor, device) for name, tensor in own.items()}
     also = ("row", "sample", "document", "extra")
     return cast(Batch, own | {name: batch[name] for name in also if name in batch})  # type: ignore[literal-required]
+
+
+def _labels(row: AlignedRow, starts_alone: bool) -> list[int]:
+    """Return the tokens of a row that are asked about, ``IGNORE_INDEX`` for others."""
+    labels = [IGNORE_INDEX] * len(row.ids)
+    last = -1
+    for place, chunk in enumerate(row.chunks.second, row.start):
+        if chunk >= 0 and (not starts_alone or chunk != last):
+            labels[place] = row.ids[place]
+        last = chunk
+    return labels
 
 
 def chunk_numbers(rows: Sequence[AlignedRow | None]) -> tuple[list[int], ...]:

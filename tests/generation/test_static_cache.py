@@ -10,7 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GPT2Config, MambaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    MambaConfig,
+    XGLMConfig,
+    XGLMForCausalLM,
+)
 
 from lightning_kd import CachedSampler, GenerationOptions, Prompts, SamplingOptions
 from lightning_kd.generation import decoding, recording, sample, static_decoder
@@ -396,6 +402,14 @@ def on_two_devices():
     return model
 
 
+def xglm():
+    """A model whose forward pass branches on a tensor."""
+    config = XGLMConfig(
+        vocab_size=18, d_model=16, num_layers=1, attention_heads=2, ffn_dim=32, eos_token_id=17
+    )
+    return XGLMForCausalLM(config)
+
+
 OBSTACLES = {
     "recurrent": (mamba, "keeps something else than keys and values"),
     "dynamic NTK": (lambda: rope("dynamic"), "rotary embeddings follow the length"),
@@ -403,6 +417,7 @@ OBSTACLES = {
     "unknown": (not_known_to_work, "transformers knows it not to work"),
     "quantized": (quantized, "quantized weights are unpacked on the host"),
     "two devices": (on_two_devices, "several devices"),
+    "branches on a tensor": (xglm, "looks at values while it reads"),
 }
 
 
