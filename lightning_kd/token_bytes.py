@@ -15,6 +15,25 @@ from transformers import PreTrainedTokenizerBase
 UNKNOWN = -1
 """Bytes of a token of which nobody knows what text it stands for, such as ``<unk>``."""
 
+
+def unknown_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the tokens that a tokenizer gives for any text that it has no token for.
+
+    Raises:
+        ValueError: As :meth:`TokenBytes.of_tokenizer`.
+
+    Example:
+        >>> from lightning_kd.data import arithmetic_tokenizer
+        >>> unknown_tokens(arithmetic_tokenizer()), arithmetic_tokenizer().pad_token_id
+        ({0}, 0)
+    """
+    kind, vocabulary = _Kind.of(tokenizer), tokenizer.get_vocab()
+    if kind.knows_every_byte:
+        return set()
+    names = {tokenizer.unk_token, _unknown_token(kind.backend.model)}
+    return {vocabulary[name] for name in names if name in vocabulary}
+
+
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 """What SentencePiece writes for a space."""
 
@@ -78,12 +97,12 @@ class TokenBytes:
         special = torch.zeros(len(pieces), dtype=torch.bool)
         for number in _special_ids(tokenizer, kind.backend):
             special[number], pieces[number] = True, b""
-        model: Any = kind.backend.model
-        unknown = {tokenizer.unk_token, _unknown_token(model)} & vocabulary.keys()
-        if isinstance(model, models.BPE) and not (kind.knows_every_byte or unknown):
+        unknown = unknown_tokens(tokenizer)
+        is_bpe = isinstance(kind.backend.model, models.BPE)
+        if is_bpe and not (kind.knows_every_byte or unknown):
             raise ValueError(_refused(tokenizer, "it leaves out letters that it does not know"))
-        for token in () if kind.knows_every_byte else unknown:
-            pieces[vocabulary[token]] = None  # any text that the tokenizer has no token for
+        for number in unknown:
+            pieces[number] = None
         lengths = [UNKNOWN if piece is None else len(piece) for piece in pieces]
         begins = [kind.adds_space and piece is not None and piece[:1] == b" " for piece in pieces]
         tensors = torch.tensor(lengths), special, torch.tensor(begins)

@@ -47,9 +47,18 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the padding token of a tokenizer, or else its EOS."""
-    pad = tokenizer.pad_token_id
-    return int(tokenizer.eos_token_id if pad is None else pad)
+    """Return the padding token of a tokenizer, or else its EOS.
+
+    Raises:
+        ValueError: If it has neither.
+    """
+    pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
+    if pad is None and eos is None:
+        raise ValueError(
+            f"the tokenizer {type(tokenizer).__name__} ({tokenizer.name_or_path or 'given'}) has "
+            "neither padding nor EOS to fill up rows with: set its eos_token or its pad_token"
+        )
+    return int(eos if pad is None else pad)
 
 
 def vocabulary_digest(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -110,6 +110,17 @@ class ByteEncoder:
                 tokens += self._run(run, begins and number == 0)
         return tokens
 
+    def check_known(self, ids: Iterable[int], text: str) -> None:
+        """Refuse what the tokenizer has made of a text if it has no token for a part of it.
+
+        Raises:
+            ValueError: If there is such a part.
+        """
+        if self.knows_every_byte:
+            return
+        if any(self._known.pieces[number] is None for number in ids):
+            raise ValueError(self._refused(text))
+
     def split(self, tokens: Sequence[Token], at: int) -> tuple[list[Token], list[Token]]:
         """Cut a text behind some of its bytes; a token across the cut becomes those of its parts.
 
@@ -140,16 +151,19 @@ class ByteEncoder:
             start += len(token.bytes)
         return list(tokens), []
 
+    def _refused(self, text: str) -> str:
+        return (
+            f"{self._name} cannot write all of {text[:60]!r}: it has no token for a part of it, or "
+            "writes it differently. Take a teacher whose tokenizer knows every byte, or leave the "
+            "row out"
+        )
+
     def _run(self, text: str, begins: bool) -> list[Token]:
         tokens = self._plain(text, begins)
         if tokens is not None:
             return tokens
         if not self.knows_every_byte:
-            raise ValueError(
-                f"{self._name} cannot write all of {text[:60]!r}: it has no token for a part of it, or "
-                "writes it differently. Take a teacher whose tokenizer knows every byte, or leave the "
-                "row out"
-            )
+            raise ValueError(self._refused(text))
         tokens = []
         for word in _WORDS.findall(text):
             plain = self._plain(word, begins and not tokens)

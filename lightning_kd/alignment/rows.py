@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.alignment.chunks import Chunks, align
 from lightning_kd.alignment.encoder import ByteEncoder
-from lightning_kd.token_bytes import UNKNOWN, TokenBytes
+from lightning_kd.token_bytes import TokenBytes, unknown_tokens
 from lightning_kd.tokenization import begun, special_token_frame, tokens_of
 
 _Part = bytes | int
@@ -31,8 +31,6 @@ class AlignedRow:
     """Of the student's scored tokens, and of the others from ``start`` on."""
     since: list[int]
     """First chunk whose extent each of the student's scored tokens has a part in; -1 for none."""
-    sizes: list[int]
-    """Bytes of each of the student's scored tokens; ``UNKNOWN`` where they are not known."""
 
 
 def counterparts(
@@ -40,24 +38,31 @@ def counterparts(
 ) -> dict[int, int]:
     """Return the teacher's token for each of the student's special tokens that has one.
 
-    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name. An
-    unknown token, which may stand for any text, has none.
+    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name; of
+    the same name first where the teacher's chat template has it, as where that ends turns with another
+    token than EOS. An unknown token, which may stand for any text, has none, also if it is padding.
+
+    Raises:
+        ValueError: If the bytes of the student's tokens are not known.
 
     Example:
         >>> from lightning_kd.data import arithmetic_tokenizer
         >>> from lightning_kd.data.tokenizer_training import train_tokenizer
         >>> other = train_tokenizer(["12"], vocab_size=258)
         >>> counterparts(arithmetic_tokenizer(), other), other.pad_token_id, other.eos_token_id
-        ({0: 0, 1: 1}, 0, 1)
+        ({1: 1}, 0, 1)
     """
     theirs = {str(token): number for number, token in _special(teacher).items()}
-    ours = _special(student).items()
-    found = {number: theirs[str(token)] for number, token in ours if str(token) in theirs}
+    unknown = unknown_tokens(student)
+    ours = {n: str(token) for n, token in _special(student).items() if n not in unknown}
+    named = {number: theirs[name] for number, name in ours.items() if name in theirs}
+    found = dict(named)
     for role in reversed(_ROLES):  # what is EOS too is the EOS
         own, other = (getattr(side, f"{role}_id") for side in (student, teacher))
-        if own is not None and other is not None:
+        if own is not None and other is not None and own not in unknown:
             found[own] = other
-    return found
+    template = str(teacher.chat_template or "")
+    return found | {number: other for number, other in named.items() if ours[number] in template}
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, object]:
@@ -86,6 +91,8 @@ class Retokenizer:
         self._known = TokenBytes.of_tokenizer(student)
         self._encoder = ByteEncoder(teacher)
         self._special = counterparts(student, teacher)
+        own = self._known.is_special.nonzero()[:, 0].tolist()
+        self._without_counterpart = {*own} - self._special.keys()
         self._own_frame, self._frame = (special_token_frame(t)[0] for t in (student, teacher))
 
     @property
@@ -109,21 +116,26 @@ class Retokenizer:
             start: Place of the first scored one.
             prompt: Text that stands before it; None for what the student's tokens before it say.
             apart: Whether what is scored was tokenized as a text of its own.
-            generated: Whether a model has written it: tokens of unknown text stand for none then.
+            generated: Whether a model has written it: tokens of unknown text, and special ones without
+                a counterpart, stand for none then.
 
         Raises:
-            ValueError: If a token's bytes are not known, or the other tokenizer cannot write the text.
+            ValueError: If a token's bytes are not known, a special one has no counterpart, or the other
+                tokenizer cannot write the text.
         """
         pieces = self._known.of_row(ids, start if apart else None)
         own = [self._special.get(token) for token in ids]
-        if not generated:
-            self._check(ids, pieces, start if prompt is not None else 0)
+        framed = list(ids[: len(self._own_frame)]) == self._own_frame
+        begin = min(len(self._own_frame), start) if framed else 0
+        checked = slice(begin if prompt is None else start, start if generated else None)
+        self._check(ids[checked], pieces[checked])
         completion = _parts(pieces[start:], own[start:])
         if prompt is not None:
-            before = begun(tokens_of([prompt], self._teacher)[0], self._frame)
+            read_whole = tokens_of([prompt], self._teacher)[0]
+            self._encoder.check_known(read_whole, prompt)
+            before = begun(read_whole, self._frame)
             after = self._encoded(completion, begins=apart)
         else:
-            begin = min(len(self._own_frame), start) if self._is_framed(ids) else 0
             read = _parts(pieces[begin:start], own[begin:start])
             before, after = self._continued(read, completion, apart=apart)
         scored = list(zip(pieces[start:], own[start:], strict=True))
@@ -131,13 +143,8 @@ class Retokenizer:
         chunks = align(sizes, [size for _, size in after])
         if not before and chunks.count:  # nothing predicts its first token
             chunks = chunks.without_first()
-        counted = [
-            UNKNOWN if piece is None and special is None else len(piece or b"")
-            for piece, special in scored
-        ]
         ids_of_both = [*before, *(token for token, _ in after)]
-        since = self._since(chunks.first, scored)
-        return AlignedRow(ids_of_both, len(before), chunks, since, counted)
+        return AlignedRow(ids_of_both, len(before), chunks, self._since(chunks.first, scored))
 
     def _since(
         self, numbers: Sequence[int], scored: Sequence[tuple[bytes | None, int | None]]
@@ -199,19 +206,25 @@ class Retokenizer:
             sized += [(token.id, len(token.bytes)) for token in tokens]
         return sized
 
-    def _is_framed(self, ids: Sequence[int]) -> bool:
-        return list(ids[: len(self._own_frame)]) == self._own_frame
-
-    def _check(self, ids: Sequence[int], pieces: Sequence[bytes | None], begin: int) -> None:
-        """Refuse tokens of which nobody knows what text they stand for."""
-        for token, piece in zip(ids[begin:], pieces[begin:], strict=True):
-            if piece is None and token not in self._special:
-                name = self._student.convert_ids_to_tokens(token)
+    def _check(self, ids: Sequence[int], pieces: Sequence[bytes | None]) -> None:
+        """Refuse tokens that the teacher could not read."""
+        for token, piece in zip(ids, pieces, strict=True):
+            if piece is None:
                 raise ValueError(
-                    f"the text of the token {token} ({name!r}) is not known, so that it cannot be read "
-                    "in the teacher's tokens: leave the row out, or take a tokenizer that knows every "
-                    "letter of the data"
+                    f"the text of the token {self._named(token)} is not known, so that it cannot be "
+                    "read in the teacher's tokens: leave the row out, or take a tokenizer that knows "
+                    "every letter of the data"
                 )
+            if token in self._without_counterpart:
+                raise ValueError(
+                    f"the special token {self._named(token)} has no counterpart in the teacher's "
+                    "tokenizer, so that the teacher would read the row without it: take it out of the "
+                    "data's texts, give the teacher's tokenizer a special token of that name, or, "
+                    "where a chat template ends answers with it, set data.eos_token to it"
+                )
+
+    def _named(self, token: int) -> str:
+        return f"{token} ({self._student.convert_ids_to_tokens(token)!r})"
 
 
 def _parts(pieces: Sequence[bytes | None], own: Sequence[int | None]) -> list[_Part]:

@@ -34,8 +34,6 @@ class AlignedAnswer(TeacherAnswer):
     """Place of the first token of each chunk among the scored positions, ``(C,)``."""
     ends: Tensor
     """Place of the last one, ``(C,)``."""
-    sizes: Tensor
-    """Bytes of the token behind each scored position, ``(N,)``; below 0 where they are not known."""
 
     def sums(self, values: Tensor) -> Tensor:
         """Return the sum over the tokens of each chunk, differentiable: ``(N,) -> (C,)``."""
@@ -55,7 +53,7 @@ class AlignedAnswer(TeacherAnswer):
 
     def check(self, positions: int, width: int) -> None:
         """Compare shapes, and look at the numbers of the chunks."""
-        check_shape(self.kind, [len(self.chunks), len(self.sizes)], positions)
+        check_shape(self.kind, [len(self.chunks)], positions)
         count = len(self.ends)
         numbers = torch.arange(count, device=self.chunks.device)
         told = len(self.starts) == count and (self.chunks < count).all()
@@ -82,10 +80,9 @@ class ChunkLogProbs(AlignedAnswer):
     """How likely the text is to the teacher, token by token of its own, and what chunk each is in.
 
     Example:
-        >>> chunks, ends, sizes = torch.tensor([0, 0, 1]), torch.tensor([1, 2]), torch.tensor([2, 1, 3])
+        >>> chunks, starts, ends = map(torch.tensor, ([0, 0, 1], [0, 2], [1, 2]))
         >>> own, log_probs = torch.tensor([0, 1, 1]), torch.tensor([-1.0, -2.0, -4.0])
-        >>> starts = torch.tensor([0, 2])
-        >>> answer = ChunkLogProbs(chunks, starts, ends, sizes, log_probs, own, since=chunks)
+        >>> answer = ChunkLogProbs(chunks, starts, ends, log_probs, own, since=chunks)
         >>> answer.log_probs, answer.sums(torch.tensor([0.5, 0.25, 1.0]))
         (tensor([-1., -6.]), tensor([0.7500, 1.0000]))
         >>> answer.at_tokens(answer.log_probs), answer.at_ends(answer.log_probs)

@@ -143,6 +143,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         terms = by_name(self.loss_terms(batch, scores), self.terms, type(self).__name__)
         total, self.micro_batch_loss = self._evaluate(scores, terms, metrics, self.count_ratios)
         self._window.add(self.micro_batch_loss)
+        self.count_trained_bytes(batch, scores)
         sum_scale = partial(
             self._sum_scale.sum_factor, self.trainer, scores.positions, self.normalization
         )
@@ -191,7 +192,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
         terms = by_name(self.evaluation_loss(batch, scores), names, type(self).__name__)
         _, loss = self._evaluate(scores, terms, self.eval_distribution)
         self._evaluation.add(loss)
-        self.count_bytes(batch, scores.positions)
+        self.count_bytes(batch, scores)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate a batch of test data."""

@@ -11,7 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.batch import IGNORE_INDEX, Batch
 from lightning_kd.evaluation import DistributionMetrics
+from lightning_kd.fused import AlignedAnswer
 from lightning_kd.loops.logged_values import forget_values
+from lightning_kd.modules.loss import Scores
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.token_bytes import TokenBytes
 
@@ -58,6 +60,7 @@ class MeasuredModule(L.LightningModule):
     label_likelihood: LabelLikelihood
     """Of the last evaluated batch, for callbacks."""
 
+    train_distribution: DistributionMetrics
     eval_distribution: DistributionMetrics
 
     _logged: frozenset[str] = frozenset()
@@ -76,23 +79,33 @@ class MeasuredModule(L.LightningModule):
             self._known = (tokenizer, found)
         return self._known[1]
 
-    def count_bytes(self, batch: Batch, positions: ScoredPositions) -> None:
+    def count_bytes(self, batch: Batch, scores: Scores) -> None:
         """Add the bytes of an evaluated batch's labels to the metrics, where they are known."""
-        known = self.token_bytes()
-        size, ids = None, batch["input_ids"]
-        if known is not None:
-            begins = _begins_text(batch)
-            size = positions.of_tokens(known.to(ids.device).of(ids, begins))
+        self.label_likelihood = self._label_likelihood(batch, scores)
+        nats, size = self.label_likelihood.nats, self.label_likelihood.bytes
         if size is not None:
-            self.add_bytes(self.eval_distribution, positions, size)
-        self.label_likelihood = LabelLikelihood(positions, self.label_nats, size)
+            labeled = scores.positions.targets != IGNORE_INDEX
+            self.eval_distribution.update_bytes(nats[labeled], size[labeled])
 
-    def add_bytes(
-        self, metrics: DistributionMetrics, positions: ScoredPositions, size: Tensor
-    ) -> None:
-        """Add the bytes of the labels of the micro-batch that was measured, ``(N,)``, to metrics."""
-        labeled = positions.targets != IGNORE_INDEX
-        metrics.update_bytes(self.label_nats[labeled], size[labeled])
+    def count_trained_bytes(self, batch: Batch, scores: Scores) -> None:
+        """Add the bytes of the rows that are trained on, beside a teacher with other tokens.
+
+        A row with a token whose bytes are not known, such as an ``<unk>`` that the student has
+        generated, is left out, with its nats.
+        """
+        if not (isinstance(scores.teacher, AlignedAnswer) and self._logs_this_step()):
+            return
+        nats, _, size = self._label_likelihood(batch, scores).per_row().T
+        known = ~size.isnan()
+        self.train_distribution.update_bytes(nats[known], size[known])
+
+    def _label_likelihood(self, batch: Batch, scores: Scores) -> LabelLikelihood:
+        """Return nats and bytes of the labels of the batch that was measured."""
+        known, ids, size = self.token_bytes(), batch["input_ids"], None
+        if known is not None:
+            size = known.to(ids.device).of(ids, _begins_text(batch))
+            size = scores.positions.of_tokens(size)
+        return LabelLikelihood(scores.positions, self.label_nats, size)
 
     def _logs_this_step(self, *, taken: int = 0) -> bool:
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]

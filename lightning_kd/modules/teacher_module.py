@@ -16,7 +16,6 @@ from lightning_kd.batch import Batch
 from lightning_kd.divergences import Divergence
 from lightning_kd.evaluation import DistributionMetrics
 from lightning_kd.fused import (
-    AlignedAnswer,
     AnswerKind,
     ChunkedPass,
     TeacherAnswer,
@@ -278,9 +277,6 @@ class TeacherModule(SelfTaughtModule):
             if hidden.label_nats is not None:
                 values = torch.cat([hidden.label_nats[None], values[1:]])
         super()._measure(metrics, scores, values)
-        if isinstance(scores.teacher, AlignedAnswer) and metrics is self.train_distribution:
-            # The one number that compares runs of different tokenizers; evaluations have it anyway.
-            self.add_bytes(metrics, scores.positions, scores.teacher.sizes)
 
     def _log_distribution(self, stage: str, metrics: DistributionMetrics) -> set[str]:
         shown = super()._log_distribution(stage, metrics)

@@ -42,6 +42,23 @@ def check_own_samples(module: DistillationModule, teacher: Teacher) -> None:
         )
 
 
+def check_rendered_for_none(data: object, reader: str) -> None:
+    """Refuse data that renders prompts for a teacher with other tokens where there is none.
+
+    Args:
+        data: The data module.
+        reader: Name of what reads the data's tokens.
+
+    Raises:
+        ValueError: If it does.
+    """
+    if getattr(data, "teacher_tokenizer", None) is not None:
+        raise ValueError(
+            "data.teacher_tokenizer renders prompts for a teacher with other tokens, and "
+            f"{reader} reads those of the data; leave it out, or take a RetokenizingTeacher"
+        )
+
+
 def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> None:
     """Show the texts of a run to a teacher that does not know all texts.
 
@@ -52,12 +69,8 @@ def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> Non
             for a teacher that does not read them.
     """
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
-    if getattr(data, "teacher_tokenizer", None) is not None and not teacher.has_own_tokens:
-        raise ValueError(
-            f"data.teacher_tokenizer renders prompts for a teacher with other tokens, and "
-            f"{type(teacher).__name__} reads those of the data; leave it out, or take a "
-            "RetokenizingTeacher"
-        )
+    if not teacher.has_own_tokens:
+        check_rendered_for_none(data, type(teacher).__name__)
     if teacher.answers_any_text:
         return
     if stage == TrainerFn.FITTING and module.needs_own_samples:

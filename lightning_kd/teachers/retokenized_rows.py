@@ -97,11 +97,10 @@ def chunk_numbers(rows: Sequence[AlignedRow | None]) -> tuple[list[int], ...]:
 
     Returns:
         The chunk of each scored token; the places of the first and of the last token of each chunk;
-        the bytes of each scored token; the chunk of each of the teacher's labeled tokens; the first
-        chunk that each scored token has a part in.
+        the chunk of each of the teacher's labeled tokens; the first chunk that each scored token has
+        a part in.
     """
     chunks: list[int] = []
-    sizes: list[int] = []
     of_tokens: list[int] = []
     since: list[int] = []
     before = 0
@@ -110,9 +109,8 @@ def chunk_numbers(rows: Sequence[AlignedRow | None]) -> tuple[list[int], ...]:
             chunks += [number + before if number >= 0 else -1 for number in row.chunks.first]
             of_tokens += [number + before for number in row.chunks.second if number >= 0]
             since += [number + before if number >= 0 else -1 for number in row.since]
-            sizes += row.sizes
             before += row.chunks.count
     ends = dict(zip(chunks, range(len(chunks)), strict=True))
     starts = dict(zip(reversed(chunks), reversed(range(len(chunks))), strict=True))
     numbers = range(before)
-    return chunks, [starts[n] for n in numbers], [ends[n] for n in numbers], sizes, of_tokens, since
+    return chunks, [starts[n] for n in numbers], [ends[n] for n in numbers], of_tokens, since

@@ -178,6 +178,7 @@ class RetokenizingTeacher(CompositeTeacher):
                 "the text in its own here; take a teacher that answers for any text, such as "
                 "LocalTeacher or ServedTeacher"
             )
+        padding_id(self.own_tokenizer)
         self._retokenizer = Retokenizer(tokenizer, self.own_tokenizer)
 
     def check_data(self, data: object) -> None:
@@ -234,15 +235,15 @@ class RetokenizingTeacher(CompositeTeacher):
             kind="full_distribution" if scores_starts else self._kind,
             logits_backend=logits_backend,
         )
-        chunks, starts, ends, sizes, of_tokens, since = (
+        chunks, starts, ends, of_tokens, since = (
             to_device(torch.tensor(numbers, dtype=torch.long), device)
             for numbers in chunk_numbers(rows)
         )
         if scores_starts:
             assert isinstance(told, FullDistribution)  # checked_answer compares the kind
-            return ChunkStartDistributions(chunks, starts, ends, sizes, told)
+            return ChunkStartDistributions(chunks, starts, ends, told)
         log_probs = token_log_probs_of(told, own_positions.targets, self.vocabulary_size)
-        return ChunkLogProbs(chunks, starts, ends, sizes, log_probs, of_tokens, since)
+        return ChunkLogProbs(chunks, starts, ends, log_probs, of_tokens, since)
 
 
 def _check_chats(data: ChatLike, tokenizer: PreTrainedTokenizerBase) -> None:

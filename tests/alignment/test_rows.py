@@ -1,12 +1,16 @@
 """Rows in the tokens of another tokenizer: prompts, completions and special tokens."""
 
+from copy import deepcopy
+
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.alignment import Retokenizer, counterparts
 from lightning_kd.data.encoding import encode_documents
-from lightning_kd.token_bytes import UNKNOWN
-from lightning_kd.tokenization import encode_prompts
+from lightning_kd.token_bytes import TokenBytes
+from lightning_kd.tokenization import encode_prompts, padding_id
 from tests.support.tokenizers import KINDS, byte_level, tokenizer_of_kind
+from tests.support.toys import fused_letter_tokenizer
 
 BYTE_LEVEL, LLAMA = "byte-level BPE", "SentencePiece BPE with byte fallback"
 
@@ -47,7 +51,6 @@ def test_a_prompt_and_its_completion_are_read_as_the_teachers_own_would_be(stude
     before = encode_prompts([prompt], other)[0]
     assert row.ids == [*before, *plain(other, completion), other.eos_token_id]
     assert row.start == len(before)
-    assert sum(row.sizes) == len(completion)
     assert row.chunks.first[-1] == row.chunks.second[-1] == row.chunks.count - 1
 
 
@@ -62,7 +65,7 @@ def test_a_document_goes_on_in_the_middle_of_a_word(teacher):
     row = Retokenizer(own, other).row(ids, start)
     assert -1 not in row.chunks.first + row.chunks.second
     assert other.decode(row.ids, skip_special_tokens=True).strip() == text
-    size = sum(row.sizes)
+    size = sum(map(len, TokenBytes.of_tokenizer(own).of_row(ids)[start:]))
     behind = other.decode(row.ids[row.start : -1])
     assert behind.strip() == text[len(text) - size :].strip()
 
@@ -116,6 +119,68 @@ def test_what_a_model_wrote_without_text_stands_for_none():
     ids = [*plain(own, "two"), own.unk_token_id, *plain(own, " and"), 10_000]
     row = Retokenizer(own, other).row(ids, 1, generated=True)
     assert other.decode(row.ids) == "two and"
-    assert row.sizes[-1] == UNKNOWN
+    with pytest.raises(ValueError, match=r"the special token 1 .'<unk>'. has no counterpart"):
+        Retokenizer(own, other).row(ids, 1)
+    ids.remove(own.unk_token_id)
     with pytest.raises(ValueError, match="the text of the token 10000"):
         Retokenizer(own, other).row(ids, 1)
+
+
+def test_unknown_text_is_refused_also_where_its_token_is_padding():
+    own, other = KINDS["WordPiece"](), tokenizer_of_kind(BYTE_LEVEL)
+    own.pad_token = own.unk_token
+    assert own.pad_token_id not in counterparts(own, other)
+    ids = plain(own, "two \u9999 and")
+    with pytest.raises(ValueError, match=r"'<unk>'\) is not known"):
+        Retokenizer(own, other).row(ids, 1)
+    row = Retokenizer(own, other).row(ids, 1, generated=True)
+    assert other.decode(row.ids) == "two  and"
+    assert other.pad_token_id not in row.ids
+
+
+def test_what_a_tokenizer_alone_knows_as_unknown_has_no_counterpart():
+    """The model of the letters' tokenizer gives padding for others, and the tokenizer names no unk."""
+    own, other = fused_letter_tokenizer(), tokenizer_of_kind(BYTE_LEVEL)
+    assert own.unk_token_id is None
+    assert counterparts(own, other) == {own.eos_token_id: other.eos_token_id}
+    row = [*plain(own, "a"), own.pad_token_id, *plain(own, "b")]
+    assert other.decode(Retokenizer(own, other).row(row, 1, generated=True).ids) == "ab"
+    with pytest.raises(ValueError, match=r"the text of the token 0 \('<pad>'\) is not known"):
+        Retokenizer(own, other).row(row, 1)
+
+
+def test_special_tokens_of_the_data_without_a_counterpart_are_refused():
+    own, other = byte_level(), tokenizer_of_kind(LLAMA)
+    own.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    tool = own.convert_tokens_to_ids("<|tool|>")
+    ids = [*plain(own, "two"), tool, *plain(own, " and"), own.eos_token_id]
+    message = f"the special token {tool} .'<.tool.>'. has no counterpart.*set data.eos_token"
+    with pytest.raises(ValueError, match=message):
+        Retokenizer(own, other).row(ids, 1)
+    with pytest.raises(ValueError, match=message):
+        Retokenizer(own, other).row(ids, len(ids) - 1)  # in what is read before
+    assert tool not in Retokenizer(own, other).row(ids, len(ids) - 1, prompt="two").ids
+    assert len(Retokenizer(own, other).row(ids, 1, generated=True).chunks.first) == len(ids) - 1
+
+
+def test_a_prompt_that_the_teacher_cannot_write_is_refused():
+    own, other = both(BYTE_LEVEL, "WordPiece")
+    ids = plain(own, "\u9999 two")
+    with pytest.raises(ValueError, match="cannot write all of '\u9999'"):
+        Retokenizer(own, other).row(ids, len(ids) - 1, prompt="\u9999", apart=True)
+
+
+def test_the_name_wins_over_the_role_where_the_teachers_template_has_it():
+    own = deepcopy(tokenizer_of_kind(BYTE_LEVEL))
+    own.eos_token = "<|turn|>"
+    other = deepcopy(tokenizer_of_kind(LLAMA))
+    assert counterparts(own, other)[own.eos_token_id] == other.eos_token_id
+    other.chat_template = "{{ messages[0].content }}<|turn|>"
+    turn = other.convert_tokens_to_ids("<|turn|>")
+    assert counterparts(own, other)[own.eos_token_id] == turn != other.eos_token_id
+
+
+def test_a_tokenizer_that_cannot_fill_up_rows_is_refused():
+    backend = tokenizer_of_kind(BYTE_LEVEL).backend_tokenizer
+    with pytest.raises(ValueError, match="neither padding nor EOS to fill up rows"):
+        padding_id(PreTrainedTokenizerFast(tokenizer_object=backend))

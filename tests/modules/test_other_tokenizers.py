@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
+from lightning_kd.data import PromptCompletionData
 from lightning_kd.divergences import available_divergences
 from lightning_kd.fused import TopK
 from lightning_kd.generation import SamplingOptions
@@ -101,31 +103,43 @@ def test_at_temperature_1_a_chunk_of_one_token_is_that_token_and_a_tail(name):
     same_step(chunks, tokens)
 
 
-def on_policy_step(module, **options):
+def on_policy_step(module, data=None, **options):
     writing = OnPolicyGeneration(
         generation=SamplingOptions(max_new_tokens=6), table_every=0, **options
     )
     probe = GradientProbe()
     fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing, probe], **DOUBLE)
-    fit.fit(module, datamodule=Letters(batch_size=6))
+    fit.fit(module, datamodule=data or Letters(batch_size=6))
     return fit, probe.gradient
 
 
 class AnyText(RetokenizingTeacher):
-    """As if its letters were all there are; the padding that a student writes is the teacher's."""
+    """As if its letters were all there are."""
 
     answers_any_text = True
 
 
+def single_bytes():
+    """A tokenizer with a token for each byte, all of whose tokens stand for what they are."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=byte_level(261, texts=["a"]).backend_tokenizer,
+        pad_token="<pad>",
+        eos_token="</s>",
+    )
+
+
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_chunk_advantages_of_one_tokenizer_are_those_of_its_tokens(gamma):
-    tokenizer = fused_letter_tokenizer()
-    chunks = AnyText(teacher(), tokenizer=tokenizer)
+    tokenizer = single_bytes()
+    size = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    chunks = RetokenizingTeacher(teacher(**size), tokenizer=tokenizer)
+    rows = [{"prompt": text, "completion": "a"} for text in ("ab", "b", "aab", "ba", "a", "c")]
     gradients = [
         on_policy_step(
-            OnPolicyDistillation(student=student(), teacher=each, tokenizer=tokenizer, gamma=gamma)
+            OnPolicyDistillation(student=student(**size), teacher=each, gamma=gamma),
+            PromptCompletionData(train=rows, tokenizer=tokenizer, batch_size=6),
         )[1]
-        for each in (chunks, teacher())
+        for each in (chunks, teacher(**size))
     ]
     assert (gradients[0] - gradients[1]).norm() <= 1e-12 * gradients[1].norm()
 
@@ -320,6 +334,21 @@ def test_bits_per_byte_are_logged_in_training_and_validation(method):
         assert values["train/bits_per_byte"] == pytest.approx(values["val/bits_per_byte"].item())
         nats = values["val/perplexity"].log().item()
         assert values["val/bits_per_byte"].item() == pytest.approx(nats / np.log(2), rel=1e-5)
+
+
+def test_rows_in_which_a_student_wrote_an_unknown_token_are_not_in_bits_per_byte():
+    """The letters' padding stands for unknown text too; every letter is a byte, and an EOS none."""
+    batch = {name: tensor.clone() for name, tensor in ragged_batch([(2, 5), (1, 4)]).items()}
+    batch["completion_mask"] = batch["labels"] != -100
+    batch["input_ids"][0, 4] = batch["labels"][0, 4] = 0
+    fit = trainer(max_steps=1, **DOUBLE)
+    module = ChunkLikelihoodKD(**apart(tokenizer=fused_letter_tokenizer()))
+    fit.fit(module, datamodule=BatchList([batch]))
+    ids = batch["input_ids"][1, batch["attention_mask"][1] > 0].tolist()
+    nats, _ = log_probs_of(tiny_llama(0).double(), ids, 1)
+    letters = sum(token != fused_letter_tokenizer().eos_token_id for token in ids[1:])
+    expected = -nats.sum().item() / letters / np.log(2)
+    assert fit.callback_metrics["train/bits_per_byte"].item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.usefixtures("float64_norms")

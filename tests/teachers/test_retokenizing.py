@@ -130,6 +130,11 @@ def test_a_template_for_the_teacher_is_refused_where_it_renders_nothing_that_is_
         trainer(max_steps=1).fit(
             module, datamodule=chats(teacher_tokenizer=family_tokenizer("llama3"))
         )
+    alone = SFT(student=StudentSpec.of(tiny_llama(0, vocab_size=len(tokenizer))))
+    with pytest.raises(ValueError, match="SFT reads those of the data; leave it out"):
+        trainer(max_steps=1).fit(
+            alone, datamodule=chats(teacher_tokenizer=family_tokenizer("llama3"))
+        )
     with pytest.raises(ValueError, match="has no chat template"):
         chats(teacher_tokenizer=byte_level()).rows("train")
     with pytest.raises(ValueError, match="give one of the two"):
