@@ -18,7 +18,7 @@ $(VENV)-deepspeed/installed: $(VENV)/installed
 	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet -c constraints.txt deepspeed==0.19.8
 	touch $@
 
-.PHONY: install deepspeed demo test test-quick gpu check tensorboard constraints clean help
+.PHONY: install deepspeed demo test test-quick gpu check docs docs-links tensorboard constraints clean help
 install: $(VENV)/installed  ## Make the virtual environment with the tested set
 
 deepspeed: $(VENV)-deepspeed/installed  ## Add an environment with DeepSpeed, for its tests
@@ -41,6 +41,12 @@ check: install  ## Style and types only
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install  ## Build the site into build/docs, without a network; a warning or a broken link is an error
+	$(BIN)/python -m sphinx -b html -nW --keep-going docs build/docs
+
+docs-links: install  ## Check the site's links to other sites, which needs a network
+	DOCS_NETWORK=1 $(BIN)/python -m sphinx -b linkcheck docs build/docs-links
 
 tensorboard: install  ## Look at the runs
 	$(BIN)/tensorboard --logdir runs

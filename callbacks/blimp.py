@@ -78,7 +78,7 @@ class BLiMP(OccasionalEvaluation):
 
         Raises:
             ValueError: If one is too long for the student, or nothing of it can be scored; see also
-                :meth:`OccasionalEvaluation.check`.
+                :meth:`~lightning_kd.callbacks.occasional.OccasionalEvaluation.check`.
         """
         super().check(trainer, module, stage)
         assert isinstance(module, DistillationModule)

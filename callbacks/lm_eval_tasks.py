@@ -92,7 +92,8 @@ class LMEvalTasks(OccasionalEvaluation):
         """Refuse a student in shards, before the first step of a run that would evaluate it.
 
         Raises:
-            ValueError: If its weights are in shards; see also :meth:`OccasionalEvaluation.check`.
+            ValueError: If its weights are in shards; see also
+                :meth:`~lightning_kd.callbacks.occasional.OccasionalEvaluation.check`.
         """
         super().check(trainer, module, stage)
         assert isinstance(module, DistillationModule)

@@ -43,7 +43,7 @@ class Batch(TypedDict):
     labels: Tensor
     """Unshifted targets, :data:`IGNORE_INDEX` where not trained, ``(B, T)``."""
     row: Tensor
-    """Number of the row in its data set, ``(B,)``; :data:`FILLER_ROW` for filler."""
+    """Number of the row in its data set, ``(B,)``; -1 for filler."""
     sample: NotRequired[Tensor]
     """In training, number of the row's sample in the run's stream, ``(B,)``."""
     tokenized_apart: NotRequired[Tensor]

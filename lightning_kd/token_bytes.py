@@ -63,7 +63,7 @@ class TokenBytes:
     pieces: tuple[bytes | None, ...]
     """Bytes of each token, as it is in the middle of a text; None where they are not known."""
     lengths: Tensor
-    """Number of them, ``(V,)``; :data:`UNKNOWN` where they are not known."""
+    """Number of them, ``(V,)``; -1 where they are not known."""
     is_special: Tensor
     """True for special tokens, ``(V,)``."""
     may_begin_with_added_space: Tensor
@@ -141,7 +141,7 @@ class TokenBytes:
     def of(self, ids: Tensor, begins_text: Tensor | None = None) -> Tensor:
         """Return the bytes of each token of some rows, ``(B, T) -> (B, T)``.
 
-        Tokens that the tokenizer does not have are :data:`UNKNOWN`.
+        Tokens that the tokenizer does not have are -1.
 
         Args:
             ids: The tokens.

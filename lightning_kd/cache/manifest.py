@@ -42,7 +42,7 @@ class Manifest:
     shards: tuple[ShardEntry, ...] = ()
     """Every shard, in order; none while the cache is being written."""
     head_checksum: int = 0
-    """CRC-32 of the file :data:`HEAD`; 0 where there is none."""
+    """CRC-32 of the file ``head.safetensors``; 0 where there is none."""
     complete: bool = False
 
     @property

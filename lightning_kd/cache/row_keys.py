@@ -26,7 +26,7 @@ def row_keys(
         ValueError: If the rows have no such column.
 
     Returns:
-        :data:`KEY_BYTES` bytes for each row; None for one of which nothing is scored.
+        16 bytes for each row; None for one of which nothing is scored.
 
     Example:
         >>> import torch

@@ -7,6 +7,7 @@ from lightning_kd.option_checks import is_number
 from lightning_kd.teachers.payloads import CacheKind, Payload, make_payload
 
 CachedSplit = Literal["train", "validation", "test"]
+"""A part of the data whose rows a teacher is asked about."""
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ class PlainTextData(TextData):
     A document begins with what the tokenizer puts there (BOS, or nothing). Names of special tokens
     in a text are read as those tokens.
 
-    The other options are those of :class:`TextData`.
+    The other options are those of :class:`~lightning_kd.data.text.TextData`.
 
     Args:
         text_column: Column of the text; a ``.txt`` file is one document.
@@ -89,7 +89,7 @@ class DocumentData(PlainTextData):
     wide as its longest document. With a ``prompt_length``, documents have prompts, for methods that
     generate.
 
-    The other options are those of :class:`PlainTextData`.
+    The other options are those of :class:`~lightning_kd.data.plain_text.PlainTextData`.
 
     Args:
         prompt_length: First tokens of each document that are its prompt, with what the tokenizer puts
@@ -210,8 +210,8 @@ class PackedTextData(PlainTextData):
     Blocks begin and end anywhere in a document, and a model sees the document before. To keep
     documents apart, use :class:`DocumentData`.
 
-    The other options are those of :class:`PlainTextData`; ``extra_columns`` is refused, as a block has
-    parts of several documents.
+    The other options are those of :class:`~lightning_kd.data.plain_text.PlainTextData`;
+    ``extra_columns`` is refused, as a block has parts of several documents.
 
     Args:
         block_length: Tokens of a block.

@@ -42,13 +42,13 @@ def load_rows(
             a directory that ``datasets`` wrote or understands, the name of a data set on the hub, or
             rows themselves.
         required: Columns that must be there, and the type of their values: ``str``, ``list``,
-            ``bool`` or :data:`TEXTS`.
+            ``bool`` or ``str | list[str]``.
         optional: Columns that are taken along where they exist, and their types.
         split: Split of a hub data set or directory; a file is one split. Names rows that were given.
         subset: Configuration of a hub data set.
 
     Returns:
-        The rows, with the column :data:`WHERE`. A list or truth value is written as JSON: a table
+        The rows, with the column ``__where__``. A list or truth value is written as JSON: a table
         would want all of them to be alike, and one message has a name where another has none.
 
     Raises:

@@ -101,7 +101,7 @@ class PromptCompletionData(TextData):
     are: the columns ``prompt_ids`` and ``completion_ids`` instead of the texts, no template around
     the prompt again, and no EOS where the completion was cut at its longest.
 
-    The other options are those of :class:`TextData`.
+    The other options are those of :class:`~lightning_kd.data.text.TextData`.
 
     Args:
         prompt_column: Column of the prompt.

@@ -52,7 +52,7 @@ class Overlap:
             )
 
     def token_terms(self, teacher: TeacherAnswer) -> list[TokenTerm]:
-        """Return the terms to evaluate, in the order of :attr:`names`; none if they cannot be."""
+        """Return the terms to evaluate, in the order of ``names``; none if they cannot be."""
         if not self.is_told_by(teacher):
             return []
         return [TopKOverlap(self.k), StudentOverlapMass(self.k), TeacherOverlapMass(self.k)]

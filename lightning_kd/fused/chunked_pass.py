@@ -33,7 +33,8 @@ class ChunkedPass:
     teacher: TeacherAnswer | None
     token_terms: Sequence[TokenTerm]
     chunk_bytes: int | None = None
-    """Logits that may be alive at once; see :func:`default_chunk_bytes` for the default."""
+    """Logits that may be alive at once; :func:`~lightning_kd.fused.chunked_pass.default_chunk_bytes`
+    says how many by default."""
     compile: Compile = "never"
     planned_logits: float = 0.0
     """How many the run is going to evaluate, where that decides whether to compile."""

@@ -14,7 +14,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class TerminationSignals:
-    """What notes the first of :data:`SIGNALS` that comes; a second Ctrl-C ends the process."""
+    """Note the first SIGTERM, SIGINT or SIGHUP that comes; a second Ctrl-C ends the process."""
 
     def __init__(self) -> None:
         self.received = 0

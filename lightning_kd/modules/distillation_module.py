@@ -179,7 +179,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
             self._log_gradient_norm(self._adapter.gradient_norm_after_step())
 
     def on_validation_start(self) -> None:
-        """Forget the sums of an evaluation that was broken off; see also :class:`StudentModule`."""
+        """Refuse to evaluate random weights, and forget the sums of an evaluation that broke off."""
         super().on_validation_start()
         self._evaluation = LossSums(self._evaluation.terms)
         self.eval_distribution.reset()

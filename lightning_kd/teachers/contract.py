@@ -39,7 +39,7 @@ class Teacher(Resumable, TextCoverage, ABC):
     lists ``generation`` and writes :meth:`generate`.
 
     A resumed run refuses a teacher with other constructor arguments. One that reads a file adds what it
-    has read to :meth:`resume_settings`, so that another file under the same name is refused too.
+    read to :meth:`~lightning_kd.resuming.Resumable.resume_settings`: another file is refused too.
 
     A teacher is no ``nn.Module``: a module that holds one does not register its weights, so they are
     in no checkpoint, optimizer or gradient bucket.

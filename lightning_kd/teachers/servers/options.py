@@ -12,6 +12,7 @@ from lightning_kd.teachers.servers.vllm import VLLMServer
 from lightning_kd.wire.messages import Payload
 
 BackendName = Literal["lightning_kd", "vllm", "sglang"]
+"""A program that serves teachers."""
 
 _ABILITIES: Mapping[Payload, frozenset[Ability]] = {
     "hidden": frozenset({"full_distribution"}),

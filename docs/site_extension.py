@@ -1,0 +1,110 @@
+"""What Sphinx is told about this repository: further names of objects, and its source files."""
+
+import ast
+import posixpath
+import re
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+ROOT = Path(__file__).resolve().parents[1]
+# Others' packages: without a network there is no inventory to link to.
+STANDARD = {"abc", "collections", "contextlib", "datetime", "http", "pathlib", "types", "typing"}
+INSTALLED = {
+    "datasets",
+    "jsonargparse",
+    "lightning",
+    "rich",
+    "torch",
+    "torchmetrics",
+    "transformers",
+}
+
+
+def imported_from(module: str) -> dict[str, str]:
+    """Return where a package's ``__init__`` imports its names from: full names by name."""
+    spec = find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None
+    lines = ast.parse(Path(spec.origin).read_text()).body
+    imports = [line for line in lines if isinstance(line, ast.ImportFrom)]
+    return {name.name: f"{line.module}.{name.name}" for line in imports for name in line.names}
+
+
+def add_aliases(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Let ``lightning_kd.GKD`` be another name of ``lightning_kd.modules.GKD``."""
+    objects = env.domains.python_domain.objects
+    packages = sorted({name.rpartition(".")[0] for name in objects} - {""})
+    for package in [*(name for name in packages if is_package(name)), "lightning_kd.public"]:
+        for name, home in imported_from(package).items():
+            alias = f"{package.removesuffix('.public')}.{name}"
+            if home in objects and alias not in objects:
+                objects[alias] = objects[home]._replace(aliased=True)
+    return []
+
+
+def is_package(name: str) -> bool:
+    """Return whether it is a package, not a module or a class."""
+    return (ROOT / name.replace(".", "/") / "__init__.py").is_file()
+
+
+def resolve(
+    app: Sphinx, env: BuildEnvironment, node: pending_xref, content: nodes.TextElement
+) -> nodes.Node | None:
+    """Show a name without a link if it is another project's, or one of ours without an entry.
+
+    Ours must exist: a docstring that names what was renamed is still an error.
+    """
+    target = str(node.get("reftarget", ""))
+    if target.partition(".")[0] in STANDARD | INSTALLED:
+        return content
+    module, _, name = target.rpartition(".")
+    if target.startswith("lightning_kd.") and exists(module, name):
+        return content
+    return None
+
+
+def exists(module: str, name: str) -> bool:
+    """Return whether a module, or a class in one, has the name."""
+    owner: Any
+    try:
+        owner = import_module(module)
+    except ModuleNotFoundError:
+        outer, _, inner = module.rpartition(".")
+        return exists(outer, inner) and hasattr(getattr(import_module(outer), inner), name)
+    return hasattr(owner, name)
+
+
+def link_sources(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Turn links to configurations into links to the page that shows them."""
+    if docname == "configs":
+        return
+    page = posixpath.relpath("configs.md", posixpath.dirname(docname) or ".")
+    content[0] = re.sub(
+        r"\]\((?:\.\./)+configs/((?:\w+/)*)(\w+)\.yaml\)",
+        lambda found: f"]({page}#{(found[1] + found[2]).replace('/', '')}yaml)",
+        content[0],
+    )
+
+
+def keep_first_line(
+    app: Sphinx, what: str, name: str, subject: object, options: object, lines: list[str]
+) -> None:
+    """Keep what stands before a colon in an attribute's docstring: Napoleon would call it a type."""
+    if what in {"attribute", "data", "property"}:
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Connect them."""
+    app.connect("source-read", link_sources)
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)
+    app.connect("env-updated", add_aliases)
+    app.connect("missing-reference", resolve)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
