@@ -14,6 +14,9 @@ from lightning_kd.token_bytes import TokenBytes
 _BROKEN = re.compile("([\udc80-\udcff]+)")
 """Bytes that are no UTF-8, as Python shows them in a text."""
 
+_BROKEN_OR_SPACE = re.compile("([\udc80-\udcff\N{LOWER ONE EIGHTH BLOCK}]+)")
+"""These, and the letter that SentencePiece writes for a space."""
+
 _WORDS = re.compile(r"\s*\S+|\s+")
 
 _OF_A_BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -31,10 +34,11 @@ class ByteEncoder:
     """The tokens of a text, each with its bytes: joined, they are the text's.
 
     A text is tokenized as the tokenizer does it, names of special tokens in it as other text. Bytes
-    that are no UTF-8, as where half a character has been cut off, and words that the tokenizer would
-    write differently (by NFC, or with the letter that SentencePiece writes for a space) are given in
-    tokens of one byte. A space that the tokenizer puts before a text is no byte of it, and what goes on
-    with a text is tokenized without it.
+    that are no UTF-8, as where half a character has been cut off, and the letter that SentencePiece
+    writes for a space are given in tokens of one byte; so are words that the tokenizer would write
+    differently for another reason. Letters are not composed (NFC), which would change their bytes, so
+    that text that is composed already has the tokenizer's tokens. A space that the tokenizer puts
+    before a text is no byte of it, and what goes on with a text is tokenized without it.
 
     Args:
         tokenizer: The tokenizer.
@@ -60,7 +64,8 @@ class ByteEncoder:
                 "other tokens each time: set it to null in the model of its tokenizer.json (in Python, "
                 "tokenizer.backend_tokenizer.model.dropout = None)"
             )
-        self._begin, self._go_on = (_reader(part) for part in (state, _without_added_space(state)))
+        exact = _without_normalizer(state, "NFC")
+        self._begin, self._go_on = (_reader(part) for part in (exact, _without_added_space(exact)))
         self._id_of: dict[bytes, int] = {}
         names = {number: name for name, number in tokenizer.get_vocab().items()}
         of_a_byte = {number for number, name in names.items() if _OF_A_BYTE.fullmatch(name)}
@@ -70,6 +75,9 @@ class ByteEncoder:
                 self._id_of.setdefault(piece, number)
         self._neighbours = {pair for piece in self._id_of for pair in pairwise(piece)}
         self._goes_on = {byte for byte, _ in self._neighbours}
+        space = "\N{LOWER ONE EIGHTH BLOCK}"
+        changes_it = self.knows_every_byte and self._plain(space, begins=False) is None
+        self._in_byte_tokens = _BROKEN_OR_SPACE if changes_it else _BROKEN
 
     @property
     def knows_every_byte(self) -> bool:
@@ -101,7 +109,7 @@ class ByteEncoder:
         Raises:
             ValueError: If the tokenizer has no tokens for all of its bytes.
         """
-        runs = _BROKEN.split(text.decode("utf-8", "surrogateescape"))
+        runs = self._in_byte_tokens.split(text.decode("utf-8", "surrogateescape"))
         tokens: list[Token] = []
         for number, run in enumerate(runs):
             if number % 2:
@@ -220,19 +228,20 @@ def _reader(state: dict[str, Any]) -> Tokenizer:
 
 def _without_added_space(state: dict[str, Any]) -> dict[str, Any]:
     """Return the state of a tokenizer that puts no space before a text."""
-    normalizer, cut = (state[name] for name in ("normalizer", "pre_tokenizer"))
-    steps = [step for step in _steps(normalizer, "normalizers") if step["type"] != "Prepend"]
     # A Metaspace of an older file has its add_prefix_space beside its scheme.
     cuts = [
         step
         | ({"prepend_scheme": "never"} if step["type"] == "Metaspace" else {})
         | ({"add_prefix_space": False} if "add_prefix_space" in step else {})
-        for step in _steps(cut, "pretokenizers")
+        for step in _steps(state["pre_tokenizer"], "pretokenizers")
     ]
-    return state | {
-        "normalizer": {"type": "Sequence", "normalizers": steps} if steps else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": cuts} if cuts else None,
-    }
+    before = {"type": "Sequence", "pretokenizers": cuts} if cuts else None
+    return _without_normalizer(state, "Prepend") | {"pre_tokenizer": before}
+
+
+def _without_normalizer(state: dict[str, Any], kind: str) -> dict[str, Any]:
+    steps = [s for s in _steps(state["normalizer"], "normalizers") if s["type"] != kind]
+    return state | {"normalizer": {"type": "Sequence", "normalizers": steps} if steps else None}
 
 
 def _steps(component: dict[str, Any] | None, several: str) -> list[dict[str, Any]]:

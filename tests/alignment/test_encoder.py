@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers, pre_tokenizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from lightning_kd.alignment import ByteEncoder, align
 from tests.support.tokenizers import (
@@ -151,13 +151,57 @@ def test_a_tokenizer_that_changes_letters_is_refused():
         ByteEncoder(tokenizer)
 
 
-def test_letters_that_are_composed_before_they_are_cut_are_given_in_bytes():
-    backend = byte_level().backend_tokenizer
-    backend.normalizer = normalizers.NFC()
-    text = "cafe\u0301 two"
-    found = ByteEncoder(wrapped(backend)).encode(text.encode())
+def composing(kind):
+    """A tokenizer that composes letters before it cuts a text, as Qwen's do."""
+    backend = deepcopy(tokenizer_of_kind(kind)).backend_tokenizer
+    own = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.NFC(), *own])
+    return wrapped(backend)
+
+
+@pytest.mark.parametrize("kind", OF_EVERY_BYTE)
+@pytest.mark.parametrize("text", ["cafe\u0301 two", "two cafe\u0301", "e\u0301", "caf\u00e9 two"])
+def test_letters_that_a_tokenizer_would_compose_are_given_as_they_are(kind, text):
+    """As by the same tokenizer without that step: what is before a mark does not depend on it."""
+    tokenizer = composing(kind)
+    composed = "e\u0301" in text
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert (tokenizer.decode(ids).strip() != text) == composed
+    found = ByteEncoder(tokenizer).encode(text.encode())
     assert joined(found) == text.encode()
-    assert found[-1].bytes in (b" two", b"two")
+    assert found == encoder(kind).encode(text.encode())
+    assert ([token.id for token in found] == ids) == (not composed)
+
+
+@pytest.mark.parametrize("kind", OF_EVERY_BYTE)
+@pytest.mark.parametrize("place", range(8))
+def test_a_letter_that_means_a_space_changes_the_tokens_of_its_word_alone(kind, place):
+    words = ["Once", " upon", " a", " time,", " two", " and", " two", " were four"]
+    bare = encoder(kind).encode("".join(words).encode())
+    words[place] += SPACE
+    found = encoder(kind).encode("".join(words).encode())
+    assert joined(found) == "".join(words).encode()
+    before = len("".join(words[: place + 1]).encode()) - len(SPACE.encode())
+    behind = len("".join(words[place + 1 :]).encode())
+
+    def cut(tokens):
+        start = [token for k, token in enumerate(tokens) if len(joined(tokens[: k + 1])) <= before]
+        end = [token for k, token in enumerate(tokens) if len(joined(tokens[k:])) <= behind]
+        return start, end
+
+    assert cut(found) == cut(bare)
+    assert joined(cut(found)[0]) + SPACE.encode() + joined(cut(found)[1]) == joined(found)
+
+
+def test_words_that_a_tokenizer_writes_differently_are_given_in_bytes():
+    """A token that takes the white space before it along is not the text's bytes."""
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<mask>", lstrip=True)])
+    own = ByteEncoder(tokenizer)
+    found = own.encode(b"two  <mask> and two")
+    before, behind = own.encode(b"two"), own.encode(b" and two", begins=False)
+    assert [found[: len(before)], found[-len(behind) :]] == [before, behind]
+    assert [t.bytes.decode() for t in found[len(before) : -len(behind)]] == [*"  <mask>"]
 
 
 WITHOUT_ADDED_SPACE = {
@@ -188,7 +232,14 @@ def test_a_letter_with_a_token_is_never_that_of_a_byte():
     kind = "SentencePiece BPE with byte fallback"
     names = tokenizer_of_kind(kind).convert_ids_to_tokens
     found = encoder(kind).encode(f"two {SPACE}and".encode())  # no text has that letter for a space
-    assert [names(token.id) for token in found[-6:]] == ["<0xE2>", "<0x96>", "<0x81>", *"and"]
+    assert [names(token.id) for token in found[-6:]] == [
+        "\u2581",
+        "<0xE2>",
+        "<0x96>",
+        "<0x81>",
+        "a",
+        "nd",
+    ]
 
 
 def test_a_part_of_a_token_is_written_in_the_tokenizers_tokens():
