@@ -114,18 +114,23 @@ def _later(ratios: Tensor, gamma: float) -> Tensor:
 def _of_chunks(
     answer: ChunkLogProbs, scored: ScoredPositions, own: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the log-ratio of the chunks that each token has a part in, and of later ones, ``(N,)``."""
+    """Return the log-ratio of the chunks that each token has a part in, and of later ones, ``(N,)``.
+
+    To a token in no chunk, of the text that nothing predicts to the teacher, all chunks are later.
+    """
     ratios = (answer.sums(own) - answer.log_probs.to(own.dtype)).double()
     rows = scored.rows[answer.ends]
     numbers = torch.arange(len(rows), device=rows.device)
     place = numbers - torch.searchsorted(rows, rows)  # among the chunks of the row
     table = ratios.new_zeros(scored.mask.shape).index_put((rows, place), ratios)
-    later = _later(table, gamma)[rows, place]
+    later = answer.at_tokens(_later(table, gamma)[rows, place])
+    of_rows = gamma * discounted_returns(table, gamma)[:, 0]
     # Sums up to each chunk: of its own, and up to it of those that the token may have ended.
     sums = F.pad(ratios.cumsum(0), (1, 0))
     inside = answer.chunks >= 0
     own_part = sums[(answer.chunks + 1).clamp(min=0)] - sums[answer.since.clamp(min=0)]
-    return own_part.masked_fill(~inside, 0.0).to(own.dtype), answer.at_tokens(later).to(own.dtype)
+    later = later.where(inside, of_rows[scored.rows])
+    return own_part.masked_fill(~inside, 0.0).to(own.dtype), later.to(own.dtype)
 
 
 class ReverseKLEstimator(Resumable, ABC):

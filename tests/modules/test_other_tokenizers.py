@@ -1,5 +1,7 @@
 """Teachers with other tokens: one tokenizer on both sides, formulas written out, and all texts."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,7 @@ from tests.support.toys import fused_letter_tokenizer, ragged_batch, tiny_llama
 from tests.support.written_texts import (
     STUDENT_TOKENIZER,
     TEACHER_TOKENIZER,
+    Bytes,
     ByteTeacher,
     Words,
     everything_written,
@@ -173,6 +176,54 @@ def test_with_discount_1_chunks_have_the_gradient_of_tokens_less_text():
     assert (probe.gradient - expected).norm() <= 1e-10 * expected.norm()
     several = [len(tokens) for tokens in completions if len(tokens) > 1]
     assert several, "chunks of one token each would prove less"
+
+
+def chunks_by_prefix(tokens):
+    """Log-probability under the table of bytes of each chunk of a completion, and its tokens."""
+    ends = [0]
+    eos = STUDENT_TOKENIZER.eos_token_id
+    words = [STUDENT_TOKENIZER.decode([t]).encode() for t in tokens if t != eos]
+    theirs = TEACHER_TOKENIZER(b"".join(words).decode())["input_ids"]
+    theirs = np.cumsum([len(TEACHER_TOKENIZER.decode([token])) for token in theirs])
+    own = np.cumsum([len(word) for word in words])
+    ends += sorted({*own.tolist()} & {*theirs.tolist()})
+    text, table, chunks = b"".join(words), Bytes(), []
+    for start, end in pairwise(ends):
+        group = [k for k, place in enumerate(own) if start < place <= end]
+        chunks.append((group, table.of_text(text[start:end], text[:start], ended=False)))
+    if tokens[-1] == eos:
+        chunks.append(([len(words)], table.log_prob(None, text)))
+    return chunks
+
+
+def test_what_nothing_predicts_is_learned_for_what_comes_later():
+    """Without a prompt, the reward of a text is that of all chunks but the first, which has none."""
+    model = Words(0)
+    rollout, probabilities, _, completions = everything_written(model)
+    rollout["extra"] = {"teacher_prompt": [""] * len(completions)}
+    module = OnPolicyDistillation(
+        gamma=1.0,
+        student=StudentSpec.of(model),
+        teacher=RetokenizingTeacher(ByteTeacher(), tokenizer=TEACHER_TOKENIZER),
+        tokenizer=STUDENT_TOKENIZER,
+        logits_backend=DenseLogits(),
+        normalization=Expectation(probabilities),
+    )
+    probe = GradientProbe()
+    fit = trainer(max_steps=1, callbacks=[Prepared(), probe], **DOUBLE)
+    fit.fit(module, datamodule=BatchList([rollout]))
+    fresh, total, several = Words(0), 0.0, 0
+    for tokens in completions:
+        own = fresh.log_probs(fresh.tokens[0], tokens)
+        rest = chunks_by_prefix(tokens)[1:]
+        several += len(rest) > 0
+        cost = sum((own[group].sum().detach() - told for group, told in rest), torch.zeros(()))
+        total = total + own.sum().exp() * cost
+    assert several > 10
+    (expected,) = torch.autograd.grad(total, fresh.rows)
+    expected = expected.flatten()
+    assert expected.norm() > 1e-2
+    assert (probe.gradient - expected).norm() <= 1e-10 * expected.norm()
 
 
 # Two tokenizers, against formulas written out.
