@@ -50,7 +50,9 @@ def test_a_tokenizer_is_learned_when_all_runs_have_been_parsed(fails):
     assert message in fails("compare", *map(str, words))
 
 
-@pytest.mark.parametrize("name", ["stories", "data", "normalization", "babyllama"])
+@pytest.mark.parametrize(
+    "name", ["stories", "data", "normalization", "babyllama", "other_tokenizer"]
+)
 def test_claims_are_on_the_page_and_their_differences_are_tested(name):
     said = yaml.safe_load((CONFIGS / "experiments" / f"{name}.yaml").read_text())
     tested = {frozenset(pair) for pair in said["pairs"]}
