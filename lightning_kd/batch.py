@@ -29,6 +29,9 @@ IGNORE_INDEX = -100
 TEACHER_PROMPT = "teacher_prompt"
 """Column of ``Batch["extra"]``: the prompt as the template of a teacher with other tokens has it."""
 
+TEACHER_END = "teacher_end"
+"""Column of ``Batch["extra"]``: the token with which that template ends an answer; empty for none."""
+
 FILLER_ROW = -1
 """``Batch["row"]`` of a row that only fills up a batch: nothing in it is scored or counted."""
 

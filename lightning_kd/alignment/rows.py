@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.alignment.chunks import Chunks, align
 from lightning_kd.alignment.encoder import ByteEncoder
+from lightning_kd.batch import TEACHER_END
 from lightning_kd.token_bytes import TokenBytes, unknown_tokens
 from lightning_kd.tokenization import begun, special_token_frame, tokens_of
 
@@ -89,7 +90,7 @@ class Retokenizer:
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
         self._student, self._teacher = student, teacher
         self._known = TokenBytes.of_tokenizer(student)
-        self._encoder = ByteEncoder(teacher)
+        self._encoder, self._vocabulary = ByteEncoder(teacher), teacher.get_vocab()
         self._special = counterparts(student, teacher)
         own = self._known.is_special.nonzero()[:, 0].tolist()
         self._without_counterpart = {*own} - self._special.keys()
@@ -108,6 +109,7 @@ class Retokenizer:
         prompt: str | None = None,
         apart: bool = False,
         generated: bool = False,
+        end: str | None = None,
     ) -> AlignedRow:
         """Return a row in the other tokens.
 
@@ -118,13 +120,17 @@ class Retokenizer:
             apart: Whether what is scored was tokenized as a text of its own.
             generated: Whether a model has written it: tokens of unknown text, and special ones without
                 a counterpart, stand for none then.
+            end: Token of the other tokenizer that ends an answer, which the student's EOS stands for
+                where nothing else of the completion does; None for its EOS.
 
         Raises:
-            ValueError: If a token's bytes are not known, a special one has no counterpart, or the other
-                tokenizer cannot write the text.
+            ValueError: If a token's bytes are not known, a special one has no counterpart, the other
+                tokenizer cannot write the text, or it has no such token.
         """
         pieces = self._known.of_row(ids, start if apart else None)
         own = [self._special.get(token) for token in ids]
+        if end is not None:
+            own[start:] = self._ended(ids[start:], own[start:], end)
         framed = list(ids[: len(self._own_frame)]) == self._own_frame
         begin = min(len(self._own_frame), start) if framed else 0
         checked = slice(begin if prompt is None else start, start if generated else None)
@@ -145,6 +151,20 @@ class Retokenizer:
             chunks = chunks.without_first()
         ids_of_both = [*before, *(token for token, _ in after)]
         return AlignedRow(ids_of_both, len(before), chunks, self._since(chunks.first, scored))
+
+    def _ended(
+        self, ids: Sequence[int], own: Sequence[int | None], end: str
+    ) -> Sequence[int | None]:
+        """Return the counterparts of a completion's tokens, of which an EOS ends a turn."""
+        number, eos = self._vocabulary.get(end), self._student.eos_token_id
+        if number is None:
+            raise ValueError(
+                f"{TEACHER_END} is {end!r}, which is no token of the teacher's tokenizer; name one, or "
+                "leave the column out"
+            )
+        if number in own:  # as where a student's template writes it, and an EOS was appended
+            return own
+        return [number if token == eos else other for token, other in zip(ids, own, strict=True)]
 
     def _since(
         self, numbers: Sequence[int], scored: Sequence[tuple[bytes | None, int | None]]

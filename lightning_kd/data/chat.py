@@ -8,7 +8,7 @@ from typing import Any, get_args
 import datasets
 from transformers import PreTrainedTokenizerBase
 
-from lightning_kd.batch import TEACHER_PROMPT
+from lightning_kd.batch import TEACHER_END, TEACHER_PROMPT
 from lightning_kd.data.chat_encoding import encode_chat_prompts, encode_chats
 from lightning_kd.data.conversations import (
     COLUMNS,
@@ -60,7 +60,8 @@ class ChatData(TextData):
             or ``none``, where only a model answers.
         chat_template_kwargs: Further variables of the template, such as ``{enable_thinking: false}``.
         teacher_tokenizer: Tokenizer of a teacher with other tokens (a directory or a hub name), whose
-            chat template renders each prompt once more, with the same further variables.
+            chat template renders each prompt once more, with the same further variables; the token that
+            ends a turn there is what the EOS of an answer stands for.
         eos_token: Token that ends an answer, in place of the tokenizer's EOS, where the template
             ends turns with another one, as Gemma's does with ``<end_of_turn>``.
         teacher_prompt_template: Text of the last message of the user as the teacher reads it:
@@ -192,7 +193,7 @@ class ChatData(TextData):
             encode = told.beside(encode, self._encode_teacher_prompts)
         other, kept = self.teacher_tokenizer, self.extra_columns
         rows = with_other_template(chats, CHAT, other, self.chat_template_kwargs)
-        kept = kept if other is None else [*kept, TEACHER_PROMPT]
+        kept = kept if other is None else [*kept, TEACHER_PROMPT, TEACHER_END]
         encoded = EncodedRows(rows, encode, self.limit, kept)
         self.roles |= chats.roles
         return encoded

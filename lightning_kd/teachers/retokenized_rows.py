@@ -4,7 +4,14 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from lightning_kd.alignment import AlignedRow, Retokenizer
-from lightning_kd.batch import IGNORE_INDEX, TEACHER_PROMPT, Batch, has_prompts, pad_rows
+from lightning_kd.batch import (
+    IGNORE_INDEX,
+    TEACHER_END,
+    TEACHER_PROMPT,
+    Batch,
+    has_prompts,
+    pad_rows,
+)
 from lightning_kd.devices import to_device
 from lightning_kd.scoring import ScoredPositions
 
@@ -43,6 +50,7 @@ def aligned_rows(
             prompt=_prompt(batch, number, is_apart),
             apart=is_apart,
             generated="completion_mask" in batch,
+            end=_end(batch, number),
         )
         rows.append(aligned)
     return rows
@@ -55,6 +63,12 @@ def _prompt(batch: Batch, number: int, apart: bool) -> str | None:
         return str(rendered[number])
     # Of a text that goes on, the tokens say where it is cut.
     return batch["prompt"][number] if apart and has_prompts(batch) else None
+
+
+def _end(batch: Batch, number: int) -> str | None:
+    """Return the token with which the teacher's template ends an answer; None for its EOS."""
+    given = batch.get("extra", {}).get(TEACHER_END)
+    return None if given is None else str(given[number]) or None
 
 
 def own_batch(

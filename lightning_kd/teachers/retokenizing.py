@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.alignment import Retokenizer
-from lightning_kd.batch import TEACHER_PROMPT, Batch
+from lightning_kd.batch import TEACHER_END, TEACHER_PROMPT, Batch
 from lightning_kd.devices import to_device
 from lightning_kd.fused import (
     AlignedAnswer,
@@ -51,8 +51,9 @@ class RetokenizingTeacher(CompositeTeacher):
     What is scored of a row (its completion) becomes bytes by the tokens of the student, and tokens of
     the teacher by its tokenizer; special tokens are mapped by role or name. Before it the teacher reads
     the prompt as its own tokenizer begins a text: the data's text of it, or the column
-    ``teacher_prompt``, which ``ChatData`` renders with the teacher's chat template. It answers how
-    likely each of its tokens is, and which chunks of text end on both sides
+    ``teacher_prompt``, which ``ChatData`` renders with the teacher's chat template; the EOS of an
+    answer then stands for the token with which that template ends a turn. It answers how likely each
+    of its tokens is, and which chunks of text end on both sides
     (:class:`~lightning_kd.fused.ChunkLogProbs`), or its distributions where a chunk begins.
 
     Args:
@@ -132,8 +133,8 @@ class RetokenizingTeacher(CompositeTeacher):
 
     @property
     def columns(self) -> frozenset[str]:  # type: ignore[override]
-        """That of the teacher's prompts, and those that the teacher reads."""
-        return super().columns | {TEACHER_PROMPT}
+        """Those of the teacher's prompts and of its end of turn, and those that the teacher reads."""
+        return super().columns | {TEACHER_PROMPT, TEACHER_END}
 
     def resume_settings(self) -> dict[str, Any]:
         """Return the arguments that must not change, with the tokenizer as it is."""

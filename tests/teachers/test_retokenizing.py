@@ -15,7 +15,7 @@ from lightning_kd.modules import SFT, ChunkLikelihoodKD, SupervisedKD
 from lightning_kd.scoring import ScoredPositions
 from lightning_kd.teachers import LiveStudent, LocalTeacher, RetokenizingTeacher, Teacher
 from tests.support.harness import trainer
-from tests.support.templates import family_tokenizer
+from tests.support.templates import CHATML, family_tokenizer
 from tests.support.tokenizers import byte_level, tokenizer_of_kind
 from tests.support.toys import tiny_llama
 
@@ -74,6 +74,87 @@ def test_each_side_reads_a_chat_in_its_own_template():
     assert completion.startswith(other.eos_token)
     assert batch["extra"]["teacher_prompt"] == [before]
     assert answer.chunks.min() == 0
+
+
+def base_model():
+    """A tokenizer with ChatML's template and another EOS, as that of a base model of Qwen."""
+    tokenizer = family_tokenizer("chatml")
+    tokenizer.add_special_tokens({"eos_token": "<|endoftext|>"})
+    # The end of a turn stays special, as a token that has no role.
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    assert tokenizer.eos_token == "<|endoftext|>"
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("make", "end"),
+    [
+        (lambda: family_tokenizer("gemma"), "<end_of_turn>"),
+        (base_model, "<|im_end|>"),
+        (lambda: family_tokenizer("llama3"), "<|eot_id|>"),
+        (lambda: family_tokenizer("mistral"), "</s>"),
+    ],
+    ids=["gemma", "base model", "llama3", "mistral"],
+)
+@pytest.mark.parametrize("generated", [False, True])
+def test_an_answer_ends_as_the_teachers_template_ends_a_turn(make, end, generated):
+    other = make()
+    data = chats(teacher_tokenizer=other)
+    written = {}
+    if generated:
+        data.train_on = "none"  # prompts alone
+        ids = data.tokenizer("5, I think")["input_ids"] + [data.tokenizer.eos_token_id]
+        prompt = data.rows("train").example(0, 0).input_ids
+        row = torch.tensor([[*prompt, *ids]])
+        labels = row.where(torch.arange(row.shape[1]) >= len(prompt), -100)
+        written = {"input_ids": row, "labels": labels, "completion_mask": labels >= 0}
+    text, _, batch, _ = asked(data, other, **written)
+    whole = other.apply_chat_template(CHAT["messages"], tokenize=False)
+    assert whole.rstrip("\n").endswith(f"5, I think{end}")
+    (before,) = batch["extra"]["teacher_prompt"]
+    assert text == f"{before}[[5, I think{end}]]"
+
+
+def test_a_students_template_may_write_the_end_and_an_eos_behind_it():
+    """Without data.eos_token, of a student whose template ends turns with another token."""
+    Path("chats.jsonl").write_text(json.dumps(CHAT))
+    own, other = family_tokenizer("gemma"), family_tokenizer("gemma")
+    data = ChatData(tokenizer=own, train="chats.jsonl", teacher_tokenizer=other)
+    assert asked(data, other)[0].endswith("[[5, I think<end_of_turn>\n<eos>]]")
+    data = ChatData(
+        tokenizer=own, train="chats.jsonl", teacher_tokenizer=other, eos_token="<end_of_turn>"
+    )
+    assert asked(data, other)[0].endswith("[[5, I think<end_of_turn>]]")
+
+
+@pytest.mark.parametrize(
+    ("template", "warned"),
+    [
+        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", False),
+        ("{% if messages | length == 2 %}{{ raise_exception('no') }}{% endif %}" + CHATML, True),
+    ],
+    ids=["no token", "refuses"],
+)
+def test_a_template_without_an_end_leaves_the_teachers_eos(template, warned, caplog):
+    other = family_tokenizer("gemma")
+    other.chat_template = template
+    data = chats(teacher_tokenizer=other)
+    assert asked(data, other)[0].endswith("[[5, I think<eos>]]")
+    assert ("So the EOS of the student's answers is the teacher's" in caplog.text) == warned
+
+
+def test_an_end_of_ones_own_is_a_token_of_the_teachers():
+    rows = [{"prompt": "two", "completion": "four", "teacher_prompt": "Once", "teacher_end": "<e>"}]
+    other = byte_level()
+    columns = ["teacher_prompt", "teacher_end"]
+    data = PromptCompletionData(tokenizer=byte_level(), train=rows, extra_columns=columns)
+    with pytest.raises(
+        ValueError, match="teacher_end is '<e>', which is no token of the teacher's"
+    ):
+        asked(data, other)
+    rows[0]["teacher_end"] = "<|turn|>"
+    data = PromptCompletionData(tokenizer=byte_level(), train=rows, extra_columns=columns)
+    assert asked(data, other)[0] == "Once[[four<|turn|>]]"
 
 
 def test_prompts_of_ones_own_come_in_a_column():
