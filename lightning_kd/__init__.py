@@ -7,15 +7,16 @@ so that importing the package takes no time: ``lightning-kd --help`` answers at 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lightning_kd.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lightning_kd.public import *  # noqa: F403
     from lightning_kd.public import __all__ as __all__
-    from lightning_kd.public import __version__ as __version__
 
 
 def __getattr__(name: str) -> Any:
     """Return a public name, or a part of the package."""
-    if name.startswith("__") and name not in {"__all__", "__version__"}:
+    if name.startswith("__") and name != "__all__":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     public = import_module("lightning_kd.public")
     if hasattr(public, name):

@@ -1,10 +1,10 @@
 """``lightning-kd`` and ``python -m lightning_kd``; what needs no torch is answered at once."""
 
 import sys
-from importlib.metadata import version
 
 from lightning_kd.cli.commands import COMMANDS, DESCRIPTION, unknown_command
 from lightning_kd.cli.stored_help import show_help
+from lightning_kd.version import __version__
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
         sys.stdout.write(DESCRIPTION)
         return
     if given == ["--version"]:
-        sys.stdout.write(f"lightning-kd {version('lightning-kd')}\n")
+        sys.stdout.write(f"lightning-kd {__version__}\n")
         return
     if not given[0].startswith("-") and given[0] not in COMMANDS:
         sys.stderr.write(f"lightning-kd: error: {unknown_command(given[0])}\n")

@@ -4,8 +4,6 @@ Everything a configuration file may name is imported here, so that a bare class 
 modules, data modules, divergences, normalizations, students and teachers.
 """
 
-from importlib.metadata import version
-
 from lightning_kd.batch import IGNORE_INDEX, Batch, PairedBatch, PromptBatch, Rollout
 from lightning_kd.checkpoints import AtomicCheckpointIO
 from lightning_kd.data import (
@@ -85,8 +83,6 @@ from lightning_kd.teachers import (
     TeacherEnsemble,
     TopKTeacher,
 )
-
-__version__ = version("lightning-kd")
 
 __all__ = [
     "CISPO",

@@ -4,11 +4,11 @@ import os
 import shlex
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from shutil import which
 
 from lightning_kd.callbacks.export.redaction import presentable_command
+from lightning_kd.version import __version__
 
 _GIT_TIMEOUT = 10.0
 """Seconds that git may take to say which commit the working directory is of."""
@@ -20,7 +20,7 @@ def this_session() -> dict[str, str]:
     """Return the command of this process, the version of this library and the commit."""
     return {
         "command": shlex.join(presentable_command(sys.argv)),
-        "version": version("lightning-kd"),
+        "version": __version__,
         "commit": commit_of(Path.cwd()),
     }
 

@@ -2,6 +2,8 @@
 
 from difflib import get_close_matches
 
+from lightning_kd.cli.named_configs import list_names
+
 COMMANDS = {
     "fit": "train a student",
     "check": "say what a run would do and what would ruin it, before it starts",
@@ -22,15 +24,17 @@ DESCRIPTION = f"""Distill language models with PyTorch Lightning.
 
 {chr(10).join(f"  lightning-kd {name:10} {what}" for name, what in COMMANDS.items())}
 
-Give a method and its data in a YAML file (configs/ has one for each method) and change any value on
-the command line, for example:
-  lightning-kd fit --config configs/supervised_kd.yaml --model.divergence GeneralizedJSD
+Give a method and its data in a YAML file, or by the name of one that comes along, and change any value
+on the command line, for example:
+  lightning-kd fit --config supervised_kd --model.divergence GeneralizedJSD
   lightning-kd test --config runs/version_0/config.yaml --ckpt_path last
 All options of a command, and those of one method, divergence or teacher:
   lightning-kd fit --help
   lightning-kd fit --model.help GKD
 What a run would use, without running it:
-  lightning-kd fit --config configs/gkd.yaml --print_config
+  lightning-kd fit --config gkd --print_config
+Configs that come along, for fit, to be put over these, and for compare; a file that exists comes first:
+{list_names("  ")}
 Errors are short; LIGHTNING_KD_TRACEBACK=1 shows where they come from.
 """
 

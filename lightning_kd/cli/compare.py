@@ -16,6 +16,7 @@ from rich.console import Console
 from lightning_kd.callbacks import TrainingCost
 from lightning_kd.cli.distillation_cli import DistillationCLI
 from lightning_kd.cli.messages import ShortErrors
+from lightning_kd.cli.named_configs import with_config_files
 from lightning_kd.cli.parsing import ParsingCLI
 from lightning_kd.cli.preparation import prepare
 from lightning_kd.cli.trainer_command import trainer_command
@@ -42,7 +43,7 @@ def compare(words: Sequence[str]) -> None:
         ValueError: If something could not be run as it is given; nothing has begun then.
         SystemExit: With 1 if a run has failed, and with 128 and its number after a signal.
     """
-    given = _parser().parse_args(list(words))
+    given = _parser().parse_args(with_config_files(words))
     if (given.config is None) == (given.configs is None):
         raise ValueError("give --config with an experiment file, or --configs with ordinary ones")
     if given.config is not None:
@@ -172,7 +173,7 @@ def run_command(configs: Sequence[str], at_once: int, words: Sequence[str], left
     sys.argv = [sys.argv[0], *words]
     if at_once > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // at_once))
-    prepare(configs)
+    prepare([*configs, *words])
     trainer: L.Trainer = trainer_command(DistillationCLI).trainer
     write_json(left, {**_what_came(trainer), "jobs": at_once})
 
@@ -201,9 +202,11 @@ def _parser() -> ShortErrors:
         description="Make the runs of an experiment with several seeds, and show them side by side. "
         "Typed again, it goes on where it has stopped (docs/comparing.md).",
     )
-    parser.add_argument("--config", help="The experiment file.")
     parser.add_argument(
-        "--configs", nargs="+", help="Ordinary configurations of fit, in place of an experiment."
+        "--config", help="An experiment file, or a name: experiments/stories comes along."
+    )
+    parser.add_argument(
+        "--configs", nargs="+", help="Configurations of fit, or names, in place of an experiment."
     )
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="Each run is made with each of them."

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from lightning_kd.cli.compare import run_comparison
+from lightning_kd.cli.named_configs import NAMED_CONFIGS
 from lightning_kd.comparison.reading import read_experiment
 
-EXPERIMENT = Path(__file__).with_name("demo.yaml")
-"""``configs/experiments/demo.yaml`` is a link to it: it is part of what is installed."""
+EXPERIMENT = NAMED_CONFIGS["experiments/demo"]
 
 
 def demo(

@@ -30,6 +30,7 @@ from lightning_kd.cli.check import CommandTrainer
 from lightning_kd.cli.export import with_run_config
 from lightning_kd.cli.messages import is_for_the_user
 from lightning_kd.cli.models import settle_models
+from lightning_kd.cli.named_configs import with_config_files
 from lightning_kd.cli.output import what_is_left, whose_weights
 from lightning_kd.cli.preparation import find_own_modules
 from lightning_kd.cli.unused import check_used
@@ -49,7 +50,11 @@ RUNS = "runs"
 TRACEBACK = "LIGHTNING_KD_TRACEBACK"
 """Environment variable; where it is set, errors come with all that led to them."""
 
-CHECKPOINT = "A checkpoint; or last or best, of the run whose config.yaml is given with --config."
+_HELP = {
+    "ckpt_path": "A checkpoint; or last or best, of the run whose config.yaml is given with --config.",
+    "config": "A YAML file, or the name of a config that comes along: gkd, overlays/ddp.",
+}
+"""Help of options that Lightning says less of."""
 
 
 class DistillationCLI(LightningCLI):
@@ -67,7 +72,7 @@ class DistillationCLI(LightningCLI):
             super().parse_arguments(parser, args)
             return
         try:
-            given = with_run_config(sys.argv[1:])
+            given = with_run_config(with_config_files(sys.argv[1:]))
             check_used(given)
         except ValueError as error:
             self.parser.error(str(error))
@@ -108,8 +113,7 @@ class DistillationCLI(LightningCLI):
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
         for action in parser._actions:
-            if action.dest == "ckpt_path":
-                action.help = CHECKPOINT
+            action.help = _HELP.get(action.dest, action.help)
         if subcommand == "predict":
             # The completions go to a file as they come; memory need not hold them too.
             parser.set_defaults({"return_predictions": False})

@@ -13,14 +13,14 @@ from lightning_kd.modules import MiniLLMObjective
 from lightning_kd.processes import end_together
 
 
-def prepare(configs: Sequence[str] = ()) -> None:
+def prepare(arguments: Sequence[str]) -> None:
     """Make this process one of a command: its signals, what it may import, and how it reads.
 
     Args:
-        configs: Files that a user's own classes may lie beside, with those of the command line.
+        arguments: Its command line; a user's own classes may lie beside the files in it.
     """
     end_together()
-    find_own_modules([*configs, *sys.argv[1:]])
+    find_own_modules(arguments)
     leave_out_noise()
     # A data class is otherwise only taken for itself, never for a preset that derives from it.
     set_parsing_settings(subclasses_enabled=[MiniLLMObjective])

@@ -1,6 +1,5 @@
 """The commands of the trainer, with what every run has."""
 
-from importlib.metadata import version
 from typing import TypeVar
 
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -16,6 +15,7 @@ from lightning_kd.cli.commands import DESCRIPTION
 from lightning_kd.cli.distillation_cli import RUNS, DistillationCLI
 from lightning_kd.cli.messages import HelpFormatter, ShortErrorParser
 from lightning_kd.cli.run_config import RunConfig
+from lightning_kd.version import __version__
 
 _CLI = TypeVar("_CLI", bound=DistillationCLI)
 
@@ -41,7 +41,7 @@ def trainer_command(kind: type[_CLI]) -> _CLI:
             "prog": "lightning-kd",
             "description": DESCRIPTION,
             "formatter_class": HelpFormatter,
-            "version": version("lightning-kd"),
+            "version": __version__,
         },
         trainer_defaults={
             "logger": {

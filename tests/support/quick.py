@@ -14,6 +14,7 @@ NOT_QUICK = ("processes", "command_line", "slow")
 
 BY_FIXTURE = {
     "cli": "command_line",
+    "distributions": "processes",
     "fails": "command_line",
     "two_processes": "processes",
     "wheel": "processes",

@@ -1,0 +1,100 @@
+"""Configurations that come with the package, and how ``--config`` takes them by name."""
+
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from textwrap import wrap
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+# The second is that of a checkout in which links are no links; what is installed has the first.
+_HOMES = [place for place in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if place.is_dir()]
+
+NAMED_CONFIGS = {
+    path.relative_to(home.resolve()).with_suffix("").as_posix(): path
+    for home in _HOMES[:1]
+    for path in sorted(home.resolve().rglob("*.yaml"))
+}
+"""File of each configuration, by its name: ``gkd``, ``overlays/ddp``, ``experiments/stories``."""
+
+
+def list_names(indent: str = "") -> str:
+    """Return the names, those of a folder together, in lines of at most 100 columns.
+
+    Args:
+        indent: Before each line.
+    """
+    groups: dict[str, list[str]] = {}
+    for name in NAMED_CONFIGS:
+        groups.setdefault(name.rpartition("/")[0], []).append(name)
+    lines = (
+        wrap(", ".join(groups[folder]), 100 - len(indent), break_on_hyphens=False)
+        for folder in sorted(groups)
+    )
+    return "\n".join(f"{indent}{line}" for of_folder in lines for line in of_folder)
+
+
+def config_file(value: str) -> str:
+    """Return the file that a value of ``--config`` means; text of a configuration stays as it is.
+
+    Args:
+        value: A file that exists, a name of :data:`NAMED_CONFIGS`, or YAML itself.
+
+    Returns:
+        The file. One that exists comes before a name; a directory is none.
+
+    Raises:
+        ValueError: If it is none of these, with the names.
+
+    Example:
+        >>> config_file("overlays/ddp").endswith("configs/overlays/ddp.yaml")
+        True
+        >>> config_file("{seed_everything: 1}")
+        '{seed_everything: 1}'
+    """
+    path = Path(value)
+    if re.search(r"[{:\n]", value) or (path.exists() and not path.is_dir()):
+        return value
+    if value in NAMED_CONFIGS:
+        return str(NAMED_CONFIGS[value])
+    inside = value.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
+    near = get_close_matches(inside, NAMED_CONFIGS, n=1)
+    hint = f"did you mean --config {near[0]}? " if near else ""
+    raise ValueError(
+        f"--config {value}: there is no file {value}, and no configuration of that name comes with "
+        f"lightning-kd. {hint}The names are\n{list_names('  ')}"
+    )
+
+
+def with_config_files(arguments: Sequence[str]) -> list[str]:
+    """Return a command line with the files of configurations in place of their names.
+
+    Args:
+        arguments: The command line, without the program's name.
+
+    Raises:
+        ValueError: If a value of ``--config`` is neither a file nor a name.
+
+    Example:
+        >>> words = with_config_files(["fit", "--config=gkd", "--model.alpha", "1"])
+        >>> [word.rpartition("/")[2] for word in words]
+        ['fit', 'gkd.yaml', '--model.alpha', '1']
+    """
+    given: list[str] = []
+    option = ""
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        if option and not word.startswith("-"):
+            word = config_file(word)
+            option = option if option == "--configs" else ""
+        elif equals and name in _OPTIONS:
+            word, option = f"{name}={config_file(value)}", name if name == "--configs" else ""
+        else:
+            option = word if word in _OPTIONS else ""
+        given.append(word)
+    return given
+
+
+_OPTIONS = ("--config", "-c", "--configs")
+"""Options whose values are configurations; of the last, all that follow are."""
