@@ -18,7 +18,15 @@ $(VENV)-deepspeed/installed: $(VENV)/installed
 	DS_BUILD_OPS=0 $(VENV)-deepspeed/bin/python -m pip install --quiet -c constraints.txt deepspeed==0.19.8
 	touch $@
 
-.PHONY: install deepspeed demo test test-quick gpu check docs docs-links tensorboard constraints clean help
+# The lowest versions that pyproject.toml allows of what the library imports, to see that they do.
+$(VENV)-lowest/installed: pyproject.toml
+	mkdir -p build
+	$(PYTHON) -m tests.support.lower_bounds > build/lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet -c build/lowest.txt -e '.[test]'
+	touch $@
+
+.PHONY: install deepspeed demo test test-quick test-lowest gpu check dist docs docs-links tensorboard constraints clean help
 install: $(VENV)/installed  ## Make the virtual environment with the tested set
 
 deepspeed: $(VENV)-deepspeed/installed  ## Add an environment with DeepSpeed, for its tests
@@ -33,6 +41,9 @@ test: check  ## Check style and types, then run all tests
 
 test-quick: install  ## Run the tests that start no process and take no seconds
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not (processes or command_line or slow)"
+
+test-lowest: $(VENV)-lowest/installed  ## Run the same with the lowest versions that are allowed
+	OMP_NUM_THREADS=1 $(VENV)-lowest/bin/python -m pytest -n 2 -m "not (processes or command_line or slow)"
 
 gpu: install  ## Test and measure on a GPU, in ten minutes; without one it says so
 	$(BIN)/python -m tests.benchmarks.gpu
@@ -54,6 +65,14 @@ tensorboard: install  ## Look at the runs
 constraints: install  ## Write down the installed set
 	( sed -n '/^#/p' constraints.txt; $(BIN)/pip freeze --exclude-editable --exclude lightning-kd \
 	  | sed 's/+cpu$$//' ) > constraints.new && mv constraints.new constraints.txt
+
+# Of the commit, so that nothing gets in that git does not know; the wheel is built from the source distribution.
+dist: install  ## Build the source distribution and the wheel of the commit, and check both
+	rm -rf build/source dist
+	mkdir -p build/source
+	git archive HEAD | tar -x -C build/source
+	$(BIN)/python -m build --no-isolation --outdir dist build/source
+	$(BIN)/python -m twine check --strict dist/*
 
 clean:  ## Remove what was built
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
