@@ -9,7 +9,7 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
-    {"functions", "imports", "option_checks", "devices"},
+    {"functions", "imports", "option_checks", "devices", "version"},
     {
         "batch",
         "collectives",
