@@ -1,5 +1,6 @@
 """Guard against steps with a non-finite gradient."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -24,10 +25,11 @@ class NonFiniteGuard(Callback):
     """Keep NaN and infinity out of the weights.
 
     Before each optimizer step the gradients are checked, on all ranks together. If one is not finite,
-    the micro-batches of the step are saved as safetensors, one file for each micro-batch and rank, and
-    the step is skipped or the run stopped; weights and optimizer state remain those of the previous
-    step. With a gradient scaler (``16-mixed``), the scaler handles overflows. DeepSpeed checks and
-    skips by itself; steps that it skipped are handled after the step.
+    the micro-batches of the step are saved as safetensors, one file for each micro-batch and rank, with
+    what the teacher reads as ``teacher.input_ids`` and so on, and the step is skipped or the run
+    stopped; weights and optimizer state remain those of the previous step. With a gradient scaler
+    (``16-mixed``), the scaler handles overflows. DeepSpeed checks and skips by itself; steps that it
+    skipped are handled after the step.
 
     Logs ``train/skipped_steps``, the number of steps skipped so far, once there are any.
 
@@ -126,10 +128,20 @@ class NonFiniteGuard(Callback):
         directory = Path(self.dirpath or Path(log_dir or trainer.default_root_dir) / "non_finite")
         directory.mkdir(parents=True, exist_ok=True)
         for number, batch in enumerate(self._window):
-            tensors = {k: v.cpu().contiguous() for k, v in batch.items() if isinstance(v, Tensor)}
             name = f"step{step}_rank{trainer.global_rank}_batch{number}.safetensors"
-            save_file(tensors, directory / name)
+            save_file(_tensors(batch), directory / name)
         return directory
+
+
+def _tensors(batch: Mapping[str, Any], prefix: str = "") -> dict[str, Tensor]:
+    """Return all tensors of a batch, also those in a part of it, such as ``teacher.input_ids``."""
+    found: dict[str, Tensor] = {}
+    for name, value in batch.items():
+        if isinstance(value, Mapping):
+            found |= _tensors(value, f"{prefix}{name}.")
+        elif isinstance(value, Tensor):
+            found[prefix + name] = value.cpu().contiguous()
+    return found
 
 
 def _finite(gradients: list[Tensor]) -> bool:

@@ -3,10 +3,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 
-from lightning_kd.callbacks import NonFiniteGuard
+from lightning_kd.callbacks import NonFiniteGuard, OnPolicyGeneration
+from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import StudentSpec
-from lightning_kd.modules import SFT
-from tests.support.harness import BatchList, trainer
+from lightning_kd.modules import GKD, SFT
+from lightning_kd.teachers import LiveStudent
+from tests.support.harness import BatchList, Letters, trainer
 from tests.support.toys import ragged_batch, tiny_llama
 
 BATCHES = [ragged_batch([(2, 5), (1, 3)], seed) for seed in range(8)]
@@ -65,6 +67,36 @@ def test_a_run_is_stopped_with_the_weights_of_the_previous_step(tmp_path):
         fit(NonFiniteGuard(dirpath=str(tmp_path)), poison)
     assert len(poison.weights) == 3
     assert (tmp_path / "step4_rank0_batch0.safetensors").exists()
+
+
+def test_what_the_teacher_reads_is_saved_with_the_generated_completions(tmp_path):
+    """What a self-taught student has gone wrong on stands in no other column."""
+
+    class Keep(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            self.batch = batch
+
+    keep = Keep()
+    writes = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=4), table_every=0)
+    callbacks = [NonFiniteGuard(dirpath=str(tmp_path)), writes, keep, Poison(0)]
+    run = trainer(max_steps=1, max_epochs=-1, callbacks=callbacks)
+    with pytest.raises(ValueError, match="gradient of optimizer step 1 is not finite"):
+        run.fit(GKD(student=tiny_llama(0), teacher=LiveStudent()), datamodule=Letters(told=True))
+    saved = load_file(tmp_path / "step1_rank0_batch0.safetensors")
+    assert torch.equal(saved["completion_mask"], keep.batch["completion_mask"])
+    for name in ("input_ids", "attention_mask", "prompt_ids", "prompt_mask"):
+        assert torch.equal(saved[f"teacher.{name}"], keep.batch["teacher"][name])
+    assert not torch.equal(saved["teacher.prompt_ids"], saved["prompt_ids"])
+
+
+def test_the_text_of_a_second_stream_is_saved(tmp_path):
+    texts = [ragged_batch([(0, 6), (0, 6)], seed) for seed in (8, 9)]
+    both = [batch | {"text": text} for batch, text in zip(BATCHES, texts, strict=False)]
+    run = trainer(callbacks=[NonFiniteGuard(dirpath=str(tmp_path)), Poison(1)])
+    with pytest.raises(ValueError, match="gradient of optimizer step 2 is not finite"):
+        run.fit(SFT(student=StudentSpec.of(tiny_llama(0))), datamodule=BatchList(both))
+    saved = load_file(tmp_path / "step2_rank0_batch0.safetensors")
+    assert torch.equal(saved["text.input_ids"], texts[1]["input_ids"])
 
 
 @pytest.mark.filterwarnings("ignore:optimizer step . was skipped")
