@@ -1,6 +1,6 @@
 """A module whose teacher may be its student: copied, averaged after each step, and saved."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, cast
 
 import lightning as L
@@ -14,7 +14,15 @@ from lightning_kd.models.positions import check_length
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.strategies import adapter_of
 from lightning_kd.teacher_rows import check_teacher_rows, has_teacher_rows
-from lightning_kd.teachers import CopyOfStudent, LiveStudent, SelfTeacher, Teacher, self_teachers
+from lightning_kd.teachers import (
+    CopyOfStudent,
+    LiveStudent,
+    RoutedTeacher,
+    SelfTeacher,
+    Teacher,
+    self_teachers,
+    with_members,
+)
 
 _STATES = "self_teachers"
 """Key of a checkpoint for the weights of teachers that follow the student."""
@@ -66,7 +74,7 @@ class SelfTaughtModule(DistillationModule):
         super().setup(stage)
         self._step_begun = None
         if stage != "predict":
-            check_strategy(self.trainer, self.followers)
+            check_strategy(self.trainer, self.teachers.values())
 
     def configure_model(self) -> None:
         """Build the student, and let its teacher follow it."""
@@ -177,7 +185,7 @@ class SelfTaughtModule(DistillationModule):
             return not adapter.skipped_last_step()
         # Whoever else skips a step, as NonFiniteGuard does, takes the gradients away.
         has_gradients = any(p.grad is not None for p in self.student.parameters())
-        if adapter.shards_weights and adapter.shard_mesh() is None:
+        if adapter.flattens_weights:
             # A process may hold nothing of what is trained.
             return any_process(has_gradients, self.device)
         return has_gradients
@@ -225,20 +233,31 @@ class SelfTaughtModule(DistillationModule):
         return [type(each).__name__ for each in self.followers]
 
 
-def check_strategy(trainer: L.Trainer, following: Sequence[SelfTeacher]) -> None:
+def check_strategy(trainer: L.Trainer, teachers: Iterable[Teacher]) -> None:
     """Refuse a strategy under which a student cannot be its own teacher.
 
     Raises:
-        ValueError: If the strategy is neither one process, ddp nor fsdp2.
+        ValueError: If the strategy is neither one process, ddp nor fsdp2; or if it is fsdp2, and the
+            student teaches some of the rows.
     """
     adapter = adapter_of(trainer)
-    shards = adapter.shards_weights and adapter.shard_mesh() is None
-    if following and (shards or adapter.scales_loss_before_backward):
-        raise ValueError(
-            f"{type(following[0]).__name__} has its weights from the student, and under "
-            f"{type(trainer.strategy).__name__} no process has them as they are; use one process, "
-            "--trainer.strategy ddp or fsdp2"
-        )
+    for teacher in teachers:
+        following = self_teachers(teacher)
+        if following and (adapter.flattens_weights or adapter.scales_loss_before_backward):
+            raise ValueError(
+                f"{type(following[0]).__name__} has its weights from the student, and under "
+                f"{type(trainer.strategy).__name__} no process has them as they are; use one process, "
+                "--trainer.strategy ddp or fsdp2"
+            )
+        routed = [t for t in with_members(teacher) if isinstance(t, RoutedTeacher)]
+        of_rows = [each for some in routed for each in self_teachers(some)]
+        if of_rows and adapter.shards_weights:
+            raise ValueError(
+                f"{type(of_rows[0]).__name__} is a member of a RoutedTeacher, and has its weights in "
+                f"shards under {type(trainer.strategy).__name__}: it answers on all processes "
+                "together, but each process asks the teachers of its own rows. Use one process or "
+                "--trainer.strategy ddp"
+            )
 
 
 def longest_of_teacher(trainer: L.Trainer) -> dict[str, tuple[int, int]]:

@@ -66,7 +66,7 @@ class Rehearsal:
                 alike = own.learns_from_its_start or teacher is not own.teacher
                 self._passes(check_origin, own.student_spec, teacher, alike=alike)
             if self._trainer is not None:
-                self._passes(check_strategy, self._trainer, own.followers)
+                self._passes(check_strategy, self._trainer, own.teachers.values())
         if some:
             self._passes(self._module.check_told, some[0])
         with self._stand_in(sized) as module:

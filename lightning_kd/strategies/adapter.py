@@ -32,6 +32,9 @@ class StrategyAdapter(Generic[S]):
     shards_weights: bool = False
     """Whether a process holds only its share of the student's weights."""
 
+    flattens_weights: ClassVar[bool] = False
+    """Whether that share is of several weights as one row, so that no weight is there as it is."""
+
     writes_directories: bool = False
     """Whether a checkpoint is a directory of shards instead of one file."""
 

@@ -142,6 +142,7 @@ class FSDP1Adapter(StrategyAdapter[FSDP1Strategy]):
     """Adapter of :class:`FSDP1Strategy`, whose root module alone knows the whole gradient."""
 
     shards_weights = True
+    flattens_weights = True
     writes_directories = True
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from lightning_kd.teachers.abilities import check_ability
 from lightning_kd.teachers.cached import CachedTeacher
+from lightning_kd.teachers.composite import with_members
 from lightning_kd.teachers.contract import (
     Ability,
     Teacher,
@@ -57,4 +58,5 @@ __all__ = [
     "choose_kind",
     "self_teachers",
     "temperatures_of",
+    "with_members",
 ]

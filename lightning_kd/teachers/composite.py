@@ -1,7 +1,7 @@
 """Base of teachers that are made of teachers."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -170,6 +170,14 @@ class CompositeTeacher(Teacher):
                 f"{reason} needs equal ones. With vocabulary: shared, members that answer "
                 "full_distribution are cut to the tokens that all have"
             )
+
+
+def with_members(teacher: Teacher) -> Iterator[Teacher]:
+    """Yield a teacher, its members, and the members of these."""
+    yield teacher
+    if isinstance(teacher, CompositeTeacher):
+        for member in teacher.named_members.values():
+            yield from with_members(member)
 
 
 def same_width(answers: Sequence[FullDistribution]) -> tuple[FullDistribution, ...]:

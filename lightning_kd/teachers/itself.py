@@ -15,7 +15,7 @@ from lightning_kd.models.modes import evaluating
 from lightning_kd.models.sharding import is_sharded
 from lightning_kd.models.vocabulary import VocabularyPolicy, vocabulary_size
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers.composite import CompositeTeacher
+from lightning_kd.teachers.composite import with_members
 from lightning_kd.teachers.contract import Ability, Teacher
 
 Convert = Callable[[PreTrainedModel], object]
@@ -152,6 +152,4 @@ class LiveStudent(SelfTeacher):
 
 def self_teachers(teacher: Teacher) -> list[SelfTeacher]:
     """Return the teachers among one and its members whose weights come from the student."""
-    if isinstance(teacher, CompositeTeacher):
-        return [each for member in teacher.named_members.values() for each in self_teachers(member)]
-    return [teacher] if isinstance(teacher, SelfTeacher) else []
+    return [each for each in with_members(teacher) if isinstance(each, SelfTeacher)]

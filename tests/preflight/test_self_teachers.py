@@ -14,6 +14,7 @@ from lightning_kd import (
     FrozenStudent,
     LiveStudent,
     LocalTeacher,
+    RoutedTeacher,
     StudentSpec,
     TeacherEnsemble,
     check,
@@ -128,3 +129,14 @@ def test_the_check_of_copies_needs_no_weights():
     assert (
         report.facts.student.parameters * 4 == parts(report)["FrozenStudent, a copy of the student"]
     )
+
+
+def test_a_strategy_with_shards_is_checked_before_there_are_processes():
+    other = LocalTeacher.of(tiny_llama(vocab_size=14))
+    for teacher in (other, EMAStudent(0.5), TeacherEnsemble([other, LiveStudent()])):
+        report = check(gkd(teacher), sums(), trainer_of(max_steps=1, strategy="fsdp2"))
+        assert report.facts.refused == []
+    routed = RoutedTeacher({"a": other, "b": EMAStudent(0.5)})
+    report = check(gkd(routed), sums(), trainer_of(max_steps=1, strategy="fsdp2"))
+    said = "EMAStudent is a member of a RoutedTeacher, and has its weights in shards under FSDP2"
+    assert any(said in text for text in report.facts.refused), report.facts.refused

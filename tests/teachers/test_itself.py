@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins import MixedPrecision
+from scipy.special import rel_entr
 
 from lightning_kd import (
     GKD,
@@ -22,6 +23,7 @@ from lightning_kd import (
     OnPolicyDistillation,
     PromptCompletionData,
     RLDistillation,
+    RoutedTeacher,
     SequenceKD,
     StudentSpec,
     TeacherEnsemble,
@@ -40,7 +42,7 @@ from lightning_kd.scoring import ScoredPositions
 from lightning_kd.strategies import StrategyAdapter
 from lightning_kd.teacher_rows import teacher_rows
 from lightning_kd.teachers import checked_answer
-from tests.support.harness import BatchList, Letters, fit_one_step, trainer
+from tests.support.harness import BatchList, GradientProbe, Letters, fit_one_step, trainer
 from tests.support.toys import letter_tokenizer, ragged_batch, tiny_llama, with_prompts
 
 ROWS = [
@@ -55,8 +57,8 @@ class Told(PromptCompletionData):
     """Rows whose teacher reads a solution before the prompt."""
 
     def __init__(self, **options):
-        given = {"teacher_prompt_template": "{solution}{prompt}", "batch_size": 2} | options
-        super().__init__(tokenizer=letter_tokenizer(), train=ROWS, **given)
+        given = {"train": ROWS, "teacher_prompt_template": "{solution}{prompt}", "batch_size": 2}
+        super().__init__(tokenizer=letter_tokenizer(), **given | options)
 
 
 def sgd(groups):
@@ -474,6 +476,90 @@ def test_a_member_of_an_ensemble_and_k_tokens_of_the_student():
         assert gradient > 0
 
 
+ROUTED = [row | {"teacher": who} for row, who in zip(ROWS, "abba", strict=True)]
+
+
+def routed():
+    """Rows of which the student's average teaches some, and another model the others."""
+    return Told(train=ROUTED, batch_size=4, extra_columns=["teacher"])
+
+
+def test_a_routed_teacher_has_the_average_for_its_rows_and_another_model_for_the_others():
+    """The loss of two steps, beside transformers on each row alone and SciPy's KL divergence."""
+    average, other, weights = EMAStudent(0.6), tiny_llama(1).double(), Weights()
+    members = {"a": average, "b": LocalTeacher.of(other)}
+    module, losses = gkd(RoutedTeacher(members), divergence="forward_kl"), []
+
+    class Losses(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            losses.append(trainer.callback_metrics["train/loss"].item())
+
+    fit = trainer(max_steps=2, max_epochs=-1, precision="64-true", callbacks=[weights, Losses()])
+    fit.fit(module, datamodule=routed())
+    first, second = weights.student[:2]
+    for loss, own, own_average in zip(
+        losses, (first, second), (first, 0.6 * first + 0.4 * second), strict=True
+    ):
+        student, teachers = model_with(own), {"a": model_with(own_average), "b": other}
+        expected = []
+        for row in ROUTED:
+            p = distributions(teachers[row["teacher"]], row["solution"] + row["prompt"], row)
+            expected += list(rel_entr(p, distributions(student, row["prompt"], row)).sum(-1))
+        assert loss == pytest.approx(np.mean(expected), rel=1e-6)  # as it is logged, in float32
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def model_with(weights):
+    """The student with these weights, in a row."""
+    model, start = tiny_llama(0).double().eval(), 0
+    with torch.no_grad():
+        for parameter in model.parameters():
+            end = start + parameter.numel()
+            parameter.copy_(torch.from_numpy(weights[start:end]).view_as(parameter))
+            start = end
+    return model
+
+
+@torch.no_grad()
+def distributions(model, prompt, row):
+    """What a model expects at each token of a row's completion, behind a prompt."""
+    tokenizer = letter_tokenizer()
+    prompt = tokenizer(prompt)["input_ids"]
+    completion = [*tokenizer(row["completion"])["input_ids"], 1]
+    logits = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+    return logits.softmax(-1).numpy()
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_student_in_shards_does_not_teach_some_of_the_rows(monkeypatch, nested):
+    """It answers on all processes together, and one may have no row of its."""
+    monkeypatch.setattr(StrategyAdapter, "shards_weights", True)
+    teacher = RoutedTeacher({"a": LiveStudent(), "b": LocalTeacher.of(tiny_llama(1))})
+    teacher = TeacherEnsemble([teacher, LocalTeacher.of(tiny_llama(2))]) if nested else teacher
+    said = "LiveStudent is a member of a RoutedTeacher, and has its weights in shards under"
+    with pytest.raises(ValueError, match=said):
+        trainer(max_steps=1).fit(gkd(teacher, student=tiny_llama(0)), datamodule=routed())
+
+
+@pytest.mark.parametrize("generated", [False, True])
+def test_mixed_precision_keeps_the_gradient_of_weights_that_the_teacher_reads_first(generated):
+    """Up to torch 2.10 autocast kept what it had made of weights without a gradient, and the student
+    got that."""
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        writes = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=4), table_every=0)
+        probe, module = GradientProbe(), gkd(LiveStudent(), student=tiny_llama(0))
+        callbacks = [writes, probe] if generated else [probe]
+        fit = trainer(max_steps=1, max_epochs=-1, precision=precision, callbacks=callbacks)
+        fit.fit(module, datamodule=Told(batch_size=4))
+        assert all(weight.grad.any() for weight in module.student.parameters())
+        found.append(probe.gradient)
+    whole, mixed = found
+    assert not torch.equal(whole, mixed)
+    assert torch.nn.functional.cosine_similarity(mixed, whole, dim=0) > 0.98
+    assert mixed.norm().item() == pytest.approx(whole.norm().item(), rel=0.1)
+
+
 def fit_one_step_of(module, data=None):
     fit = trainer(max_steps=1)
     fit.fit(module, datamodule=data or Told())
@@ -590,7 +676,7 @@ def test_only_an_average_has_a_decay():
 
 
 def test_a_strategy_that_flattens_weights_is_refused(monkeypatch):
-    monkeypatch.setattr(StrategyAdapter, "shards_weights", True)
+    monkeypatch.setattr(StrategyAdapter, "flattens_weights", True)
     module = gkd(EMAStudent(0.5), student=tiny_llama(0))
     with pytest.raises(ValueError, match="EMAStudent has its weights from the student, and under"):
         trainer(max_steps=1).fit(module, datamodule=Told())
