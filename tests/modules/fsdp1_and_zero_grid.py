@@ -13,9 +13,14 @@ import torch
 from lightning_kd.modules import WarmupCosine
 from lightning_kd.strategies import adapter_of
 from tests.modules.partition_grid import (
+    GENERATING,
     METHODS,
     ON_POLICY,
+    ON_POLICY_VARIANTS,
+    OTHER_TOKENS,
+    OTHER_TOKENS_ON_POLICY,
     SELF_TAUGHT,
+    VARIANTS,
     build,
     fitted,
     writing,
@@ -24,6 +29,11 @@ from tests.support.cpu_strategies import STRATEGIES
 
 CASES = [(method, clip, tied) for method in METHODS for clip, tied in [(None, True), (0.01, False)]]
 CASES += [(method, None, False) for method in ON_POLICY if method not in SELF_TAUGHT]
+ADDED = [
+    (method, None, False)
+    for method in [*VARIANTS, *ON_POLICY_VARIANTS, *OTHER_TOKENS, *OTHER_TOKENS_ON_POLICY]
+]
+"""Options of the methods above, and teachers with other tokens; under FSDP1, in its last cut."""
 CUTS = {"fsdp": [(2, 1, 4), (2, 2, 2)]}
 """DeepSpeed takes one micro-batch per step."""
 
@@ -55,7 +65,7 @@ def run(
         rank,
         gradient_clip_val=clip,
         log_every_n_steps=1,
-        callbacks=[writing(method)] if method in ON_POLICY else [],
+        callbacks=[writing(method)] if method in GENERATING else [],
         **settings,
     )
     logged = {name: fit.callback_metrics[f"train/{name}"].item() for name in ("grad_norm", "lr")}
@@ -74,7 +84,7 @@ def main() -> None:
     rank, name = int(os.environ.get("LOCAL_RANK", "0")), sys.argv[2]
     results = {}
     for cut in CUTS.get(name, [(2, 1, 4)]):
-        for case in CASES:
+        for case in [*CASES, *(ADDED if cut == (2, 2, 2) else [])]:
             strategy = STRATEGIES[name]()
             results[case, cut] = run(case, cut, rank, strategy=strategy, precision="32-true")
     strategy = STRATEGIES[name]()

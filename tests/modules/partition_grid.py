@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from lightning_kd.batch import Batch
 from lightning_kd.callbacks import OnPolicyGeneration, ReplayBuffer
 from lightning_kd.generation import SamplingOptions, SpeculativeSampler
-from lightning_kd.models import StudentSpec
+from lightning_kd.models import LoRA, StudentSpec
 from lightning_kd.modules import (
     GKD,
     SFT,
@@ -36,8 +36,10 @@ from lightning_kd.modules import (
 )
 from lightning_kd.modules.loss_sums import LossSums
 from lightning_kd.normalization import ConstantLength
+from lightning_kd.schedules import AdaptiveShare
 from lightning_kd.teachers import (
     EMAStudent,
+    FrozenStudent,
     LiveStudent,
     LocalTeacher,
     RetokenizingTeacher,
@@ -54,21 +56,25 @@ LENGTHS += [(1, 6), (4, 1), (2, 8), (1, 2)]
 ROWS = ragged_batch(LENGTHS)
 CUTS = [(1, 1, 8), (1, 4, 2), (1, 8, 1), (2, 1, 4), (2, 2, 2), (2, 4, 1)]
 POLICY_GRADIENTS = ["on_policy_distillation", "minillm", "minillm_code", "rl_distillation"]
-SELF_TAUGHT = ["sdft", "opsd"]
+SELF_TAUGHT = ["sdft", "opsd", "frozen", "sdft_lora"]
 ON_POLICY = ["gkd", *POLICY_GRADIENTS, *SELF_TAUGHT]
 OTHER_TOKENS = ["chunk_likelihood_kd", "uld"]
 OTHER_TOKENS_ON_POLICY = ["chunk_gkd", "chunk_opd"]
 METHODS = ["sft", "sequence_kd", "supervised_kd", "baby_llama", "baby_llama_batchmean"]
 NORMALIZATIONS = ["token", "sequence", "batch", "constant"]
 CLIPS = [None, 0.01]
+STEPS = {"adaptive": 3}
+"""Optimizer steps of a method, 2 of others; after each of these ``adaptive`` validates."""
 CASES = list(itertools.product(METHODS, NORMALIZATIONS, CLIPS))
 # The official scale of tokens and rows needs a step in one micro-batch.
 CASES = [case for case in CASES if case[:2] != ("baby_llama_batchmean", "token")]
 CASES += list(itertools.product(ON_POLICY, NORMALIZATIONS, [None]))
-CASES = [case for case in CASES if case[0] != "opsd" or case[1] == "token"]
-VARIANTS = ["taid", "uncertain"]
-ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd", "speculative", "replay"]
+CASES = [case for case in CASES if case[0] not in SELF_TAUGHT[1:] or case[1] == "token"]
+VARIANTS = ["taid", "uncertain", "lk"]
+ON_POLICY_VARIANTS = ["exopd", "uncertain_gkd", "speculative", "replay", "adaptive"]
 CASES += list(itertools.product([*VARIANTS, *ON_POLICY_VARIANTS], ["token", "sequence"], [None]))
+# What these add has nothing to do with the normalization.
+CASES = [case for case in CASES if case[0] not in {"lk", "adaptive"} or case[1] == "token"]
 GENERATING = [*ON_POLICY, *ON_POLICY_VARIANTS, *OTHER_TOKENS_ON_POLICY]
 CASES += list(itertools.product(OTHER_TOKENS, ["token", "sequence"], [None]))
 CASES += list(itertools.product(OTHER_TOKENS_ON_POLICY, ["token", "batch"], [None]))
@@ -134,14 +140,20 @@ def build(
         return GKD(teacher=EMAStudent(0.6), divergence="forward_kl", **common)
     if method == "opsd":
         return GKD(teacher=LiveStudent(), **common)
+    if method == "frozen":
+        return GKD(teacher=FrozenStudent(), **common)
+    if method == "sdft_lora":
+        return GKD(teacher=EMAStudent(0.6), **common | {"student": with_adapters()})
     if method == "taid":
         moving = TAID(0.2, 0.9, steps=3, rate=0.5)
         return SupervisedKD(teacher=one, interpolation=moving, alpha=0.3, **common)
     if method == "uncertain":
         return SupervisedKD(teacher=one, position_share=0.4, **common)
+    if method == "lk":
+        return SupervisedKD(teacher=one, divergence="negative_log_acceptance", alpha=0.3, **common)
     if method == "uncertain_gkd":
         return GKD(teacher=one, position_share=0.4, **common)
-    if method in {"gkd", "speculative", "replay"}:
+    if method in {"gkd", "speculative", "replay", "adaptive"}:
         return GKD(teacher=one, teacher_temperature=0.7, **common)
     if method == "on_policy_distillation":
         return OnPolicyDistillation(teacher=one, gamma=0.9, **common)
@@ -158,6 +170,12 @@ def build(
         return RLDistillation(teacher=one, rewards=[longer_is_better], **common)
     scale = "batchmean" if method.endswith("batchmean") else "token"
     return BabyLlama(teacher=two, kl_scale=scale, **common)
+
+
+def with_adapters() -> StudentSpec:
+    """A student with LoRA from a configuration: one that was handed over may not be in shards."""
+    config = tiny_llama(0).config.to_diff_dict() | {"initializer_range": 0.16}
+    return StudentSpec(config=config, lora=LoRA(r=2, target_modules=["q_proj", "down_proj"]))
 
 
 def of_other_tokens(method: str, llama: Any, placement: str, common: Any) -> DistillationModule:
@@ -187,6 +205,9 @@ def writing(method: str, **more: Any) -> OnPolicyGeneration:
         options |= {"engine": SpeculativeSampler(8), "truncated": "keep"}
     if method == "replay":  # the second step is all of the first one's rows
         options |= {"replay": ReplayBuffer(8, fresh=0.0), "truncated": "keep"}
+    if method == "adaptive":  # the entropy rises, so that the third step is the student's
+        share = AdaptiveShare(0.0, 1.0, 0.0, "val/student_entropy")
+        options |= {"lmbda": share, "truncated": "keep"}
     if method in OTHER_TOKENS_ON_POLICY:
         options |= {"truncated": "keep"}
     if method == "rl_distillation":
@@ -195,17 +216,22 @@ def writing(method: str, **more: Any) -> OnPolicyGeneration:
 
 
 class Steps(Callback):
-    """The gradient of every optimizer step, as the optimizer gets it."""
+    """The gradient of every step, as the optimizer gets it, and whether it was of rollouts."""
 
     def __init__(self) -> None:
         self.gradients: list[torch.Tensor] = []
+        self.generated: list[bool] = []
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         self.before = trainer.global_step
 
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         if trainer.global_step > self.before:
-            self.gradients.append(flat([p.grad for p in pl_module.parameters()]))
+            gradients = [p.grad for p in pl_module.parameters()]
+            self.gradients.append(flat([each for each in gradients if each is not None]))
+            self.generated.append("completion_mask" in batch)
 
 
 def flat(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -239,7 +265,8 @@ def run(
         callbacks=[writing(method, **rollouts), steps] if method in GENERATING else [steps],
     )
     weights = flat(list(module.parameters()))
-    return {"losses": losses, "gradients": steps.gradients, "weights": weights}
+    done = {"gradients": steps.gradients, "generated": steps.generated}
+    return {"losses": losses, "weights": weights, **done}
 
 
 def fitted(
@@ -261,7 +288,11 @@ def fitted(
 
     LossSums.reduce = recording
     try:
-        steps = {"max_steps": 2, "max_epochs": -1} if method in GENERATING else {}
+        count = STEPS.get(method, 2)
+        steps = {"max_steps": count, "max_epochs": -1} if method in GENERATING else {}
+        if method == "adaptive":
+            often = {"val_check_interval": window, "check_val_every_n_epoch": None}
+            steps |= {"limit_val_batches": 1.0} | often
         defaults = {"devices": world, "accumulate_grad_batches": window, "log_every_n_steps": 100}
         fit = trainer(**(defaults | steps | settings))
         data: Any = Letters(batch_size=size, told=method in SELF_TAUGHT)

@@ -10,7 +10,16 @@ from pathlib import Path
 import torch
 
 from lightning_kd.generation import ContinuousBatchingSampler
-from tests.modules.partition_grid import METHODS, ON_POLICY, run, without_float32_islands
+from tests.modules.partition_grid import (
+    METHODS,
+    ON_POLICY,
+    ON_POLICY_VARIANTS,
+    OTHER_TOKENS,
+    OTHER_TOKENS_ON_POLICY,
+    VARIANTS,
+    run,
+    without_float32_islands,
+)
 
 CASES = [
     (method, "sequence" if method == "baby_llama_batchmean" else "token", clip)
@@ -18,8 +27,13 @@ CASES = [
     for clip in (None, 0.01)
 ]
 CASES += [(method, "sequence", None) for method in ON_POLICY]
-RUNS = [((2, 1, 4), "replicated", {}), ((2, 2, 2), "sharded", {})]
-"""How the batch is cut, and where the teacher is kept."""
+ADDED = [
+    (method, "token", None)
+    for method in [*VARIANTS, *ON_POLICY_VARIANTS, *OTHER_TOKENS, *OTHER_TOKENS_ON_POLICY]
+]
+"""Options of the methods above, and teachers with other tokens."""
+RUNS = [((2, 1, 4), "replicated", CASES), ((2, 2, 2), "sharded", [*CASES, *ADDED])]
+"""How the batch is cut, where the teacher is kept, and of which methods."""
 UNSHARDED = [(method, "sequence", None) for method in ("gkd", "minillm")]
 
 
@@ -29,10 +43,10 @@ def main() -> None:
     without_float32_islands()
     rank = int(os.environ.get("LOCAL_RANK", "0"))
     results = {}
-    for cut, placement, rollouts in RUNS:
-        for case in CASES:
+    for cut, placement, cases in RUNS:
+        for case in cases:
             results[case, cut, placement] = run(
-                case, cut, rank, strategy="fsdp2", placement=placement, **rollouts
+                case, cut, rank, strategy="fsdp2", placement=placement
             )
     for case in UNSHARDED:
         results[case, (2, 1, 4), "unsharded"] = run(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.modules.fsdp1_and_zero_grid import CASES, CUTS, run
+from tests.modules.fsdp1_and_zero_grid import ADDED, CASES, CUTS, run
 from tests.support.cpu_strategies import NAMES, written_under
 
 pytestmark = pytest.mark.processes
@@ -43,13 +43,21 @@ def test_two_processes_equal_one(case, two_processes, one_process):
     """Rows are ragged, rank by rank as well; weights are tied, or clipping is active, or rollouts end
     at different lengths."""
     name, results = two_processes
-    whole = one_process(case)
     for cut in CUTS.get(name, [(2, 1, 4)]):
-        found = results[case, cut]
-        assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5)
-        assert found["logged"] == pytest.approx(whole["logged"], rel=1e-5)
-        assert found["after"].keys() == whole["after"].keys()
-        for weight, expected in whole["after"].items():
-            moved = (expected - whole["before"][weight]).norm()
-            # Around 1, float32 rounds by 6e-8, and many of these have hardly moved.
-            assert (found["after"][weight] - expected).norm() < 1e-4 * moved + 1e-6, weight
+        check(results[case, cut], one_process(case))
+
+
+@pytest.mark.parametrize("two_processes", ["fsdp"], indirect=True)
+@pytest.mark.parametrize("case", ADDED, ids=lambda case: case[0])
+def test_options_of_methods_and_teachers_with_other_tokens_too(case, two_processes, one_process):
+    check(two_processes[1][case, CUTS["fsdp"][-1]], one_process(case))
+
+
+def check(found, whole):
+    assert found["losses"] == pytest.approx(whole["losses"], rel=1e-5)
+    assert found["logged"] == pytest.approx(whole["logged"], rel=1e-5)
+    assert found["after"].keys() == whole["after"].keys()
+    for weight, expected in whole["after"].items():
+        moved = (expected - whole["before"][weight]).norm()
+        # Around 1, float32 rounds by 6e-8, and many of these have hardly moved.
+        assert (found["after"][weight] - expected).norm() < 1e-4 * moved + 1e-6, weight

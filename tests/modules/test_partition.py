@@ -7,7 +7,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SupervisedKD
 from lightning_kd.teachers import LocalTeacher
-from tests.modules.partition_grid import CASES, CUTS, run
+from tests.modules.partition_grid import CASES, CUTS, STEPS, run
 from tests.support.harness import fit_one_step
 from tests.support.scripts import written_by
 from tests.support.toys import ragged_batch, tiny_llama, with_prompts
@@ -23,7 +23,10 @@ def two_processes(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_no_cut_changes_loss_gradient_or_weights(case, two_processes):
     whole = run(case, CUTS[0])
-    assert len(whole["losses"]) == len(whole["gradients"]) == 2
+    assert len(whole["gradients"]) == STEPS.get(case[0], 2)
+    # Losses of its validations, too.
+    assert len(whole["losses"]) == (6 if case[0] == "adaptive" else 2)
+    assert case[0] != "adaptive" or whole["generated"] == [False, False, True]
     for cut in CUTS[1:]:
         other = run(case, cut) if cut[0] == 1 else two_processes["grid"][(case, cut)]
         assert other["losses"] == pytest.approx(whole["losses"], rel=1e-10)
