@@ -21,6 +21,25 @@ def max_over_processes(number: int, device: torch.device) -> int:
     return int(given.item())
 
 
+def refuse_together(reason: str | None, device: torch.device) -> None:
+    """Refuse on every process what one of them refuses, which would leave the others waiting.
+
+    Args:
+        reason: Of this process; None for none.
+        device: Of collectives.
+
+    Raises:
+        ValueError: If a process has a reason: its own, or the first other one with its process.
+    """
+    if not any_process(reason is not None, device):
+        return
+    reasons = gather_objects(reason)
+    if reason is not None:
+        raise ValueError(reason)
+    rank, other = next((rank, other) for rank, other in enumerate(reasons) if other is not None)
+    raise ValueError(f"process {rank}: {other}")
+
+
 def gather_objects(value: _T) -> list[_T]:
     """Return the values of all processes, by rank.
 

@@ -94,6 +94,11 @@ class Retokenizer:
         self._special = counterparts(student, teacher)
         own = self._known.is_special.nonzero()[:, 0].tolist()
         self._without_counterpart = {*own} - self._special.keys()
+        pieces = self._known.pieces
+        self._refused = {n for n, piece in enumerate(pieces) if piece is None}
+        self._refused |= self._without_counterpart
+        # A special token is one, and the text behind it may begin with a space of no bytes.
+        self._most = [len(piece or b"") or 2 for piece in pieces]
         self._own_frame, self._frame = (special_token_frame(t)[0] for t in (student, teacher))
 
     @property
@@ -131,8 +136,7 @@ class Retokenizer:
         own = [self._special.get(token) for token in ids]
         if end is not None:
             own[start:] = self._ended(ids[start:], own[start:], end)
-        framed = list(ids[: len(self._own_frame)]) == self._own_frame
-        begin = min(len(self._own_frame), start) if framed else 0
+        begin = self._begin(ids, start)
         checked = slice(begin if prompt is None else start, start if generated else None)
         self._check(ids[checked], pieces[checked])
         completion = _parts(pieces[start:], own[start:])
@@ -151,6 +155,26 @@ class Retokenizer:
             chunks = chunks.without_first()
         ids_of_both = [*before, *(token for token, _ in after)]
         return AlignedRow(ids_of_both, len(before), chunks, self._since(chunks.first, scored))
+
+    def most_tokens(
+        self, ids: Sequence[int], start: int, *, prompt: str | None = None
+    ) -> int | None:
+        """Return how many of the other tokens a row has at most, by its bytes, without writing it.
+
+        Returns:
+            None where that alone does not tell whether the row can be read.
+        """
+        read = ids[self._begin(ids, start) if prompt is None else start :]
+        unknown = not self._refused.isdisjoint(read) or max(read, default=0) >= len(self._most)
+        if unknown or not self.reads_any_text:
+            return None
+        of_prompt = len(self._frame) + len((prompt or "").encode()) + 1
+        return of_prompt + 1 + sum(self._most[token] for token in read)
+
+    def _begin(self, ids: Sequence[int], start: int) -> int:
+        """Return where the text of a row begins, behind what its tokenizer puts before one."""
+        framed = list(ids[: len(self._own_frame)]) == self._own_frame
+        return min(len(self._own_frame), start) if framed else 0
 
     def _ended(
         self, ids: Sequence[int], own: Sequence[int | None], end: str

@@ -205,6 +205,11 @@ class DistillationData(Resumable, L.LightningDataModule):
         }
         return {split: longest for split, longest in found.items() if longest is not None}
 
+    def cut_prompts(self) -> dict[str, str]:
+        """Place of a row of each split whose prompt is cut for the student and not for its teacher."""
+        cut = {split: getattr(rows, "cut_prompt", None) for split, rows in self._rows.items()}
+        return {split: where for split, where in cut.items() if where is not None}
+
     def column(self, name: str) -> Iterator[tuple[str, Any]]:
         """Yield the values of a further column of all rows that were read, each with its place.
 

@@ -214,6 +214,10 @@ class PromptsAndText(Resumable, L.LightningDataModule):
         """Tokens of the longest row and prompt of each split that its teacher reads in another form."""
         return self.prompts.longest_of_teacher()
 
+    def cut_prompts(self) -> dict[str, str]:
+        """Place of a row of each split whose prompt is cut for the student and not for its teacher."""
+        return self.prompts.cut_prompts()
+
     def train_dataloader(self) -> PairedLoader:
         """Both streams in step."""
         return PairedLoader(self.prompts.train_dataloader(), self.text.stream())

@@ -10,6 +10,7 @@ import datasets
 import torch
 from torch import Tensor
 
+from lightning_kd.batch import TEACHER_PROMPT
 from lightning_kd.data.encoding import Encoded, Example
 from lightning_kd.data.limits import LengthLimit
 from lightning_kd.data.sources import WHERE
@@ -53,6 +54,9 @@ class EncodedRows:
         extra: Sequence[str] = (),
     ) -> None:
         self._extra = extra
+        self.cut_prompt: str | None = None
+        """Place of the first row whose prompt is cut for the student, and whole for a teacher that
+        reads another text."""
         columns: dict[str, list[Any]] = defaultdict(list)
         remarks: list[tuple[str, str]] = []
         document = -1
@@ -62,6 +66,10 @@ class EncodedRows:
                 document += 1
                 for part in limit.windows(encoded.completion):
                     row = _limited(replace(encoded, completion=part), limit, where)
+                    is_cut = not row["dropped"] and row["prompt_length"] < len(encoded.prompt)
+                    other = encoded.teacher_prompt is not None or TEACHER_PROMPT in extra
+                    if is_cut and (other or encoded.tokenized_apart):
+                        self.cut_prompt = self.cut_prompt or where
                     row |= {f"extra:{name}": rows[name][place] for name in extra}
                     row["document"] = document
                     for name, value in row.items():

@@ -37,6 +37,7 @@ from lightning_kd.modules.origin import check_origin
 from lightning_kd.modules.remote import LookingAhead, ask_together
 from lightning_kd.modules.reverse_kl import REVERSE_KL_NAMES, reverse_kl_term
 from lightning_kd.modules.self_taught import SelfTaughtModule
+from lightning_kd.modules.student_module import generates_completions
 from lightning_kd.modules.teacher_tokens import TeacherTokens
 from lightning_kd.modules.texts import check_texts
 from lightning_kd.normalization import Normalization
@@ -165,7 +166,7 @@ class TeacherModule(SelfTaughtModule):
                     role,
                 )
                 teacher.check_data(getattr(self.trainer, "datamodule", None))
-                check_texts(self, teacher, stage)
+                check_texts(self, teacher, stage, rewritten=generates_completions(self.trainer))
 
     def configure_model(self) -> None:
         """Build the student and compare its vocabulary with the teacher's."""

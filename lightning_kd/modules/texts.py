@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_kd.batch import Batch
-from lightning_kd.collectives import gather_objects
+from lightning_kd.collectives import refuse_together
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.resuming import describe
 from lightning_kd.teacher_rows import as_teacher_reads
@@ -59,19 +59,50 @@ def check_rendered_for_none(data: object, reader: str) -> None:
         )
 
 
-def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> None:
-    """Show the texts of a run to a teacher that does not know all texts.
+def check_whole_prompts(data: Any, teacher: Teacher) -> None:
+    """Refuse prompts that are cut for the student, and that the teacher reads whole in another form.
+
+    Args:
+        data: The data module.
+        teacher: Reads the prompts' texts, in tokens of its own or with more text in them.
+
+    Raises:
+        ValueError: If there is one in data that are trained on or evaluated.
+    """
+    if not hasattr(data, "cut_prompts"):
+        return
+    told = data.longest_of_teacher()
+    for split, where in data.cut_prompts().items():
+        if split != "predict" and (teacher.has_own_tokens or split in told):
+            raise ValueError(
+                f"{where}: data.truncation cuts the prompt for the student, and "
+                f"{type(teacher).__name__} reads all of it in another form: set data.truncation: drop, "
+                "or raise data.max_length or data.max_prompt_length"
+            )
+
+
+def check_texts(
+    module: DistillationModule, teacher: Teacher, stage: str, *, rewritten: bool
+) -> None:
+    """Show the texts of a run to a teacher that looks at them.
 
     The data of a user's own data module shows its texts as they come.
 
+    Args:
+        module: The method.
+        teacher: Its teacher.
+        stage: Of the run.
+        rewritten: Whether completions of the training rows may be generated, which are not known.
+
     Raises:
-        ValueError: If the teacher cannot answer about one, on any process, or prompts are rendered
-            for a teacher that does not read them.
+        ValueError: If the teacher cannot answer about one, on any process, it reads prompts whole that
+            are cut for the student, or prompts are rendered for one that does not read them.
     """
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     if not teacher.has_own_tokens:
         check_rendered_for_none(data, type(teacher).__name__)
-    if teacher.answers_any_text:
+    check_whole_prompts(data, teacher)
+    if not teacher.looks_at_texts:
         return
     if stage == TrainerFn.FITTING and module.needs_own_samples:
         check_own_samples(module, teacher)
@@ -81,16 +112,17 @@ def check_texts(module: DistillationModule, teacher: Teacher, stage: str) -> Non
     said = None
     try:
         for split in _splits(module, stage):
-            data.check_repeats(split)
+            if teacher.answers_any_text and rewritten and split == "train":
+                continue
+            if not teacher.answers_any_text:
+                data.check_repeats(split)
             texts = (
                 as_teacher_reads(batch, module.positions(batch)) for batch in data.texts(split)
             )
             teacher.check_texts(texts, describe(data))
     except ValueError as error:
         said = f"data.{split}: {error}"
-    for refused in gather_objects(said):
-        if refused is not None:
-            raise ValueError(refused)
+    refuse_together(said, module.trainer.strategy.root_device)
 
 
 def _splits(module: DistillationModule, stage: str) -> list[str]:

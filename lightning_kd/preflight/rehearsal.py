@@ -137,7 +137,9 @@ class Rehearsal:
         for teacher in module.teachers.values():
             self._passes(teacher.check_data, self._data)
             if self._trainer is not None:
-                self._passes(check_texts, module, teacher, "fit")
+                callbacks: list[Any] = self._trainer.callbacks  # type: ignore[attr-defined]
+                rewritten = any(isinstance(each, OnPolicyGeneration) for each in callbacks)
+                self._passes(check_texts, module, teacher, "fit", rewritten=rewritten)
         return self._passes(module.compare_vocabularies)
 
     def _prepares(

@@ -107,6 +107,11 @@ class CompositeTeacher(Teacher):
         return all(member.answers_any_text for member in self.named_members.values())
 
     @property
+    def looks_at_texts(self) -> bool:
+        """Whether a member does."""
+        return any(member.looks_at_texts for member in self.named_members.values())
+
+    @property
     def columns(self) -> frozenset[str]:  # type: ignore[override]
         """Those that any member reads."""
         return frozenset().union(*(member.columns for member in self.named_members.values()))
@@ -127,7 +132,7 @@ class CompositeTeacher(Teacher):
         """Let every member look at every text."""
         for text in texts:
             for member in self.named_members.values():
-                if not member.answers_any_text:
+                if member.looks_at_texts:
                     member.check_texts([text], encoding)
 
     def prepare(

@@ -1,7 +1,7 @@
 """Rows of a micro-batch in the tokens of a teacher."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 from lightning_kd.alignment import AlignedRow, Retokenizer
 from lightning_kd.batch import (
@@ -29,9 +29,62 @@ def aligned_rows(
     Raises:
         ValueError: If a row is scored in several parts, or its text cannot be read or written.
     """
+    rows = _student_rows(batch, positions)
+    return [None if row is None else retokenizer.row(**row) for row in rows]
+
+
+def check_rows(
+    retokenizer: Retokenizer, batch: Batch, positions: ScoredPositions, longest: int | None
+) -> None:
+    """Validate that rows can be read in the teacher's tokens, of which few need to be written for that.
+
+    Args:
+        retokenizer: From the data's tokens to the teacher's.
+        batch: The rows.
+        positions: What is scored of them.
+        longest: Tokens that the teacher reads at most; None for any number.
+
+    Raises:
+        ValueError: As :func:`aligned_rows`, or if a row is longer.
+    """
+    for row in _student_rows(batch, positions):
+        if row is None:
+            continue
+        most = retokenizer.most_tokens(row["ids"], row["start"], prompt=row["prompt"])
+        if most is None or (longest is not None and most > longest):
+            check_longest([retokenizer.row(**row)], longest)
+
+
+def check_longest(rows: Sequence[AlignedRow | None], longest: int | None) -> None:
+    """Validate that no row is longer than a teacher reads.
+
+    Raises:
+        ValueError: If one is.
+    """
+    width = max((len(row.ids) for row in rows if row is not None), default=0)
+    if longest is not None and width > longest:
+        raise ValueError(
+            f"a row has {width} tokens of the teacher's, which reads {longest} at most: lower "
+            "data.max_length or on_policy.generation.max_new_tokens"
+        )
+
+
+class _StudentRow(TypedDict):
+    """Arguments of :meth:`Retokenizer.row`."""
+
+    ids: list[int]
+    start: int
+    prompt: str | None
+    apart: bool
+    generated: bool
+    end: str | None
+
+
+def _student_rows(batch: Batch, positions: ScoredPositions) -> list[_StudentRow | None]:
+    """Return each row, up to its last scored token; None for one in which nothing is scored."""
     ids, scored = batch["input_ids"].tolist(), positions.mask.tolist()
     apart = batch["tokenized_apart"].tolist() if "tokenized_apart" in batch else []
-    rows: list[AlignedRow | None] = []
+    rows: list[_StudentRow | None] = []
     for number, mask in enumerate(scored):
         predicted = [place + 1 for place, is_scored in enumerate(mask) if is_scored]
         if not predicted:
@@ -44,15 +97,16 @@ def aligned_rows(
                 "prompt and one completion: set data.train_on: last or each, or leave the row out"
             )
         is_apart = bool(apart and apart[number])
-        aligned = retokenizer.row(
-            ids[number][: last + 1],
-            start,
-            prompt=_prompt(batch, number, is_apart),
-            apart=is_apart,
-            generated="completion_mask" in batch,
-            end=_end(batch, number),
+        rows.append(
+            {
+                "ids": ids[number][: last + 1],
+                "start": start,
+                "prompt": _prompt(batch, number, is_apart),
+                "apart": is_apart,
+                "generated": "completion_mask" in batch,
+                "end": _end(batch, number),
+            }
         )
-        rows.append(aligned)
     return rows
 
 

@@ -1,7 +1,7 @@
 """A teacher with a tokenizer of its own."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.alignment import Retokenizer
 from lightning_kd.batch import TEACHER_END, TEACHER_PROMPT, Batch
+from lightning_kd.collectives import refuse_together
 from lightning_kd.devices import to_device
 from lightning_kd.fused import (
     AlignedAnswer,
@@ -28,21 +29,19 @@ from lightning_kd.teachers.contract import Ability, Teacher, checked_answer, cho
 from lightning_kd.teachers.given import TeacherLike, as_teacher
 from lightning_kd.teachers.itself import self_teachers
 from lightning_kd.teachers.local import LocalTeacher
-from lightning_kd.teachers.retokenized_rows import aligned_rows, chunk_numbers, own_batch
+from lightning_kd.teachers.retokenized_data import ChatLike, WithoutLengths, check_chats
+from lightning_kd.teachers.retokenized_rows import (
+    aligned_rows,
+    check_longest,
+    check_rows,
+    chunk_numbers,
+    own_batch,
+)
 from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.tokenization import TokenizerLike, padding_id, tokenizer_of
 
 _OF_TOKENS: tuple[AnswerKind, ...] = ("token_log_probs", "top_k_and_token", "full_distribution")
 """Kinds that tell how likely a given token is."""
-
-
-@runtime_checkable
-class ChatLike(Protocol):
-    """Data whose prompts a chat template renders."""
-
-    teacher_tokenizer: TokenizerLike | None
-    train_on: str
-    extra_columns: list[str]
 
 
 class RetokenizingTeacher(CompositeTeacher):
@@ -132,6 +131,11 @@ class RetokenizingTeacher(CompositeTeacher):
         return self._retokenizer is None or self._retokenizer.reads_any_text
 
     @property
+    def looks_at_texts(self) -> bool:
+        """True: rows may be longer in the teacher's tokens, or have special ones that it lacks."""
+        return True
+
+    @property
     def columns(self) -> frozenset[str]:  # type: ignore[override]
         """Those of the teacher's prompts and of its end of turn, and those that the teacher reads."""
         return super().columns | {TEACHER_PROMPT, TEACHER_END}
@@ -188,25 +192,25 @@ class RetokenizingTeacher(CompositeTeacher):
         Raises:
             ValueError: If they are.
         """
-        super().check_data(data)
+        super().check_data(WithoutLengths(data))
         if hasattr(data, "block_length"):
             raise ValueError(
                 f"the rows of {type(data).__name__} are parts of several documents, which the "
                 "teacher's tokenizer would begin and end differently; use DocumentData"
             )
         if isinstance(data, ChatLike):
-            _check_chats(data, self.own_tokenizer)
+            check_chats(data, self.own_tokenizer)
 
     def check_texts(
         self, texts: Iterable[tuple[Batch, ScoredPositions]], encoding: Plain = None
     ) -> None:
-        """Write each text in the teacher's tokens.
+        """Write the texts in the teacher's tokens of which it is not known that they can be read.
 
         Raises:
-            ValueError: If one cannot be written.
+            ValueError: If one cannot be written, or is longer than the teacher reads.
         """
         for batch, positions in texts:
-            aligned_rows(self.retokenizer, batch, positions)
+            check_rows(self.retokenizer, batch, positions, self.teacher.longest_row)
 
     @torch.no_grad()
     def answer(
@@ -217,17 +221,21 @@ class RetokenizingTeacher(CompositeTeacher):
         kind: AnswerKind = "chunk_log_probs",
         logits_backend: LogitsBackend,
     ) -> AlignedAnswer:
-        """Ask the teacher about the rows in its tokens."""
-        rows = aligned_rows(self.retokenizer, batch, positions)
-        device = batch["input_ids"].device
+        """Ask the teacher about the rows in its tokens.
+
+        Raises:
+            ValueError: On every process, if a row of one cannot be read, or is longer than the teacher
+                reads.
+        """
+        device, said = batch["input_ids"].device, None
+        try:
+            rows = aligned_rows(self.retokenizer, batch, positions)
+            check_longest(rows, self.teacher.longest_row)
+        except ValueError as error:
+            said = str(error)
+        refuse_together(said, device)
         scores_starts = kind == "chunk_start_distributions"
         own = own_batch(rows, batch, padding_id(self.own_tokenizer), starts_alone=scores_starts)
-        longest, width = self.teacher.longest_row, own["input_ids"].shape[1]
-        if longest is not None and width > longest:
-            raise ValueError(
-                f"a row has {width} tokens of the teacher's, which reads {longest} at most: lower "
-                "data.max_length or on_policy.generation.max_new_tokens"
-            )
         own_positions = ScoredPositions.from_labels(own["labels"])
         told = checked_answer(
             self.teacher,
@@ -245,30 +253,3 @@ class RetokenizingTeacher(CompositeTeacher):
             return ChunkStartDistributions(chunks, starts, ends, told)
         log_probs = token_log_probs_of(told, own_positions.targets, self.vocabulary_size)
         return ChunkLogProbs(chunks, starts, ends, log_probs, of_tokens, since)
-
-
-def _check_chats(data: ChatLike, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse chats that the teacher could not read as its template has them.
-
-    Raises:
-        ValueError: If there are several answers in a row, or the prompts are not rendered for it.
-    """
-    if data.train_on == "all":
-        raise ValueError(
-            "data.train_on is all, and a teacher with other tokens reads one prompt and one answer: "
-            "set data.train_on: each"
-        )
-    if TEACHER_PROMPT in data.extra_columns:
-        return
-    given = data.teacher_tokenizer
-    other = None if given is None else tokenizer_of(given)
-    same = other is not None and (
-        other.get_vocab() == tokenizer.get_vocab()
-        and other.chat_template == tokenizer.chat_template
-    )
-    if not same:
-        raise ValueError(
-            f"data.teacher_tokenizer is {given!r:.60}, so the teacher would not read chats as its own "
-            "template has them: set it to the teacher's tokenizer (or give the prompts as it reads "
-            f"them in a column {TEACHER_PROMPT} of data.extra_columns)"
-        )

@@ -115,7 +115,7 @@ class RoutedTeacher(CompositeTeacher):
             routes = self._routes(batch)
             for number, member in enumerate(self.members.values()):
                 chosen = routes == number
-                if not member.answers_any_text and chosen.any():
+                if member.looks_at_texts and chosen.any():
                     own = (rows_of(batch, chosen), _of_rows(positions, chosen))
                     member.check_texts([own], encoding)
 

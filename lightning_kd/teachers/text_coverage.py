@@ -18,6 +18,11 @@ class TextCoverage:
         """Whether it can be asked about what a model has generated just now, too."""
         return True
 
+    @property
+    def looks_at_texts(self) -> bool:
+        """Whether :meth:`check_texts` is called: by default, where it knows only some."""
+        return not self.answers_any_text
+
     def check_precision(self, precision: str) -> None:
         """Hear of the run's precision, before the first step, if :attr:`answers_any_text` is false.
 
@@ -30,7 +35,7 @@ class TextCoverage:
     ) -> None:
         """Validate, before the first step, that it can answer about the texts of a run.
 
-        It is called if :attr:`answers_any_text` is false.
+        It is called if :attr:`looks_at_texts` is true.
 
         Args:
             texts: Batches of the run's texts with their scored positions, each text once.

@@ -149,6 +149,22 @@ def test_what_a_tokenizer_alone_knows_as_unknown_has_no_counterpart():
         Retokenizer(own, other).row(row, 1)
 
 
+@pytest.mark.parametrize("student", KINDS)
+@pytest.mark.parametrize("teacher", KINDS)
+@pytest.mark.parametrize("prompt", [None, "two two"])
+def test_a_row_has_no_more_tokens_than_its_bytes_tell(student, teacher, prompt):
+    own, other = both(student, teacher)
+    turn = own.convert_tokens_to_ids("<|turn|>")
+    ids = [*encode_prompts(["two"], own)[0], turn, *plain(own, "four"), turn, own.eos_token_id]
+    retokenizer = Retokenizer(own, other)
+    most = retokenizer.most_tokens(ids, 2, prompt=prompt)
+    assert (most is None) == (teacher == "WordPiece")  # which may lack a letter
+    if most is not None:
+        assert len(retokenizer.row(ids, 2, prompt=prompt).ids) <= most <= 30
+    assert retokenizer.most_tokens([*ids, own.unk_token_id], 2) is None
+    assert retokenizer.most_tokens([*ids, 10_000], 2) is None
+
+
 def test_special_tokens_of_the_data_without_a_counterpart_are_refused():
     own, other = byte_level(), tokenizer_of_kind(LLAMA)
     own.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})

@@ -1,20 +1,31 @@
 """What a teacher with other tokens reads: prompts in its own template, rows of the data, and checks."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_kd import check
+from lightning_kd.callbacks import OnPolicyGeneration
 from lightning_kd.data import ChatData, DocumentData, PackedTextData, PromptCompletionData
 from lightning_kd.data.collate import Collator
 from lightning_kd.fused import TokenLogProbs
+from lightning_kd.generation import SamplingOptions
 from lightning_kd.models import DenseLogits, StudentSpec
-from lightning_kd.modules import SFT, ChunkLikelihoodKD, SupervisedKD
+from lightning_kd.modules import SFT, ChunkLikelihoodKD, OnPolicyDistillation, SupervisedKD
 from lightning_kd.scoring import ScoredPositions
-from lightning_kd.teachers import LiveStudent, LocalTeacher, RetokenizingTeacher, Teacher
-from tests.support.harness import trainer
+from lightning_kd.teachers import (
+    LiveStudent,
+    LocalTeacher,
+    RetokenizingTeacher,
+    ServedTeacher,
+    Teacher,
+)
+from tests.serving.conftest import served
+from tests.support.harness import GradientProbe, trainer
+from tests.support.scripts import written_by
 from tests.support.templates import CHATML, family_tokenizer
 from tests.support.tokenizers import byte_level, tokenizer_of_kind
 from tests.support.toys import tiny_llama
@@ -290,3 +301,133 @@ def test_a_check_of_such_a_run_compares_no_tokens(teacher_is_named, tmp_path):
     refused = check(SupervisedKD(student=student, teacher=teacher), data)
     assert any("choose a method that compares chunks" in f.says for f in refused.findings)
     assert check(SFT(student=student), data).facts.with_other_tokens == []
+
+
+def two_tokenizers(**settings):
+    """A student, and a teacher whose tokenizer makes fewer tokens of a text."""
+    own, other = byte_level(262, texts=["a"]), byte_level()
+    own.add_special_tokens({"additional_special_tokens": ["<|turn|>", "<|tool|>"]})
+    size = {"vocab_size": len(other), "eos_token_id": other.eos_token_id}
+    taught = LocalTeacher.of(tiny_llama(1, **size, **settings))
+    student = StudentSpec.of(tiny_llama(0, vocab_size=len(own), eos_token_id=own.eos_token_id))
+    return own, {"student": student, "teacher": RetokenizingTeacher(taught, tokenizer=other)}
+
+
+FOUR = {"prompt": "two and two", "completion": "were four"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            FOUR | {"completion": "were four<|tool|>"},
+            r"data.train: the special token \d+ \('<\|tool\|>'\) has no counterpart",
+        ),
+        (
+            FOUR | {"completion": "1234567890 1234567890"},
+            "data.train: a row has 26 tokens of the teacher's, which reads 24 at most",
+        ),
+    ],
+    ids=["a special token", "a long row"],
+)
+def test_rows_that_a_teacher_cannot_read_are_refused_before_the_first_step(row, message):
+    own, both = two_tokenizers(max_position_embeddings=24)
+    data = PromptCompletionData(tokenizer=own, train=[*[FOUR] * 3, row], batch_size=1)
+    fit = trainer(max_steps=1)
+    with pytest.raises(ValueError, match=message):
+        fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+    assert fit.global_step == 0
+    texts = ["two and two", "1234567890 1234567890"]
+    assert sum(len(byte_level()(text)["input_ids"]) for text in texts) + 1 == 26
+    found = check(ChunkLikelihoodKD(**both), data, trainer(max_steps=1)).findings
+    assert any(re.search(message, finding.says) for finding in found)
+    writing = OnPolicyGeneration(generation=SamplingOptions(max_new_tokens=4), table_every=0)
+    # Completions that are generated are read in place of these.
+    fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing])
+    fit.fit(OnPolicyDistillation(**both), datamodule=data)
+    assert fit.global_step == 1
+
+
+def test_a_row_that_is_long_for_the_student_alone_is_read():
+    """It has 33 tokens of the student's, and fewer of the teacher's than this reads."""
+    own, both = two_tokenizers(max_position_embeddings=20)
+    row = {"prompt": "The teacher", "completion": " reads the text and so"}
+    data = PromptCompletionData(tokenizer=own, train=[row], batch_size=1)
+    fit = trainer(max_steps=1)
+    fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+    assert data.longest()["train"][0] > 30
+    assert fit.global_step == 1
+
+
+@pytest.mark.parametrize("truncation", ["left", "right"])
+def test_a_prompt_that_the_teacher_reads_whole_is_not_cut_for_the_student(truncation):
+    own, both = two_tokenizers()
+    limits = {"max_prompt_length": 6, "truncation": truncation}
+    rows = [FOUR | {"prompt": "two"}, FOUR | {"solution": "four"}]
+    rows[0]["solution"] = "four"
+    data = PromptCompletionData(tokenizer=own, train=rows, batch_size=1, **limits)
+    message = r"train\[1\]: data.truncation cuts the prompt .* set data.truncation: drop"
+    with pytest.raises(ValueError, match=message):
+        trainer(max_steps=1).fit(ChunkLikelihoodKD(**both), datamodule=data)
+    told = PromptCompletionData(
+        tokenizer=own,
+        train=rows,
+        batch_size=1,
+        max_teacher_length=99,
+        teacher_prompt_template="{prompt} {solution}",
+        **limits,
+    )
+    itself = SupervisedKD(student=both["student"], teacher=LiveStudent())
+    with pytest.raises(ValueError, match=message):
+        trainer(max_steps=1).fit(itself, datamodule=told)
+    kept = PromptCompletionData(
+        tokenizer=own, train=rows, batch_size=1, **limits | {"truncation": "drop"}
+    )
+    fit = trainer(max_steps=1)
+    fit.fit(ChunkLikelihoodKD(**both), datamodule=kept)
+    assert (len(kept.read_rows("train")), fit.global_step) == (1, 1)
+
+
+@pytest.mark.parametrize("truncation", ["left", "right"])
+def test_a_completion_may_be_cut_for_both(truncation):
+    own, both = two_tokenizers()
+    long = FOUR | {"completion": "were four and four"}
+    data = PromptCompletionData(
+        tokenizer=own, train=[long], batch_size=1, max_length=24, truncation=truncation
+    )
+    fit = trainer(max_steps=1)
+    if truncation == "left":
+        with pytest.raises(ValueError, match=r"data\.truncation cuts the prompt"):
+            fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+        return
+    fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+    assert (data.read_rows("train").cut, fit.global_step) == (1, 1)
+
+
+@pytest.mark.processes
+def test_a_row_that_one_process_cannot_read_is_refused_on_all(tmp_path):
+    found = written_by("teachers/two_ranks.py", tmp_path / "found.pt")
+    assert found["message"].startswith(
+        "process 1: a row has 10 tokens of the teacher's, which reads 6"
+    )
+    assert found["step"] == 1
+
+
+@pytest.mark.processes
+def test_a_served_teacher_is_asked_as_the_same_one_in_the_process():
+    """Its server reads fewer tokens than the data's longest row has of the student's."""
+    row = {"prompt": "The teacher", "completion": " reads the text and so"}
+    gradients = []
+    _, both = two_tokenizers(max_position_embeddings=20)
+    other = both["teacher"].own_tokenizer
+    with served(both["teacher"].teacher, tokenizer=other) as server:
+        remote = RetokenizingTeacher(ServedTeacher([server.url]), tokenizer=other)
+        for changed in ({}, {"teacher": remote}):
+            own, fresh = two_tokenizers(max_position_embeddings=20)
+            data = PromptCompletionData(tokenizer=own, train=[row], batch_size=1)
+            probe = GradientProbe()
+            module = ChunkLikelihoodKD(**fresh | changed)
+            trainer(max_steps=1, callbacks=[probe]).fit(module, datamodule=data)
+            gradients.append(probe.gradient)
+    assert gradients[0].norm() > 0
+    assert torch.equal(*gradients)
