@@ -81,8 +81,9 @@ def few_rows():
 
 
 audit = LossNormalizationDiagnostics(audit="first")
-_, said = fit(MeanOfMeans(), few_rows(), 1, audit, accumulate_grad_batches=2)
+steps, said = fit(MeanOfMeans(), few_rows(), 1, audit, accumulate_grad_batches=2)
 print(*[text.partition(" (relative")[0] for text in said if "gradient of step" in text])
+print(f"norm/audit/as_trained: {steps[-1]['norm/audit/as_trained']:.2f}")
 
 # The same rows, through a method of the library.
 
