@@ -220,8 +220,9 @@ class SelfTaughtModule(DistillationModule):
             raise ValueError(
                 f"model.teacher and what else is asked here are copies of the student "
                 f"({', '.join(self._kinds)}), and the checkpoint has those of "
-                f"{', '.join(found) or 'none'}; give model.teacher, and model.reference, as the "
-                "run of the checkpoint had them"
+                f"{', '.join(found) or 'none that it names'}; give model.teacher, and "
+                "model.reference, as the run of the checkpoint had them, or begin a new run from its "
+                "student: lightning-kd export, and that directory as model.student.name_or_path"
             )
         states = checkpoint.get(_STATES, [{} for _ in found])
         for each, state in zip(self.followers, states, strict=False):

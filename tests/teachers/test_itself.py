@@ -399,6 +399,18 @@ def test_copies_of_another_kind_or_number_are_not_taken_from_a_checkpoint(tmp_pa
         validated(two, tmp_path / "average.ckpt")
 
 
+def test_a_checkpoint_that_does_not_name_its_copies_is_refused_with_a_way_out(tmp_path):
+    """As checkpoints did before their kinds were written."""
+    fit, _ = run(1)
+    fit.save_checkpoint(tmp_path / "new.ckpt")
+    saved = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    del saved["self_teacher_kinds"]
+    torch.save(saved, tmp_path / "old.ckpt")
+    said = r"has those of none that it names; .* new run from its student: lightning-kd export"
+    with pytest.raises(ValueError, match=said):
+        run(2, tmp_path / "old.ckpt")
+
+
 def test_an_evaluation_without_the_reference_has_the_average(tmp_path):
     """A run asks its reference as well: an evaluation takes the average of the teacher alone."""
 
