@@ -103,7 +103,7 @@ def recipes(page: str) -> list[Recipe]:
         (text,) = re.findall(r"```yaml\n(.*?)```", section, flags=re.S)
         name = re.match(r"# (\w+)\.yaml\n", text)
         assert name is not None, text
-        lines = "\n".join(re.findall(r"```text\n(.*?)```", section, flags=re.S)).splitlines()
+        lines = "\n".join(re.findall(r"```bash\n(.*?)```", section, flags=re.S)).splitlines()
         found.append(Recipe(name[1], text, [shlex.split(line)[1:] for line in lines if line]))
     return found
 
