@@ -54,7 +54,7 @@ check: install  ## Style and types only
 	$(BIN)/mypy
 
 docs: install  ## Build the site into build/docs, without a network; a warning or a broken link is an error
-	$(BIN)/python -m sphinx -b html -nW --keep-going docs build/docs
+	$(BIN)/python -m sphinx -b html -EnW --keep-going docs build/docs
 
 docs-links: install  ## Check the site's links to other sites, which needs a network
 	DOCS_NETWORK=1 $(BIN)/python -m sphinx -b linkcheck docs build/docs-links

@@ -64,7 +64,7 @@ html_theme_options = {
     "logo": {"text": "lightning-kd"},
     "navbar_align": "left",
     "header_links_before_dropdown": 8,
-    "show_toc_level": 2,
+    "show_toc_level": 1,
     "navigation_with_keys": False,
     "show_prev_next": True,
     "footer_start": ["copyright"],

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from docutils import nodes
-from sphinx.addnodes import pending_xref
+from sphinx.addnodes import download_reference, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
+from sphinx.ext.autodoc.preserve_defaults import update_default_value
+from sphinx.util import inspect
 
 ROOT = Path(__file__).resolve().parents[1]
 # Others' packages: without a network there is no inventory to link to.
@@ -25,6 +27,7 @@ INSTALLED = {
     "torchmetrics",
     "transformers",
 }
+PATTERN = re.compile(r"[\w/]+\*$")
 
 
 def imported_from(module: str) -> dict[str, str]:
@@ -81,16 +84,39 @@ def exists(module: str, name: str) -> bool:
     return hasattr(owner, name)
 
 
-def link_sources(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Turn links to configurations into links to the page that shows them."""
-    if docname == "configs":
-        return
-    page = posixpath.relpath("configs.md", posixpath.dirname(docname) or ".")
-    content[0] = re.sub(
-        r"\]\((?:\.\./)+configs/((?:\w+/)*)(\w+)\.yaml\)",
-        lambda found: f"]({page}#{(found[1] + found[2]).replace('/', '')}yaml)",
-        content[0],
-    )
+def link_sources(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Lead links to configurations and modules to the pages of the site that show them."""
+    for link in list(doctree.findall(download_reference)):
+        path = (Path(app.srcdir, docname).parent / link["reftarget"]).resolve().relative_to(ROOT)
+        folder, name = path.parts[0], ".".join(path.with_suffix("").parts)
+        if folder == "configs" and path.suffix == ".yaml":
+            place = "".join(path.parts[1:]).replace(".", "")
+            address = app.builder.get_relative_uri(docname, "configs") + f"#{place}"
+        elif folder == "lightning_kd" and name in getattr(app.env, "_viewcode_modules", {}):
+            address = app.builder.get_relative_uri(docname, f"_modules/{name.replace('.', '/')}")
+        else:
+            continue
+        link.replace_self(nodes.reference("", "", *link.children, refuri=address))
+
+
+def show_titles(app: Sphinx, doctree: nodes.document, docname: str) -> None:
+    """Show the title of a page where a link shows its file: ``docs/data.md``."""
+    for link in list(doctree.findall(nodes.reference)):
+        found = re.fullmatch(r"(?:docs/)?([\w/]+)\.md", link.astext())
+        folder = posixpath.dirname(docname)
+        names = [posixpath.join(folder, found[1]), found[1]] if found else []
+        for title in [app.env.titles[name] for name in names if name in app.env.titles][:1]:
+            link.children = [nodes.Text(title.astext())]
+
+
+def drop_absent(app: Sphinx, docname: str, content: list[str]) -> None:
+    """Leave out what a toctree lists with a star, where there is no such page."""
+    here = Path(app.srcdir, docname).parent
+    lines = content[0].splitlines(keepends=True)
+    kept = [
+        line for line in lines if not PATTERN.match(line) or any(here.glob(f"{line.strip()}.md"))
+    ]
+    content[0] = "".join(kept)
 
 
 def keep_first_line(
@@ -101,10 +127,26 @@ def keep_first_line(
         lines[:0] = ["..", ""]  # an empty comment
 
 
+def constructor_signature(
+    app: Sphinx, what: str, name: str, subject: Any, options: object, signature: str, returned: str
+) -> tuple[str, str] | None:
+    """Show a constructor's own arguments, where a base class records those of any subclass."""
+    if what != "class" or "*args" not in str(signature) or "__init__" not in vars(subject):
+        return None
+    update_default_value(subject.__init__, bound_method=False)  # as they are written in the source
+    own = inspect.signature(subject.__init__, bound_method=True)
+    return inspect.stringify_signature(
+        own, show_return_annotation=False, unqualified_typehints=True
+    ), returned
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect them."""
-    app.connect("source-read", link_sources)
+    app.connect("source-read", drop_absent)
+    app.connect("doctree-resolved", link_sources)
+    app.connect("doctree-resolved", show_titles)
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)
+    app.connect("autodoc-process-signature", constructor_signature)
     app.connect("env-updated", add_aliases)
     app.connect("missing-reference", resolve)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

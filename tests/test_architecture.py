@@ -88,16 +88,21 @@ def test_no_code_of_a_model_repository_is_ever_run():
         assert "trust_remote_code=True" not in path.read_text()
 
 
-def test_every_config_is_named_in_the_readme_and_run_by_a_test():
+def test_every_config_is_shown_in_the_docs_and_run_by_a_test():
+    """Those of a method are in the README's table too."""
     readme = (ROOT / "README.md").read_text()
+    shown = (ROOT / "docs" / "configs.md").read_text()
     tests = "".join(
         (ROOT / "tests" / name).read_text() for name in ("test_cli.py", "support/command_line.py")
     )
     for path in (ROOT / "configs").rglob("*.yaml"):
         assert yaml.safe_load(path.read_text())
+        name = str(path.relative_to(ROOT))
+        assert f"{{literalinclude}} ../{name}\n" in shown
         if path.parent.name != "experiments":
-            assert str(path.relative_to(ROOT)) in readme
             assert path.stem in tests
+        if path.parent.name == "configs":
+            assert name in readme
 
 
 def test_every_experiment_is_named_in_its_document_and_run_by_a_test():

@@ -93,11 +93,10 @@ class Teacher(Resumable, TextCoverage, ABC):
             logits_backend: The method's, for teachers that run models.
 
         Returns:
-            An answer of this kind on the device of the batch: a
-            :class:`~lightning_kd.fused.FullDistribution`, :class:`~lightning_kd.fused.TopK`,
-            :class:`~lightning_kd.fused.TopKAndToken`, :class:`~lightning_kd.fused.SampledTokens` or
-            :class:`~lightning_kd.fused.TokenLogProbs`, at each position in the order of
-            ``positions``.
+            An answer of this kind, on the device of the batch, at each position in the order of
+            ``positions``; it is a :class:`~lightning_kd.fused.FullDistribution`,
+            :class:`~lightning_kd.fused.TopK`, :class:`~lightning_kd.fused.TopKAndToken`,
+            :class:`~lightning_kd.fused.SampledTokens` or :class:`~lightning_kd.fused.TokenLogProbs`.
         """
 
     def prepare(

@@ -19,7 +19,9 @@ from lightning_kd.data import ArithmeticData
 from lightning_kd.models import StudentSpec
 from lightning_kd.modules import SupervisedKD
 from lightning_kd.teachers import LocalTeacher, ServedTeacher, TeacherUnavailableError
+from tests.support.command_line import CONFIGS, DEBUG, QUIET, SMALL
 from tests.support.harness import trainer
+from tests.support.pages import commands
 from tests.support.toys import tiny_llama
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -126,3 +128,16 @@ def test_a_port_in_use_is_said(fails, saved_teacher):
         said = fails("serve", "--teacher.name_or_path", saved_teacher, "--port", port)
     assert f"cannot listen at 127.0.0.1 port {port}" in said
     assert "give another --port" in said
+
+
+def test_the_commands_of_the_page_serve_a_teacher_and_train_from_it(saved_teacher, tmp_path, cli):
+    """The commands of docs/served.md, on a free port."""
+    serve, fit_ = commands("docs/served.md")
+    shown = {"--teacher.name_or_path": "runs/teacher", "--port": "8765"}
+    assert dict(zip(serve[2::2], serve[3::2], strict=True)) == shown
+    (tmp_path / "configs").symlink_to(CONFIGS)
+    with serving("--teacher.name_or_path", saved_teacher, log=tmp_path / "log") as (_, url):
+        here = [word.replace("http://127.0.0.1:8765", url) for word in fit_]
+        assert here != fit_
+        cli(*here[1:], *DEBUG, *QUIET, "--model.student.config", SMALL)
+    assert list(Path("runs").glob("version_*/student/model.safetensors"))
