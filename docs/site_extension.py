@@ -27,7 +27,6 @@ INSTALLED = {
     "torchmetrics",
     "transformers",
 }
-PATTERN = re.compile(r"[\w/]+\*$")
 
 
 def imported_from(module: str) -> dict[str, str]:
@@ -109,16 +108,6 @@ def show_titles(app: Sphinx, doctree: nodes.document, docname: str) -> None:
             link.children = [nodes.Text(title.astext())]
 
 
-def drop_absent(app: Sphinx, docname: str, content: list[str]) -> None:
-    """Leave out what a toctree lists with a star, where there is no such page."""
-    here = Path(app.srcdir, docname).parent
-    lines = content[0].splitlines(keepends=True)
-    kept = [
-        line for line in lines if not PATTERN.match(line) or any(here.glob(f"{line.strip()}.md"))
-    ]
-    content[0] = "".join(kept)
-
-
 def keep_first_line(
     app: Sphinx, what: str, name: str, subject: object, options: object, lines: list[str]
 ) -> None:
@@ -142,7 +131,6 @@ def constructor_signature(
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Connect them."""
-    app.connect("source-read", drop_absent)
     app.connect("doctree-resolved", link_sources)
     app.connect("doctree-resolved", show_titles)
     app.connect("autodoc-process-docstring", keep_first_line, priority=400)
