@@ -76,6 +76,16 @@ def test_a_checkpoint_is_exported_by_its_path_alone(cli, teacher, caplog):
     assert not Path("predictions.jsonl").exists()
 
 
+def test_a_students_own_average_is_not_asked_for(cli):
+    """Also of a checkpoint that does not name it, where a resume says to export."""
+    cli(*fit("sdft", *saving(), "--model.student.name_or_path", "null"))
+    saved = torch.load(CHECKPOINTS / "last.ckpt", weights_only=True)
+    assert saved.pop("self_teacher_kinds") == ["EMAStudent"]
+    torch.save(saved, CHECKPOINTS / "last.ckpt")
+    cli("export", "--ckpt_path", CHECKPOINTS / "last.ckpt", "--export.dirpath", "one")
+    assert holds("one", CHECKPOINTS / "last.ckpt")
+
+
 @pytest.mark.parametrize("command", ["export", "validate", "predict"])
 def test_another_tokenizer_than_that_of_the_run_is_said(cli, command):
     cli(*fit("sft", *saving()))

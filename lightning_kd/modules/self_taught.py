@@ -213,7 +213,8 @@ class SelfTaughtModule(DistillationModule):
         """
         super().on_load_checkpoint(checkpoint)
         found = checkpoint.get(_KINDS, [])
-        if not any(isinstance(each, CopyOfStudent) for each in self.followers):
+        copied = any(isinstance(each, CopyOfStudent) for each in self.followers)
+        if not copied or not self.loads_teacher:
             return
         # An evaluation may ask fewer than the run, which come first.
         if found[: len(self._kinds)] != self._kinds:
