@@ -277,6 +277,14 @@ def test_an_adapter_is_that_of_the_nearest_class():
         assert type(adapter_of(with_strategy(strategy))) is kind
 
 
+@pytest.mark.parametrize(
+    ("strategy", "flattens"),
+    [(DDPStrategy(), False), (FSDP2Strategy(), False), (FSDP1Strategy(), True)],
+)
+def test_weights_are_flat_under_fsdp1_alone(strategy, flattens):
+    assert adapter_of(with_strategy(strategy)).flattens_weights is flattens
+
+
 def test_a_strategy_of_ones_own_brings_its_adapter(monkeypatch):
     monkeypatch.setattr("lightning_kd.strategies.adapter._ADAPTERS", dict(_ADAPTERS))
 
