@@ -12,7 +12,7 @@ from docutils import nodes
 from sphinx.addnodes import download_reference, pending_xref
 from sphinx.application import Sphinx
 from sphinx.environment import BuildEnvironment
-from sphinx.ext.autodoc.preserve_defaults import update_default_value
+from sphinx.ext.autodoc.preserve_defaults import DefaultValue, update_default_value
 from sphinx.util import inspect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,13 +119,24 @@ def keep_first_line(
 def constructor_signature(
     app: Sphinx, what: str, name: str, subject: Any, options: object, signature: str, returned: str
 ) -> tuple[str, str] | None:
-    """Show a constructor's own arguments, where a base class records those of any subclass."""
-    if what != "class" or "*args" not in str(signature) or "__init__" not in vars(subject):
+    """Show a constructor's own arguments, where a base class records those of any subclass.
+
+    A default that is made anew, or has no text, is shown as dots.
+    """
+    if what != "class" or not re.search(r"\*args|<", str(signature)):
         return None
+    if subject.__init__ is object.__init__:
+        return "()", returned
     update_default_value(subject.__init__, bound_method=False)  # as they are written in the source
     own = inspect.signature(subject.__init__, bound_method=True)
+    given = [
+        each.replace(default=DefaultValue("..."))
+        if each.default is not each.empty and repr(each.default).startswith("<")
+        else each
+        for each in own.parameters.values()
+    ]
     return inspect.stringify_signature(
-        own, show_return_annotation=False, unqualified_typehints=True
+        own.replace(parameters=given), show_return_annotation=False, unqualified_typehints=True
     ), returned
 
 

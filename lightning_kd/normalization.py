@@ -81,7 +81,7 @@ class BatchMean(TokenMean):
 
 
 class SequenceMean(BatchMean):
-    """Mean over rows of each row's mean: every row weighs the same (GKD paper, Eq. 2).
+    """Mean over rows of each row's mean: every row weighs the same (equation 2 of the GKD paper).
 
     Example:
         >>> SequenceMean().row_weights(torch.tensor([4, 1, 0]))

@@ -86,7 +86,7 @@ class MiniLLMObjective:
 
 @dataclass(frozen=True)
 class Paper(MiniLLMObjective):
-    """The paper's objective (Eqs. 3-7)."""
+    """The paper's objective, its equations 3 to 7."""
 
     return_from: ReturnFrom = "next"
     gamma: float = 1.0
