@@ -3,6 +3,7 @@
 import sys
 
 from lightning_kd.cli.commands import COMMANDS, DESCRIPTION, unknown_command
+from lightning_kd.cli.named_configs import config_files_or_exit
 from lightning_kd.cli.stored_help import show_help
 from lightning_kd.version import __version__
 
@@ -22,6 +23,7 @@ def main() -> None:
     if not given[0].startswith("-") and given[0] not in COMMANDS:
         sys.stderr.write(f"lightning-kd: error: {unknown_command(given[0])}\n")
         raise SystemExit(2)
+    config_files_or_exit(given)
     if not show_help(given, _run):
         _run()
 

@@ -11,7 +11,7 @@ from lightning_kd.cli.compare import compare
 from lightning_kd.cli.demo import demo
 from lightning_kd.cli.distillation_cli import DistillationCLI
 from lightning_kd.cli.messages import ShortErrors, shorten
-from lightning_kd.cli.named_configs import with_config_files
+from lightning_kd.cli.named_configs import config_files_or_exit, with_config_files
 from lightning_kd.cli.preparation import prepare
 from lightning_kd.cli.trainer_command import trainer_command
 from lightning_kd.data import write_tokenizer
@@ -29,11 +29,7 @@ EXTRA_COMMANDS: dict[str, Any] = {
 
 def main() -> None:
     """Entry point of ``lightning-kd`` and ``python -m lightning_kd``."""
-    try:
-        prepare(with_config_files(sys.argv[1:]))
-    except ValueError as error:
-        sys.stderr.write(f"lightning-kd: error: {error}\n")
-        raise SystemExit(2) from error
+    prepare(config_files_or_exit(sys.argv[1:]))
     if len(sys.argv) > 1 and sys.argv[1] in EXTRA_COMMANDS:
         try:
             _run_extra(sys.argv[1], sys.argv[2:])

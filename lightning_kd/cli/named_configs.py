@@ -1,6 +1,7 @@
 """Configurations that come with the package, and how ``--config`` takes them by name."""
 
 import re
+import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -60,10 +61,10 @@ def config_file(value: str) -> str:
         return str(NAMED_CONFIGS[value])
     inside = value.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     near = get_close_matches(inside, NAMED_CONFIGS, n=1)
-    hint = f"did you mean --config {near[0]}? " if near else ""
+    hint = f"; did you mean --config {near[0]}?" if near else "."
     raise ValueError(
         f"--config {value}: there is no file {value}, and no configuration of that name comes with "
-        f"lightning-kd. {hint}The names are\n{list_names('  ')}"
+        f"lightning-kd{hint} The names are\n{list_names('  ')}"
     )
 
 
@@ -94,6 +95,15 @@ def with_config_files(arguments: Sequence[str]) -> list[str]:
             option = word if word in _OPTIONS else ""
         given.append(word)
     return given
+
+
+def config_files_or_exit(arguments: Sequence[str]) -> list[str]:
+    """Return :func:`with_config_files`; what is neither a file nor a name ends the process with 2."""
+    try:
+        return with_config_files(arguments)
+    except ValueError as error:
+        sys.stderr.write(f"lightning-kd: error: {error}\n")
+        raise SystemExit(2) from error
 
 
 _OPTIONS = ("--config", "-c", "--configs")
