@@ -74,6 +74,10 @@ SHOWN: Mapping[str, Sequence[Rows]] = {
         of_stories(["SequenceKD", "GKD_reverse"], "OnPolicyDistillation"),
     ],
     "minillm": [of_stories(["SFT", "ForwardKL", "SequenceKD", "GKD_reverse"], "MiniLLM")],
+    "chunk_likelihood_kd": [
+        Rows("other_tokenizer", ("SFT", "ULD"), ("ChunkLikelihoodKD", "Mixed"), ("bits_per_byte",))
+    ],
+    "uld": [Rows("other_tokenizer", ("SFT", "ChunkLikelihoodKD"), ("ULD",), ("bits_per_byte",))],
 }
 """By the page."""
 
