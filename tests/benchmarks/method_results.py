@@ -137,9 +137,9 @@ def block(page: str) -> str:
         made = results(rows.experiment)
         how = f", {rows.budget.replace('_', ' ')}" if rows.budget else ""
         parts.append(
-            f"[{made['title']}](../results/{rows.experiment}.md){how}, mean and standard deviation "
-            f"over {len(made['seeds'])} seeds, own runs in bold:\n\n{table_of_runs(rows)}\n"
-            f"{table_of_claims(rows)}"
+            f"[{made['title']}](../results/{rows.experiment}.md){how},\n"
+            f"mean and standard deviation over {len(made['seeds'])} seeds, own runs in bold:\n\n"
+            f"{table_of_runs(rows)}\n{table_of_claims(rows)}"
         )
     return "\n".join(parts)
 
