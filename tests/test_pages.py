@@ -116,3 +116,25 @@ def test_every_relative_link_of_a_page_leads_somewhere(page):
         assert target.is_relative_to(ROOT), path
         if anchor:
             assert anchor in headings(target), f"{path}#{anchor}"
+
+
+def rows(page, header):
+    """The rows of the table whose first line begins so, as lists of cells."""
+    text = (ROOT / page).read_text().partition(f"\n{header}")[2].partition("\n\n")[0]
+    return [line.strip("| ").split(" | ") for line in text.splitlines()[2:]]
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md"])
+def test_the_first_table_has_the_numbers_of_the_demonstration(page):
+    """Mean and deviation over the seeds, to whole percents."""
+    measured = {cells[0]: cells[1] for cells in rows("docs/demo.md", "| | exact match |")}
+    shown = {cells[0].split(",")[0]: cells[-1] for cells in rows(page, "| student |")}
+    assert len(shown) == 5
+    for student, said in shown.items():
+        assert re.fullmatch(r"\d+ ± \d+ %", said)
+        for short, long in zip(numbers(said), numbers(measured[student]), strict=True):
+            assert abs(short - long) <= 0.5
+
+
+def numbers(text):
+    return [float(number) for number in re.findall(r"[\d.]+", text)]
