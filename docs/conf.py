@@ -10,8 +10,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from lightning_kd import __version__  # noqa: E402
 
 project = "lightning-kd"
-author = "the authors of lightning-kd"
-copyright = "the authors of lightning-kd, Apache-2.0"  # noqa: A001  Sphinx's own name
+author = "lightning_kd developers"
+copyright = "lightning_kd developers, Apache-2.0"  # noqa: A001  Sphinx's own name
 release = version = __version__
 
 extensions = [

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lightning_kd.models.adapters import check_without_adapters, peft_as_it_is
 from lightning_kd.models.model_spec import DTypeName, ModelSpec
 from lightning_kd.models.vocabulary import check_ids
+from lightning_kd.seeding import derive_seed, run_seed
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class LoRA:
             raise ValueError(f"dropout is {self.dropout}; it must lie in [0, 1)")
 
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Freeze ``model`` and put adapters around its layers.
+        """Freeze ``model`` and put adapters around its layers, whose values the run's seed decides.
 
         Raises:
             ValueError: If peft is not installed, or finds none of the layers.
@@ -53,7 +55,8 @@ class LoRA:
             target_modules=self.target_modules,
         )
         try:
-            with peft_as_it_is():
+            with torch.random.fork_rng(devices=[]), peft_as_it_is():
+                torch.manual_seed(derive_seed(run_seed(), "weights", "adapters"))
                 return get_peft_model(model, config)
         except ValueError as error:
             raise ValueError(f"lora.target_modules {self.target_modules!r}: {error}") from error

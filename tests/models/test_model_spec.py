@@ -78,6 +78,20 @@ def test_lora_trains_the_adapters_alone(tokenizer, checkpointing):
     assert any(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
+def test_the_runs_seed_decides_the_adapters_whatever_has_been_drawn(tokenizer, monkeypatch):
+    def adapters(seed):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        torch.rand(seed + 1)
+        before = torch.get_rng_state()
+        model = StudentSpec(config=CONFIG, lora=LoRA(r=2)).build(tokenizer)
+        assert torch.equal(torch.get_rng_state(), before)
+        return torch.cat([p.flatten() for n, p in model.named_parameters() if "lora_A" in n])
+
+    first = adapters(3)
+    assert torch.equal(adapters(3), first)
+    assert not torch.equal(adapters(4), first)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
