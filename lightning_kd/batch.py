@@ -103,6 +103,8 @@ class Rollout(PromptBatch):
     """True on the generated tokens, ``(B, T)``."""
     group: Tensor
     """A number that completions of one prompt share, ``(B,)``."""
+    ended: NotRequired[Tensor]
+    """True for completions whose last token is one that generation ends with, ``(B,)``."""
     log_probs: NotRequired[Tensor]
     """If the engine tells, log-probability of each labeled token under the model that generated it, at
     the sampling temperature, ``(B, T)``, at the token's own position."""

@@ -1,10 +1,11 @@
 """Rows of one tokenizer in the tokens of another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from lightning_kd.alignment.chunk_ends import first_chunks
 from lightning_kd.alignment.chunks import Chunks, align
 from lightning_kd.alignment.encoder import ByteEncoder
 from lightning_kd.batch import TEACHER_END
@@ -75,9 +76,11 @@ class Retokenizer:
     """Rows of one tokenizer, in the tokens of another.
 
     What is scored of a row is its completion: its bytes are those of the student's tokens, and special
-    tokens among them are the other tokenizer's (:func:`counterparts`); one without a counterpart stands
-    for no text. What is before it is read as the other tokenizer reads a prompt, and both are
-    tokenized so that a token of the other side begins where the completion does.
+    tokens among them are the other tokenizer's (:func:`counterparts`). One without a counterpart, which
+    a model may have generated, is the letters of its name: every token is text to the other side. What
+    is before it is read as the other tokenizer reads a prompt, and both are tokenized so that a token
+    of the other side begins where the completion does. Where a tokenizer puts a space before a text,
+    it does so before a completion if both do.
 
     Args:
         student: The tokenizer of the rows.
@@ -90,6 +93,7 @@ class Retokenizer:
     def __init__(self, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
         self._student, self._teacher = student, teacher
         self._known = TokenBytes.of_tokenizer(student)
+        self._adds_space = bool(self._known.may_begin_with_added_space.any())
         self._encoder, self._vocabulary = ByteEncoder(teacher), teacher.get_vocab()
         self._special = counterparts(student, teacher)
         own = self._known.is_special.nonzero()[:, 0].tolist()
@@ -114,6 +118,7 @@ class Retokenizer:
         prompt: str | None = None,
         apart: bool = False,
         generated: bool = False,
+        ended: bool = False,
         end: str | None = None,
     ) -> AlignedRow:
         """Return a row in the other tokens.
@@ -124,37 +129,47 @@ class Retokenizer:
             prompt: Text that stands before it; None for what the student's tokens before it say.
             apart: Whether what is scored was tokenized as a text of its own.
             generated: Whether a model has written it: tokens of unknown text, and special ones without
-                a counterpart, stand for none then.
+                a counterpart, are the letters of their names then.
+            ended: Whether the last token is what generation ended with: it ends an answer, as EOS.
             end: Token of the other tokenizer that ends an answer, which the student's EOS stands for
-                where nothing else of the completion does; None for its EOS.
+                where nothing else of the completion does; None for what it is mapped to.
 
         Raises:
             ValueError: If a token's bytes are not known, a special one has no counterpart, the other
                 tokenizer cannot write the text, or it has no such token.
         """
         pieces = self._known.of_row(ids, start if apart else None)
-        own = [self._special.get(token) for token in ids]
-        if end is not None:
-            own[start:] = self._ended(ids[start:], own[start:], end)
+        others = [self._special.get(token) for token in ids]
+        ends = {self._student.eos_token_id, *(ids[-1:] if ended else ())}
+        others[start:] = self._ended(ids[start:], others[start:], ends, end)
         begin = self._begin(ids, start)
         checked = slice(begin if prompt is None else start, start if generated else None)
         self._check(ids[checked], pieces[checked])
-        completion = _parts(pieces[start:], own[start:])
+        if generated:
+            pieces[start:] = self._shown(ids[start:], pieces[start:])
+        parts = [
+            piece or b"" if own is None else own for piece, own in zip(pieces, others, strict=True)
+        ]
+        scored, completion = parts[start:], _joined(parts[start:])
+        goes_on_with = b""
         if prompt is not None:
             read_whole = tokens_of([prompt], self._teacher)[0]
             self._encoder.check_known(read_whole, prompt)
             before = begun(read_whole, self._frame)
-            after = self._encoded(completion, begins=apart)
+            alone = before == self._frame
+            after = self._encoded(completion, begins=apart and (alone or self._adds_space))
         else:
-            read = _parts(pieces[begin:start], own[begin:start])
+            read = _joined(parts[begin:start])
             before, after = self._continued(read, completion, apart=apart)
-        scored = list(zip(pieces[start:], own[start:], strict=True))
-        sizes = [len(piece or b"") if special is None else 1 for piece, special in scored]
+            if read and isinstance(read[-1], bytes) and not apart:
+                goes_on_with = read[-1]
+        sizes = [1 if isinstance(part, int) else len(part) for part in scored]
         chunks = align(sizes, [size for _, size in after])
         if not before and chunks.count:  # nothing predicts its first token
             chunks = chunks.without_first()
         ids_of_both = [*before, *(token for token, _ in after)]
-        return AlignedRow(ids_of_both, len(before), chunks, self._since(chunks.first, scored))
+        since = first_chunks(chunks.first, scored, self._encoder.may_join, before=goes_on_with)
+        return AlignedRow(ids_of_both, len(before), chunks, since)
 
     def most_tokens(
         self, ids: Sequence[int], start: int, *, prompt: str | None = None
@@ -177,78 +192,78 @@ class Retokenizer:
         return min(len(self._own_frame), start) if framed else 0
 
     def _ended(
-        self, ids: Sequence[int], own: Sequence[int | None], end: str
+        self,
+        ids: Sequence[int],
+        others: Sequence[int | None],
+        ends: Collection[int | None],
+        end: str | None,
     ) -> Sequence[int | None]:
-        """Return the counterparts of a completion's tokens, of which an EOS ends a turn."""
-        number, eos = self._vocabulary.get(end), self._student.eos_token_id
-        if number is None:
-            raise ValueError(
-                f"{TEACHER_END} is {end!r}, which is no token of the teacher's tokenizer; name one, or "
-                "leave the column out"
-            )
-        if number in own:  # as where a student's template writes it, and an EOS was appended
-            return own
-        return [number if token == eos else other for token, other in zip(ids, own, strict=True)]
+        """Return the counterparts of a completion's tokens, of which some end a turn."""
+        number = self._special.get(self._student.eos_token_id)
+        if end is not None:
+            number = self._vocabulary.get(end)
+            if number is None:
+                raise ValueError(
+                    f"{TEACHER_END} is {end!r}, which is no token of the teacher's tokenizer; name "
+                    "one, or leave the column out"
+                )
+        # As where a student's template writes it, and an EOS was appended.
+        is_written = number in others
+        return [
+            number if token in ends and (other is None or not is_written) else other
+            for token, other in zip(ids, others, strict=True)
+        ]
 
-    def _since(
-        self, numbers: Sequence[int], scored: Sequence[tuple[bytes | None, int | None]]
-    ) -> list[int]:
-        """Return the first chunk that each token has a part in: it is in it, or may have ended it.
+    def _shown(self, ids: Sequence[int], pieces: Sequence[bytes | None]) -> list[bytes | None]:
+        """Return the bytes of generated tokens, which are those of its name for one without text."""
+        names = [
+            self._name(token).encode()
+            if piece is None or token in self._without_counterpart
+            else piece
+            for token, piece in zip(ids, pieces, strict=True)
+        ]
+        if any(names) or not self._special.keys().isdisjoint(ids):
+            return [*names]
+        return [self._known.pieces[token] for token in ids]  # a space alone is no added one
 
-        Where the last byte before a token is at no place inside a token of the other side, a chunk has
-        ended whatever follows. Where that byte and the token's first are nowhere neighbours inside one,
-        it has ended because of the token, and for those behind it that is so. Elsewhere text that
-        follows may have moved the end.
-        """
-        since, settled = [], 0
-        left: int | None = None  # a special token, or what nothing can join
-        waiting: int | None = None
-        for place, (piece, special) in enumerate(scored):
-            number = numbers[place]
-            if place and number > numbers[place - 1] >= 0:
-                if left is None or not self._encoder.may_join(left):
-                    settled, waiting = number, None
-                else:
-                    waiting = number
-            since.append(min(settled, number))
-            if special is None and not piece:
-                continue
-            if waiting is not None and left is not None:
-                if special is not None or not self._encoder.may_join(left, (piece or b"")[0]):
-                    settled = waiting
-                waiting = None
-            left = None if special is not None else (piece or b"")[-1]
-        return since
+    def _name(self, token: int) -> str:
+        """Return what a tokenizer shows of a token without text."""
+        return self._student.convert_ids_to_tokens(token) or "\N{REPLACEMENT CHARACTER}"
 
     def _continued(
         self, read: list[_Part], completion: list[_Part], *, apart: bool
     ) -> tuple[list[int], list[_Sized]]:
         """Return what is before the completion, and the completion, as one text unless it is apart."""
         if apart or not (read and isinstance(read[-1], bytes)):
-            before, after = self._encoded(read, begins=True), self._encoded(completion, begins=True)
+            before = self._read(read)
+            after = self._encoded(completion, begins=self._adds_space or not read)
         elif not (completion and isinstance(completion[0], bytes)):
-            before, after = (
-                self._encoded(read, begins=True),
-                self._encoded(completion, begins=False),
-            )
+            before = self._read(read)
+            after = self._encoded(completion, begins=False)
         else:
             whole = self._encoder.encode(read[-1] + completion[0])
             sides = self._encoder.split(whole, len(read[-1]))
             left, right = ([(token.id, len(token.bytes)) for token in side] for side in sides)
-            before = self._encoded(read[:-1], begins=True) + left
-            after = right + self._encoded(completion[1:], begins=True)
+            before = self._read(read[:-1]) + left
+            after = right + self._encoded(completion[1:], begins=self._adds_space)
         return [*self._frame, *(token for token, _ in before)], after
 
+    def _read(self, parts: list[_Part]) -> list[_Sized]:
+        """Return the tokens of what stands before a completion, as the other tokenizer reads a text."""
+        return [token for part in parts for token in self._tokens(part, begins=True)]
+
     def _encoded(self, parts: list[_Part], *, begins: bool) -> list[_Sized]:
-        """Return the tokens of bytes and of special tokens, each of which has the size 1."""
+        """Return the tokens of what is scored, with an added space where the student's side has one."""
         sized: list[_Sized] = []
         for number, part in enumerate(parts):
-            if isinstance(part, int):
-                sized.append((part, 1))
-                continue
-            tokens = self._encoder.encode(part, begins=begins or number > 0)
-            sized += [(token.id, len(token.bytes)) for token in tokens]
+            sized += self._tokens(part, begins=self._adds_space if number else begins)
         return sized
+
+    def _tokens(self, part: _Part, *, begins: bool) -> list[_Sized]:
+        """Return the tokens of bytes, or a special token, which has the size 1."""
+        if isinstance(part, int):
+            return [(part, 1)]
+        return [(token.id, len(token.bytes)) for token in self._encoder.encode(part, begins=begins)]
 
     def _check(self, ids: Sequence[int], pieces: Sequence[bytes | None]) -> None:
         """Refuse tokens that the teacher could not read."""
@@ -271,14 +286,12 @@ class Retokenizer:
         return f"{token} ({self._student.convert_ids_to_tokens(token)!r})"
 
 
-def _parts(pieces: Sequence[bytes | None], own: Sequence[int | None]) -> list[_Part]:
+def _joined(parts: Iterable[_Part]) -> list[_Part]:
     """Join the bytes between special tokens."""
-    parts: list[_Part] = []
-    for piece, special in zip(pieces, own, strict=True):
-        if special is not None:
-            parts.append(special)
-        elif piece and parts and isinstance(parts[-1], bytes):
-            parts[-1] += piece
-        elif piece:
-            parts.append(piece)
-    return parts
+    joined: list[_Part] = []
+    for part in parts:
+        if isinstance(part, bytes) and joined and isinstance(joined[-1], bytes):
+            joined[-1] += part
+        elif part != b"":
+            joined.append(part)
+    return joined

@@ -50,6 +50,7 @@ def rollout_batch(
         "labels": ids.masked_fill(~labeled, IGNORE_INDEX),
         "completion_mask": rows.completion,
         "group": batch["sample"] // group_size,
+        "ended": completions.ended,
     }
     # Found here, once for a window: in each step the host would wait for the device.
     ScoredPositions.from_labels(written["labels"])

@@ -9,6 +9,7 @@ from lightning_kd.batch import (
     TEACHER_END,
     TEACHER_PROMPT,
     Batch,
+    Rollout,
     has_prompts,
     pad_rows,
 )
@@ -77,6 +78,7 @@ class _StudentRow(TypedDict):
     prompt: str | None
     apart: bool
     generated: bool
+    ended: bool
     end: str | None
 
 
@@ -84,6 +86,7 @@ def _student_rows(batch: Batch, positions: ScoredPositions) -> list[_StudentRow 
     """Return each row, up to its last scored token; None for one in which nothing is scored."""
     ids, scored = batch["input_ids"].tolist(), positions.mask.tolist()
     apart = batch["tokenized_apart"].tolist() if "tokenized_apart" in batch else []
+    ended = cast(Rollout, batch)["ended"].tolist() if "ended" in batch else []
     rows: list[_StudentRow | None] = []
     for number, mask in enumerate(scored):
         predicted = [place + 1 for place, is_scored in enumerate(mask) if is_scored]
@@ -104,6 +107,7 @@ def _student_rows(batch: Batch, positions: ScoredPositions) -> list[_StudentRow 
                 "prompt": _prompt(batch, number, is_apart),
                 "apart": is_apart,
                 "generated": "completion_mask" in batch,
+                "ended": bool(ended and ended[number]),
                 "end": _end(batch, number),
             }
         )

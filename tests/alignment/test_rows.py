@@ -23,6 +23,11 @@ def plain(tokenizer, text):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def adds_space(tokenizer):
+    """Whether it writes "and" as behind a space."""
+    return plain(tokenizer, "and") == plain(tokenizer, "two and")[len(plain(tokenizer, "two")) :]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("apart", [True, False])
 def test_one_tokenizer_on_both_sides_has_a_token_for_each_token(kind, apart):
@@ -49,8 +54,13 @@ def test_a_prompt_and_its_completion_are_read_as_the_teachers_own_would_be(stude
     start = len(ids) - len(plain(own, completion)) - 1
     row = Retokenizer(own, other).row(ids, start, prompt=prompt, apart=True)
     before = encode_prompts([prompt], other)[0]
-    assert row.ids == [*before, *plain(other, completion), other.eos_token_id]
-    assert row.start == len(before)
+    assert row.ids[: row.start] == before
+    assert row.ids[-1] == other.eos_token_id
+    if adds_space(own) or not adds_space(other):
+        assert row.ids == [*before, *plain(other, completion), other.eos_token_id]
+    else:  # the space is nobody's
+        behind = [*plain(other, "a"), *row.ids[row.start : -1]]
+        assert other.decode(behind).lstrip() == "a" + completion
     assert row.chunks.first[-1] == row.chunks.second[-1] == row.chunks.count - 1
 
 
@@ -114,11 +124,13 @@ def test_an_eos_of_another_name_is_the_eos():
     assert counterparts(own, other)[own.eos_token_id] == other.eos_token_id != own.eos_token_id
 
 
-def test_what_a_model_wrote_without_text_stands_for_none():
+def test_what_a_model_wrote_without_text_is_read_as_its_name():
     own, other = both(BYTE_LEVEL, BYTE_LEVEL)
     ids = [*plain(own, "two"), own.unk_token_id, *plain(own, " and"), 10_000]
     row = Retokenizer(own, other).row(ids, 1, generated=True)
-    assert other.decode(row.ids) == "two and"
+    assert other.decode(row.ids) == "two<unk> and\ufffd"
+    assert other.unk_token_id not in row.ids
+    assert -1 not in row.chunks.first
     with pytest.raises(ValueError, match=r"the special token 1 .'<unk>'. has no counterpart"):
         Retokenizer(own, other).row(ids, 1)
     ids.remove(own.unk_token_id)
@@ -134,7 +146,7 @@ def test_unknown_text_is_refused_also_where_its_token_is_padding():
     with pytest.raises(ValueError, match=r"'<unk>'\) is not known"):
         Retokenizer(own, other).row(ids, 1)
     row = Retokenizer(own, other).row(ids, 1, generated=True)
-    assert other.decode(row.ids) == "two  and"
+    assert other.decode(row.ids) == "two <unk> and"
     assert other.pad_token_id not in row.ids
 
 
@@ -144,9 +156,59 @@ def test_what_a_tokenizer_alone_knows_as_unknown_has_no_counterpart():
     assert own.unk_token_id is None
     assert counterparts(own, other) == {own.eos_token_id: other.eos_token_id}
     row = [*plain(own, "a"), own.pad_token_id, *plain(own, "b")]
-    assert other.decode(Retokenizer(own, other).row(row, 1, generated=True).ids) == "ab"
+    assert other.decode(Retokenizer(own, other).row(row, 1, generated=True).ids) == "a<pad>b"
     with pytest.raises(ValueError, match=r"the text of the token 0 \('<pad>'\) is not known"):
         Retokenizer(own, other).row(row, 1)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_completion_of_nothing_but_tokens_without_text_is_in_chunks(count):
+    own, other = both(BYTE_LEVEL, BYTE_LEVEL)
+    ids = [*plain(own, "two"), *[own.unk_token_id] * count]
+    row = Retokenizer(own, other).row(ids, len(ids) - count, generated=True)
+    assert row.chunks.first == list(range(count))
+    assert other.decode(row.ids[row.start :]) == "<unk>" * count
+
+
+def test_a_lone_space_that_a_model_wrote_is_text():
+    own, other = both(LLAMA, BYTE_LEVEL)
+    ids = [*plain(own, "a"), own.convert_tokens_to_ids("\u2581")]
+    start = len(ids) - 1
+    row = Retokenizer(own, other).row(ids, start, prompt="a", apart=True, generated=True)
+    assert row.chunks.first == [0]
+    assert other.decode(row.ids) == "a "
+
+
+@pytest.mark.parametrize("teacher", [LLAMA, "Unigram with byte fallback"])
+def test_a_space_is_read_where_the_student_wrote_one(teacher):
+    own, other = both(BYTE_LEVEL, teacher)
+    read = {}
+    for completion in ("two", " two"):
+        before = plain(own, "and")
+        ids = [*before, *plain(own, completion)]
+        row = Retokenizer(own, other).row(
+            ids, len(before), prompt="and", apart=True, generated=True
+        )
+        read[completion] = row.ids
+        assert other.decode(row.ids) == "and" + completion
+    assert read["two"] != read[" two"]
+    assert read[" two"] == plain(other, "and two")
+
+
+@pytest.mark.parametrize("end", [None, "<|turn|>"])
+def test_what_generation_ended_with_is_the_end(end):
+    """As where the generation config of a student has further tokens that end a completion."""
+    own, other = byte_level(), tokenizer_of_kind(LLAMA)
+    own.add_special_tokens({"additional_special_tokens": ["<|stop|>"]})
+    stop = own.convert_tokens_to_ids("<|stop|>")
+    ids = [*plain(own, "two"), stop]
+    retokenizer = Retokenizer(own, other)
+    row = retokenizer.row(ids, 1, generated=True, ended=True, end=end)
+    expected = other.eos_token_id if end is None else other.convert_tokens_to_ids(end)
+    assert row.ids[-1] == expected
+    row = retokenizer.row(ids, 1, generated=True, end=end)
+    assert other.decode(row.ids).endswith("<|stop|>")
+    assert expected not in row.ids
 
 
 @pytest.mark.parametrize("student", KINDS)

@@ -126,6 +126,20 @@ def test_an_answer_ends_as_the_teachers_template_ends_a_turn(make, end, generate
     assert text == f"{before}[[5, I think{end}]]"
 
 
+def test_whatever_ends_generation_ends_the_answer():
+    """As further ids of a student's generation config, which is no matter of its tokenizer."""
+    other = family_tokenizer("gemma")
+    data = chats(teacher_tokenizer=other)
+    data.train_on = "none"  # prompts alone
+    prompt = data.rows("train").example(0, 0).input_ids
+    row = torch.tensor([[*prompt, *data.tokenizer("5")["input_ids"], len(data.tokenizer) + 7]])
+    labels = row.where(torch.arange(row.shape[1]) >= len(prompt), -100)
+    written = {"input_ids": row, "labels": labels, "completion_mask": labels >= 0}
+    for ended, end in ((True, "<end_of_turn>"), (False, "\ufffd")):
+        text = asked(data, other, **written, ended=torch.tensor([ended]))[0]
+        assert text.endswith(f"[[5{end}]]")
+
+
 def test_a_students_template_may_write_the_end_and_an_eos_behind_it():
     """Without data.eos_token, of a student whose template ends turns with another token."""
     Path("chats.jsonl").write_text(json.dumps(CHAT))
