@@ -124,6 +124,7 @@ def everything_written(student):
         "prompt": ["a"] * rows,
         "completion": [""] * rows,
     }
-    written = Completions(ids, mask, own, own, torch.ones(rows, dtype=torch.bool))
+    ended = torch.tensor([tokens[-1] == eos for tokens in completions])
+    written = Completions(ids, mask, own, own, ended)
     rollout = rollout_batch(batch, written, pad_id=0, group_size=rows)
     return rollout, own.sum(-1).exp(), torch.stack(of_text), completions
