@@ -15,7 +15,8 @@ import yaml
 from scipy.special import log_softmax
 
 from lightning_kd import GKD, OnPolicyDistillation
-from lightning_kd.cli.habits import ELSEWHERE
+from lightning_kd.callbacks import OnPolicyGeneration
+from lightning_kd.cli.habits import ELSEWHERE, TYPED_ALONE
 from lightning_kd.divergences import GeneralizedJSD
 from tests.support.command_line import EXPECTED_WARNINGS, QUIET
 from tests.support.options import is_option
@@ -59,12 +60,17 @@ def test_every_option_of_ours_exists():
     assert {name for name in named if not is_option(name)} == set()
 
 
-def test_the_page_and_the_command_line_send_to_the_same_options():
-    rows = {row[0].strip("`"): row[2] for row in reversed(table("Arguments"))}
-    both = rows.keys() & ELSEWHERE.keys() - {"beta"}
-    assert len(both) > 15
-    for name in both:
-        assert rows[name].strip("`").split()[0] == ELSEWHERE[name].split()[0], name
+def test_the_page_and_the_command_line_send_to_the_same_options(fails):
+    rows = {row[0].strip("`"): row[2].strip("`") for row in reversed(table("Arguments"))}
+    named = {name: option for name, option in rows.items() if option != "-" and name != "model"}
+    assert len(named) > 50
+    flags = [word for name in named for word in (f"--{name}", "1")]
+    said = fails("fit", "--config", "gkd", *flags).splitlines()
+    for name, option in named.items():
+        (line,) = [line.strip() for line in said if line.strip().startswith(f"--{name}: ")]
+        assert line == f"--{name}: did you mean {option}?"
+    assert TYPED_ALONE.keys() <= named.keys()
+    assert not TYPED_ALONE.keys() & ELSEWHERE.keys()
 
 
 @pytest.mark.slow
@@ -88,6 +94,23 @@ def test_their_defaults_are_those_of_the_page(trl):
     assert str(default(trl.GKDConfig, "lr_scheduler_type")) in {"linear", "SchedulerType.LINEAR"}
     assert default(trl.SFTConfig, "truncation_mode") == "keep_start"
     assert 'use_cache": False if args.gradient_checkpointing' in inspect.getsource(trl.GKDTrainer)
+
+
+@pytest.mark.slow
+def test_the_schedule_of_the_page_is_theirs():
+    (options,) = re.findall(r"LinearLR, init_args: ({.*?})}", PAGE)
+    options = yaml.safe_load(options.replace("N}", "7}"))
+    ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5) for _ in "ab")
+    schedules = (
+        torch.optim.lr_scheduler.LinearLR(ours, **options),
+        transformers.get_scheduler("linear", theirs, num_warmup_steps=0, num_training_steps=7),
+    )
+    for _ in range(7):
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"])
+        for optimizer, schedule in zip((ours, theirs), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+    assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"] == 0
 
 
 @pytest.mark.slow
@@ -164,6 +187,36 @@ def test_the_yaml_is_a_config(cli, capsys):
     assert printed["model"]["init_args"]["divergence"]["init_args"]["beta"] == 0.1
 
 
+def check_same_run(trainer, module, data):
+    """The Python says what the YAML says, by what the objects have become."""
+    (text,) = re.findall(r"```yaml\n(.*?)```", PAGE, flags=re.S)
+    given = yaml.safe_load(text)
+    model, run = given["model"]["init_args"], given["trainer"]
+    assert type(module).__name__ == given["model"]["class_path"]
+    assert module.vocabulary == model["vocabulary"]
+    assert model["student"]["gradient_checkpointing"] is module.student.is_gradient_checkpointing
+    (teacher,) = module.teacher.local_models.values()
+    assert str(teacher.dtype) == f"torch.{model['teacher']['dtype']}"
+    assert type(module.divergence).__name__ == model["divergence"]["class_path"]
+    assert vars(module.divergence).items() >= model["divergence"]["init_args"].items()
+    optimizer, options = trainer.optimizers[0], model["optimizer"]["init_args"]
+    assert type(optimizer) is torch.optim.AdamW
+    assert len(optimizer.param_groups) == 2
+    for group in optimizer.param_groups:
+        assert {name: group[name] for name in options} == options
+    assert not trainer.lr_scheduler_configs
+    for name in ("max_epochs", "accumulate_grad_batches", "gradient_clip_val", "limit_val_batches"):
+        assert getattr(trainer, name) == run[name], name
+    assert trainer.precision == run["precision"]
+    (rollouts,) = [c for c in trainer.callbacks if isinstance(c, OnPolicyGeneration)]
+    assert rollouts.lmbda(0) == given["on_policy"]["lmbda"]
+    sampling = vars(rollouts.generation)
+    assert sampling.items() >= given["on_policy"]["generation"].items()
+    assert type(data).__name__ == given["data"]["class_path"]
+    for name in ("max_length", "truncation", "batch_size"):
+        assert data.constructor_arguments()[name] == given["data"]["init_args"][name], name
+
+
 @pytest.mark.slow
 def test_the_python_trains_and_exports():
     tokenizer = letter_tokenizer()
@@ -185,10 +238,10 @@ def test_the_python_trains_and_exports():
         [{"messages": list(turns)}] * 16,
         accelerator="cpu",
         devices=1,
-        limit_val_batches=0,
         enable_checkpointing=False,
         **quiet,
     )
     trainer.fit(module, datamodule=data)
     assert trainer.global_step == 1
+    check_same_run(trainer, module, data)
     assert transformers.AutoModelForCausalLM.from_pretrained("out").num_parameters() > 0

@@ -109,6 +109,8 @@ def test_every_command_of_the_first_page_runs_in_order(workplace, monkeypatch, c
     assert (workplace / "runs" / "teacher" / "model.safetensors").exists()
     last = workplace / "runs" / "version_0" / "checkpoints" / "last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] in {2, 4}
+    loads, _ = blocks("docs/get_started.md", "python")
+    assert executed("docs/get_started.md", loads.text)["student"].config.hidden_size == 16
 
 
 @pytest.mark.parametrize("page", ["exporting", "preflight", "resuming", "scaling"])
@@ -179,7 +181,7 @@ def executed(page, program=None, **names):
 def test_the_python_of_the_first_page_runs(tmp_path):
     tiny_llama(1, vocab_size=14).save_pretrained(tmp_path / "runs" / "teacher")
     arithmetic_tokenizer().save_pretrained(tmp_path / "runs" / "teacher")
-    (block,) = blocks("docs/get_started.md", "python")
+    _, block = blocks("docs/get_started.md", "python")
     quick = "enable_progress_bar=False, logger=False, limit_val_batches=1, num_sanity_val_steps=0"
     program = block.text.replace("max_steps=100", f"max_steps=2, {quick}")
     names = executed("docs/get_started.md", program)

@@ -22,9 +22,10 @@ BATCH_STATISTICS = (
     "normalization of each row (LayerNorm), or keep these layers in evaluation mode"
 )
 ROWS_INTERACT = (
-    "rows of a micro-batch depend on each other: in-batch negatives, or advantages centered over the "
-    "batch, for example; the divisor is not the cause: each partitioning has another loss, so keep "
-    "the rows of a micro-batch fixed"
+    "rows of a micro-batch depend on each other: in-batch negatives, advantages centered over the "
+    "batch, or a number that is computed over the micro-batch, such as a mean of weights; each "
+    "partitioning has another loss: compute such a number from one row or from the whole step, and "
+    "keep the rows of in-batch negatives together"
 )
 UNSCORED = (
     "unscored tokens in the denominator: the divisor counts prompt or padding tokens; count only "

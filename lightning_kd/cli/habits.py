@@ -40,6 +40,41 @@ ELSEWHERE = {
 }
 """Options of transformers' Trainer and of TRL, and the ones that stand for them."""
 
+TYPED_ALONE = {
+    "assistant_only_loss": "--data.train_on all",
+    "completion_only_loss": "--data PromptCompletionData",
+    "dataset_text_field": "--data.text_column",
+    "deepspeed": "--trainer.strategy deepspeed_stage_2",
+    "eos_token": "--data.eos_token",
+    "epsilon": "--model.surrogate.low",
+    "eval_dataset": "--data.validation",
+    "load_best_model_at_end": "--export.weights best",
+    "log_completions": "--on_policy.table_every",
+    "loss_type": "--model.reward_normalization",
+    "mask_truncated_completions": "--on_policy.truncated mask",
+    "max_completion_length": "--on_policy.generation.max_new_tokens",
+    "max_steps": "--trainer.max_steps",
+    "model_init_kwargs": "--model.student.dtype",
+    "num_iterations": "--on_policy.passes",
+    "packing": "--data PackedTextData",
+    "peft_config": "--model.student.lora",
+    "processing_class": "--data.tokenizer",
+    "push_to_hub": "--export.push_to_hub",
+    "reward_weights": "--model.reward_weights",
+    "save_steps": "--trainer.callbacks",
+    "steps_per_generation": "--on_policy.steps_per_window",
+    "teacher_model": "--model.teacher.name_or_path",
+    "teacher_model_init_kwargs": "--model.teacher.dtype",
+    "teacher_model_revision": "--model.teacher.revision",
+    "temperature": "--on_policy.generation.temperature",
+    "top_k": "--on_policy.generation.top_k",
+    "top_p": "--on_policy.generation.top_p",
+    "train_dataset": "--data.train",
+    "truncation_mode": "--data.truncation",
+    "trust_remote_code": "--model.student.trust_remote_code",
+}
+"""More of them, of a training run, whose names mean something else behind ``--data.`` and others."""
+
 OF_EVALUATE = {
     "batch_size": "--data.eval_batch_size",
     "max_new_tokens": "--completions.max_new_tokens",

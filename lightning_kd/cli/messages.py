@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 import lightning_kd.callbacks
 import lightning_kd.public
 from lightning_kd.cli.class_choices import NO_CLASS, class_comes_first, classes_to_choose
-from lightning_kd.cli.habits import ELSEWHERE, OF_EVALUATE
+from lightning_kd.cli.habits import ELSEWHERE, OF_EVALUATE, TYPED_ALONE
 from lightning_kd.imports import why_no_class
 
 _ACCIDENTS = (TypeError, AttributeError, LookupError, NameError)
@@ -138,6 +138,8 @@ def suggestion(name: str, options: Collection[str], arguments: Sequence[str] = (
         return ""
     full = spelled_as(name, arguments)
     habits = OF_EVALUATE if "completions" in options else ELSEWHERE
+    if "." not in full and "on_policy" in options:
+        habits = ELSEWHERE | TYPED_ALONE
     known_as = habits.get(name.rpartition(".")[2], full)
     if full.startswith("--") and full != known_as:
         return f"{full}: did you mean {known_as}?"

@@ -22,20 +22,23 @@ class Divergence(Resumable, ABC):
 
     Student first, everywhere. Calling an instance checks the shapes, detaches the teacher and
     evaluates :meth:`value` in float32 or wider. The result is in nats, neither masked nor reduced,
-    and zero exactly where the two distributions are equal.
+    and 0 where the two distributions are equal, up to rounding, and nowhere else.
 
-    A subclass writes :meth:`value`; it may also write :meth:`value_and_logit_gradient` in closed
-    form, which is faster and lighter than the automatic one. Hyper-parameters (``beta``, ``alpha``) are
-    arguments of the subclass, checked in its ``__init__``.
+    A subclass, a custom divergence too, writes :meth:`value`; it may also write
+    :meth:`value_and_logit_gradient` in closed form, which is faster and lighter than the automatic
+    one. A probability may be 0 (a log-probability of ``-inf``), on both sides at once: let such a token
+    contribute 0. Hyper-parameters (``beta``, ``alpha``) are arguments of the subclass, checked in its
+    ``__init__``.
 
     Example:
         >>> import torch
         >>> class ChiSquare(Divergence):
         ...     def value(self, student_log_probs, teacher_log_probs):
-        ...         ratio = teacher_log_probs - student_log_probs
-        ...         return (teacher_log_probs.exp() * ratio.exp()).sum(-1) - 1
-        >>> student = torch.log(torch.tensor([0.5, 0.5]))
-        >>> teacher = torch.log(torch.tensor([0.9, 0.1]))
+        ...         log_ratio = teacher_log_probs - student_log_probs
+        ...         log_ratio = log_ratio.masked_fill(teacher_log_probs == -torch.inf, 0.0)
+        ...         return (teacher_log_probs + log_ratio).exp().sum(-1) - 1
+        >>> student = torch.log(torch.tensor([0.5, 0.5, 0.0]))
+        >>> teacher = torch.log(torch.tensor([0.9, 0.1, 0.0]))
         >>> ChiSquare()(student, teacher)
         tensor(0.6400)
     """

@@ -212,7 +212,8 @@ class TokenTerm(ABC):
         if gradient is None:
             raise ValueError(
                 f"the values of {type(self).__name__} have no gradient: compute them from the "
-                "student's logits in the chunk, or give the term the coefficient 0"
+                "student's logits in the chunk. If they need none, give their LossTerm the coefficient "
+                "0, or call logits_backend.per_token for them under torch.no_grad()"
             )
         return values, gradient
 

@@ -93,7 +93,8 @@ class TokenLoss(TokenTerm):
         if slope is None:
             raise ValueError(
                 f"the function of {type(self).__name__} does not depend on the log-probabilities, so "
-                "it has no gradient: compute it from them, or give the term the coefficient 0"
+                "it has no gradient: compute it from them. If it needs none, give its LossTerm the "
+                "coefficient 0, or call logits_backend.per_token for it under torch.no_grad()"
             )
         slope = (slope / self.temperature)[:, None]
         gradient = log_probs.exp().mul_(-slope)

@@ -15,6 +15,8 @@ class PlanningModule(StepCountingModule):
     """A module whose logits backend hears how much it will have to do."""
 
     logits_backend: LogitsBackend
+    """Runs the models, and evaluates token terms at scored positions."""
+
     micro_batch_loss: MicroBatchLoss
 
     def configure_callbacks(self) -> list[Callback]:

@@ -32,6 +32,8 @@ class RestorableModule(Resumable, L.LightningModule):
     """
 
     student: PreTrainedModel
+    """The model that trains, once ``configure_model`` has built it."""
+
     student_spec: StudentSpec
 
     def save_hyperparameters(

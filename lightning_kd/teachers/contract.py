@@ -253,7 +253,7 @@ def choose_kind(
             return kind
     own, able = type(teacher).__name__, [o.__name__ for o in others if o.answers & set(needs)]
     hint = how_it_could(own, needs) if own in able else ""
-    instead = "a method that needs less"
+    instead = "a method that needs less; one of your own says in its class what it can use (needs)"
     if teacher.has_own_tokens:
         instead = (
             "a method that compares chunks of text: ChunkLikelihoodKD (which takes the student's own "

@@ -1,5 +1,6 @@
 """A loss as named terms: by name, with normalizations of their own, in the sums of a step."""
 
+import contextlib
 from dataclasses import FrozenInstanceError, fields
 
 import pytest
@@ -287,6 +288,42 @@ def test_a_token_term_without_a_gradient_is_refused():
     module = OwnTerm(torch.Tensor.detach, **models())
     with pytest.raises(ValueError, match="the values of PerChunk have no gradient"):
         trainer(max_steps=1).fit(module, datamodule=BatchList([ragged_batch([(2, 3), (1, 5)])]))
+
+
+class TeacherConfidence(TokenTerm):
+    """How sure the teacher is, in (0, 1]."""
+
+    needs_teacher = True
+
+    def values(self, chunk):
+        return chunk.teacher().exp().amax(-1)
+
+
+class WeightedByTheTeacher(SupervisedKD):
+    """Cross-entropy, times the teacher's confidence."""
+
+    without_gradient = contextlib.nullcontext
+
+    def loss_terms(self, batch, scores):
+        with self.without_gradient():
+            (sure,) = self.logits_backend.per_token(
+                scores.student, scores.teacher, [TeacherConfidence()]
+            )
+        labels = [CrossEntropy(scores.positions.targets)]
+        (nats,) = self.logits_backend.per_token(scores.student, None, labels)
+        return super().loss_terms(batch, scores) | {"cross_entropy": LossTerm(sure * nats)}
+
+
+def test_values_of_the_teacher_alone_are_asked_for_without_a_gradient():
+    batches = BatchList([ragged_batch([(2, 3), (1, 5)])])
+    module = WeightedByTheTeacher(alpha=0.5, **models())
+    said = r"TeacherConfidence have no gradient.*per_token for them under torch.no_grad\(\)"
+    with pytest.raises(ValueError, match=said):
+        trainer(max_steps=1).fit(module, datamodule=batches)
+    module = WeightedByTheTeacher(alpha=0.5, **models())
+    module.without_gradient = torch.no_grad
+    trainer(max_steps=1).fit(module, datamodule=batches)
+    assert module.student.lm_head.weight.grad.norm() > 0
 
 
 class Counts(TokenMean):

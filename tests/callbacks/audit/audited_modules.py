@@ -213,6 +213,16 @@ class InBatchNegatives(Base):
         return F.cross_entropy(self.head(vectors) @ self.head(vectors).T, targets)
 
 
+class MeanOfWeights(SummedInOneProcess):
+    """Each token is weighted by the confidence there, over the mean confidence of the micro-batch."""
+
+    def token_losses(self, batch):
+        logits = self.head(self.hidden(batch))[:, :-1].float()
+        confidence = logits.softmax(-1).amax(-1)
+        mean = confidence[batch["labels"][:, 1:] != -100].mean()
+        return super().token_losses(batch) * confidence / mean
+
+
 OUTSIDE = {"calls": 0}
 
 
@@ -637,6 +647,7 @@ PLANTED = [
     ),
     Case("centers a row over its padding", MeanOverPadding, "padding enters the loss"),
     Case("in-batch negatives", InBatchNegatives, "rows of a micro-batch depend on each other"),
+    Case("weights over their mean", MeanOfWeights, "such as a mean of weights"),
     Case(
         "state outside of the module", StateOutside, "not repeatable with the same random numbers"
     ),
