@@ -9,7 +9,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from sphinx.util.inventory import InventoryFile
 
-from lightning_kd import public
+from lightning_kd import TeacherModule, public
 from tests.support.pages import ROOT
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow]
@@ -99,10 +99,23 @@ def test_a_page_with_mathematics_brings_what_draws_it(site, pages):
         assert any("mathjax/tex-chtml.js" in shown for shown in page.shown)
 
 
-@pytest.mark.parametrize("package", PUBLIC)
-def test_every_public_name_has_an_entry(site, package):
+@pytest.fixture(scope="module")
+def entries(site):
+    """Addresses of the entries of the API pages, by full names."""
     inventory = InventoryFile.loads((site / "objects.inv").read_bytes(), uri="").data
     kinds = [kind for kind in inventory if kind.startswith("py:")]
-    entries = {name: item.uri for kind in kinds for name, item in inventory[kind].items()}
+    return {name: item.uri for kind in kinds for name, item in inventory[kind].items()}
+
+
+@pytest.mark.parametrize(
+    "name", ["terms", "term_normalizations", "term_positions", "positions", "needs", "student"]
+)
+def test_what_a_method_of_ones_own_inherits_has_an_entry(entries, name):
+    ends = tuple(f".{base.__name__}.{name}" for base in TeacherModule.__mro__)
+    assert any(entry.startswith("lightning_kd.") and entry.endswith(ends) for entry in entries)
+
+
+@pytest.mark.parametrize("package", PUBLIC)
+def test_every_public_name_has_an_entry(entries, package):
     for name in PUBLIC[package]:
         assert entries.get(f"{package}.{name}", "").startswith("api/"), f"{package}.{name}"

@@ -177,7 +177,7 @@ class StepCountingModule(ScaledSumModule):
         self._compare_counts(self._late_counts.flush())
 
     def on_train_epoch_end(self) -> None:
-        """Check the last step, and see :class:`ReadsOwnBatches`."""
+        """Check the last step, and see ``ReadsOwnBatches``."""
         self.check_last_step()
         super().on_train_epoch_end()
 

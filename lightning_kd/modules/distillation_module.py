@@ -48,8 +48,7 @@ class DistillationModule(TunableModule, MeasuredModule, PlanningModule):
             or else to that beside a student with a name.
         normalization: What the loss is divided by: ``token``, ``sequence``, ``batch``, or an
             instance of a :class:`~lightning_kd.normalization.Normalization`.
-        optimizer: Built from all trainable weights of the module, the student's and those of modules
-            of a subclass's own; biases and norms get no weight decay.
+        optimizer: For all trainable weights, your own modules' too; biases and norms do not decay.
         lr_scheduler: Stepped once per optimizer step; ``lightning.pytorch.cli.ReduceLROnPlateau``
             with a ``monitor`` of validation once per validation.
         logits_backend: Defaults to :class:`~lightning_kd.models.FusedLogits`, a chunk at a time.
