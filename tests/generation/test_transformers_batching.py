@@ -112,7 +112,10 @@ def test_samples_have_the_distribution_of_the_model(temperature):
         expected = (model(prompts.ids[:1]).logits[0, -1] / temperature).softmax(-1)
     counts = torch.bincount(got.ids[:, 0], minlength=5)
     assert expected.min() * 3000 > 5
-    assert stats.chisquare(counts, (expected / expected.sum() * 3000).double()).pvalue > 1e-3
+    share = (
+        expected.double() / expected.double().sum()
+    )  # of float32, the sum is off by its rounding
+    assert stats.chisquare(counts, share * 3000).pvalue > 1e-3
     taken = expected.log()[got.ids[:, 0]]
     torch.testing.assert_close(got.log_probs[:, 0], taken, atol=1e-5, rtol=0)
 
