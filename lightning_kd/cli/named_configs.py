@@ -36,11 +36,12 @@ def list_names(indent: str = "") -> str:
     return "\n".join(f"{indent}{line}" for of_folder in lines for line in of_folder)
 
 
-def config_file(value: str) -> str:
+def config_file(value: str, option: str = "--config") -> str:
     """Return the file that a value of ``--config`` means; text of a configuration stays as it is.
 
     Args:
         value: A file that exists, a name of :data:`NAMED_CONFIGS`, or YAML itself.
+        option: What it was given with.
 
     Returns:
         The file. One that exists comes before a name; a directory is none.
@@ -61,9 +62,9 @@ def config_file(value: str) -> str:
         return str(NAMED_CONFIGS[value])
     inside = value.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     near = get_close_matches(inside, NAMED_CONFIGS, n=1)
-    hint = f"; did you mean --config {near[0]}?" if near else "."
+    hint = f"; did you mean {option} {near[0]}?" if near else "."
     raise ValueError(
-        f"--config {value}: there is no file {value}, and no configuration of that name comes with "
+        f"{option} {value}: there is no file {value}, and no configuration of that name comes with "
         f"lightning-kd{hint} The names are\n{list_names('  ')}"
     )
 
@@ -87,10 +88,10 @@ def with_config_files(arguments: Sequence[str]) -> list[str]:
     for word in arguments:
         name, equals, value = word.partition("=")
         if option and not word.startswith("-"):
-            word = config_file(word)
+            word = config_file(word, option)
             option = option if option == "--configs" else ""
         elif equals and name in _OPTIONS:
-            word, option = f"{name}={config_file(value)}", name if name == "--configs" else ""
+            word, option = f"{name}={config_file(value, name)}", name if name == "--configs" else ""
         else:
             option = word if word in _OPTIONS else ""
         given.append(word)

@@ -320,7 +320,8 @@ def test_a_tokenizer_is_learned_once_before_the_runs_that_read_it(tmp_path):
         ({}, ["--quick"], "tiny says no smaller sizes"),
         ({}, ["--set", "writen=x"], "no placeholder 'writen'; did you mean written"),
         ({}, ["--write", "gone.md"], "there is no page gone.md"),
-        ({}, ["--configs", "a.yaml"], "give --config with an experiment file, or --configs"),
+        ({}, ["--configs", "tiny.yaml"], "give --config with an experiment file, or --configs"),
+        ({}, ["--configs", "gone.yaml"], "--configs gone.yaml: there is no file gone.yaml"),
         ({}, ["--output_dir", "x"], "did you mean"),
         ({"runs": {"A": {"model": {"class_path": "SFTT"}}}}, [], "did you mean SFT?"),
         (
