@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import takewhile
+from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +16,8 @@ from lightning_kd.tokenization import TokenizerLike, tokenizer_of, tokens_of
 
 log = logging.getLogger(__name__)
 
-_QUESTION, _ANSWER = "What is two and two?", "Two and two is four."
+# Words that templates leave as they are, and have not in texts of their own.
+_QUESTION, _ANSWER, _NEXT = "seventeen", "nineteen", "fourteen"
 _PROBE = "a question and its answer, by the template of data.teacher_tokenizer"
 
 
@@ -76,35 +79,84 @@ class OtherTemplate:
     ) -> None:
         self._chats, self._column = chats, column
         self._tokenizer, self._arguments = tokenizer, arguments
-        self._end = end_of_turn(tokenizer, arguments)
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[Any]]]:
         """Yield the columns, that of the prompts, and that of the token that ends a turn."""
-        for columns in self._chats.iter(batch_size):
-            rendered = render_chats(columns[self._column], self._tokenizer, self._arguments)
+        end: str | None = None
+        for number, columns in enumerate(self._chats.iter(batch_size)):
+            chats = columns[self._column]
+            rendered = render_chats(chats, self._tokenizer, self._arguments)
+            if number == 0:
+                end = end_of_turn(self._tokenizer, self._arguments, chats[0])
             prompts = [chat.text[: chat.prompt] for chat in rendered]
-            ends = [self._end or ""] * len(prompts)
+            ends = [end or ""] * len(prompts)
             yield columns | {TEACHER_PROMPT: prompts, TEACHER_END: ends}
 
 
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]) -> str | None:
+def end_of_turn(
+    tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any], like: Chat | None = None
+) -> str | None:
     """Return the special token with which a chat template ends an answer.
 
-    It is the first one behind the answer of a conversation of two messages.
+    It is the first one between the answer of a conversation and what a next turn begins with: what
+    comes in either case, whether the conversation ends with the answer or a question follows.
 
     Args:
         tokenizer: Has the template.
         arguments: Further variables of the template.
+        like: A conversation of the data, whose system message and tools are given to a template that
+            does not render a question and an answer alone.
 
     Returns:
-        Its name; None where the template ends answers without one, or does not render them.
+        Its name; None where the template ends answers without one, or, which is logged as a warning,
+        does not tell it.
     """
-    messages = [{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}]
-    try:
-        (chat,) = render_chats([Chat(messages, _PROBE, trained=(1,))], tokenizer, arguments)
-    except ValueError as error:
-        log.warning("%s. So the EOS of the student's answers is the teacher's EOS", error)
-        return None
-    (behind,) = tokens_of([chat.text.rpartition(_ANSWER)[2]], tokenizer)
+    tried = [Chat([], _PROBE)]
+    if like is not None:
+        context = takewhile(lambda m: m["role"] in {"system", "developer"}, like.messages)
+        tried.append(Chat([*context], _PROBE, tools=like.tools))
+    reason = ""
+    for chat in tried if tried[-1] != tried[0] else tried[:1]:
+        try:
+            return _end_behind(chat, tokenizer, arguments)
+        except ValueError as error:
+            reason = str(error)
+    log.warning("%s. So the EOS of the student's answers is the teacher's EOS", reason)
+    return None
+
+
+def _end_behind(
+    context: Chat, tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
+) -> str | None:
+    said = (("user", _QUESTION), ("assistant", _ANSWER), ("user", _NEXT))
+    messages = [*context.messages, *({"role": role, "content": text} for role, text in said)]
+    ended = Chat(messages[:-1], _PROBE, trained=(len(messages) - 2,), tools=context.tools)
+    goes_on = Chat(messages, _PROBE, tools=context.tools)
+    short, long = (chat.text for chat in render_chats([ended, goes_on], tokenizer, arguments))
+    opening, _, answered = short.partition(_QUESTION)
+    _, unchanged, behind = answered.rpartition(_ANSWER)
+    _, still_unchanged, between = long.rpartition(_NEXT)[0].rpartition(_ANSWER)
+    if not (unchanged and still_unchanged):
+        raise ValueError(
+            f"{_PROBE}: the answer {_ANSWER!r} is not in what is rendered, so that it is not known "
+            "what ends it"
+        )
+    opens, at_end, before_next = (
+        _special_names(text, tokenizer) for text in (opening, behind, between)
+    )
+    end = commonprefix([at_end, before_next])
+    if end == before_next:  # also what begins a question, as where answers to come are always begun
+        begins = commonprefix([before_next[::-1], opens[::-1]])
+        end = end[: len(end) - len(begins)]
+    if at_end and not end and at_end[0] != tokenizer.eos_token:
+        raise ValueError(
+            f"{_PROBE}: the first special token behind an answer is {at_end[0]}, which is not seen to "
+            "end it: it may begin a next turn, or is missing where one follows"
+        )
+    return end[0] if end else None
+
+
+def _special_names(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    (ids,) = tokens_of([text], tokenizer)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return next((str(tokenizer.convert_ids_to_tokens(n)) for n in behind if n in special), None)
+    return [str(tokenizer.convert_ids_to_tokens(number)) for number in ids if number in special]
