@@ -13,6 +13,7 @@ from lightning_kd.models.sharding import is_fsdp2_sharded
 from lightning_kd.modules import GKD, DistillationModule, PolicyGradientModule, TeacherModule
 from lightning_kd.modules.self_taught import longest_of_teacher
 from lightning_kd.modules.student_module import longest_rows
+from lightning_kd.modules.texts import check_splits
 from lightning_kd.schedules import Schedule
 
 
@@ -128,7 +129,7 @@ def check_sampling(module: DistillationModule, options: GenerationOptions, *, al
 
 
 def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data: bool) -> None:
-    """Validate that prompts and completions fit into the models' positions.
+    """Validate that prompts and completions fit into the models' positions, and teachers can read them.
 
     Args:
         module: Module with the models, attached to a trainer.
@@ -136,7 +137,8 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
         from_data: Whether some windows are trained on with the completions of the data.
 
     Raises:
-        ValueError: If rows are longer than the positions, or the data has no completions.
+        ValueError: If rows are longer than the positions, the data has no completions, or a teacher
+            cannot answer about one.
     """
     row, prompt = longest_rows(module.trainer).get("train", (0, 0))
     what = "prompts and on_policy.generation.max_new_tokens"
@@ -151,6 +153,11 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
         )
     if from_data:
         check_length(module.models, row, "train rows")
+        for teacher in module.teachers.values() if isinstance(module, TeacherModule) else ():
+            if (
+                teacher.looks_at_texts and teacher.answers_any_text
+            ):  # the others have seen all texts
+                check_splits(module, teacher, ["train"])
 
 
 def check_groups(loader: TrainingLoader | PairedLoader | WindowedLoader) -> None:

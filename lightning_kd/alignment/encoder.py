@@ -64,6 +64,7 @@ class ByteEncoder:
                 "other tokens each time: set it to null in the model of its tokenizer.json (in Python, "
                 "tokenizer.backend_tokenizer.model.dropout = None)"
             )
+        self._composes = any(s["type"] == "NFC" for s in _steps(state["normalizer"], "normalizers"))
         exact = _without_normalizer(state, "NFC")
         self._begin, self._go_on = (_reader(part) for part in (exact, _without_added_space(exact)))
         self._id_of: dict[bytes, int] = {}
@@ -83,6 +84,11 @@ class ByteEncoder:
     def knows_every_byte(self) -> bool:
         """Whether any bytes can be written."""
         return self._known.knows_every_byte
+
+    def most_bytes(self, text: str) -> int:
+        """Return how many bytes a text has at most as the tokenizer reads it, letters composed."""
+        # NFC writes a letter in three times its bytes at most (U+1D160), and none of ASCII otherwise.
+        return len(text.encode()) * (3 if self._composes and not text.isascii() else 1)
 
     def may_join(self, left: int, right: int | None = None) -> bool:
         """Return whether a byte stands beside another inside a token, so that neither need end one.

@@ -94,7 +94,7 @@ class Retokenizer:
         self._student, self._teacher = student, teacher
         self._known = TokenBytes.of_tokenizer(student)
         self._adds_space = bool(self._known.may_begin_with_added_space.any())
-        self._encoder, self._vocabulary = ByteEncoder(teacher), teacher.get_vocab()
+        self._encoder, self._ends = ByteEncoder(teacher), teacher.added_tokens_encoder
         self._special = counterparts(student, teacher)
         own = self._known.is_special.nonzero()[:, 0].tolist()
         self._without_counterpart = {*own} - self._special.keys()
@@ -172,7 +172,7 @@ class Retokenizer:
         return AlignedRow(ids_of_both, len(before), chunks, since)
 
     def most_tokens(
-        self, ids: Sequence[int], start: int, *, prompt: str | None = None
+        self, ids: Sequence[int], start: int, *, prompt: str | None = None, end: str | None = None
     ) -> int | None:
         """Return how many of the other tokens a row has at most, by its bytes, without writing it.
 
@@ -181,9 +181,10 @@ class Retokenizer:
         """
         read = ids[self._begin(ids, start) if prompt is None else start :]
         unknown = not self._refused.isdisjoint(read) or max(read, default=0) >= len(self._most)
-        if unknown or not self.reads_any_text:
+        no_end = end is not None and end not in self._ends
+        if unknown or no_end or not self.reads_any_text:
             return None
-        of_prompt = len(self._frame) + len((prompt or "").encode()) + 1
+        of_prompt = len(self._frame) + self._encoder.most_bytes(prompt or "") + 1
         return of_prompt + 1 + sum(self._most[token] for token in read)
 
     def _begin(self, ids: Sequence[int], start: int) -> int:
@@ -201,11 +202,11 @@ class Retokenizer:
         """Return the counterparts of a completion's tokens, of which some end a turn."""
         number = self._special.get(self._student.eos_token_id)
         if end is not None:
-            number = self._vocabulary.get(end)
+            number = self._ends.get(end)
             if number is None:
                 raise ValueError(
-                    f"{TEACHER_END} is {end!r}, which is no token of the teacher's tokenizer; name "
-                    "one, or leave the column out"
+                    f"{TEACHER_END} is {end!r}, which is no special or added token of the "
+                    "teacher's tokenizer; name one, or leave the column out"
                 )
         # As where a student's template writes it, and an EOS was appended.
         is_written = number in others

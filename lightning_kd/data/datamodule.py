@@ -145,6 +145,11 @@ class DistillationData(Resumable, L.LightningDataModule):
             own = range(start, len(rows), world_size)[:_ROWS_AT_ONCE]
             yield self.batch_of(split, own)
 
+    def place_of(self, split: Split, row: int) -> str:
+        """Return the place of a row of a split in its file, or its number."""
+        rows = self._ready(split)
+        return rows.place_of(row) if isinstance(rows, EncodedRows) else f"{split}[{row}]"
+
     def read_rows(self, split: Split) -> Rows:
         """Return the rows of a split that has been read."""
         return self._ready(split)

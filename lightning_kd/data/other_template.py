@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import takewhile
-from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -144,9 +143,9 @@ def _end_behind(
     opens, at_end, before_next = (
         _special_names(text, tokenizer) for text in (opening, behind, between)
     )
-    end = commonprefix([at_end, before_next])
+    end = _common_start(at_end, before_next)
     if end == before_next:  # also what begins a question, as where answers to come are always begun
-        begins = commonprefix([before_next[::-1], opens[::-1]])
+        begins = _common_start(before_next[::-1], opens[::-1])
         end = end[: len(end) - len(begins)]
     if at_end and not end and at_end[0] != tokenizer.eos_token:
         raise ValueError(
@@ -154,6 +153,11 @@ def _end_behind(
             "end it: it may begin a next turn, or is missing where one follows"
         )
     return end[0] if end else None
+
+
+def _common_start(one: Sequence[str], other: Sequence[str]) -> list[str]:
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
+    return [name for name, _ in pairs]
 
 
 def _special_names(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

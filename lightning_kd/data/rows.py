@@ -148,6 +148,10 @@ class EncodedRows:
             )
         yield from zip(self._tokenized["where"], self._tokenized[f"extra:{name}"], strict=True)
 
+    def place_of(self, row: int) -> str:
+        """Return the place of a row in the files."""
+        return str(self._tokenized[row]["where"])
+
     def example(self, row: int, pass_: int) -> Example:
         """The same tokens in every pass."""
         found = self._tokenized[row]

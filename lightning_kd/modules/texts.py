@@ -1,6 +1,6 @@
 """Texts of a run, for teachers that know some texts and no others."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lightning.pytorch.trainer.states import TrainerFn
@@ -10,7 +10,7 @@ from lightning_kd.collectives import refuse_together
 from lightning_kd.modules.distillation_module import DistillationModule
 from lightning_kd.resuming import describe
 from lightning_kd.teacher_rows import as_teacher_reads
-from lightning_kd.teachers import Teacher
+from lightning_kd.teachers import Teacher, UnreadableRowError
 
 
 @runtime_checkable
@@ -59,21 +59,22 @@ def check_rendered_for_none(data: object, reader: str) -> None:
         )
 
 
-def check_whole_prompts(data: Any, teacher: Teacher) -> None:
+def check_whole_prompts(data: Any, teacher: Teacher, splits: Sequence[str]) -> None:
     """Refuse prompts that are cut for the student, and that the teacher reads whole in another form.
 
     Args:
         data: The data module.
         teacher: Reads the prompts' texts, in tokens of its own or with more text in them.
+        splits: What is trained on or evaluated.
 
     Raises:
-        ValueError: If there is one in data that are trained on or evaluated.
+        ValueError: If there is one in these splits.
     """
     if not hasattr(data, "cut_prompts"):
         return
     told = data.longest_of_teacher()
     for split, where in data.cut_prompts().items():
-        if split != "predict" and (teacher.has_own_tokens or split in told):
+        if split in splits and (teacher.has_own_tokens or split in told):
             raise ValueError(
                 f"{where}: data.truncation cuts the prompt for the student, and "
                 f"{type(teacher).__name__} reads all of it in another form: set data.truncation: drop, "
@@ -101,25 +102,43 @@ def check_texts(
     data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     if not teacher.has_own_tokens:
         check_rendered_for_none(data, type(teacher).__name__)
-    check_whole_prompts(data, teacher)
+    splits = _splits(module, stage)
+    check_whole_prompts(data, teacher, splits)
     if not teacher.looks_at_texts:
         return
     if stage == TrainerFn.FITTING and module.needs_own_samples:
         check_own_samples(module, teacher)
     teacher.check_precision(module.trainer.precision)
+    left_out = {"train"} if teacher.answers_any_text and rewritten else set()
+    check_splits(module, teacher, [split for split in splits if split not in left_out])
+
+
+def check_splits(module: DistillationModule, teacher: Teacher, splits: Sequence[str]) -> None:
+    """Show every row of some splits to a teacher that looks at texts.
+
+    Args:
+        module: The method.
+        teacher: One that looks at texts.
+        splits: Names of the splits.
+
+    Raises:
+        ValueError: If the teacher cannot answer about a row, on any process.
+    """
+    data: Any = module.trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, KnownTexts):
         return
     said = None
     try:
-        for split in _splits(module, stage):
-            if teacher.answers_any_text and rewritten and split == "train":
-                continue
+        for split in splits:
             if not teacher.answers_any_text:
                 data.check_repeats(split)
             texts = (
                 as_teacher_reads(batch, module.positions(batch)) for batch in data.texts(split)
             )
             teacher.check_texts(texts, describe(data))
+    except UnreadableRowError as error:
+        place = getattr(data, "place_of", "{}[{}]".format)(split, error.row)
+        said = f"data.{split}: {place}: {error}"
     except ValueError as error:
         said = f"data.{split}: {error}"
     refuse_together(said, module.trainer.strategy.root_device)

@@ -19,6 +19,7 @@ from lightning_kd.teachers.routed import RoutedTeacher
 from lightning_kd.teachers.served import ServedTeacher
 from lightning_kd.teachers.student_copies import CopyOfStudent, EMAStudent, FrozenStudent
 from lightning_kd.teachers.temperatures import temperatures_of
+from lightning_kd.teachers.text_coverage import UnreadableRowError
 from lightning_kd.teachers.top_k import TopKTeacher
 
 TEACHERS: tuple[type[Teacher], ...] = (
@@ -53,6 +54,7 @@ __all__ = [
     "TeacherUnavailableError",
     "TeachersLike",
     "TopKTeacher",
+    "UnreadableRowError",
     "check_ability",
     "checked_answer",
     "choose_kind",

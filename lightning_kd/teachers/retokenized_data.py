@@ -30,6 +30,37 @@ class WithoutLengths:
         return getattr(self._data, name)
 
 
+def check_end(data: object, eos: str | None) -> None:
+    """Refuse data whose completions end with another token than the one that is read as their end.
+
+    Args:
+        data: The data module.
+        eos: The EOS of the tokenizer by which the student's tokens are read.
+
+    Raises:
+        ValueError: If they do.
+    """
+    of_data = getattr(getattr(data, "tokenizer", None), "eos_token", None)
+    if of_data not in {None, eos}:
+        raise ValueError(
+            f"the EOS of the data is {of_data!r}, and that of model.tokenizer is {eos!r}, by which a "
+            "teacher with other tokens reads the data's rows: leave model.tokenizer out, which takes "
+            "the data's, or give both the same EOS"
+        )
+
+
+def cure_of_length(data: object) -> str:
+    """Return what to do about a row of the data that is longer than a teacher reads.
+
+    Args:
+        data: The data module; None if there is none.
+    """
+    name = "data.prompts" if hasattr(data, "prompts") else "data"
+    has_limit = hasattr(getattr(data, "prompts", data), "limit")
+    drop = f" (set {name}.truncation: drop, and {name}.max_length lower)" if has_limit else ""
+    return f"leave the row out{drop}, or take a teacher that reads more"
+
+
 def check_chats(data: ChatLike, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse chats that the teacher could not read as its template has them.
 

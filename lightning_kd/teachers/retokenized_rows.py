@@ -1,6 +1,6 @@
 """Rows of a micro-batch in the tokens of a teacher."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypedDict, cast
 
 from lightning_kd.alignment import AlignedRow, Retokenizer
@@ -15,6 +15,7 @@ from lightning_kd.batch import (
 )
 from lightning_kd.devices import to_device
 from lightning_kd.scoring import ScoredPositions
+from lightning_kd.teachers.text_coverage import UnreadableRowError
 
 
 def aligned_rows(
@@ -35,7 +36,11 @@ def aligned_rows(
 
 
 def check_rows(
-    retokenizer: Retokenizer, batch: Batch, positions: ScoredPositions, longest: int | None
+    retokenizer: Retokenizer,
+    batch: Batch,
+    positions: ScoredPositions,
+    longest: int | None,
+    cure: str,
 ) -> None:
     """Validate that rows can be read in the teacher's tokens, of which few need to be written for that.
 
@@ -44,20 +49,33 @@ def check_rows(
         batch: The rows.
         positions: What is scored of them.
         longest: Tokens that the teacher reads at most; None for any number.
+        cure: What to do about a longer row.
 
     Raises:
-        ValueError: As :func:`aligned_rows`, or if a row is longer.
+        UnreadableRowError: If one cannot be read or written, or is longer.
     """
-    for row in _student_rows(batch, positions):
-        if row is None:
-            continue
-        most = retokenizer.most_tokens(row["ids"], row["start"], prompt=row["prompt"])
-        if most is None or (longest is not None and most > longest):
-            check_longest([retokenizer.row(**row)], longest)
+    rows = _student_rows(batch, positions)
+    for number in batch["row"].tolist():
+        try:
+            row = next(rows)
+            if row is None:
+                continue
+            most = retokenizer.most_tokens(
+                row["ids"], row["start"], prompt=row["prompt"], end=row["end"]
+            )
+            if most is None or (longest is not None and most > longest):
+                check_longest([retokenizer.row(**row)], longest, cure)
+        except ValueError as error:
+            raise UnreadableRowError(number, str(error)) from error
 
 
-def check_longest(rows: Sequence[AlignedRow | None], longest: int | None) -> None:
+def check_longest(rows: Sequence[AlignedRow | None], longest: int | None, cure: str) -> None:
     """Validate that no row is longer than a teacher reads.
+
+    Args:
+        rows: The rows, in the teacher's tokens.
+        longest: Tokens that the teacher reads at most; None for any number.
+        cure: What to do about a longer row.
 
     Raises:
         ValueError: If one is.
@@ -65,8 +83,7 @@ def check_longest(rows: Sequence[AlignedRow | None], longest: int | None) -> Non
     width = max((len(row.ids) for row in rows if row is not None), default=0)
     if longest is not None and width > longest:
         raise ValueError(
-            f"a row has {width} tokens of the teacher's, which reads {longest} at most: lower "
-            "data.max_length or on_policy.generation.max_new_tokens"
+            f"a row has {width} tokens of the teacher's, which reads {longest} at most: {cure}"
         )
 
 
@@ -82,16 +99,15 @@ class _StudentRow(TypedDict):
     end: str | None
 
 
-def _student_rows(batch: Batch, positions: ScoredPositions) -> list[_StudentRow | None]:
-    """Return each row, up to its last scored token; None for one in which nothing is scored."""
+def _student_rows(batch: Batch, positions: ScoredPositions) -> Iterator[_StudentRow | None]:
+    """Yield each row, up to its last scored token; None for one in which nothing is scored."""
     ids, scored = batch["input_ids"].tolist(), positions.mask.tolist()
     apart = batch["tokenized_apart"].tolist() if "tokenized_apart" in batch else []
     ended = cast(Rollout, batch)["ended"].tolist() if "ended" in batch else []
-    rows: list[_StudentRow | None] = []
     for number, mask in enumerate(scored):
         predicted = [place + 1 for place, is_scored in enumerate(mask) if is_scored]
         if not predicted:
-            rows.append(None)
+            yield None
             continue
         start, last = predicted[0], predicted[-1]
         if last - start + 1 > len(predicted):
@@ -100,18 +116,15 @@ def _student_rows(batch: Batch, positions: ScoredPositions) -> list[_StudentRow 
                 "prompt and one completion: set data.train_on: last or each, or leave the row out"
             )
         is_apart = bool(apart and apart[number])
-        rows.append(
-            {
-                "ids": ids[number][: last + 1],
-                "start": start,
-                "prompt": _prompt(batch, number, is_apart),
-                "apart": is_apart,
-                "generated": "completion_mask" in batch,
-                "ended": bool(ended and ended[number]),
-                "end": _end(batch, number),
-            }
-        )
-    return rows
+        yield {
+            "ids": ids[number][: last + 1],
+            "start": start,
+            "prompt": _prompt(batch, number, is_apart),
+            "apart": is_apart,
+            "generated": "completion_mask" in batch,
+            "ended": bool(ended and ended[number]),
+            "end": _end(batch, number),
+        }
 
 
 def _prompt(batch: Batch, number: int, apart: bool) -> str | None:
@@ -126,7 +139,7 @@ def _prompt(batch: Batch, number: int, apart: bool) -> str | None:
 def _end(batch: Batch, number: int) -> str | None:
     """Return the token with which the teacher's template ends an answer; None for its EOS."""
     given = batch.get("extra", {}).get(TEACHER_END)
-    return None if given is None else str(given[number]) or None
+    return None if given is None or given[number] is None else str(given[number]) or None
 
 
 def own_batch(

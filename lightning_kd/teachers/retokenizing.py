@@ -29,7 +29,13 @@ from lightning_kd.teachers.contract import Ability, Teacher, checked_answer, cho
 from lightning_kd.teachers.given import TeacherLike, as_teacher
 from lightning_kd.teachers.itself import self_teachers
 from lightning_kd.teachers.local import LocalTeacher
-from lightning_kd.teachers.retokenized_data import ChatLike, WithoutLengths, check_chats
+from lightning_kd.teachers.retokenized_data import (
+    ChatLike,
+    WithoutLengths,
+    check_chats,
+    check_end,
+    cure_of_length,
+)
 from lightning_kd.teachers.retokenized_rows import (
     aligned_rows,
     check_longest,
@@ -98,6 +104,8 @@ class RetokenizingTeacher(CompositeTeacher):
             )
         self._own: object = tokenizer
         self._retokenizer: Retokenizer | None = None
+        self._cure = cure_of_length(None)
+        self._eos: str | None = None
 
     @property
     def named_members(self) -> Mapping[str, Teacher]:
@@ -185,19 +193,23 @@ class RetokenizingTeacher(CompositeTeacher):
             )
         padding_id(self.own_tokenizer)
         self._retokenizer = Retokenizer(tokenizer, self.own_tokenizer)
+        self._eos = tokenizer.eos_token
 
     def check_data(self, data: object) -> None:
         """Refuse data whose rows are no prompt and completion, and chats without the teacher's prompts.
 
         Raises:
-            ValueError: If they are.
+            ValueError: If they are, or end with another token than the run's tokenizer has as its EOS.
         """
+        self._cure = cure_of_length(data)
         super().check_data(WithoutLengths(data))
         if hasattr(data, "block_length"):
             raise ValueError(
                 f"the rows of {type(data).__name__} are parts of several documents, which the "
                 "teacher's tokenizer would begin and end differently; use DocumentData"
             )
+        if self._retokenizer is not None:
+            check_end(data, self._eos)
         if isinstance(data, ChatLike):
             check_chats(data, self.own_tokenizer)
 
@@ -207,10 +219,10 @@ class RetokenizingTeacher(CompositeTeacher):
         """Write the texts in the teacher's tokens of which it is not known that they can be read.
 
         Raises:
-            ValueError: If one cannot be written, or is longer than the teacher reads.
+            UnreadableRowError: If one cannot be written, or is longer than the teacher reads.
         """
         for batch, positions in texts:
-            check_rows(self.retokenizer, batch, positions, self.teacher.longest_row)
+            check_rows(self.retokenizer, batch, positions, self.teacher.longest_row, self._cure)
 
     @torch.no_grad()
     def answer(
@@ -230,7 +242,9 @@ class RetokenizingTeacher(CompositeTeacher):
         device, said = batch["input_ids"].device, None
         try:
             rows = aligned_rows(self.retokenizer, batch, positions)
-            check_longest(rows, self.teacher.longest_row)
+            shorter = "lower on_policy.generation.max_new_tokens, "
+            cure = f"{shorter if 'completion_mask' in batch else ''}{self._cure}"
+            check_longest(rows, self.teacher.longest_row, cure)
         except ValueError as error:
             said = str(error)
         refuse_together(said, device)

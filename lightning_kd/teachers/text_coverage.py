@@ -7,6 +7,19 @@ from lightning_kd.resuming import Plain
 from lightning_kd.scoring import ScoredPositions
 
 
+class UnreadableRowError(ValueError):
+    """A row of a run's texts that a teacher cannot be asked about.
+
+    Args:
+        row: Its number in the split.
+        reason: What is wrong with it, and what to do.
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(reason)
+        self.row = row
+
+
 class TextCoverage:
     """What answers about any text, unless a subclass says otherwise."""
 
@@ -42,5 +55,6 @@ class TextCoverage:
             encoding: Options of the data, by :func:`~lightning_kd.resuming.describe`.
 
         Raises:
-            ValueError: If it cannot answer about one.
+            ValueError: If it cannot answer about one; an :class:`UnreadableRowError` has the place of
+                the row named before its message.
         """

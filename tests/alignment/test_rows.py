@@ -3,6 +3,7 @@
 from copy import deepcopy
 
 import pytest
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.alignment import Retokenizer, counterparts
@@ -225,6 +226,30 @@ def test_a_row_has_no_more_tokens_than_its_bytes_tell(student, teacher, prompt):
         assert len(retokenizer.row(ids, 2, prompt=prompt).ids) <= most <= 30
     assert retokenizer.most_tokens([*ids, own.unk_token_id], 2) is None
     assert retokenizer.most_tokens([*ids, 10_000], 2) is None
+
+
+@pytest.mark.parametrize("letter", ["\u0958", "\U0001d160", "e\u0301"])
+def test_a_prompt_whose_letters_are_written_in_more_bytes_has_no_more_tokens_than_told(letter):
+    """NFC takes some letters apart, as U+0958 (3 bytes into 6) and U+1D160 (4 into 12)."""
+    own = byte_level()
+    composing = byte_level(261, texts=["a"])  # a token for each byte
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    ids, prompt = [*plain(own, "four"), own.eos_token_id], letter * 10
+    for other in (composing, byte_level(261, texts=["a"])):
+        retokenizer = Retokenizer(own, other)
+        most = retokenizer.most_tokens(ids, 0, prompt=prompt)
+        assert len(retokenizer.row(ids, 0, prompt=prompt).ids) <= most
+    assert most == len(prompt.encode()) + 2 + 4 + 2
+    ascii_alone = Retokenizer(own, composing).most_tokens(ids, 0, prompt="two")
+    assert ascii_alone == 3 + 2 + 4 + 2
+
+
+def test_an_end_that_the_teacher_lacks_is_not_told_by_bytes():
+    retokenizer = Retokenizer(byte_level(), byte_level())
+    ids = [*plain(byte_level(), "four"), byte_level().eos_token_id]
+    assert retokenizer.most_tokens(ids, 0, end="<e>") is None
+    most = retokenizer.most_tokens(ids, 0, end="<|turn|>")
+    assert len(retokenizer.row(ids, 0, end="<|turn|>").ids) <= most
 
 
 def test_special_tokens_of_the_data_without_a_counterpart_are_refused():

@@ -9,7 +9,14 @@ import torch
 
 from lightning_kd import check
 from lightning_kd.callbacks import OnPolicyGeneration
-from lightning_kd.data import ChatData, DocumentData, PackedTextData, PromptCompletionData
+from lightning_kd.data import (
+    ArithmeticData,
+    ChatData,
+    DocumentData,
+    PackedTextData,
+    PromptCompletionData,
+    arithmetic_tokenizer,
+)
 from lightning_kd.data.collate import Collator
 from lightning_kd.fused import TokenLogProbs
 from lightning_kd.generation import SamplingOptions
@@ -174,12 +181,19 @@ def test_an_end_of_ones_own_is_a_token_of_the_teachers():
     columns = ["teacher_prompt", "teacher_end"]
     data = PromptCompletionData(tokenizer=byte_level(), train=rows, extra_columns=columns)
     with pytest.raises(
-        ValueError, match="teacher_end is '<e>', which is no token of the teacher's"
+        ValueError,
+        match="teacher_end is '<e>', which is no special or added token of the teacher's",
     ):
+        asked(data, other)
+    rows[0]["teacher_end"] = "a"
+    data = PromptCompletionData(tokenizer=byte_level(), train=rows, extra_columns=columns)
+    with pytest.raises(ValueError, match="teacher_end is 'a', which is no special or added token"):
         asked(data, other)
     rows[0]["teacher_end"] = "<|turn|>"
     data = PromptCompletionData(tokenizer=byte_level(), train=rows, extra_columns=columns)
     assert asked(data, other)[0] == "Once[[four<|turn|>]]"
+    none = {"extra": {"teacher_prompt": ["Once"], "teacher_end": [None]}}
+    assert asked(data, other, **none)[0] == "Once[[four</s>]]"
 
 
 def test_prompts_of_ones_own_come_in_a_column():
@@ -335,11 +349,12 @@ FOUR = {"prompt": "two and two", "completion": "were four"}
     [
         (
             FOUR | {"completion": "were four<|tool|>"},
-            r"data.train: the special token \d+ \('<\|tool\|>'\) has no counterpart",
+            r"data.train: train\[3\]: the special token \d+ \('<\|tool\|>'\) has no counterpart",
         ),
         (
             FOUR | {"completion": "1234567890 1234567890"},
-            "data.train: a row has 26 tokens of the teacher's, which reads 24 at most",
+            r"data.train: train\[3\]: a row has 26 tokens of the teacher's, which reads 24 at most: "
+            r"leave the row out \(set data.truncation: drop, and data.max_length lower\), or take",
         ),
     ],
     ids=["a special token", "a long row"],
@@ -360,6 +375,72 @@ def test_rows_that_a_teacher_cannot_read_are_refused_before_the_first_step(row, 
     fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing])
     fit.fit(OnPolicyDistillation(**both), datamodule=data)
     assert fit.global_step == 1
+
+
+@pytest.mark.parametrize("share", [0.5, 0.0])
+def test_rows_that_are_trained_on_in_part_are_looked_at(share):
+    """Where the student generates a share of the completions, the others are the data's."""
+    own, both = two_tokenizers()
+    row = FOUR | {"completion": "were four<|tool|>"}
+    data = PromptCompletionData(tokenizer=own, train=[*[FOUR] * 3, row], batch_size=1)
+    options = {"generation": SamplingOptions(max_new_tokens=4), "table_every": 0}
+    writing = OnPolicyGeneration(lmbda=share, **options)
+    fit = trainer(max_steps=1, max_epochs=-1, callbacks=[writing])
+    message = r"data.train: train\[3\]: the special token \d+ .* has no counterpart"
+    with pytest.raises(ValueError, match=message):
+        fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+    assert fit.global_step == 0
+    planned = trainer(max_steps=1, max_epochs=-1, callbacks=[writing])
+    found = check(ChunkLikelihoodKD(**both), data, planned).findings
+    assert any(re.search(message, finding.says) for finding in found)
+    always = OnPolicyGeneration(**options)
+    fit = trainer(max_steps=1, max_epochs=-1, callbacks=[always])
+    fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+    assert fit.global_step == 1
+
+
+def test_an_end_of_ones_own_is_looked_at_in_every_row_before_the_first_step():
+    own, both = two_tokenizers()
+    rows = [FOUR | {"teacher_prompt": "Once", "teacher_end": end} for end in ("<|turn|>", "<e>")]
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = ["teacher_prompt", "teacher_end"]
+    data = PromptCompletionData(
+        tokenizer=own, train="rows.jsonl", batch_size=1, extra_columns=columns
+    )
+    fit = trainer(max_steps=2)
+    message = r"data.train: .*rows.jsonl:2: teacher_end is '<e>', which is no special or added"
+    with pytest.raises(ValueError, match=message):
+        fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+    assert fit.global_step == 0
+
+
+def test_a_long_row_of_data_without_a_limit_has_another_cure():
+    own = arithmetic_tokenizer()
+    _, both = two_tokenizers(max_position_embeddings=3)
+    both["student"] = StudentSpec.of(tiny_llama(0, vocab_size=len(own), eos_token_id=1))
+    data = ArithmeticData(digits=1, validation_size=5, test_size=5, batch_size=1)
+    message = (
+        r"train\[0\]: a row has 7 tokens .* at most: leave the row out, or take a teacher that"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(max_steps=1).fit(ChunkLikelihoodKD(**both), datamodule=data)
+
+
+def test_an_end_that_the_methods_tokenizer_does_not_have_is_refused():
+    own, other = family_tokenizer("gemma"), family_tokenizer("llama3")
+    data = chats(teacher_tokenizer=other)
+    data = ChatData(
+        tokenizer=own, train="chats.jsonl", teacher_tokenizer=other, eos_token="<end_of_turn>"
+    )
+    taught = LocalTeacher.of(tiny_llama(1, vocab_size=len(other), eos_token_id=other.eos_token_id))
+    module = ChunkLikelihoodKD(
+        student=StudentSpec.of(tiny_llama(0, vocab_size=len(own), eos_token_id=own.eos_token_id)),
+        teacher=RetokenizingTeacher(taught, tokenizer=other),
+        tokenizer=family_tokenizer("gemma"),
+    )
+    message = "EOS of the data is '<end_of_turn>', and that of model.tokenizer is '<eos>'"
+    with pytest.raises(ValueError, match=message):
+        trainer(max_steps=1).fit(module, datamodule=data)
 
 
 def test_a_row_that_is_long_for_the_student_alone_is_read():
@@ -400,6 +481,22 @@ def test_a_prompt_that_the_teacher_reads_whole_is_not_cut_for_the_student(trunca
     fit = trainer(max_steps=1)
     fit.fit(ChunkLikelihoodKD(**both), datamodule=kept)
     assert (len(kept.read_rows("train")), fit.global_step) == (1, 1)
+
+
+def test_a_prompt_that_is_cut_in_a_split_that_is_not_read_is_left_alone():
+    own, both = two_tokenizers()
+    rows = {"train": [FOUR | {"prompt": "two"}], "validation": [FOUR], "test": [FOUR]}
+    data = PromptCompletionData(
+        tokenizer=own, batch_size=1, max_prompt_length=6, truncation="left", **rows
+    )
+    for _ in range(2):  # the second finds what the test has read
+        fit = trainer(max_steps=1, limit_val_batches=0)
+        fit.fit(ChunkLikelihoodKD(**both), datamodule=data)
+        assert fit.global_step == 1
+        with pytest.raises(ValueError, match=r"test\[0\]: data.truncation cuts the prompt"):
+            trainer().test(ChunkLikelihoodKD(**both), datamodule=data)
+    with pytest.raises(ValueError, match=r"validation\[0\]: data.truncation cuts the prompt"):
+        trainer(max_steps=1, limit_val_batches=1).fit(ChunkLikelihoodKD(**both), datamodule=data)
 
 
 @pytest.mark.parametrize("truncation", ["left", "right"])
