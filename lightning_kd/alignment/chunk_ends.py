@@ -2,6 +2,7 @@
 
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 
 def first_chunks(
@@ -20,6 +21,7 @@ def first_chunks(
     Half a character is written in tokens of its bytes, and a whole one together with the text beside
     it. So a chunk that ends inside a character is settled when it is known whether that one is whole,
     and one that has ended because of the token behind it, when that is known of the character there.
+    Where no two bytes of the text are neighbours inside a token, it is cut between all of them.
 
     Args:
         numbers: Chunk of each token; -1 for one in none.
@@ -38,13 +40,14 @@ def first_chunks(
     last: int | None = None  # a byte; None for a special token, which nothing can join
     decoder = getincrementaldecoder("utf-8")("surrogateescape")
     decoder.decode(before)
+    loose = _may_be_joined(before, may_join)
     for previous, number, part in zip([-1, *numbers], numbers, scored, strict=False):
         if number > previous >= 0:
             waiting = number
             if last is None or not may_join(last, None):
                 undecided.append((number, read))
                 waiting = None
-        decided = read - len(decoder.getstate()[0])
+        decided = read - (len(decoder.getstate()[0]) if loose else 0)
         settled = max([settled, *(chunk for chunk, need in undecided if need <= decided)])
         undecided = [each for each in undecided if each[1] > decided]
         first.append(min(settled, number))
@@ -58,8 +61,14 @@ def first_chunks(
             waiting = None
         if isinstance(part, int):
             decoder.reset()
-            last = None
+            last, loose = None, False
         else:
             decoder.decode(part)
+            joined = part if last is None else bytes([last]) + part
+            loose = loose or _may_be_joined(joined, may_join)
             read, last = read + len(part), part[-1]
     return first
+
+
+def _may_be_joined(text: bytes, may_join: Callable[[int, int | None], bool]) -> bool:
+    return any(may_join(left, right) for left, right in pairwise(text))

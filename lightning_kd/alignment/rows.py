@@ -184,8 +184,8 @@ class Retokenizer:
         no_end = end is not None and end not in self._ends
         if unknown or no_end or not self.reads_any_text:
             return None
-        of_prompt = len(self._frame) + self._encoder.most_bytes(prompt or "") + 1
-        return of_prompt + 1 + sum(self._most[token] for token in read)
+        of_prompt = len(self._frame) + self._encoder.most_bytes(prompt or "")
+        return of_prompt + 2 + sum(self._most[token] for token in read)
 
     def _begin(self, ids: Sequence[int], start: int) -> int:
         """Return where the text of a row begins, behind what its tokenizer puts before one."""
@@ -199,7 +199,7 @@ class Retokenizer:
         ends: Collection[int | None],
         end: str | None,
     ) -> Sequence[int | None]:
-        """Return the counterparts of a completion's tokens, of which some end a turn."""
+        """Return the counterparts of tokens, of which some end a turn."""
         number = self._special.get(self._student.eos_token_id)
         if end is not None:
             number = self._ends.get(end)
@@ -218,18 +218,20 @@ class Retokenizer:
     def _shown(self, ids: Sequence[int], pieces: Sequence[bytes | None]) -> list[bytes | None]:
         """Return the bytes of generated tokens, which are those of its name for one without text."""
         names = [
-            self._name(token).encode()
-            if piece is None or token in self._without_counterpart
-            else piece
+            self._name(token) if piece is None or token in self._without_counterpart else piece
             for token, piece in zip(ids, pieces, strict=True)
         ]
         if any(names) or not self._special.keys().isdisjoint(ids):
             return [*names]
         return [self._known.pieces[token] for token in ids]  # a space alone is no added one
 
-    def _name(self, token: int) -> str:
-        """Return what a tokenizer shows of a token without text."""
-        return self._student.convert_ids_to_tokens(token) or "\N{REPLACEMENT CHARACTER}"
+    def _name(self, token: int) -> bytes:
+        """Return what is shown of a token without text; nothing if the other side cannot write it."""
+        name = self._student.convert_ids_to_tokens(token) or "\N{REPLACEMENT CHARACTER}"
+        try:
+            return b"".join(each.bytes for each in self._encoder.encode(name.encode()))
+        except ValueError:
+            return b""
 
     def _continued(
         self, read: list[_Part], completion: list[_Part], *, apart: bool

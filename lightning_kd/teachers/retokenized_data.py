@@ -30,22 +30,22 @@ class WithoutLengths:
         return getattr(self._data, name)
 
 
-def check_end(data: object, eos: str | None) -> None:
-    """Refuse data whose completions end with another token than the one that is read as their end.
+def check_end(data: object, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse data whose completions end with a token that the method's tokenizer has for another use.
 
     Args:
         data: The data module.
-        eos: The EOS of the tokenizer by which the student's tokens are read.
+        tokenizer: By which the student's tokens are read.
 
     Raises:
         ValueError: If they do.
     """
     of_data = getattr(getattr(data, "tokenizer", None), "eos_token", None)
-    if of_data not in {None, eos}:
+    if of_data != tokenizer.eos_token and of_data in tokenizer.get_vocab():
         raise ValueError(
-            f"the EOS of the data is {of_data!r}, and that of model.tokenizer is {eos!r}, by which a "
-            "teacher with other tokens reads the data's rows: leave model.tokenizer out, which takes "
-            "the data's, or give both the same EOS"
+            f"the EOS of the data is {of_data!r}, and that of model.tokenizer is "
+            f"{tokenizer.eos_token!r}, by which a teacher with other tokens reads the data's rows: "
+            "leave model.tokenizer out, which takes the data's, or give both the same EOS"
         )
 
 

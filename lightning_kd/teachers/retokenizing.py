@@ -105,7 +105,7 @@ class RetokenizingTeacher(CompositeTeacher):
         self._own: object = tokenizer
         self._retokenizer: Retokenizer | None = None
         self._cure = cure_of_length(None)
-        self._eos: str | None = None
+        self._read_by: PreTrainedTokenizerBase | None = None
 
     @property
     def named_members(self) -> Mapping[str, Teacher]:
@@ -193,7 +193,7 @@ class RetokenizingTeacher(CompositeTeacher):
             )
         padding_id(self.own_tokenizer)
         self._retokenizer = Retokenizer(tokenizer, self.own_tokenizer)
-        self._eos = tokenizer.eos_token
+        self._read_by = tokenizer
 
     def check_data(self, data: object) -> None:
         """Refuse data whose rows are no prompt and completion, and chats without the teacher's prompts.
@@ -208,8 +208,8 @@ class RetokenizingTeacher(CompositeTeacher):
                 f"the rows of {type(data).__name__} are parts of several documents, which the "
                 "teacher's tokenizer would begin and end differently; use DocumentData"
             )
-        if self._retokenizer is not None:
-            check_end(data, self._eos)
+        if self._read_by is not None:
+            check_end(data, self._read_by)
         if isinstance(data, ChatLike):
             check_chats(data, self.own_tokenizer)
 
