@@ -154,9 +154,8 @@ def check_lengths(module: DistillationModule, max_new_tokens: int, *, from_data:
     if from_data:
         check_length(module.models, row, "train rows")
         for teacher in module.teachers.values() if isinstance(module, TeacherModule) else ():
-            if (
-                teacher.looks_at_texts and teacher.answers_any_text
-            ):  # the others have seen all texts
+            # The others have seen all texts.
+            if teacher.looks_at_texts and teacher.answers_any_text:
                 check_splits(module, teacher, ["train"])
 
 

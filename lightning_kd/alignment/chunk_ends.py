@@ -61,12 +61,11 @@ def first_chunks(
             waiting = None
         if isinstance(part, int):
             decoder.reset()
-            last, loose = None, False
+            last, loose, before = None, False, b""
         else:
             decoder.decode(part)
-            joined = part if last is None else bytes([last]) + part
-            loose = loose or _may_be_joined(joined, may_join)
-            read, last = read + len(part), part[-1]
+            loose = loose or _may_be_joined(before + part, may_join)
+            read, last, before = read + len(part), part[-1], part[-1:]
     return first
 
 
