@@ -98,7 +98,7 @@ def test_their_defaults_are_those_of_the_page(trl):
 
 @pytest.mark.slow
 def test_the_schedule_of_the_page_is_theirs():
-    (options,) = re.findall(r"LinearLR, init_args: ({.*?})}", PAGE)
+    (options,) = re.findall(r"LinearLR, init_args: ({.*?})}", " ".join(PAGE.split()))
     options = yaml.safe_load(options.replace("N}", "7}"))
     ours, theirs = (torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5) for _ in "ab")
     schedules = (
