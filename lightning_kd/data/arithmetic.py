@@ -1,5 +1,6 @@
 """The offline task: addition, digit by digit."""
 
+from functools import cache
 from typing import Literal, get_args
 
 import torch
@@ -110,12 +111,17 @@ class ArithmeticData(DistillationData):
                 f"the tokenizer has no token for {', '.join(lacking)}; sums need one for each of "
                 f"{_SIGNS}. Leave the tokenizer out to use the task's own"
             )
-        generator = torch.Generator().manual_seed(_TASK_SEED)
-        order = torch.randperm(10 ** (2 * self.digits), generator=generator)
         noise = self.label_noise if split == "train" else 0.0
         hint = "none" if split == "predict" else self.hint
-        problems = order[self._slices[split]]
+        problems = _order(self.digits)[self._slices[split]]
         return ArithmeticRows(problems, self.digits, self.tokenizer, noise, hint)
+
+
+@cache
+def _order(digits: int) -> Tensor:
+    """Return all problems in the order in which they are dealt out; every split is a view of it."""
+    generator = torch.Generator().manual_seed(_TASK_SEED)
+    return torch.randperm(10 ** (2 * digits), generator=generator)
 
 
 class ArithmeticRows:

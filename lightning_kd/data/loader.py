@@ -5,6 +5,7 @@ from contextlib import closing
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_kd.batch import Batch
 from lightning_kd.data.collate import Collator
@@ -243,12 +244,12 @@ class TrainingLoader:
 
     def _keys(self) -> Iterator[list[Key]]:
         """Yield the keys of each micro-batch once, from the start of the present window."""
-        orders: dict[int, list[int]] = {}
+        orders: dict[int, Tensor] = {}
         first, end = self.position // self.plan.window, -(-self.end // self.plan.window)
         for number in range(first * self.plan.micro_batches, end * self.plan.micro_batches):
             yield self._samples(number, orders)
 
-    def _samples(self, micro_batch: int, orders: dict[int, list[int]]) -> list[Key]:
+    def _samples(self, micro_batch: int, orders: dict[int, Tensor]) -> list[Key]:
         """Return the keys of a micro-batch; ``orders`` keeps the permutations that are in use."""
         first = (micro_batch * self.world_size + self.rank) * self.batch_size
         keys = []
@@ -258,11 +259,10 @@ class TrainingLoader:
                 for old in [k for k in orders if k < pass_ - 1]:
                     del orders[old]
                 orders[pass_] = self._permutation(pass_)
-            row = orders[pass_][place]
+            row = int(orders[pass_][place])
             keys.append((sample, row, row, pass_))
         return keys
 
-    def _permutation(self, pass_: int) -> list[int]:
+    def _permutation(self, pass_: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", pass_))
-        order: list[int] = torch.randperm(len(self.rows), generator=generator).tolist()
-        return order
+        return torch.randperm(len(self.rows), generator=generator)
