@@ -133,6 +133,7 @@ def test_results_are_those_of_the_files(page):
                 )
 
 
+@pytest.mark.slow
 def test_claims_of_a_method_are_all_on_its_page():
     for page, of_page in method_results.SHOWN.items():
         text = method_results.between_marks(page)

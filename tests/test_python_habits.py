@@ -747,6 +747,7 @@ class TestTrainer:
         with pytest.raises(ValueError, match="use WeightAveraging"):
             run.fit(SFT(student=tiny_llama(0), tokenizer=letter_tokenizer()), own_loader(WHOLE))
 
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
     def test_detecting_anomalies_changes_nothing(self):
         assert losses(method(), detect_anomaly=True) == losses(method())
@@ -756,6 +757,7 @@ class TestTrainer:
         run.fit(method(), datamodule=Letters(12, batch_size=2))
         assert len(run.profiler.recorded_durations["run_training_batch"]) == 3
 
+    @pytest.mark.slow
     def test_the_search_for_a_learning_rate(self):
         module, data = method(), Letters(64, batch_size=4)
         run = trainer(max_steps=4, max_epochs=None)
@@ -773,6 +775,7 @@ class TestTrainer:
         fresh = method(optimizer=partial(torch.optim.SGD, lr=module.lr))
         assert seen.values == losses(fresh, Letters(64, batch_size=4), max_steps=4)
 
+    @pytest.mark.slow
     def test_the_search_for_a_batch_size(self):
         module, data = method(), Letters(64, batch_size=2)
         run = trainer(max_steps=3, max_epochs=None)
@@ -783,6 +786,7 @@ class TestTrainer:
         run.fit(module, datamodule=data)
         assert seen.values == losses(method(), Letters(64, batch_size=8), max_steps=3)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "limits", [{"max_steps": 3, "max_epochs": None}, {"max_steps": -1, "max_epochs": 1}]
     )

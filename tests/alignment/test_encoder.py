@@ -51,6 +51,7 @@ def joined(tokens):
     return b"".join(token.bytes for token in tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OF_EVERY_BYTE)
 @pytest.mark.parametrize("begins", [True, False])
 @QUICK

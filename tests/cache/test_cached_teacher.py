@@ -161,6 +161,7 @@ def test_other_scored_positions_are_other_rows(cache):
         fitted(module, Letters(40, batch_size=2), max_steps=1)
 
 
+@pytest.mark.slow
 def test_an_incomplete_cache_is_refused_when_the_teacher_is_made(tmp_path):
     module, data = method(LocalTeacher.of(tiny_llama(2))), Letters(40, batch_size=2)
     options = CacheOptions(str(tmp_path / "cache"), shard_megabytes=1e-3)

@@ -68,6 +68,7 @@ def test_a_cache_is_of_what_the_teacher_reads(tmp_path):
         fitted(method(cache), Letters(20, batch_size=2), max_steps=4)
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_and_a_route_may_be_caches(tmp_path):
     def mixed(teacher):
         return TeacherEnsemble([LocalTeacher.of(tiny_llama(2)), teacher], combine="probabilities")
@@ -98,6 +99,7 @@ def test_gkd_is_refused_where_the_student_generates_and_only_there(tmp_path):
         sometimes.fit(method(CachedTeacher(cache), GKD), **rows)
 
 
+@pytest.mark.slow
 def test_a_cache_serves_other_batches_orders_and_epochs(tmp_path):
     cache = CachedTeacher(str(written(tmp_path / "cache")))
     losses, _ = fitted(method(cache), Letters(40, batch_size=8), max_epochs=2)
@@ -113,6 +115,7 @@ TOP_K = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOP_K)
 def test_k_tokens_of_the_whole_vocabulary_are_the_full_distribution(name, tmp_path):
     kind, options = TOP_K[name]
@@ -124,6 +127,7 @@ def test_k_tokens_of_the_whole_vocabulary_are_the_full_distribution(name, tmp_pa
     assert losses == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_from_few_tokens_is_that_of_a_teacher_that_answers_as_many(tmp_path):
     class Few(LocalTeacher):
         answers = frozenset({"top_k"})
@@ -149,6 +153,7 @@ def test_a_run_from_few_tokens_is_that_of_a_teacher_that_answers_as_many(tmp_pat
         fitted(undeclared, data(), max_steps=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [0, 4])
 def test_drawn_tokens_stand_in_for_the_forward_kl(k, tmp_path):
     local = LocalTeacher.of(tiny_llama(2))
@@ -186,6 +191,7 @@ def routed():
     return RoutedTeacher({name: LocalTeacher.of(tiny_llama(n)) for n, name in ((2, "a"), (3, "b"))})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "exact"),
     [({"kind": "top_k", "k": 18}, 1e-5), ({"kind": "sampled", "draws": 20_000}, 0.05)],
@@ -236,6 +242,7 @@ def test_a_teacher_that_does_not_say_which_column_it_reads_is_refused(tmp_path):
 # What is kept of several models.
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:the teacher gives .* to tokens beyond")
 @pytest.mark.parametrize(
     ("kept", "exact"),
@@ -336,6 +343,7 @@ def test_rows_that_have_changed_since_are_not_left_out(tmp_path):
         written(cache, data=Others(40, batch_size=2))
 
 
+@pytest.mark.slow
 def test_an_ensemble_may_have_one_model_twice(tmp_path):
     one, other = LocalTeacher.of(tiny_llama(2)), LocalTeacher.of(tiny_llama(3))
     thrice = TeacherEnsemble([one, other, one])

@@ -134,6 +134,7 @@ def test_a_directory_that_runs_share_keeps_the_first_ones_model():
         assert not torch.equal(logits(student), before)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_replaces_its_own_export():
     keep = {"dirpath": "checkpoints", "filename": "{step}", "every_n_train_steps": 2}
     kwargs = {"enable_checkpointing": True}

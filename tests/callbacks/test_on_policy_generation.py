@@ -219,6 +219,7 @@ def test_a_window_is_generated_once_and_trained_on_several_times():
     )
 
 
+@pytest.mark.slow
 def test_a_run_resumed_inside_a_window_continues_bit_for_bit(tmp_path):
     options = {"passes": 2, "steps_per_window": 2, "mixture_alpha": 0.2}
     module = MiniLLM(**models(attention_dropout=0.1), objective=OfficialCode())

@@ -114,6 +114,7 @@ def mean_of_each_position(writer, pair):
     return [error / share for error, share in zip(errors, reached, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pair", [(0, 3), (2, 0)])
 def test_exposure_bias_is_that_of_all_texts(pair):
     callback = ExposureBias(lengths=[1, 2], max_new_tokens=LONGEST, prompts=ROWS)
@@ -259,6 +260,7 @@ def test_behind_the_end_of_a_text_there_is_no_error_of_0(of_student, of_teacher)
     assert found["exposure_bias_1"] == pytest.approx(0, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_numbers_do_not_depend_on_batches_or_filler():
     """Each row is seeded by its number, and rows beyond the prompts do not count."""
     rows = with_prompts(ragged_batch([(3, 2), (2, 4), (4, 1)]))

@@ -19,6 +19,7 @@ def documents(split="train", **settings):
     return [tuple(rows.example(row, 0).input_ids) for row in range(len(rows))]
 
 
+@pytest.mark.slow
 def test_a_part_is_drawn_by_the_seed_and_lies_in_a_larger_one(monkeypatch):
     everything = documents()
     assert len(set(everything)) == len(TEXTS)

@@ -102,6 +102,7 @@ def test_what_the_page_says_of_the_curves(name):
         assert far < 0.6
 
 
+@pytest.mark.slow
 def test_the_pictures_are_drawn_at_a_small_size_and_are_on_the_page(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "MEANS", torch.linspace(-5, 5, 7, dtype=torch.float64))
     monkeypatch.setattr(figures, "NARROWINGS", 1)

@@ -158,6 +158,7 @@ def test_what_is_looked_at_and_not_trained_on(fake):
     assert values.device == ELSEWHERE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_operands(fake, dtype):
     values, gradients = evaluated(

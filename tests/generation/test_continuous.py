@@ -87,6 +87,7 @@ def test_every_kind_of_position_and_adapters_write_the_same(model):
         assert_same(*both(prompts, options, 3, [(model.double(), 1.0)]))
 
 
+@pytest.mark.slow
 def test_random_numbers_of_a_long_row_go_on_where_they_ended():
     """Rows of 600 tokens use up three blocks of numbers, each from its own start."""
     model = tiny_llama(0, max_position_embeddings=640).double().eval()

@@ -54,6 +54,7 @@ def test_with_one_token_it_is_the_greedy_teacher_whatever_the_seed(seed):
     assert ours.sampling_log_probs.abs().max() < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [2, 5])
 def test_tokens_come_as_from_drafts_that_the_teacher_replaces(k):
     """The two stages of the paper on NumPy's random numbers, and the probabilities in closed form."""

@@ -201,6 +201,7 @@ FAILING = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), PAGED.items(), ids=PAGED)
 def test_attention_that_reads_pages_gives_the_text_of_each_row_alone(kind, fields):
     model, engine = model_of(kind, fields), TransformersContinuousBatching(2)
@@ -208,6 +209,7 @@ def test_attention_that_reads_pages_gives_the_text_of_each_row_alone(kind, field
     assert texts_of(engine, model, FEW_PADDED) == alone(model, FEW_PADDED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "fields"), UNPAGED.items(), ids=UNPAGED)
 def test_attention_that_passes_over_pages_is_refused_by_name(monkeypatch, kind, fields):
     model, engine = model_of(kind, fields), TransformersContinuousBatching(2)

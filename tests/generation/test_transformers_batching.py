@@ -19,6 +19,8 @@ from tests.generation.test_continuous import prompts_of
 from tests.generation.test_sampler import other_models
 from tests.support.toys import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 LENGTHS = [2, 5, 1, 7, 3, 3, 2, 6, 1, 4]
 
 

@@ -10,6 +10,8 @@ import torch
 from tests.benchmarks import gpu
 from tests.support.scripts import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def test_without_a_gpu_it_says_so_and_nothing_fails(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

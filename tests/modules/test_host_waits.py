@@ -106,6 +106,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_step_that_is_not_logged_waits_for_nothing_that_is_avoidable(waits, name, accumulate):

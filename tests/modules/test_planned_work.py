@@ -54,6 +54,7 @@ def test_ranks_that_have_more_positions_count(monkeypatch):
     assert sft.logits_backend.heard == [0.0, (16 + 4) * 18]
 
 
+@pytest.mark.slow
 def test_nothing_is_known_of_a_run_that_only_time_ends():
     sft = module()
     trainer(max_time="00:00:00:01", max_steps=-1, max_epochs=-1).fit(

@@ -87,6 +87,7 @@ def test_all_of_them_is_the_method_itself_and_validation_always_is():
     assert values[0] == values[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [(1, 4), (2, 2), (4, 1)])
 def test_the_diagnostics_count_what_takes_part_and_find_no_fault(cut):
     window, size = cut

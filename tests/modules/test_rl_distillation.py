@@ -174,6 +174,7 @@ def test_each_term_has_its_normalization_in_every_cut(truncated, normalization, 
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 3])
 def test_the_diagnostics_show_both_normalizations(window):
     _, fit, _ = step(12 // window, window, more=[LossNormalizationDiagnostics()])

@@ -78,6 +78,7 @@ def test_the_best_checkpoint_is_the_one_with_the_lowest_loss_of_validation(tmp_p
     assert measured(saving.best_model_path) == losses[lowest]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("from_step", [2, 4])
 @pytest.mark.parametrize("source", ["all", "best"])
 def test_a_run_that_goes_on_ranks_the_same(tmp_path, from_step, source):
@@ -284,6 +285,7 @@ def test_what_watches_a_rare_metric_decides_where_it_is_measured(tmp_path, optio
     assert plateau.steps == (2.0, 0.0, 2.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 3])
 @pytest.mark.parametrize("place", ["all", "rare"])
 def test_so_does_a_run_that_goes_on(tmp_path, step, place):
@@ -321,6 +323,7 @@ class Shrinks(SFT):
         self.shrink("on_train_epoch_end")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "times", "saves"),
     [

@@ -319,6 +319,7 @@ def text_beside(folder):
     return PromptsAndText(Letters(rows=6, batch_size=2), blocks)
 
 
+@pytest.mark.slow
 def test_a_second_stream_of_text_goes_on_exactly_over_epochs(tmp_path):
     goes_on_from_every_checkpoint(
         lambda: on_policy(MiniLLM),

@@ -50,7 +50,11 @@ from lightning_kd.schedules import Linear
 from tests.support.command_line import EXPECTED_WARNINGS
 from tests.support.toys import tiny_llama
 
-pytestmark = [*EXPECTED_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed")]
+pytestmark = [
+    pytest.mark.slow,
+    *EXPECTED_WARNINGS,
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
+]
 
 LLAMA = {
     "model_type": "llama",

@@ -38,6 +38,7 @@ def fit(module, folder, *callbacks, steps=8, accumulate=1, checkpoint=None):
     return [p.detach().clone() for p in module.student.parameters()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_run_ends_with_an_error_and_a_checkpoint(name, tmp_path):
     fault, message = FAULTS[name]
@@ -141,6 +142,7 @@ def test_a_failure_before_the_first_step_saves_nothing(tmp_path):
     assert not (tmp_path / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_a_failure_that_passes_is_no_failure(tmp_path):
     with served() as server:
         honest, asked = server.endpoints.asks["/v1/answers"], []

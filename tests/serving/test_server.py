@@ -247,6 +247,7 @@ def test_a_length_must_be_said(server):
         assert raw.recv(100).startswith(b"HTTP/1.1 411")
 
 
+@pytest.mark.slow
 def test_one_who_sends_slowly_is_cut_off():
     with (
         served(read_seconds=0.5) as server,
@@ -382,6 +383,7 @@ def test_an_answer_that_takes_too_long_is_given_up():
     batcher.close()
 
 
+@pytest.mark.slow
 def test_what_was_taken_is_answered_before_the_end():
     gate, replies = threading.Event(), []
     with served() as server:

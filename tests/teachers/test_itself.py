@@ -448,6 +448,7 @@ def test_another_decay_is_refused_on_a_resume(tmp_path):
         run(2, tmp_path / "one.ckpt", teacher=EMAStudent(0.9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalization", ["token", "sequence"])
 def test_the_audit_finds_nothing_and_the_loss_is_normalized_as_told(normalization):
     """Also where the average moves with every step, which no replay may do."""

@@ -85,6 +85,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_weights_and_losses_are_those_of_a_run_that_does_not_look_ahead(case, monkeypatch):
     order, module, run = distilled(**CASES[case])
@@ -190,6 +191,7 @@ class Fails(Callback):
             raise KeyError("in the middle of a step")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", ["by its limit", "by an error"])
 def test_nothing_is_kept_when_a_run_has_ended(ends, monkeypatch):
     elsewhere(monkeypatch)

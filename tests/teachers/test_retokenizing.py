@@ -104,6 +104,7 @@ def base_model():
     return tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "end"),
     [

@@ -66,6 +66,7 @@ def drips_and_closes(connection):
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "behavior", [drips, drips_headers, drips_and_closes, lambda c: time.sleep(5)]
 )
@@ -96,6 +97,7 @@ def test_a_reply_that_is_too_long_is_not_read(behaves):
         exchange(url, Request("GET", "/x", most_bytes=10), timeout=5)
 
 
+@pytest.mark.slow
 def test_passing_failures_are_tried_again_with_pauses(behaves):
     times = []
 

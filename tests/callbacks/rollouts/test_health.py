@@ -259,6 +259,7 @@ def test_the_numbers_are_over_all_ranks(tmp_path):
         assert second[name] == first[name], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [6, 13])
 def test_a_run_resumed_inside_a_window_logs_the_same_bits(tmp_path, done):
     """Windows of four steps, in two passes: between the passes, and within the first.
@@ -287,6 +288,7 @@ def said(call):
     return [str(w.message) for w in caught if "completions" in str(w.message)]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("endless")
 def test_a_student_that_never_ends_is_warned_of_once_also_if_resumed(tmp_path):
     (message,) = said(lambda: run(gkd(), 7, callbacks=[Seen(tmp_path)], log_every_n_steps=50))

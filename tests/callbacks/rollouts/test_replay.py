@@ -126,6 +126,7 @@ def test_with_fresh_1_nothing_is_replayed_and_the_run_is_that_without_a_buffer()
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 def test_a_share_is_fresh():
     _, memory = fit(40, replay=ReplayBuffer(4, fresh=Linear(0.5, 0.5, steps=1)))
     logged = [values["rollout/replayed"] for _, values in sorted(memory.steps.items())]
@@ -165,6 +166,7 @@ class Mixed(Letters):
         return replace(found, tokenized_apart=row % 4 == 1, **more)
 
 
+@pytest.mark.slow
 def test_a_replayed_batch_has_the_fields_of_its_own_rows():
     data = Mixed(rows=12, batch_size=1)
     seen, _ = fit(40, data=data, replay=ReplayBuffer(12, fresh=0.0))
@@ -234,6 +236,7 @@ def adaptive():
 VALIDATED = {"limit_val_batches": 1, "val_check_interval": 2, "check_val_every_n_epoch": None}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_replays_and_adapts_bit_for_bit(tmp_path):
     whole, memory = fit(12, seen=Seen(tmp_path), run=VALIDATED, **adaptive())
     logged = [values["rollout/lmbda"] for _, values in sorted(memory.steps.items())]
