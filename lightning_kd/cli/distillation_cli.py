@@ -60,6 +60,12 @@ _HELP = {
 class DistillationCLI(LightningCLI):
     """LightningCLI in subclass mode, with the export and the predictions always at hand."""
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        typed = {*sys.argv[1:2]} & {*self.subcommands()} if options.get("args") is None else set()
+        # It takes a moment to collect a command's options: those of the others are not needed.
+        self._described = typed or {*self.subcommands()}
+        super().__init__(*arguments, **options)
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's subcommands, and those of this library."""
@@ -110,6 +116,8 @@ class DistillationCLI(LightningCLI):
     def _prepare_subcommand_parser(
         self, klass: type, subcommand: str, **kwargs: Any
     ) -> LightningArgumentParser:
+        if subcommand not in self._described:
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.set_defaults({"weights_only": True})
         for action in parser._actions:
