@@ -183,7 +183,7 @@ def small(page, command):
         more += ["--trainer.val_check_interval", 4, "--trainer.limit_val_batches", 1]
         more += ["--trainer.check_val_every_n_epoch", "null"]
     if config["data"]["class_path"] == "ArithmeticData":
-        more += ["--data.validation_size", 8]
+        more += ["--data.train_size", 200, "--data.validation_size", 8]
     if "config" in config["model"]["init_args"]["student"]:
         more += ["--model.student.config", SMALL]
     return more + (["--export.overwrite", "true"] if "--export.dirpath" in command else [])

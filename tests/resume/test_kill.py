@@ -29,7 +29,10 @@ SEQUENCES = (
     ],
     [Kill(places.MOMENT, 8, seconds=0.02), Kill("amid validation"), Kill("epoch ended")],
 )
-"""Of each method under each strategy; ``python -m tests.resume.kill_runs`` tries many more."""
+"""``python -m tests.resume.kill_runs`` tries many more."""
+
+SECOND = {("supervised_kd", "ddp"), ("supervised_kd", "fsdp2"), ("gkd", "one"), ("minillm", "ddp")}
+"""Whose kills are the second sequence: each method, strategy and setting meets both."""
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +49,11 @@ def test_a_run_that_is_killed_several_times_goes_on_bit_for_bit(method, strategy
     place = [*STRATEGIES, "cuda"].index(strategy)
     setting = KILLED[(METHODS.index(method) + place) % len(KILLED)]
     reference = uninterrupted(method, strategy, setting, root)
-    for number, kills in enumerate(SEQUENCES):
-        story = killed(method, strategy, setting, root, number, kills)
-        assert len(story) == len(kills), story
-        folder = root / f"{method}_{strategy}_{setting}_{number}"
-        assert differences(reference, folder, world_size(strategy)) == [], story
+    number = int((method, strategy) in SECOND)
+    story = killed(method, strategy, setting, root, number, SEQUENCES[number])
+    assert len(story) == len(SEQUENCES[number]), story
+    folder = root / f"{method}_{strategy}_{setting}_{number}"
+    assert differences(reference, folder, world_size(strategy)) == [], story
 
 
 @pytest.mark.parametrize("place", ["checkpoint half written", "checkpoint not yet in place"])
