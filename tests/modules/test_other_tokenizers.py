@@ -36,6 +36,7 @@ from tests.support.tabular import Expectation, Prepared
 from tests.support.tokenizers import byte_level
 from tests.support.toys import fused_letter_tokenizer, ragged_batch, tiny_llama
 from tests.support.written_texts import (
+    OF_A_NAME,
     STUDENT_TOKENIZER,
     TEACHER_TOKENIZER,
     Bytes,
@@ -150,23 +151,24 @@ def test_chunk_advantages_of_one_tokenizer_are_those_of_its_tokens(gamma):
 # Two tokenizers, and all that can be written.
 
 
-def test_with_discount_1_chunks_have_the_gradient_of_tokens_less_text():
+@pytest.mark.parametrize("tokenizer", [STUDENT_TOKENIZER, OF_A_NAME], ids=["words", "name"])
+def test_with_discount_1_chunks_have_the_gradient_of_tokens_less_text(tokenizer):
     """Of E_q[log q(tokens) - log p(text)], with a teacher that is a table of bytes."""
-    model = Words(0)
+    model = Words(0, tokenizer)
     rollout, probabilities, of_text, completions = everything_written(model)
     assert probabilities.sum().item() == pytest.approx(1)
     module = OnPolicyDistillation(
         gamma=1.0,
         student=StudentSpec.of(model),
         teacher=RetokenizingTeacher(ByteTeacher(), tokenizer=TEACHER_TOKENIZER),
-        tokenizer=STUDENT_TOKENIZER,
+        tokenizer=tokenizer,
         logits_backend=DenseLogits(),  # a table has no output head to take apart
         normalization=Expectation(probabilities),
     )
     probe = GradientProbe()
     fit = trainer(max_steps=1, callbacks=[Prepared(), probe], **DOUBLE)
     fit.fit(module, datamodule=BatchList([rollout]))
-    fresh, total = Words(0), 0.0
+    fresh, total = Words(0, tokenizer), 0.0
     for tokens, text in zip(completions, of_text, strict=True):
         own = fresh.log_probs(fresh.tokens[0], tokens).sum()
         total = total + own.exp() * (own - text)

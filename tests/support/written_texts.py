@@ -22,17 +22,22 @@ def pairs(*texts):
 
 STUDENT_TOKENIZER = pairs("ab ab", "ab")
 TEACHER_TOKENIZER = pairs("ba bb", "bb", "ba")
+OF_A_NAME = pairs("ab ab", "ab")
+"""The student's, with a special token that the teacher lacks: to the teacher it is those letters."""
+OF_A_NAME.add_tokens(["bab"], special_tokens=True)
 
 
 class Words(PreTrainedModel):
-    """Next-token scores over a, b, ab and the end for each prefix of such tokens, float64."""
+    """Next-token scores over a, b, ab, added tokens and the end for each prefix of them, float64."""
 
     config_class = PretrainedConfig
 
     def __init__(self, seed, tokenizer=STUDENT_TOKENIZER):
         eos = tokenizer.eos_token_id
         super().__init__(PretrainedConfig(vocab_size=len(tokenizer), eos_token_id=eos))
-        self.tokens = [*tokenizer.convert_tokens_to_ids(["a", "b", "ab"]), eos]
+        self.tokenizer = tokenizer
+        words = ["a", "b", "ab", *{"bab"} & tokenizer.get_vocab().keys()]
+        self.tokens = [*tokenizer.convert_tokens_to_ids(words), eos]
         generator = torch.Generator().manual_seed(seed)
         size = LONGEST, (len(self.tokens) + 1) ** (LONGEST + 1), len(self.tokens)
         scores = 2 * torch.randn(size, generator=generator, dtype=torch.float64)
@@ -102,7 +107,7 @@ class ByteTeacher(Teacher):
 
 def everything_written(student):
     """A rollout of every completion once, its probability, and the log-probability of its text."""
-    prompt, eos = student.tokens[0], STUDENT_TOKENIZER.eos_token_id
+    prompt, eos = student.tokens[0], student.tokenizer.eos_token_id
     completions = all_completions(student.tokens, eos)
     rows = len(completions)
     ids, mask = torch.zeros(rows, LONGEST, dtype=torch.long), torch.zeros(rows, LONGEST).bool()
@@ -113,7 +118,7 @@ def everything_written(student):
             mask[row, : len(tokens)] = True
             own[row, : len(tokens)] = student.log_probs(prompt, tokens)
             ended = tokens[-1] == eos
-            text = STUDENT_TOKENIZER.decode(tokens[: len(tokens) - ended]).encode()
+            text = student.tokenizer.decode(tokens[: len(tokens) - ended]).encode()
             of_text.append(Bytes().of_text(text, b"a", ended=ended))
     prompts = torch.full((rows, 1), prompt)
     batch = {
