@@ -13,9 +13,8 @@ OF_THE_PARTITIONING = ("padding_share", "count_min", "mean_of_means_error")
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return written_by(
-        "callbacks/idle_rank.py", tmp_path_factory.mktemp("idle") / "alone.pt", "alone"
-    )
+    place = tmp_path_factory.mktemp("idle") / "alone.pt"
+    return written_by("callbacks/idle_rank.py", place, "alone", ranks=1)
 
 
 def compared_with(alone, found):

@@ -1,6 +1,6 @@
 """Gradients of a sharded student, beside those of one process.
 
-A script of its own: ``python -m torch.distributed.run --nproc_per_node 2 sharded_heads.py OUT``.
+A script of two ranks: ``python -m torch.distributed.run --nproc_per_node 2 sharded_heads.py OUT``.
 """
 
 import sys

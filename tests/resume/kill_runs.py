@@ -8,13 +8,11 @@ import argparse
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import random
 import re
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -36,6 +34,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from lightning_kd.cli.main import main as cli
 from lightning_kd.data import arithmetic_tokenizer
 from tests.resume import places
+from tests.support.scripts import forked, free_port, rank_variables
 from tests.support.toys import tiny_llama
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -258,20 +257,11 @@ def start(
         prepare: Called in each of them first, or only in one; a function of a module.
         rank: That one.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.resume.kill_runs"])
-    processes = [
-        context.Process(
-            target=run, args=(argv, own, world, port, prepare if rank in {None, own} else None)
-        )
+    port = free_port()
+    return [
+        forked(run, argv, own, world, port, prepare if rank in {None, own} else None)
         for own in range(world)
     ]
-    for process in processes:
-        process.start()
-    return processes
 
 
 def run(
@@ -289,8 +279,7 @@ def run(
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).handlers = [logging.StreamHandler(sys.stderr)]
     if world > 1:
-        os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(port)
+        os.environ |= rank_variables(rank, world, port)
     if prepare is not None:
         prepare()
     cli()

@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from lightning_kd.strategies import DeepSpeedStrategy, FSDP1Strategy
-from tests.support.scripts import DEEPSPEED, needs_deepspeed, written_by
+from tests.support.scripts import needs_deepspeed, written_beside_deepspeed, written_by
 
 
 class FlatOnCPU(FSDP1Strategy):
@@ -67,4 +67,4 @@ NAMES = [pytest.param(name, marks=needs_deepspeed if "zero" in name else ()) for
 
 def written_under(name, script, out):
     """What a script writes that is told the name of a strategy."""
-    return written_by(script, out, name, python=DEEPSPEED if "zero" in name else None)
+    return (written_beside_deepspeed if "zero" in name else written_by)(script, out, name)

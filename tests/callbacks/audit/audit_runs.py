@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import random
-import socket
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass
@@ -28,6 +27,7 @@ from tests.callbacks.audit.audited_modules import (
     Reduced,
 )
 from tests.support.harness import BatchList, trainer
+from tests.support.scripts import free_port, rank_variables
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,14 @@ def audit(case: Case) -> Outcome:
 def audit_two_processes() -> dict[str, list[Any]]:
     """Run all cases of two processes in one group; return the results of each process by name."""
     with tempfile.TemporaryDirectory() as folder:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.spawn(_process, (port, folder), nprocs=2)
+        start = torch.multiprocessing.start_processes
+        start(_process, (free_port(), folder), nprocs=2, start_method="forkserver")
         both = [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in (0, 1)]
     return {name: [found[name] for found in both] for name in both[0]}
 
 
 def _process(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= rank_variables(rank, 2, port)
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     cases = [case for case in [*PLANTED, *CORRECT] if case.processes == 2]
