@@ -32,10 +32,10 @@ def main() -> None:
 def _run() -> None:
     # What is imported stays: to look for garbage among it takes a fifth of these seconds.
     gc.disable()
-    from lightning_kd.cli.main import main as run
-
-    gc.freeze()
-    gc.enable()
+    try:
+        from lightning_kd.cli.main import main as run
+    finally:
+        gc.enable()
     run()
 
 

@@ -204,6 +204,9 @@ def test_early_stopping_by_a_flag(cli):
         "EarlyStopping" in callback["class_path"]
         for callback in saved_config()["trainer"]["callbacks"]
     )
+    cli(
+        *SFT, *FEW, *flags
+    )  # the callback of the first is still in memory, and the name means one class
 
 
 def test_the_best_and_the_last_checkpoint_by_name(cli, capsys):

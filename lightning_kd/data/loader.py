@@ -4,8 +4,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from lightning_kd.batch import Batch
 from lightning_kd.data.collate import Collator
@@ -14,6 +15,9 @@ from lightning_kd.data.window import Window
 from lightning_kd.data.workers import WORKER_TIMEOUT, Key, Rows, prepared_batches
 from lightning_kd.devices import values_of
 from lightning_kd.seeding import derive_seed
+
+Order = NDArray[np.int64]
+"""The rows of a pass: a tensor of them would be several times slower to read one by one."""
 
 
 class TrainingLoader:
@@ -244,12 +248,12 @@ class TrainingLoader:
 
     def _keys(self) -> Iterator[list[Key]]:
         """Yield the keys of each micro-batch once, from the start of the present window."""
-        orders: dict[int, Tensor] = {}
+        orders: dict[int, Order] = {}
         first, end = self.position // self.plan.window, -(-self.end // self.plan.window)
         for number in range(first * self.plan.micro_batches, end * self.plan.micro_batches):
             yield self._samples(number, orders)
 
-    def _samples(self, micro_batch: int, orders: dict[int, Tensor]) -> list[Key]:
+    def _samples(self, micro_batch: int, orders: dict[int, Order]) -> list[Key]:
         """Return the keys of a micro-batch; ``orders`` keeps the permutations that are in use."""
         first = (micro_batch * self.world_size + self.rank) * self.batch_size
         keys = []
@@ -263,6 +267,7 @@ class TrainingLoader:
             keys.append((sample, row, row, pass_))
         return keys
 
-    def _permutation(self, pass_: int) -> Tensor:
+    def _permutation(self, pass_: int) -> Order:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "shuffle", pass_))
-        return torch.randperm(len(self.rows), generator=generator)
+        order: Order = torch.randperm(len(self.rows), generator=generator).numpy()
+        return order

@@ -1,5 +1,6 @@
 """Callbacks that decide by a metric of validation: once for each value, by the weights it is of."""
 
+import sys
 from typing import Any
 
 import lightning as L
@@ -83,5 +84,14 @@ def decide_after_validation(trainer: L.Trainer) -> None:
 def _become(callback: Callback, kind: type[Callback]) -> None:
     own = type(callback)
     if not issubclass(own, kind):
-        names = {"__qualname__": own.__qualname__, "__module__": own.__module__}
+        # Of one path with the class, so that its name alone still means one in a later command line.
+        names = {"__qualname__": own.__qualname__, "__module__": _home(own)}
         callback.__class__ = type(own.__name__, (kind, own), names)
+
+
+def _home(cls: type) -> str:
+    """Return the first package, from the top, that a class can be imported from."""
+    parts = cls.__module__.split(".")
+    above = (".".join(parts[:count]) for count in range(1, len(parts)))
+    found = (p for p in above if getattr(sys.modules.get(p), cls.__qualname__, None) is cls)
+    return next(found, cls.__module__)
