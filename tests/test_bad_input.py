@@ -565,6 +565,7 @@ def test_bad_input_is_a_short_error_before_the_first_step(fails, case):
     # Nothing that was there is another now, and nothing was trained.
     assert all(path.read_bytes() == content for path, content in before.items())
     assert not list(Path().rglob("student/model.safetensors"))
+    assert not list(Path().glob("runs/version_*")), "a run that never began takes no number"
 
 
 def test_data_that_has_changed_is_named_by_a_resumed_run(cli, fails, teacher):

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import lightning
@@ -42,7 +43,7 @@ from lightning_kd.named_checkpoints import (
 )
 from lightning_kd.preflight import Preflight
 from lightning_kd.processes import wait_for
-from lightning_kd.run_directories import claim_version
+from lightning_kd.run_directories import claim_version, give_back
 
 RUNS = "runs"
 """Default directory of runs."""
@@ -64,6 +65,7 @@ class DistillationCLI(LightningCLI):
         typed = {*sys.argv[1:2]} & {*self.subcommands()} if options.get("args") is None else set()
         # It takes a moment to collect a command's options: those of the others are not needed.
         self._described = typed or {*self.subcommands()}
+        self._claimed: list[Path] = []
         super().__init__(*arguments, **options)
 
     @staticmethod
@@ -205,7 +207,7 @@ class DistillationCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Give the run a directory of its own."""
-        claim_version(self.trainer)
+        self._claimed = claim_version(self.trainer) or []
 
     def after_fit(self) -> None:
         """Say where everything is, and what to type next."""
@@ -228,6 +230,8 @@ class DistillationCLI(LightningCLI):
             super()._run_subcommand(subcommand)
             wait_for(launcher)
         except Exception as error:
+            if not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready:
+                give_back(self._claimed)
             self._say(error, begun=hasattr(self.model, "micro_batch_loss"))
             raise
 
