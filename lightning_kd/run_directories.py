@@ -12,7 +12,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_kd.imports import KEPT
 
-_OF_THE_START = re.compile(rf"config\.yaml|hparams\.yaml|{re.escape(KEPT)}|events\.out\.tfevents\..*")
+_OF_THE_START = re.compile(
+    rf"config\.yaml|hparams\.yaml|{re.escape(KEPT)}|events\.out\.tfevents\..*"
+)
 """Files that a run has before its first step."""
 
 

@@ -30,7 +30,9 @@ def test_what_is_yaml_itself_is_left_to_the_parser(text):
     assert config_file(text) == text
 
 
-@pytest.mark.parametrize("given", ["gdk", "configs/gkd.yaml", "./configs/gkd.yaml", "gkd.yaml"])
+@pytest.mark.parametrize(
+    "given", ["gdk", "GKD", "a:gkd", "configs/gkd.yaml", "./configs/gkd.yaml", "gkd.yaml"]
+)
 def test_an_unknown_name_lists_the_names_and_the_nearest(given):
     with pytest.raises(ValueError, match="did you mean --config gkd") as error:
         config_file(given)
@@ -39,10 +41,13 @@ def test_an_unknown_name_lists_the_names_and_the_nearest(given):
 
 
 def test_all_spellings_of_the_option_and_nothing_else():
-    sft, gkd = str((CONFIGS / "sft.yaml").resolve()), str((CONFIGS / "gkd.yaml").resolve())
+    sft, gkd, demo = (
+        str((CONFIGS / f"{name}.yaml").resolve()) for name in ("sft", "gkd", "experiments/demo")
+    )
     for typed, meant in (
         (["fit", "--config", "sft", "-c", "gkd"], ["fit", "--config", sft, "-c", gkd]),
         (["--config=sft", "fit"], [f"--config={sft}", "fit"]),
+        (["compare", "--config", "experiments/demo"], ["compare", "--config", demo]),
         (
             ["compare", "--configs", "sft", "gkd", "--output", "sft"],
             ["compare", "--configs", sft, gkd, "--output", "sft"],
@@ -51,6 +56,20 @@ def test_all_spellings_of_the_option_and_nothing_else():
         (["fit", "--config", "sft", "gkd"], ["fit", "--config", sft, "gkd"]),
     ):
         assert with_config_files(typed) == meant
+
+
+@pytest.mark.parametrize(
+    ("typed", "instead"),
+    [
+        (["fit", "--config", "experiments/demo"], "lightning-kd compare --config experiments/demo"),
+        (["check", "-c=experiments/demo"], "lightning-kd compare --config experiments/demo"),
+        (["compare", "--configs", "sft", "experiments/demo"], "compare --config experiments/demo"),
+        (["compare", "--config", "gkd"], "lightning-kd fit --config gkd, or .*--configs gkd"),
+    ],
+)
+def test_an_experiment_is_for_compare_and_one_run_is_not(typed, instead):
+    with pytest.raises(ValueError, match=instead):
+        with_config_files(typed)
 
 
 def test_fit_by_name_is_fit_by_file(cli, capsys):

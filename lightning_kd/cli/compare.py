@@ -43,7 +43,7 @@ def compare(words: Sequence[str]) -> None:
         ValueError: If something could not be run as it is given; nothing has begun then.
         SystemExit: With 1 if a run has failed, and with 128 and its number after a signal.
     """
-    given = _parser().parse_args(with_config_files(words))
+    given = _parser().parse_args(with_config_files(["compare", *words])[1:])
     if (given.config is None) == (given.configs is None):
         raise ValueError("give --config with an experiment file, or --configs with ordinary ones")
     if given.config is not None:

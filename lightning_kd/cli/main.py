@@ -49,7 +49,7 @@ def _run_extra(name: str, words: list[str]) -> None:
         return
     auto_cli(
         EXTRA_COMMANDS[name],
-        args=with_student_data([name, *with_config_files(words)])[1:],
+        args=with_student_data(with_config_files([name, *words]))[1:],
         as_positional=False,
         parser_class=ShortErrors,
         prog=f"lightning-kd {name}",

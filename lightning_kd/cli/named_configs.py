@@ -56,12 +56,12 @@ def config_file(value: str, option: str = "--config") -> str:
         '{seed_everything: 1}'
     """
     path = Path(value)
-    if re.search(r"[{:\n]", value) or (path.exists() and not path.is_dir()):
+    if re.search(r"[{\n]|:(\s|$)", value) or (path.exists() and not path.is_dir()):
         return value
     if value in NAMED_CONFIGS:
         return str(NAMED_CONFIGS[value])
     inside = value.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
-    near = get_close_matches(inside, NAMED_CONFIGS, n=1)
+    near = get_close_matches(inside.lower(), NAMED_CONFIGS, n=1)
     hint = f"; did you mean {option} {near[0]}?" if near else "."
     raise ValueError(
         f"{option} {value}: there is no file {value}, and no configuration of that name comes with "
@@ -76,7 +76,8 @@ def with_config_files(arguments: Sequence[str]) -> list[str]:
         arguments: The command line, without the program's name.
 
     Raises:
-        ValueError: If a value of ``--config`` is neither a file nor a name.
+        ValueError: If a value of ``--config`` is neither a file nor a name, or the name of an
+            experiment for a command that makes one run, or the other way round.
 
     Example:
         >>> words = with_config_files(["fit", "--config=gkd", "--model.alpha", "1"])
@@ -84,18 +85,39 @@ def with_config_files(arguments: Sequence[str]) -> list[str]:
         ['fit', 'gkd.yaml', '--model.alpha', '1']
     """
     given: list[str] = []
-    option = ""
+    option, command = "", arguments[0] if arguments else ""
     for word in arguments:
         name, equals, value = word.partition("=")
         if option and not word.startswith("-"):
-            word = config_file(word, option)
+            word = _file_for(command, word, option)
             option = option if option == "--configs" else ""
         elif equals and name in _OPTIONS:
-            word, option = f"{name}={config_file(value, name)}", name if name == "--configs" else ""
+            word = f"{name}={_file_for(command, value, name)}"
+            option = name if name == "--configs" else ""
         else:
             option = word if word in _OPTIONS else ""
         given.append(word)
     return given
+
+
+def _file_for(command: str, value: str, option: str) -> str:
+    """Return :func:`config_file`, where a name is of what a command reads."""
+    file = config_file(value, option)
+    if file != value:  # a name
+        experiment = value.startswith("experiments/")
+        of_several = command == "compare" and option != "--configs"
+        if experiment and not of_several:
+            raise ValueError(
+                f"{option} {value} is an experiment, which is several runs: lightning-kd compare "
+                f"--config {value} makes them"
+            )
+        if of_several and not experiment:
+            raise ValueError(
+                f"{option} {value} is the configuration of one run, and compare --config takes an "
+                f"experiment, of several: lightning-kd fit --config {value}, or lightning-kd compare "
+                f"--configs {value} and others"
+            )
+    return file
 
 
 def config_files_or_exit(arguments: Sequence[str]) -> list[str]:
