@@ -84,7 +84,13 @@ def test_the_forward_kl_has_the_moments_of_the_teacher_and_the_reverse_kl_one_mo
     student = normal(found.mean, found.deviation)
     for power in (1, 2):
         assert student @ PLACES**power == pytest.approx(teacher @ PLACES**power, abs=1e-3)
+    page = (Path(__file__).parents[2] / "docs" / "divergences.md").read_text()
+    mean = teacher @ PLACES
+    moments = f"({mean:.2f} and {(teacher @ (PLACES - mean) ** 2) ** 0.5:.2f} of all that lies"
+    assert moments in page
+    assert f"parameters of {found.mean:.2f} and {found.deviation:.2f})" in " ".join(page.split())
     found = figures.fit("reverse_kl")
+    assert f"({found.mean:.2f} and {found.deviation:.2f})" in page
     assert found.mean == pytest.approx(-2.0, abs=0.05)
     assert found.deviation == pytest.approx(0.7, abs=0.05)
 
