@@ -34,6 +34,10 @@ ADDED = [
     for method in [*VARIANTS, *ON_POLICY_VARIANTS, *OTHER_TOKENS, *OTHER_TOKENS_ON_POLICY]
 ]
 """Options of the methods above, and teachers with other tokens; under FSDP1, in its last cut."""
+FEW = [case for case in CASES if case[0] in {"supervised_kd", "gkd", "minillm"}]
+OF_STRATEGY = {"zero_1": FEW, "zero_3_offload": FEW}
+"""Stage 1 is stage 2 with gradients that are whole, and offloading is stage 3 with weights elsewhere:
+what differs are weights and gradients, of which no method knows."""
 CUTS = {"fsdp": [(2, 1, 4), (2, 2, 2)]}
 """DeepSpeed takes one micro-batch per step."""
 
@@ -84,11 +88,13 @@ def main() -> None:
     rank, name = int(os.environ.get("LOCAL_RANK", "0")), sys.argv[2]
     results = {}
     for cut in CUTS.get(name, [(2, 1, 4)]):
-        for case in [*CASES, *(ADDED if cut == (2, 2, 2) else [])]:
+        for case in [*OF_STRATEGY.get(name, CASES), *(ADDED if cut == (2, 2, 2) else [])]:
             strategy = STRATEGIES[name]()
             results[case, cut] = run(case, cut, rank, strategy=strategy, precision="32-true")
     strategy = STRATEGIES[name]()
-    results["bf16"] = run(CASES[0], (2, 1, 4), rank, strategy=strategy, precision="bf16-mixed")
+    results["bf16"] = run(
+        OF_STRATEGY.get(name, CASES)[0], (2, 1, 4), rank, strategy=strategy, precision="bf16-mixed"
+    )
     if rank == 0:
         torch.save(results, Path(sys.argv[1]))
 

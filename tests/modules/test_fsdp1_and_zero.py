@@ -3,17 +3,24 @@
 import pytest
 import torch
 
-from tests.modules.fsdp1_and_zero_grid import ADDED, CASES, CUTS, run
+from tests.modules.fsdp1_and_zero_grid import ADDED, CASES, CUTS, OF_STRATEGY, run
 from tests.support.cpu_strategies import NAMES, written_under
 
 pytestmark = pytest.mark.processes
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def two_processes(request, tmp_path_factory):
-    name = request.param
-    out = tmp_path_factory.mktemp(name) / "grid.pt"
-    return name, written_under(name, "modules/fsdp1_and_zero_grid.py", out)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What two processes come to under a strategy, in one start."""
+    known = {}
+
+    def under(name):
+        if name not in known:
+            out = tmp_path_factory.mktemp(name) / "grid.pt"
+            known[name] = written_under(name, "modules/fsdp1_and_zero_grid.py", out)
+        return known[name]
+
+    return under
 
 
 @pytest.fixture(scope="module")
@@ -29,28 +36,40 @@ def one_process():
     return of
 
 
-def test_bf16_is_near_and_keeps_its_positions(two_processes, one_process):
+def cases(name):
+    return OF_STRATEGY.get(name, CASES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bf16_is_near_and_keeps_its_positions(name, two_processes, one_process):
     """Frequencies of RoPE that are rounded would turn a token at place 1,000 by radians."""
-    _, results = two_processes
-    found, whole = results["bf16"], one_process(CASES[0])
+    case = cases(name)[0]
+    found, whole = two_processes(name)["bf16"], one_process(case)
     assert found["losses"] == pytest.approx(whole["losses"], rel=0.03)
     assert found["losses"] != pytest.approx(whole["losses"], rel=1e-6)
     assert found["buffers"] == ["torch.float32"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
-def test_two_processes_equal_one(case, two_processes, one_process):
+@pytest.mark.parametrize(
+    ("name", "case"),
+    [
+        pytest.param(
+            *name.values, case, marks=name.marks, id="-".join(map(str, name.values + case))
+        )
+        for name in NAMES
+        for case in cases(*name.values)
+    ],
+)
+def test_two_processes_equal_one(name, case, two_processes, one_process):
     """Rows are ragged, rank by rank as well; weights are tied, or clipping is active, or rollouts end
     at different lengths."""
-    name, results = two_processes
     for cut in CUTS.get(name, [(2, 1, 4)]):
-        check(results[case, cut], one_process(case))
+        check(two_processes(name)[case, cut], one_process(case))
 
 
-@pytest.mark.parametrize("two_processes", ["fsdp"], indirect=True)
 @pytest.mark.parametrize("case", ADDED, ids=lambda case: case[0])
 def test_options_of_methods_and_teachers_with_other_tokens_too(case, two_processes, one_process):
-    check(two_processes[1][case, CUTS["fsdp"][-1]], one_process(case))
+    check(two_processes("fsdp")[case, CUTS["fsdp"][-1]], one_process(case))
 
 
 def check(found, whole):
