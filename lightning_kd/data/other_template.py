@@ -140,6 +140,11 @@ def _end_behind(
             f"{_PROBE}: the answer {_ANSWER!r} is not in what is rendered, so that it is not known "
             "what ends it"
         )
+    said_first = context.messages[0].get("content") if context.messages else None
+    if said_first and isinstance(said_first, str) and _begins_nothing(behind, tokenizer):
+        # What ends that message may end the answer, and what begins every turn is before it.
+        before, found, _ = opening.rpartition(said_first)
+        opening = before if found else opening
     opens, at_end, before_next = (
         _special_names(text, tokenizer) for text in (opening, behind, between)
     )
@@ -158,6 +163,13 @@ def _end_behind(
 def _common_start(one: Sequence[str], other: Sequence[str]) -> list[str]:
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))
     return [name for name, _ in pairs]
+
+
+def _begins_nothing(text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether there is nothing but special tokens in a text."""
+    for name in _special_names(text, tokenizer):
+        text = text.replace(name, "")
+    return not text.strip()
 
 
 def _special_names(text: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -94,3 +94,19 @@ def test_what_the_data_have_before_a_question_is_given_where_a_template_demands_
     assert end_of(SYSTEM_FIRST + CHATML, [before, *CHAT]) == "<|im_end|>"
     assert end_of(NO_SYSTEM) == "<|im_end|>"
     assert not caplog.text
+
+
+ONE_TOKEN = "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+BEGINS_TURNS = (
+    "{% for m in messages %}{{ '' if loop.first else '<|im_start|>' }}{{ m.role }}: {{ m.content }}"
+    "{% endfor %}<|im_start|>assistant: "
+)
+
+
+def test_the_end_of_a_turn_also_ends_what_is_before_the_question(caplog):
+    before = ("system", "be brief")
+    assert end_of(SYSTEM_FIRST + ONE_TOKEN, [before, *CHAT]) == "<|im_end|>"
+    assert not caplog.text
+    assert end_of(SYSTEM_FIRST + BEGINS_TURNS, [before, *CHAT]) == ""
+    assert "<|im_start|>, which is not seen to end it" in caplog.text
+    assert end_of(SYSTEM_FIRST + ONE_TOKEN, [("system", ""), *CHAT]) == ""
