@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -14,13 +14,16 @@ from lightning_kd.token_bytes import TokenBytes
 _BROKEN = re.compile("([\udc80-\udcff]+)")
 """Bytes that are no UTF-8, as Python shows them in a text."""
 
-_BROKEN_OR_SPACE = re.compile("([\udc80-\udcff\N{LOWER ONE EIGHTH BLOCK}]+)")
-"""These, and the letter that SentencePiece writes for a space."""
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
+"""The letter that SentencePiece writes for a space."""
 
 _WORDS = re.compile(r"\s*\S+|\s+")
 
 _OF_A_BYTE = re.compile("<0x[0-9A-F]{2}>")
 """What SentencePiece calls a token that is there for letters without one."""
+
+_INSIDE_SUCH_A_NAME = "(?<=<)(?=0x[0-9A-F]{2}>)"
+"""Where its name in a text is cut, so that Unigram does not take the text for that byte."""
 
 
 class Token(NamedTuple):
@@ -65,8 +68,11 @@ class ByteEncoder:
                 "tokenizer.backend_tokenizer.model.dropout = None)"
             )
         self._composes = any(s["type"] == "NFC" for s in _steps(state["normalizer"], "normalizers"))
-        exact = _without_normalizer(state, "NFC")
+        special = {number for number, own in enumerate(self._known.is_special.tolist()) if own}
+        exact = _without_normalizer(_without_names(state, special), "NFC")
         self._begin, self._go_on = (_reader(part) for part in (exact, _without_added_space(exact)))
+        begun, going_on = (reader.encode("a").ids for reader in (self._begin, self._go_on))
+        self._adds_space = begun != going_on
         self._id_of: dict[bytes, int] = {}
         names = {number: name for name, number in tokenizer.get_vocab().items()}
         of_a_byte = {number for number, name in names.items() if _OF_A_BYTE.fullmatch(name)}
@@ -76,9 +82,14 @@ class ByteEncoder:
                 self._id_of.setdefault(piece, number)
         self._neighbours = {pair for piece in self._id_of for pair in pairwise(piece)}
         self._goes_on = {byte for byte, _ in self._neighbours}
-        space = "\N{LOWER ONE EIGHTH BLOCK}"
-        changes_it = self.knows_every_byte and self._plain(space, begins=False) is None
-        self._in_byte_tokens = _BROKEN_OR_SPACE if changes_it else _BROKEN
+        letter = _SPACE if self._is_changed(_SPACE) else ""
+        cut = f"|{_INSIDE_SUCH_A_NAME}" if self._is_changed("<0x41>") else ""
+        self._in_byte_tokens = re.compile(f"([\udc80-\udcff{letter}]+){cut}")
+
+    @property
+    def writes_bytes_alone(self) -> bool:
+        """Whether each byte has the same token whatever stands beside it."""
+        return not (self._neighbours or self._adds_space)
 
     @property
     def knows_every_byte(self) -> bool:
@@ -119,7 +130,7 @@ class ByteEncoder:
         tokens: list[Token] = []
         for number, run in enumerate(runs):
             if number % 2:
-                tokens += self._in_bytes(run.encode("utf-8", "surrogateescape"))
+                tokens += self._in_bytes((run or "").encode("utf-8", "surrogateescape"))
             elif run:
                 tokens += self._run(run, begins and number == 0)
         return tokens
@@ -171,6 +182,10 @@ class ByteEncoder:
             "writes it differently. Take a teacher whose tokenizer knows every byte, or leave the "
             "row out"
         )
+
+    def _is_changed(self, text: str) -> bool:
+        """Return whether the tokenizer, which could write the text, writes another one."""
+        return self.knows_every_byte and self._plain(text, begins=False) is None
 
     def _run(self, text: str, begins: bool) -> list[Token]:
         tokens = self._plain(text, begins)
@@ -230,6 +245,21 @@ def _reader(state: dict[str, Any]) -> Tokenizer:
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _without_names(state: dict[str, Any], special: Collection[int]) -> dict[str, Any]:
+    """Return the state of a tokenizer whose model does not find the names of special tokens in a text.
+
+    Unigram looks for all of its tokens there, and so these are called otherwise.
+    """
+    model = state["model"]
+    if model["type"] != "Unigram":
+        return state
+    # Of letters that stand for nothing in Unicode, so that no text has them.
+    names = {number: f"\uffff{number}\uffff" for number in special if number < len(model["vocab"])}
+    pieces = [[names.get(n, name), score] for n, (name, score) in enumerate(model["vocab"])]
+    added = [t | {"content": names.get(t["id"], t["content"])} for t in state["added_tokens"]]
+    return state | {"model": model | {"vocab": pieces}, "added_tokens": added}
 
 
 def _without_added_space(state: dict[str, Any]) -> dict[str, Any]:

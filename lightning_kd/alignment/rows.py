@@ -1,15 +1,16 @@
 """Rows of one tokenizer in the tokens of another."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
 from lightning_kd.alignment.chunk_ends import first_chunks
 from lightning_kd.alignment.chunks import Chunks, align
+from lightning_kd.alignment.counterparts import counterparts
 from lightning_kd.alignment.encoder import ByteEncoder
 from lightning_kd.batch import TEACHER_END
-from lightning_kd.token_bytes import TokenBytes, unknown_tokens
+from lightning_kd.token_bytes import TokenBytes
 from lightning_kd.tokenization import begun, special_token_frame, tokens_of
 
 _Part = bytes | int
@@ -17,8 +18,6 @@ _Part = bytes | int
 
 _Sized = tuple[int, int]
 """A token, and its bytes; 1 for a special one."""
-
-_ROLES = ("eos_token", "bos_token", "sep_token", "cls_token", "pad_token")
 
 
 @dataclass(frozen=True)
@@ -35,52 +34,15 @@ class AlignedRow:
     """First chunk whose extent each of the student's scored tokens has a part in; -1 for none."""
 
 
-def counterparts(
-    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase
-) -> dict[int, int]:
-    """Return the teacher's token for each of the student's special tokens that has one.
-
-    It is that of the same role (EOS, BOS, separator, classifier, padding), or else of the same name; of
-    the same name first where the teacher's chat template has it, as where that ends turns with another
-    token than EOS. An unknown token, which may stand for any text, has none, also if it is padding.
-
-    Raises:
-        ValueError: If the bytes of the student's tokens are not known.
-
-    Example:
-        >>> from lightning_kd.data import arithmetic_tokenizer
-        >>> from lightning_kd.data.tokenizer_training import train_tokenizer
-        >>> other = train_tokenizer(["12"], vocab_size=258)
-        >>> counterparts(arithmetic_tokenizer(), other), other.pad_token_id, other.eos_token_id
-        ({1: 1}, 0, 1)
-    """
-    theirs = {str(token): number for number, token in _special(teacher).items()}
-    unknown = unknown_tokens(student)
-    ours = {n: str(token) for n, token in _special(student).items() if n not in unknown}
-    named = {number: theirs[name] for number, name in ours.items() if name in theirs}
-    found = dict(named)
-    for role in reversed(_ROLES):  # what is EOS too is the EOS
-        own, other = (getattr(side, f"{role}_id") for side in (student, teacher))
-        if own is not None and other is not None and own not in unknown:
-            found[own] = other
-    template = str(teacher.chat_template or "")
-    return found | {number: other for number, other in named.items() if ours[number] in template}
-
-
-def _special(tokenizer: PreTrainedTokenizerBase) -> Mapping[int, object]:
-    added = tokenizer.added_tokens_decoder.items()
-    return {n: token for n, token in added if token.special and n != tokenizer.unk_token_id}
-
-
 class Retokenizer:
     """Rows of one tokenizer, in the tokens of another.
 
     What is scored of a row is its completion: its bytes are those of the student's tokens, and special
     tokens among them are the other tokenizer's (:func:`counterparts`). One without a counterpart, which
-    a model may have generated, is the letters of its name: every token is text to the other side. What
-    is before it is read as the other tokenizer reads a prompt, and both are tokenized so that a token
-    of the other side begins where the completion does. Where a tokenizer puts a space before a text,
-    it does so before a completion if both do.
+    a model may have generated, is the letters of its name, with which the text behind it goes on: every
+    token is text to the other side. What is before the completion is read as the other tokenizer reads
+    a prompt, and both are tokenized so that a token of the other side begins where the completion does.
+    Where a tokenizer puts a space before a text, it does so before a completion if both do.
 
     Args:
         student: The tokenizer of the rows.
@@ -168,7 +130,13 @@ class Retokenizer:
         if not before and chunks.count:  # nothing predicts its first token
             chunks = chunks.without_first()
         ids_of_both = [*before, *(token for token, _ in after)]
-        since = first_chunks(chunks.first, scored, self._encoder.may_join, before=goes_on_with)
+        since = first_chunks(
+            chunks.first,
+            scored,
+            self._encoder.may_join,
+            before=goes_on_with,
+            in_bytes=self._encoder.writes_bytes_alone,
+        )
         return AlignedRow(ids_of_both, len(before), chunks, since)
 
     def most_tokens(
@@ -215,15 +183,19 @@ class Retokenizer:
             for token, other in zip(ids, others, strict=True)
         ]
 
-    def _shown(self, ids: Sequence[int], pieces: Sequence[bytes | None]) -> list[bytes | None]:
+    def _shown(self, ids: Sequence[int], pieces: Sequence[bytes | None]) -> list[bytes]:
         """Return the bytes of generated tokens, which are those of its name for one without text."""
-        names = [
-            self._name(token) if piece is None or token in self._without_counterpart else piece
-            for token, piece in zip(ids, pieces, strict=True)
-        ]
-        if any(names) or not self._special.keys().isdisjoint(ids):
-            return [*names]
-        return [self._known.pieces[token] for token in ids]  # a space alone is no added one
+        names = []
+        for before, token, piece in zip([None, *ids], ids, pieces, strict=False):
+            if piece is None or token in self._without_counterpart:
+                names.append(self._name(token))
+            elif before in self._without_counterpart:  # which is text that this goes on with
+                names.append(self._known.pieces[token] or b"")
+            else:
+                names.append(piece)
+        if not names[-1] and pieces[-1] is not None:  # nothing follows that a space is added to
+            names[-1] = self._known.pieces[ids[-1]] or b""
+        return names
 
     def _name(self, token: int) -> bytes:
         """Return what is shown of a token without text; nothing if the other side cannot write it."""

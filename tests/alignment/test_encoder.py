@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, normalizers, pre_tokenizers
 
 from lightning_kd.alignment import ByteEncoder, align
 from tests.support.tokenizers import (
@@ -90,6 +90,32 @@ def test_a_name_of_a_special_token_in_a_text_is_text(kind):
     found = [token.id for token in encoder(kind).encode(b"a</s>b")]
     assert tokenizer.eos_token_id in tokenizer("a</s>b")["input_ids"]
     assert tokenizer.eos_token_id not in found
+
+
+@pytest.mark.parametrize("name", ["</s>", "<unk>"])
+@pytest.mark.parametrize("text", ["two and{} two", "{}", "the{}{}r", "two and {}e"])
+def test_unigram_reads_the_names_of_its_own_tokens_as_if_they_were_called_otherwise(name, text):
+    tokenizer = tokenizer_of_kind("Unigram with byte fallback")
+    state = tokenizer.backend_tokenizer.to_str()
+    bare = wrapped(Tokenizer.from_str(state.replace(f'"{name}"', '"another"')))
+    written = text.format(*[name] * 2)
+    bare.backend_tokenizer.encode_special_tokens = True
+    expected = bare.backend_tokenizer.encode(written, add_special_tokens=False).ids
+    assert tokenizer.convert_tokens_to_ids(name) not in expected
+    found = encoder("Unigram with byte fallback").encode(written.encode())
+    assert [token.id for token in found] == expected
+    assert joined(found) == written.encode()
+
+
+@pytest.mark.parametrize(
+    "kind", ["SentencePiece BPE with byte fallback", "Unigram with byte fallback"]
+)
+def test_the_name_of_a_bytes_token_is_text_and_changes_nothing_before_it(kind):
+    found = encoder(kind).encode(b"two and<0x41>the")
+    assert joined(found) == b"two and<0x41>the"
+    before = encoder(kind).encode(b"two and")
+    assert found[: len(before)] == before
+    assert [token.bytes for token in found[len(before) :]][-2:] in ([b"t", b"he"], [b"the"])
 
 
 @pytest.mark.parametrize("first", KINDS)

@@ -139,6 +139,20 @@ def test_what_a_model_wrote_without_text_is_read_as_its_name():
         Retokenizer(own, other).row(ids, 1)
 
 
+@pytest.mark.parametrize("name", ["<unk>", "<|tool|>"])
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_space_behind_what_is_read_as_a_name_is_text(name, apart):
+    """As behind any other text; behind a special token that the teacher has too it is an added one."""
+    own, other = deepcopy(tokenizer_of_kind(LLAMA)), byte_level()
+    own.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+    names = ["\u2581t", name, "\u2581and", "he", "</s>", "\u2581t", name, name, "\u2581"]
+    ids = own.convert_tokens_to_ids(["a", *names])
+    prompt = "a" if apart else None
+    row = Retokenizer(own, other).row(ids, 1, prompt=prompt, apart=apart, generated=True)
+    begins = "t" if apart else " t"
+    assert other.decode(row.ids) == f"a{begins}{name} andhe</s>t{name}{name} "
+
+
 def test_unknown_text_is_refused_also_where_its_token_is_padding():
     own, other = KINDS["WordPiece"](), tokenizer_of_kind(BYTE_LEVEL)
     own.pad_token = own.unk_token

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from lightning_kd.callbacks import LossNormalizationDiagnostics, OnPolicyGeneration
@@ -33,7 +34,7 @@ from lightning_kd.teachers import (
 from tests.modules.partition_grid import OTHER_TOKENS, build
 from tests.support.harness import BatchList, GradientProbe, Letters, fit_one_step, trainer
 from tests.support.tabular import Expectation, Prepared
-from tests.support.tokenizers import byte_level
+from tests.support.tokenizers import SPACE, byte_level, tokenizer_of_kind
 from tests.support.toys import fused_letter_tokenizer, ragged_batch, tiny_llama
 from tests.support.written_texts import (
     OF_A_NAME,
@@ -41,8 +42,10 @@ from tests.support.written_texts import (
     TEACHER_TOKENIZER,
     Bytes,
     ByteTeacher,
+    TokenTable,
     Words,
     everything_written,
+    rollout_of_everything,
 )
 
 BATCH = ragged_batch([(2, 5), (1, 3), (3, 7), (2, 0)])
@@ -151,33 +154,94 @@ def test_chunk_advantages_of_one_tokenizer_are_those_of_its_tokens(gamma):
 # Two tokenizers, and all that can be written.
 
 
-@pytest.mark.parametrize("tokenizer", [STUDENT_TOKENIZER, OF_A_NAME], ids=["words", "name"])
-def test_with_discount_1_chunks_have_the_gradient_of_tokens_less_text(tokenizer):
-    """Of E_q[log q(tokens) - log p(text)], with a teacher that is a table of bytes."""
-    model = Words(0, tokenizer)
-    rollout, probabilities, of_text, completions = everything_written(model)
-    assert probabilities.sum().item() == pytest.approx(1)
+def has_gradient_of_tokens_less_text(make, taught, other, rollout, probabilities, of_text, written):
+    """Whether the step has that of E_q[log q(tokens) - log p(text)], where all is written once."""
+    model, fresh, total = make(), make(), 0.0
     module = OnPolicyDistillation(
         gamma=1.0,
         student=StudentSpec.of(model),
-        teacher=RetokenizingTeacher(ByteTeacher(), tokenizer=TEACHER_TOKENIZER),
-        tokenizer=tokenizer,
+        teacher=RetokenizingTeacher(taught, tokenizer=other),
+        tokenizer=model.tokenizer,
         logits_backend=DenseLogits(),  # a table has no output head to take apart
         normalization=Expectation(probabilities),
     )
     probe = GradientProbe()
     fit = trainer(max_steps=1, callbacks=[Prepared(), probe], **DOUBLE)
     fit.fit(module, datamodule=BatchList([rollout]))
-    fresh, total = Words(0, tokenizer), 0.0
-    for tokens, text in zip(completions, of_text, strict=True):
+    assert probabilities.sum().item() == pytest.approx(1)
+    for tokens, text in zip(written, of_text, strict=True):
         own = fresh.log_probs(fresh.tokens[0], tokens).sum()
         total = total + own.exp() * (own - text)
     (expected,) = torch.autograd.grad(total, fresh.rows)
     expected = expected.flatten()
     assert expected.norm() > 1e-2
-    assert (probe.gradient - expected).norm() <= 1e-10 * expected.norm()
+    return (probe.gradient - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("tokenizer", [STUDENT_TOKENIZER, OF_A_NAME], ids=["words", "name"])
+def test_with_discount_1_chunks_have_the_gradient_of_tokens_less_text(tokenizer):
+    """With a teacher that is a table of bytes."""
+    rollout, probabilities, of_text, completions = everything_written(Words(0, tokenizer))
+    assert has_gradient_of_tokens_less_text(
+        lambda: Words(0, tokenizer),
+        ByteTeacher(),
+        TEACHER_TOKENIZER,
+        *(rollout, probabilities, of_text, completions),
+    )
     several = [len(tokens) for tokens in completions if len(tokens) > 1]
     assert several, "chunks of one token each would prove less"
+
+
+LLAMA = tokenizer_of_kind("SentencePiece BPE with byte fallback")
+UNIGRAM = tokenizer_of_kind("Unigram with byte fallback")
+
+
+def in_bytes(names):
+    """What Llama's tokenizer makes of a letter without a token, or of a part of one without a space."""
+    is_whole = len(names) == 3 and names[:2] == ["<0xE0>", "<0xA4>"] and names[2] != names[0]
+    return LLAMA.convert_tokens_to_ids([SPACE] * is_whole + names)
+
+
+def as_text(other):
+    """What a tokenizer makes of a text that SentencePiece's tokens say, names of special ones too."""
+    state = other.backend_tokenizer.to_str().replace('"<unk>"', '"<other>"')
+    bare = Tokenizer.from_str(state)
+    bare.encode_special_tokens = True
+
+    def ids(names):
+        text = "".join(names).replace(SPACE, " ")
+        return bare.encode(text.removeprefix(" "), add_special_tokens=False).ids if text else []
+
+    return ids
+
+
+ADDED_SPACE = {
+    "half a character": (LLAMA, ["<0xE0>", "<0xA4>", "<0x80>"], in_bytes),
+    "a space alone": (LLAMA, [SPACE, f"{SPACE}t", "t"], as_text(LLAMA)),
+    "a name": (UNIGRAM, [f"{SPACE}t", "<unk>", "h"], as_text(UNIGRAM)),
+    "a name of a letter": (UNIGRAM, ["e", "<unk>", "r"], as_text(UNIGRAM)),
+}
+
+
+@pytest.mark.parametrize("case", ADDED_SPACE)
+def test_it_is_the_gradient_also_where_spaces_are_added(case):
+    """Where the answer is a text of its own, with a table of the teacher's tokens."""
+    other, words, read = ADDED_SPACE[case]
+    model = Words(0, LLAMA, words)
+    rollout, probabilities, completions = rollout_of_everything(model)
+    rollout["tokenized_apart"] = torch.ones(len(completions), dtype=torch.bool)
+    before, of_text = other("a", add_special_tokens=False)["input_ids"], []
+    for tokens in completions:
+        ended = tokens[-1] == LLAMA.eos_token_id
+        names = LLAMA.convert_ids_to_tokens(tokens[: len(tokens) - ended])
+        ids = [*before, *read(names), *[other.eos_token_id] * ended]
+        of_text.append(sum(TokenTable.log_prob(ids[: n + 1]) for n in range(len(before), len(ids))))
+    assert has_gradient_of_tokens_less_text(
+        lambda: Words(0, LLAMA, words),
+        TokenTable(),
+        other,
+        *(rollout, probabilities, of_text, completions),
+    )
 
 
 def chunks_by_prefix(tokens):

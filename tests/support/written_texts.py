@@ -1,6 +1,7 @@
 """Models over a few words of two letters, so small that all that they can write can be written down."""
 
 import itertools
+import random
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -32,11 +33,11 @@ class Words(PreTrainedModel):
 
     config_class = PretrainedConfig
 
-    def __init__(self, seed, tokenizer=STUDENT_TOKENIZER):
+    def __init__(self, seed, tokenizer=STUDENT_TOKENIZER, words=("a", "b", "ab", "bab")):
         eos = tokenizer.eos_token_id
         super().__init__(PretrainedConfig(vocab_size=len(tokenizer), eos_token_id=eos))
         self.tokenizer = tokenizer
-        words = ["a", "b", "ab", *{"bab"} & tokenizer.get_vocab().keys()]
+        words = [word for word in words if word in tokenizer.get_vocab()]
         self.tokens = [*tokenizer.convert_tokens_to_ids(words), eos]
         generator = torch.Generator().manual_seed(seed)
         size = LONGEST, (len(self.tokens) + 1) ** (LONGEST + 1), len(self.tokens)
@@ -87,6 +88,26 @@ class Bytes:
         return total + self.log_prob(None, before + text) if ended else total
 
 
+class TokenTable(Teacher):
+    """Finds each token as likely as a table has it for the tokens up to it."""
+
+    answers = frozenset({"token_log_probs"})
+    vocabulary_size = 1000
+
+    @staticmethod
+    def log_prob(ids):
+        """Of the last of some tokens."""
+        return -0.2 - 3 * random.Random(repr(ids)).random()
+
+    def answer(self, batch, positions, *, kind, logits_backend):
+        values = [
+            self.log_prob(ids[: place + 2].tolist())
+            for ids, mask in zip(batch["input_ids"], positions.mask, strict=True)
+            for place in mask.nonzero()[:, 0].tolist()
+        ]
+        return TokenLogProbs(torch.tensor(values, dtype=torch.float64))
+
+
 class ByteTeacher(Teacher):
     """Reads rows in the teacher's tokens, and knows them by their bytes alone."""
 
@@ -105,21 +126,18 @@ class ByteTeacher(Teacher):
         return TokenLogProbs(torch.stack(values))
 
 
-def everything_written(student):
-    """A rollout of every completion once, its probability, and the log-probability of its text."""
+def rollout_of_everything(student):
+    """A rollout of every completion once, its probability, and the completions."""
     prompt, eos = student.tokens[0], student.tokenizer.eos_token_id
     completions = all_completions(student.tokens, eos)
     rows = len(completions)
     ids, mask = torch.zeros(rows, LONGEST, dtype=torch.long), torch.zeros(rows, LONGEST).bool()
-    own, of_text = torch.zeros(rows, LONGEST, dtype=torch.float64), []
+    own = torch.zeros(rows, LONGEST, dtype=torch.float64)
     with torch.no_grad():
         for row, tokens in enumerate(completions):
             ids[row, : len(tokens)] = torch.tensor(tokens)
             mask[row, : len(tokens)] = True
             own[row, : len(tokens)] = student.log_probs(prompt, tokens)
-            ended = tokens[-1] == eos
-            text = student.tokenizer.decode(tokens[: len(tokens) - ended]).encode()
-            of_text.append(Bytes().of_text(text, b"a", ended=ended))
     prompts = torch.full((rows, 1), prompt)
     batch = {
         "prompt_ids": prompts,
@@ -132,4 +150,15 @@ def everything_written(student):
     ended = torch.tensor([tokens[-1] == eos for tokens in completions])
     written = Completions(ids, mask, own, own, ended)
     rollout = rollout_batch(batch, written, pad_id=0, group_size=rows)
-    return rollout, own.sum(-1).exp(), torch.stack(of_text), completions
+    return rollout, own.sum(-1).exp(), completions
+
+
+def everything_written(student):
+    """The same, with the log-probability of each text by a table of bytes."""
+    rollout, probabilities, completions = rollout_of_everything(student)
+    of_text = []
+    for tokens in completions:
+        ended = tokens[-1] == student.tokenizer.eos_token_id
+        text = student.tokenizer.decode(tokens[: len(tokens) - ended]).encode()
+        of_text.append(Bytes().of_text(text, b"a", ended=ended))
+    return rollout, probabilities, torch.stack(of_text), completions
