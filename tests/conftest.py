@@ -1,5 +1,6 @@
 """Fixtures; everything a test writes stays under ``tmp_path``."""
 
+import gc
 import os
 import shutil
 import signal
@@ -36,6 +37,12 @@ def pytest_configure() -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Before ``-m`` selects."""
     mark_by_fixture(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare the collector what is there to stay: ten thousand tests, and all that they import."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(wrapper=True)

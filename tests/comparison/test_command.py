@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,23 +101,30 @@ def stopping():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What the runs come to where nobody ends them."""
-    folder = tmp_path_factory.mktemp("whole")
-    said = EXPERIMENT | {"common": stopping(), "runs": {"GKD": OF_SFT, "SFT": {}}}
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(said))
-    words = command("--config", "tiny.yaml", "--set", "written=generated")
-    subprocess.run(words, env=calm(), cwd=folder, check=True, capture_output=True, timeout=300)
-    return {name: result(folder / "runs" / "tiny" / name / "0") for name in ("SFT", "GKD")}
+def made(tmp_path_factory):
+    """Where four runs have been made, and what was said."""
+    folder = tmp_path_factory.mktemp("made")
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(EXPERIMENT))
+    words = command("--config", "tiny.yaml", "--set", "written=generated", "--seeds", 0, 1)
+    done = subprocess.run(
+        words, env=calm(), cwd=folder, check=False, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(made):
+    """What runs come to that nobody ends."""
+    return {name: result(made[0] / "runs" / "tiny" / name / "0") for name in ("SFT", "GKD")}
 
 
 @pytest.mark.processes
 @pytest.mark.slow
-def test_runs_are_made_once_and_shown(cli, fails, capsys):
+def test_runs_are_made_once_and_shown(made, tmp_path, cli, fails, capsys):
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
     words = [*write(), "--seeds", 0, 1]
-    done = run(*command(*words), **calm())
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
+    lines = [line for line in made[1].splitlines() if line.startswith("[")]
     assert [line.split(":")[0] for line in lines] == [
         "[1/4] SFT, seed 0",
         "[2/4] GKD, seed 0",
