@@ -107,6 +107,7 @@ def test_every_run_of_an_experiment_is_on_a_page():
         assert made == {run for of, run in shown if of == experiment}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", method_results.SHOWN)
 def test_results_are_those_of_the_files(page):
     """The block as it would be written, and each of its numbers from the file by NumPy."""

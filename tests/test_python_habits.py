@@ -999,6 +999,7 @@ class TestOwnLoaders:
         assert len({row["sample"] for row in lines}) == 24
         assert len({row["window"] for row in lines}) == 4
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("passes", [1, 2])
     def test_a_run_goes_on_where_it_stopped(self, tmp_path, passes):
         def started(**settings):

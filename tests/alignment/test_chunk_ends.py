@@ -79,6 +79,7 @@ OF_OTHERS = {  # with the student's tokenizer
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES | OF_OTHERS)
 @pytest.mark.parametrize("prompt", [None, "a", ""])
 def test_what_is_settled_before_a_token_does_not_depend_on_what_follows(case, prompt):

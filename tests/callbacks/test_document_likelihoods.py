@@ -276,6 +276,7 @@ def test_two_that_would_write_one_file_are_refused(tmp_path):
         evaluated(data, *(DocumentLikelihoods(str(tmp_path / "d.jsonl")) for _ in range(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "error"),
     [("validate", KeyboardInterrupt), ("test", ZeroDivisionError), ("fit", KeyboardInterrupt)],

@@ -172,6 +172,7 @@ def test_student_and_teacher_generate_their_own_completions():
 # Windows.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "window"), [(8, 1), (4, 2), (2, 4), (1, 8)])
 def test_a_completion_does_not_depend_on_the_micro_batches(tmp_path, batch_size, window):
     paths = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
@@ -234,6 +235,7 @@ def test_a_run_resumed_inside_a_window_continues_bit_for_bit(tmp_path):
             assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("batch_size", "accumulate"), [(8, 1), (2, 4)])
 def test_a_window_from_a_checkpoint_is_not_cut_again(tmp_path, batch_size, accumulate):
     options = {"steps_per_window": 2}
@@ -249,6 +251,7 @@ def test_a_window_from_a_checkpoint_is_not_cut_again(tmp_path, batch_size, accum
     assert len(rest.batches) == 2 * accumulate
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ended_by", ["max_steps", "an exception"])
 @pytest.mark.parametrize("options", [{"steps_per_window": 3}, {"passes": 3}], ids=str)
 def test_a_window_that_was_left_unfinished_is_not_trained_on_by_the_next_run(options, ended_by):
@@ -350,6 +353,7 @@ def test_a_new_run_does_not_write_over_the_completions_of_another(tmp_path):
     assert [row["sample"] for row in records(path)] == list(range(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["test", "validate", "predict"])
 def test_an_unfinished_window_is_no_matter_of_an_evaluation(tmp_path, stage):
     options = {"steps_per_window": 3}
@@ -709,6 +713,7 @@ def test_completions_without_a_group_are_trained_on_with_a_warning():
     assert torch.equal(advantages, 2.0 * (seen.batches[0]["labels"] != -100))
 
 
+@pytest.mark.slow
 def test_a_window_is_collated_once_and_again_by_a_run_that_resumes_inside_it(tmp_path, monkeypatch):
     collate, samples = Collator.__call__, []
 

@@ -66,6 +66,7 @@ def report(tmp_path):
     return report_of(EXPERIMENT, outcomes, ["lightning-kd", "compare", "--config", "a b.yaml"])
 
 
+@pytest.mark.slow
 def test_the_table_has_means_and_deviations_of_the_seeds(report, tmp_path):
     report.write(tmp_path)
     page = (tmp_path / "report.md").read_text()

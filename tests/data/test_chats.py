@@ -85,6 +85,7 @@ FIRST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", LAST)
 def test_the_last_answer_and_its_end_are_trained_on(family):
     found, tokenizer = rows(family, {"messages": TWO_TURNS}, **OPTIONS.get(family, {}))
@@ -94,6 +95,7 @@ def test_the_last_answer_and_its_end_are_trained_on(family):
     assert tokenizer.decode(example.input_ids[: example.prompt_length]) == example.prompt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FIRST)
 def test_every_answer_and_its_end_is_trained_on(family):
     options = OPTIONS.get(family, {})
@@ -243,6 +245,7 @@ def test_prompts_alone_are_for_models_to_answer():
 SHAREGPT = [{"from": "human", "value": ASK["content"]}, {"from": "gpt", "value": FOUR["content"]}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "row",
     [
@@ -448,6 +451,7 @@ def test_reasoning_that_is_not_learned_and_answers_without_a_word_are_counted(ca
     assert marked(found.example(1, 0), tokenizer).endswith("assistant\n[[<|im_end|>]]")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"messages_column": "conversations"}])
 def test_the_system_column_of_sharegpt_is_the_system_message(options):
     found, _ = rows("chatml", {"conversations": SHAREGPT, "system": "be kind"}, **options)

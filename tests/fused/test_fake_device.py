@@ -106,6 +106,7 @@ def test_a_fake_device_refuses_what_it_is_here_for(fake):
         elsewhere(2).nonzero()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"scale": 0.5, "softcap": 3.0}], ids=["plain", "capped"])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("name", available_divergences())

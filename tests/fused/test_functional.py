@@ -177,6 +177,7 @@ def test_nothing_scored_is_a_zero_with_a_gradient(mode):
 
 
 # The adaptive KL holds its weights constant, so that its gradient is not the slope of its value.
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [d for d in EVERY if d != "adaptive_kl"], ids=str)
 @pytest.mark.parametrize("mode", ["fused", "recompute"])
 def test_finite_differences(divergence, mode):

@@ -103,6 +103,7 @@ ALONE = ["repetition_penalty", "min_p", "suppress_tokens", "bad_words_ids", "seq
 ALONE += ["no_repeat_ngram_size", "guidance_scale", "typical_p", "forced_eos_token_id"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "name"),
     [

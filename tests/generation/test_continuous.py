@@ -51,6 +51,7 @@ def assert_same(expected, got, atol=1e-9):
         assert not values.is_inference()
 
 
+@pytest.mark.slow
 @settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

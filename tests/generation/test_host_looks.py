@@ -53,6 +53,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize(
     "model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models(), *rotary()]
@@ -70,6 +71,7 @@ def test_the_host_looks_once_in_eight_tokens(every_8, model, kind):
     assert many - few == (41 - 9) // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models()])
 def test_a_static_cache_is_looked_at_no_more_often(every_8, model, kind):
@@ -95,6 +97,7 @@ def test_looks_are_counted():
     assert looks(several) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
 @pytest.mark.parametrize("model", [pytest.param(tiny_llama(3).eval(), id="llama"), *other_models()])
 def test_the_text_is_the_same_however_often_the_host_looks(monkeypatch, model, kind):

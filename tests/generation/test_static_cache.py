@@ -119,6 +119,7 @@ NO_END = {"eos_ids": {17}, "pad_id": 0, "width": 17}
 """An end that is beyond the width, and so is never drawn."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [*models()])
 def test_a_static_cache_writes_what_a_dynamic_one_writes(model):
     model, atol = in_double(model)
@@ -130,6 +131,7 @@ def test_a_static_cache_writes_what_a_dynamic_one_writes(model):
     assert got.ids.shape[1] == 90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["greedy", "sampled"])
 @pytest.mark.parametrize("model", [*models()])
 def test_a_recording_repeats_what_it_does(tapes, model, kind):
@@ -606,6 +608,7 @@ class HostTensors(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OPTIONS)
 @pytest.mark.parametrize("model", [*models()])
 def test_no_tensor_of_the_host_takes_part_in_a_step(monkeypatch, model, kind):

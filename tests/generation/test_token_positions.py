@@ -93,6 +93,7 @@ def texts_of(engine, model, prompts):
     return [ids[mask].tolist() for ids, mask in zip(got.ids, got.mask, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "engine", [CachedSampler(), ContinuousBatchingSampler(3)], ids=["all", "slots"]
 )

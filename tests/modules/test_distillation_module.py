@@ -39,6 +39,7 @@ def kd(normalization="token", **settings):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", [None, 0.01])
 @pytest.mark.parametrize("normalization", ["token", "sequence", "batch", ConstantLength(10)])
 def test_the_gradient_does_not_depend_on_the_cut(normalization, clip):

@@ -79,6 +79,7 @@ def fit(window, steps, normalization="token", logits=None, **settings):
     return seen, module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logits", [FusedLogits(), DenseLogits()], ids=["fused", "dense"])
 @pytest.mark.parametrize("window", WINDOWS.values(), ids=WINDOWS)
 def test_as_many_steps_are_skipped_as_of_a_plain_mean(window, logits):
@@ -173,6 +174,7 @@ def as_on_cuda(monkeypatch):
     monkeypatch.setattr(head_matmul, "_product", product)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", [n for n in available_divergences() if n != "alpha_beta"])
 def test_rows_of_a_thousand_tokens_keep_their_gradient_in_fp16(divergence, monkeypatch):
     """``sequence`` weighs each of them 1/1000; a softmax over the vocabulary as little again."""

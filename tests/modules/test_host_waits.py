@@ -140,6 +140,7 @@ def test_minillm_waits_no_more_with_a_second_stream(waits, tmp_path):
     assert not set(waits.places) - set(ALWAYS), waits.places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gkd", "baby_llama_batchmean", "minillm"])
 def test_weights_are_the_same_bit_for_bit_where_work_is_queued(name, monkeypatch):
     found = []

@@ -147,6 +147,7 @@ class Broken(GradientProbe):
         self.states.append(pl_module.interpolation.state_dict()["taid"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64_norms")
 def test_a_run_follows_it_however_its_steps_are_cut():
     """What moves the share is the loss of the whole step: 8 rows at once, in pairs, one by one."""

@@ -142,6 +142,7 @@ def ragged_baby_llama(student, teachers, normalization, alpha, temperature):
     return alpha * cross_entropy + (1 - alpha) * temperature**2 * sum(kls) / len(kls)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("normalization", ["token", "sequence", "batch", "constant"])
 @pytest.mark.parametrize("alpha", [0.0, 0.5])

@@ -96,6 +96,7 @@ class LabelAlone(Teacher):
         return TopK(label, own, {1.0: others})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", available_divergences())
 def test_at_temperature_1_a_chunk_of_one_token_is_that_token_and_a_tail(name):
     chunks = ChunkLikelihoodKD(
@@ -468,6 +469,7 @@ def test_rows_in_which_a_student_wrote_an_unknown_token_are_not_in_bits_per_byte
     assert fit.callback_metrics["train/bits_per_byte"].item() == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize("method", [*OTHER_TOKENS, "chunk_opd", "chunk_gkd"])
 def test_the_normalization_of_every_method_is_audited(method):

@@ -62,6 +62,7 @@ def test_the_text_of_references_has_no_part_in_the_gradient():
     assert torch.equal(gradients[0], gradients[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_mixed_precision_and_the_gradient_scaler_keep_the_promise(precision, clip):

@@ -76,6 +76,7 @@ def step(make, student, *, precision="32-true", **options):
     return fit, probe.gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("student", STUDENTS)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("checkpointing", [False, True])

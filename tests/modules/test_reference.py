@@ -30,6 +30,7 @@ def gradient(built, **settings):
     return probe.gradient
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gamma", [0.0, 1.0])
 def test_at_1_any_reference_is_on_policy_distillation_bit_for_bit(gamma):
     plain = gradient(module(gamma=gamma))
@@ -118,6 +119,7 @@ def test_what_cannot_take_effect_is_refused():
         gradient(module(reference=Tells(tiny_llama(2), "top_k")))
 
 
+@pytest.mark.slow
 def test_a_reference_and_a_teacher_may_answer_in_different_ways():
     """One tells the sampled token alone, the other everything: the gradient is the same."""
     whole = gradient(module(reference=LocalTeacher.of(tiny_llama(2))))

@@ -25,6 +25,7 @@ def test_a_run_follows_an_evaluation_of_the_same_module(stage):
     assert metrics(measured) == metrics(SupervisedKD(**models()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [GKD, SequenceKD])
 def test_predict_returns_completions(method):
     """One for each row, with an EOS (1) at its end if it has ended and nowhere else."""

@@ -138,6 +138,7 @@ CASES += [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64_norms")
 @pytest.mark.parametrize(("truncated", "normalization", "of_reward"), CASES)
 def test_each_term_has_its_normalization_in_every_cut(truncated, normalization, of_reward):

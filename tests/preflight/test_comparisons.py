@@ -80,6 +80,7 @@ def test_short_completions_are_no_matter_where_nothing_is_generated():
         assert named(check(module, data, trainer(callbacks=[generation]))) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("system", [False, True])
 def test_templates_are_compared_on_the_roles_that_the_data_has(tmp_path, system):
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}"

@@ -44,6 +44,7 @@ def parts(report):
     return {part.what: part.bytes for part in report.facts.memory.parts}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, LoRA(r=3)])
 @pytest.mark.parametrize(
     ("make", "precision"),

@@ -158,6 +158,7 @@ def test_early_stopping_by_epochs_that_are_not_validated_is_refused():
         fit([stopping], check_val_every_n_epoch=2, max_steps=20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "settings"),
     [

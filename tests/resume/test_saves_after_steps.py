@@ -96,6 +96,7 @@ def slurm(monkeypatch):
     return commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [4, 5])
 def test_a_slurm_job_is_saved_after_the_step_and_requeued(tmp_path, slurm, before):
     """The signal comes before the first or the second micro-batch of the third step."""

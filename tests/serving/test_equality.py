@@ -76,12 +76,14 @@ def test_the_ensemble_of_baby_llama(combine):
         same(local, run(BabyLlama, ServedTeacher([server.url]), **options))
 
 
+@pytest.mark.slow
 def test_two_servers_make_an_ensemble():
     with served() as one, served(LocalTeacher.of(tiny_llama(2))) as other:
         remote = TeacherEnsemble([ServedTeacher([s.url]) for s in (one, other)], weights=[2.0, 1.0])
         same(run(BabyLlama, two_teachers("logits"), steps=4), run(BabyLlama, remote, steps=4))
 
 
+@pytest.mark.slow
 def test_on_policy_distillation_from_token_log_probs(server):
     def always():
         generation = SamplingOptions(max_new_tokens=6)
@@ -93,6 +95,7 @@ def test_on_policy_distillation_from_token_log_probs(server):
     assert served_run[0] == pytest.approx(local[0], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_completions_of_the_teacher_are_those_of_the_local_one(server):
     def teachers_windows():
         generation = SamplingOptions(max_new_tokens=6)

@@ -272,6 +272,7 @@ def test_a_student_with_adapters_shares_the_weights_that_they_adapt(teacher):
     assert isinstance(made, LiveStudent) or not any(p.requires_grad for p in theirs.values())
 
 
+@pytest.mark.slow
 def test_a_copy_is_in_no_optimizer_and_no_state_of_the_student(tmp_path):
     module, fit = gkd(EMAStudent(0.5), student=tiny_llama(0)), trainer(max_steps=1)
     fit.fit(module, datamodule=Told())

@@ -244,6 +244,7 @@ def test_answers_that_do_not_fit_each_other_are_refused(options, message):
         teacher.answer(BATCH, SCORED, kind="top_k", logits_backend=DenseLogits())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_a_row_that_names_no_member_is_refused_before_the_first_step(tmp_path, split):
     def written(name, teachers):

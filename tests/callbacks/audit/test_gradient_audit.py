@@ -196,6 +196,7 @@ def test_the_table_has_enough_cases():
     assert HEADINGS in DOCS.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ONE_PROCESS, ids=lambda case: case.name)
 def test_in_one_process(case):
     check(case, audit_case(case))

@@ -232,6 +232,7 @@ def test_a_wrapped_teacher_has_the_shares_of_what_it_wraps():
         assert logged[name] == pytest.approx(whole[name], rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 4])
 def test_the_numbers_do_not_depend_on_the_micro_batches(cut):
     whole = run(gkd(), 3).timeless()

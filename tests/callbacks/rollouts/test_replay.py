@@ -133,6 +133,7 @@ def test_a_share_is_fresh():
     assert 10 < sum(logged) < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 4])
 def test_what_is_replayed_does_not_depend_on_the_micro_batches(cut):
     buffer = {"replay": ReplayBuffer(6, fresh=0.0)}
