@@ -1,11 +1,10 @@
 """Collectives of one process; tests/callbacks/audit/test_gradient_audit.py gathers over two."""
 
-import socket
-
 import pytest
 import torch
 
 from lightning_kd.collectives import any_process, gather_objects, max_over_processes
+from tests.support.scripts import free_port
 
 
 @pytest.fixture(params=["without a group", "in a group of one"])
@@ -13,9 +12,7 @@ def alone(request):
     if request.param == "without a group":
         yield
         return
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()

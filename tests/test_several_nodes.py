@@ -3,14 +3,13 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 
 import pytest
 
 from tests.support.command_line import EXPECTED_WARNINGS, assert_equal_runs, fit
-from tests.support.scripts import ROOT
+from tests.support.scripts import ROOT, free_port
 
 pytestmark = [pytest.mark.processes, pytest.mark.slow, *EXPECTED_WARNINGS]
 
@@ -31,12 +30,6 @@ def documented(strategy, port):
         assert shown in command
         command = command.replace(shown, here)
     return command
-
-
-def free_port():
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return listening.getsockname()[1]
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])

@@ -2,7 +2,6 @@
 
 import ast
 import os
-import socket
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from lightning_kd.callbacks import audit
 from lightning_kd.callbacks.audit.replacements import replaced, replaced_item, restored
+from tests.support.scripts import free_port
 
 
 class Owner:
@@ -82,9 +82,7 @@ def test_only_existing_items_are_replaced(monkeypatch):
 
 
 def test_the_default_process_group_is_replaced_and_restored():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
     try:
         world, other = dist.group.WORLD, dist.new_group([0])
